@@ -1,13 +1,13 @@
 """Pictures of class indices as PNG files with a palette."""
 
 import os
-import uuid
 from collections.abc import Sequence
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from utils.files import replacing
 
 
 def make_palette(colors: Sequence[tuple[int, int, int]]) -> list[int]:
@@ -64,11 +64,5 @@ def save_indexed_png(path: str | os.PathLike[str], indices: np.ndarray, palette:
         raise ValueError(f"indices are {indices.dtype} {list(indices.shape)}; uint8 [h, w] expected")
     picture = Image.fromarray(indices)
     picture.putpalette(list(palette))
-    path = Path(path)
-    # A name that no search for *.png finds, and no other process chooses for the same picture.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

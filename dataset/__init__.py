@@ -1,0 +1,6 @@
+"""Cityscapes and data sets of its layout."""
+
+from dataset.cityscapes import IMG_MEAN, CSDataSet
+from dataset.pictures import DataError
+
+__all__ = ["IMG_MEAN", "CSDataSet", "DataError"]

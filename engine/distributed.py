@@ -1,0 +1,215 @@
+"""Processes: starting them, what they share, and how they agree. The only file that imports torch.distributed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.args import UsageError
+
+#: Set for the processes that `launch` starts; what the parent has checked they need not check again.
+LAUNCHED = "CCNET_LAUNCHED"
+
+
+class World:
+    """This process among the others of the run: rank, device, collectives. One process is a world of its own."""
+
+    def __init__(self, rank: int, local_rank: int, size: int, device: torch.device):
+        self.rank = rank
+        self.local_rank = local_rank
+        self.size = size
+        self.device = device
+        self.group = dist.group.WORLD if size > 1 else None  # what the activated batch norm reduces over
+        # Python objects and flags go over gloo: no GPU waits for them.
+        self._control = dist.new_group(backend="gloo") if size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum `tensor` over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in the order of their ranks, on every process."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def first(self, value: Any | None) -> Any | None:
+        """The first `value` that is not None over the ranks, on every process; cheap where there is none."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor([int(value is not None)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
+        if not flag.item():
+            return None
+        return next(found for found in self.gather(value) if found is not None)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self._control)
+
+    def data_parallel(self, model: nn.Module, all_used: bool) -> nn.Module:
+        """`model` with gradients averaged over the processes. `all_used`: every parameter takes part in the loss."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,  # synchronised batch norm keeps them equal
+            gradient_as_bucket_view=True,
+            find_unused_parameters=not all_used,
+        )
+
+
+def is_launched() -> bool:
+    """Whether this process has siblings that somebody started: `launch`, torchrun or a scheduler."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def checked_by_parent() -> bool:
+    """Whether another process of this machine looks at the input before the run: it alone need speak."""
+    return LAUNCHED in os.environ or int(os.environ.get("LOCAL_RANK", 0)) > 0
+
+
+def processes(devices: Sequence[torch.device]) -> int:
+    """How many processes the run has, or will have when `launch` starts one for each device."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else len(devices)
+
+
+def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
+    """The device of each process on this machine.
+
+    Args:
+        gpu: comma-separated GPU ids, "cpu", or None for every visible GPU (the CPU where there is none).
+        nproc: number of CPU processes; implies the CPU.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    visible = torch.cuda.device_count()
+    if nproc is not None:
+        if gpu not in (None, "cpu"):
+            raise UsageError(f"--nproc {nproc}: is for CPU processes and --gpu {gpu} asks for GPUs; give one of the two")
+        return [torch.device("cpu")] * nproc
+    if gpu == "cpu" or (gpu is None and visible == 0):
+        return [torch.device("cpu")]
+    if gpu is None:
+        return [torch.device("cuda", index) for index in range(visible)]
+    try:
+        ids = [int(part) for part in gpu.split(",")]
+    except ValueError:
+        raise UsageError(f"--gpu {gpu}: not a list of ids; give ids such as 0,1,2,3, or cpu") from None
+    for index in ids:
+        if not 0 <= index < visible:
+            there = f"there are {visible}, numbered from 0" if visible else "no GPU is visible here; give --gpu cpu"
+            raise UsageError(f"--gpu {gpu}: there is no GPU {index}; {there}")
+    if len(set(ids)) < len(ids):
+        raise UsageError(f"--gpu {gpu}: an id is given twice; give each GPU once")
+    return [torch.device("cuda", index) for index in ids]
+
+
+def launch(processes: int) -> int:
+    """Run this command once for each of `processes` ranks on this machine and wait; the first failure ends all.
+
+    Returns:
+        The exit status of the process that failed first, 0 when none did.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {LAUNCHED: 1}
+    if "OMP_NUM_THREADS" not in os.environ:
+        shared["OMP_NUM_THREADS"] = max(1, len(os.sched_getaffinity(0)) // processes)
+    children = []
+    for rank in range(processes):
+        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+        children.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+    try:
+        return _wait(children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+
+def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
+    """Wait for all; once one has failed the others get SIGTERM, and `grace` seconds to end by themselves."""
+
+    def forward(number: int, _frame: object) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        deadline, status = float("inf"), 0
+        while any(child.poll() is None for child in children):
+            failed = [child.returncode for child in children if child.returncode]
+            if failed and not status:
+                status = failed[0]
+                # Ranks that agreed on the same end (a damaged picture) come to it by themselves.
+                deadline = time.monotonic() + (grace if status == 2 else 3.0)
+            if time.monotonic() > deadline:
+                forward(signal.SIGTERM, None)
+                deadline = float("inf")
+                grace_end = time.monotonic() + 5.0
+                while any(child.poll() is None for child in children) and time.monotonic() < grace_end:
+                    time.sleep(0.05)
+                break
+            time.sleep(0.05)
+        failed = [child.poll() for child in children if child.poll()]
+        status = status or (failed[0] if failed else 0)
+        return status if status >= 0 else 128 - status
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def world(devices: Sequence[torch.device]) -> Iterator[World]:
+    """Join the processes of this run (those of `launch`, torchrun or a scheduler; alone where there is no other).
+
+    Args:
+        devices: the device of each local rank.
+
+    Raises:
+        UsageError: more processes on this machine than devices.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    if devices[0].type == "cpu":
+        device = devices[0]
+    elif local_rank < len(devices):
+        device = devices[local_rank]
+        torch.cuda.set_device(device)
+    else:
+        raise UsageError(f"--gpu: process {local_rank} of this machine has none of the {len(devices)} GPUs; start fewer")
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield World(rank, local_rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()

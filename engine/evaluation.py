@@ -1,0 +1,117 @@
+"""Scoring a network on a data set, over one process or several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.distributed import World
+from engine.loader import PictureSource, evaluation_pictures
+from engine.metrics import CityscapesEvaluation, OfficialScores, confusion_matrix
+
+#: Called with a picture's name and its prediction, uint8 [h, w].
+Keep = Callable[[str, np.ndarray], None]
+
+
+class Result(NamedTuple):
+    """Scores of all pictures: confusion int64 [K, K] (rows = ground truth), and the official ones where asked for."""
+
+    confusion: Tensor
+    official: OfficialScores | None
+
+
+@torch.inference_mode()
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    source: PictureSource,
+    errors: type[Exception],
+    world: World,
+    num_classes: int,
+    ignore_label: int,
+    official: CityscapesEvaluation | None = None,
+    batch_size: int = 1,
+    workers: int = 0,
+    keep: Keep | None = None,
+) -> Result:
+    """Predict every picture of `source` once and score the predictions.
+
+    The result is the same on every process, and for any number of processes: counts are integers, and each picture
+    is predicted by one process alone.
+
+    Args:
+        predict: images [n, 3, h, w] on the world's device -> logits [n, K, h, w].
+        errors: what `source` raises for a file that can't be used; it is raised here, on every process.
+        official: computes the official scores from label and instance ids, which `source` then has to have.
+        batch_size: pictures of equal size that are predicted together.
+        workers: processes that read pictures.
+        keep: gets every prediction.
+    """
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=world.device)
+    statistics = []
+    pictures = evaluation_pictures(source, errors, official is not None, world.rank, world.size, workers)
+    rounds = -(-len(source) // (world.size * batch_size))
+    progress = _Progress(len(source))
+    for number in range(1, rounds + 1):
+        group = [picture for _, picture in zip(range(batch_size), pictures, strict=False)]
+        error = next((picture for picture in group if isinstance(picture, Exception)), None)
+        try:
+            for same_size in _by_size([] if error else group):
+                images = torch.from_numpy(np.stack([picture.image for picture in same_size])).to(world.device)
+                predictions = predict(images).argmax(1)
+                for picture, prediction in zip(same_size, predictions, strict=True):
+                    label = torch.from_numpy(picture.label).to(world.device)
+                    confusion += confusion_matrix(label, prediction, num_classes, ignore_label)
+                    prediction = prediction.to(torch.uint8).cpu().numpy()
+                    if official is not None:
+                        statistics.append(_count(official, picture, prediction, errors))
+                    if keep is not None:
+                        keep(picture.name, prediction)
+        except errors as found:
+            error = found
+        error = world.first(error)
+        if error is not None:
+            raise error
+        if world.is_main:
+            progress.show(min(number * world.size * batch_size, len(source)))
+    world.all_reduce(confusion)
+    confusion = confusion.cpu()
+    if official is None:
+        return Result(confusion, None)
+    return Result(confusion, official.scores(world.gather(official.merge(statistics))))
+
+
+def _count(official: CityscapesEvaluation, picture: Any, prediction: np.ndarray, errors: type[Exception]):
+    try:
+        return official.count(picture.label_ids, picture.instance_ids, prediction)
+    except ValueError as error:
+        raise errors(f"{picture.name}: {error}; mend the label or instance file") from error
+
+
+def _by_size(pictures: list[Any]) -> Iterator[list[Any]]:
+    sizes = dict.fromkeys(picture.image.shape for picture in pictures)
+    for size in sizes:
+        yield [picture for picture in pictures if picture.image.shape == size]
+
+
+class _Progress:
+    """A line at most every few seconds, and one at the end."""
+
+    def __init__(self, total: int, interval: float = 5.0):
+        self.total = total
+        self.interval = interval
+        self.start = self.last = time.monotonic()
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.last < self.interval and done < self.total:
+            return
+        self.last = now
+        rate = done / max(now - self.start, 1e-9)
+        left = timedelta(seconds=round((self.total - done) / rate))
+        print(f"picture {done}/{self.total}  {rate:.2f} pictures/s  {left} left", flush=True)

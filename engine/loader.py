@@ -1,0 +1,159 @@
+"""The stream of samples: which ones, in what order, with what randomness, for any step of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+#: Keeps the random streams of the order and of the augmentation apart.
+ORDER, AUGMENTATION = 0, 1
+
+
+class SampleSource(Protocol):
+    """What a data set offers to the stream (dataset.CSDataSet does)."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> Any: ...
+
+
+class Batch(NamedTuple):
+    """images float32 [n, 3, h, w], labels int64 [n, h, w], and one line for each sample."""
+
+    images: Tensor
+    labels: Tensor
+    records: list[str]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, ORDER, epoch)).permutation(length)
+
+
+class SampleStream(Dataset):
+    """Sample k of a run, for every k >= 0: a pure function of (seed, k).
+
+    Each epoch goes through the data set once, in an order of its own; the batches run on across epochs, so none is
+    partial. Whatever the number of processes, workers or restarts, sample k is the same.
+
+    Args:
+        source: the data set.
+        seed: of the order and of the augmentation.
+        errors: what the data set raises for a file that can't be used; such a sample is the error itself, so that it
+            reaches the training loop as it was raised, with its place in the order.
+    """
+
+    def __init__(self, source: SampleSource, seed: int, errors: type[Exception]):
+        self.source = source
+        self.seed = seed
+        self.errors = errors
+
+    def __getitem__(self, k: int) -> Any:
+        epoch, place = divmod(k, len(self.source))
+        index = int(_order(self.seed, epoch, len(self.source))[place])
+        try:
+            return self.source.sample(index, np.random.default_rng((self.seed, AUGMENTATION, k)))
+        except self.errors as error:
+            return error
+
+
+def _collate(samples: list[Any]) -> Batch | Exception:
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+    labels = torch.from_numpy(np.stack([sample.label for sample in samples]))
+    return Batch(images, labels, [sample.record() for sample in samples])
+
+
+def _limit_threads(_worker: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)
+
+
+def train_batches(
+    source: SampleSource,
+    errors: type[Exception],
+    seed: int,
+    batch_size: int,
+    steps: range,
+    rank: int,
+    processes: int,
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[Batch | Exception]:
+    """This process's share of every batch of `steps`: rank r of n takes the r-th n-th of the global batch.
+
+    Args:
+        batch_size: of all processes together; `processes` divides it.
+        steps: from 0; a resumed run starts at any step without touching the samples before.
+        workers: processes that read pictures; 0 reads in this one.
+
+    Yields:
+        A batch, or the error of the first of its samples that can't be used.
+    """
+    share = batch_size // processes
+    shares = [range(step * batch_size + rank * share, step * batch_size + (rank + 1) * share) for step in steps]
+    return iter(
+        DataLoader(
+            SampleStream(source, seed, errors),
+            batch_sampler=shares,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=_limit_threads,
+        )
+    )
+
+
+class PictureSource(Protocol):
+    """What a data set offers to the evaluation (dataset.CSDataSet does)."""
+
+    def __len__(self) -> int: ...
+
+    def picture(self, index: int, instances: bool) -> Any: ...
+
+
+class _Pictures(Dataset):
+    """Whole pictures; one that can't be used is the error itself, as in SampleStream."""
+
+    def __init__(self, source: PictureSource, instances: bool, errors: type[Exception]):
+        self.source = source
+        self.instances = instances
+        self.errors = errors
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.source.picture(index, self.instances)
+        except self.errors as error:
+            return error
+
+
+def evaluation_pictures(
+    source: PictureSource, errors: type[Exception], instances: bool, rank: int, processes: int, workers: int
+) -> Iterator[Any]:
+    """Every `processes`-th picture from the `rank`-th on: all processes together have each picture once."""
+    return iter(
+        DataLoader(
+            _Pictures(source, instances, errors),
+            sampler=range(rank, len(source), processes),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_limit_threads,
+        )
+    )
+
+
+def _unchanged(picture: Any) -> Any:
+    return picture

@@ -1,0 +1,13 @@
+"""Networks by name (`--model`)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from networks.abn import ABN, synchronise
+from networks.ccnet import Seg_Model
+from networks.weights import CheckpointError, load_weights
+
+MODELS: dict[str, type[nn.Module]] = {"ccnet": Seg_Model}
+
+__all__ = ["ABN", "MODELS", "CheckpointError", "Seg_Model", "load_weights", "synchronise"]

@@ -1,0 +1,170 @@
+"""Activated batch norm: the one normalisation layer of the network, whichever backend runs it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BACKENDS = ("torch", "inplace")
+
+
+class StatisticsGroup(Protocol):
+    """The processes that share batch statistics (engine.distributed makes one; networks never import it)."""
+
+    size: int
+    group: Any  # the torch.distributed process group
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum `tensor` over the processes, in place."""
+
+
+class ABN(nn.Module):
+    """Batch norm with affine weight |weight| + eps, then an activation.
+
+    y = activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)
+
+    These are the semantics of the in-place ABN that CCNet was trained with (inplace_abn, every release; in the
+    original's own tree libs/src/bn.cu): loading its weights into ordinary batch norm is wrong wherever a weight is
+    negative. The gradient treats weight = 0 as positive, as inplace_abn >= 0.1.1.
+
+    Args:
+        channels: number of channels C.
+        activation: "identity", or "leaky_relu" with slope 0.01.
+        backend: "torch", or "inplace" for the inplace_abn package, which saves memory by overwriting its input.
+
+    Shape: [N, C, ...] -> the same.
+    """
+
+    slope = 0.01
+
+    def __init__(
+        self,
+        channels: int,
+        activation: str = "leaky_relu",
+        backend: str = "torch",
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ):
+        super().__init__()
+        if activation not in ("identity", "leaky_relu"):
+            raise ValueError(f"ABN: activation is 'identity' or 'leaky_relu', not {activation!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"ABN: backend is one of {', '.join(BACKENDS)}, not {backend!r}")
+        if backend == "inplace":
+            import inplace_abn  # noqa: F401  (fails here, at construction, where the package is missing)
+        self.activation = activation
+        self.backend = backend
+        self.eps = eps
+        self.momentum = momentum
+        self.group: StatisticsGroup | None = None  # set by synchronise()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.backend == "inplace":
+            return self._forward_inplace(x)
+        weight = torch.where(self.weight >= 0, self.weight, -self.weight) + self.eps
+        if self.training and self.group is not None:
+            y = _synchronised_batch_norm(
+                x, weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum, self.group
+            )
+        else:
+            y = F.batch_norm(
+                x, self.running_mean, self.running_var, weight, self.bias, self.training, self.momentum, self.eps
+            )
+        return F.leaky_relu(y, self.slope) if self.activation == "leaky_relu" else y
+
+    def _forward_inplace(self, x: Tensor) -> Tensor:
+        import inplace_abn
+
+        arguments = (x, self.weight, self.bias, self.running_mean, self.running_var)
+        options = {
+            "training": self.training,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "activation": self.activation,
+            "activation_param": self.slope,
+        }
+        if self.training and self.group is not None:
+            # The group is named: the package's default is no longer recognised by today's torch and would silently
+            # leave the statistics unsynchronised.
+            return inplace_abn.inplace_abn_sync(*arguments, group=self.group.group, **options)
+        return inplace_abn.inplace_abn(*arguments, **options)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # Written by inplace_abn >= 1.1.0 and by torch's batch norm, read by nothing: optional on load.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, activation={self.activation!r}, backend={self.backend!r}"
+
+
+def synchronise(model: nn.Module, group: StatisticsGroup | None) -> None:
+    """Make every ABN of `model` take its training statistics over all processes of `group` (None: its own only)."""
+    for module in model.modules():
+        if isinstance(module, ABN):
+            module.group = group if group is not None and group.size > 1 else None
+
+
+def _synchronised_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):
+    if x.is_cuda:
+        # torch's own kernels, as nn.SyncBatchNorm calls them; the function lets us pass |weight| + eps.
+        from torch.nn.modules._functions import SyncBatchNorm
+
+        return SyncBatchNorm.apply(
+            x, weight, bias, running_mean, running_var, eps, momentum, group.group, group.size
+        )
+    return _SynchronisedBatchNorm.apply(x, weight, bias, running_mean, running_var, eps, momentum, group)
+
+
+class _SynchronisedBatchNorm(torch.autograd.Function):
+    """Batch norm over several processes where torch has none (the CPU): one collective each way.
+
+    The processes may hold different numbers of pixels; each counts by its own.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, eps, momentum, group):
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        variance, mean = torch.var_mean(x.to(wide), axes, correction=0)
+        # float64: the sum of squares is combined from values that nearly cancel.
+        mean, variance = mean.double(), variance.double()
+        count = float(x.numel() // x.size(1))
+        sums = torch.cat([mean * count, (variance + mean * mean) * count, mean.new_tensor([count])])
+        group.all_reduce(sums)
+        total = sums[-1]
+        mean, square = (sums[:-1] / total).chunk(2)
+        variance = (square - mean * mean).clamp_(min=0)
+        if running_mean is not None:
+            unbiased = variance * (total / (total - 1))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        inverse = (variance + eps).rsqrt()
+        normalised = (x.to(wide) - mean.to(wide).view(shape)) * inverse.to(wide).view(shape)
+        ctx.save_for_backward(x, weight, mean.to(wide), inverse.to(wide), total)
+        ctx.group, ctx.axes, ctx.shape = group, axes, shape
+        return torch.addcmul(bias.to(wide).view(shape), normalised, weight.to(wide).view(shape)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, inverse, total = ctx.saved_tensors
+        wide, shape = mean.dtype, ctx.shape
+        grad = grad.to(wide)
+        normalised = (x.to(wide) - mean.view(shape)) * inverse.view(shape)
+        grad_bias = grad.sum(ctx.axes)
+        grad_weight = (grad * normalised).sum(ctx.axes)
+        sums = torch.cat([grad_bias, grad_weight])
+        ctx.group.all_reduce(sums)
+        mean_grad, mean_product = (sums / total.to(wide)).chunk(2)
+        scale = (weight.to(wide) * inverse).view(shape)
+        grad_x = scale * (grad - mean_grad.view(shape) - normalised * mean_product.view(shape))
+        # weight and bias get this process's share; the data-parallel wrapper averages them with all the others.
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 5

@@ -1,0 +1,103 @@
+"""CCNet: dilated ResNet, recurrent criss-cross attention head, auxiliary head (original: networks/ccnet.py)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cc_attention import CrissCrossAttention
+from networks.abn import ABN
+from networks.resnet import ResNet, convolution
+from networks.weights import load_weights
+
+
+class RCCAHead(nn.Module):
+    """Reduce, attend `recurrence` times with the same weights, join with the input, classify.
+
+    [N, in_channels, H, W] -> logits [N, num_classes, H, W]
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        recurrence: int = 2,
+        channels: int = 512,
+        dropout: float = 0.1,
+        backend: str = "torch",
+    ):
+        super().__init__()
+        self.recurrence = recurrence
+        self.conva = nn.Sequential(convolution(in_channels, channels, 3), ABN(channels, "leaky_relu", backend))
+        self.cca = CrissCrossAttention(channels)
+        self.convb = nn.Sequential(convolution(channels, channels, 3), ABN(channels, "leaky_relu", backend))
+        self.bottleneck = nn.Sequential(
+            convolution(in_channels + channels, channels, 3),
+            ABN(channels, "leaky_relu", backend),
+            nn.Dropout2d(dropout),
+            nn.Conv2d(channels, num_classes, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conva(x)
+        for _ in range(self.recurrence):
+            y = self.cca(y)
+        return self.bottleneck(torch.cat([x, self.convb(y)], 1))
+
+
+class Seg_Model(ResNet):
+    """CCNet. 562 state-dict entries and 71,287,911 parameters with resnet101 and 19 classes, named as the original's.
+
+    Args:
+        num_classes: number of train ids.
+        criterion: called as criterion([logits, dsn_logits], labels) when `forward` gets labels.
+        pretrained_model: path of a checkpoint to start from (a CCNet one or an ImageNet backbone).
+        recurrence: how often the attention is applied (R of the paper); 0 leaves it out.
+        backbone: "resnet101" or "resnet50".
+        dropout: probability of both heads' channel dropout.
+        abn: backend of the activated batch norm, "torch" or "inplace" (networks/abn.py).
+
+    Raises:
+        ValueError: an argument out of range.
+        networks.weights.CheckpointError: `pretrained_model` is unreadable or belongs to another network.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        criterion: Callable[[list[Tensor], Tensor], Tensor] | None = None,
+        pretrained_model: str | os.PathLike | None = None,
+        recurrence: int = 2,
+        backbone: str = "resnet101",
+        dropout: float = 0.1,
+        abn: str = "torch",
+    ):
+        super().__init__(backbone, abn)
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        if recurrence < 0:
+            raise ValueError(f"recurrence must be 0 or more, not {recurrence}")
+        self.head = RCCAHead(2048, num_classes, recurrence, dropout=dropout, backend=abn)
+        self.dsn = nn.Sequential(
+            nn.Conv2d(1024, 512, 3, padding=1),
+            ABN(512, "leaky_relu", abn),
+            nn.Dropout2d(dropout),
+            nn.Conv2d(512, num_classes, 1),
+        )
+        self.criterion = criterion
+        if pretrained_model is not None:
+            load_weights(self, pretrained_model)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor] | Tensor:
+        """images [N, 3, h, w] (BGR minus mean) -> [logits, dsn_logits], each [N, num_classes, H, W] at 1/8 size.
+
+        With `labels` [N, h, w] and a criterion: the loss.
+        """
+        layer3, layer4 = self.features(images)
+        outputs = [self.head(layer4), self.dsn(layer3)]
+        if self.criterion is not None and labels is not None:
+            return self.criterion(outputs, labels)
+        return outputs

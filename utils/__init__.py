@@ -1,0 +1,1 @@
+"""Small helpers without a sibling import: arguments, files, progress, palette."""

@@ -1,0 +1,74 @@
+"""Types for argparse, and the exit status of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """Wrong usage or input: one line that names the flag or file, what is wrong and what to do."""
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "y", "t", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "n", "f", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not a boolean; give 1 or 0")
+
+
+def size(text: str) -> tuple[int, int]:
+    """'height,width', or one number for a square."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give positive height,width such as 769,769")
+    return numbers[0], numbers[-1]
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
+    """An int or float between `low` and `high`, both included (`open_low`: low itself excluded)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (low < value if open_low else low <= value) or not value <= high:
+            bounds = f"{'more than' if open_low else 'at least'} {low}" + (f", at most {high}" if high < 1e300 else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {bounds}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int = number(int, 1)
+count = number(int, 0)
+positive_float = number(float, 0, open_low=True)
+fraction = number(float, 0, 1)
+
+
+def numbers(text: str) -> list[float]:
+    """Comma-separated positive numbers."""
+    return [positive_float(part) for part in text.split(",")]
+
+
+def exit_status(main: Callable[[], int | None], *input_errors: type[Exception]) -> int:
+    """Run `main`: its own status, 0 when it has none; 2 after one of `input_errors`, its message the last line on standard error.
+
+    Anything else that goes wrong keeps its traceback and ends in 1, as Python does.
+    """
+    try:
+        return main() or 0
+    except (UsageError, *input_errors) as error:
+        sys.stdout.flush()
+        # The processes of a run come to the same error together; one of a machine speaks.
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -1,0 +1,68 @@
+"""Progress of a training run: a line on the screen, a JSON line in log.jsonl, scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from utils.files import replacing
+
+
+class RunLog:
+    """The log of one run; entries of a resumed run continue those up to the step that it continues from.
+
+    Args:
+        directory: where log.jsonl and the TensorBoard events go.
+        start: steps done before.
+        steps: steps of the whole run.
+        samples_per_step: the global batch size.
+    """
+
+    def __init__(self, directory: str, start: int, steps: int, samples_per_step: int):
+        self.steps = steps
+        self.samples_per_step = samples_per_step
+        path = os.path.join(directory, "log.jsonl")
+        self._keep_until(path, start)
+        self._file = open(path, "a", encoding="utf-8")
+        self._scalars = SummaryWriter(os.path.join(directory, "tensorboard"), purge_step=start + 1)
+        self._last_step, self._last_time = start, time.monotonic()
+        self._first_step, self._first_time = start, self._last_time
+
+    @staticmethod
+    def _keep_until(path: str, step: int) -> None:
+        """Drop the entries after `step`: those steps are about to be done again."""
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+
+    def write(self, step: int, loss: float, lr: float, **more: Any) -> None:
+        """Log `step` (from 1) with its loss and learning rate; numbers among `more` become scalars too."""
+        now = time.monotonic()
+        seconds = max(now - self._last_time, 1e-9)
+        rate = (step - self._last_step) * self.samples_per_step / seconds
+        # From the whole run so far: single intervals jump with the disk.
+        left = (now - self._first_time) / (step - self._first_step) * (self.steps - step)
+        entry = {"step": step, "loss": loss, "lr": lr, "images_per_second": round(rate, 4), **more}
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._scalars.add_scalar(f"train/{name}", value, step)
+        print(
+            f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.3e}  {rate:.2f} images/s  "
+            f"{timedelta(seconds=round(left))} left",
+            flush=True,
+        )
+        self._last_step, self._last_time = step, now
+
+    def close(self) -> None:
+        self._file.close()
+        self._scalars.close()
