@@ -1,0 +1,168 @@
+"""The public operators: the compiled ones where they were built, the reference elsewhere."""
+
+import functools
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cc_attention import reference
+from cc_attention.reference import check_channels, check_operands
+
+_BUILD = "`python setup.py build_ext --inplace` builds it"
+_POSITIONS = "H + W - 1, the positions of a criss-cross"
+
+
+def _load_library() -> bool:
+    """Registers the compiled operators with PyTorch. False where they were not built; a library that is there but does
+    not load is an error, since silence would only show as slowness."""
+    spec = importlib.util.find_spec("cc_attention._C")
+    if spec is None or spec.origin is None:
+        warnings.warn(
+            f"the compiled criss-cross attention is missing, the slower reference serves ({_BUILD})", stacklevel=2
+        )
+        return False
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        raise ImportError(
+            f"{spec.origin} does not load: it is damaged or was built for another PyTorch. Build it again "
+            f"({_BUILD}), or delete it to use the reference."
+        ) from error
+    return True
+
+
+def _register() -> None:
+    """What torch.compile, autograd and autocast need to know of the operators in csrc/ops.cpp."""
+
+    # The fakes give shapes and dtypes without data. Their checks stand in for those of csrc/common.h while tracing.
+
+    @torch.library.register_fake("cc_attention::ca_weight")
+    def _(query: Tensor, key: Tensor) -> Tensor:
+        check_operands("ca_weight", query=query, key=key)
+        check_channels("ca_weight", query.shape[1], "those of query", key=key)
+        n, _, h, w = query.shape
+        return query.new_empty((n, h + w - 1, h, w))
+
+    @torch.library.register_fake("cc_attention::ca_weight_backward")
+    def _(grad: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        check_operands("ca_weight_backward", query=query, key=key, grad=grad)
+        return query.new_empty(query.shape), key.new_empty(key.shape)
+
+    @torch.library.register_fake("cc_attention::ca_map")
+    def _(weight: Tensor, value: Tensor) -> Tensor:
+        check_operands("ca_map", weight=weight, value=value)
+        check_channels("ca_map", value.shape[2] + value.shape[3] - 1, _POSITIONS, weight=weight)
+        return value.new_empty(value.shape)
+
+    @torch.library.register_fake("cc_attention::ca_map_backward")
+    def _(grad: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        check_operands("ca_map_backward", weight=weight, value=value, grad=grad)
+        return weight.new_empty(weight.shape), value.new_empty(value.shape)
+
+    def save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def ca_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.cc_attention.ca_weight_backward(grad, *ctx.saved_tensors)
+
+    def ca_map_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.cc_attention.ca_map_backward(grad, *ctx.saved_tensors)
+
+    def no_double_backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "criss-cross attention: double backward is not supported by the compiled operators; "
+            "cc_attention.reference can be differentiated twice"
+        )
+
+    torch.library.register_autograd("cc_attention::ca_weight", ca_weight_backward, setup_context=save_inputs)
+    torch.library.register_autograd("cc_attention::ca_map", ca_map_backward, setup_context=save_inputs)
+    torch.library.register_autograd("cc_attention::ca_weight_backward", no_double_backward)
+    torch.library.register_autograd("cc_attention::ca_map_backward", no_double_backward)
+
+    # float32, because CCNet does not scale its scores and float16 ones overflow.
+    for op in ("cc_attention::ca_weight", "cc_attention::ca_map"):
+        for device_type in ("cpu", "cuda"):
+            torch.library.register_autocast(op, device_type, torch.float32)
+
+
+_DEVICE_TYPES: frozenset[str] = frozenset()  # those with compiled kernels
+if _load_library():
+    _register()
+    _DEVICE_TYPES = frozenset(
+        device_type
+        for device_type in ("cpu", "cuda")
+        if torch._C._dispatch_has_kernel_for_dispatch_key("cc_attention::ca_weight", device_type.upper())
+    )
+
+
+@functools.cache
+def _warn_no_cuda() -> None:
+    warnings.warn(
+        "the compiled criss-cross attention has no CUDA kernels, the slower reference serves on the GPU "
+        f"({_BUILD}; it needs nvcc of PyTorch's CUDA version)",
+        stacklevel=4,
+    )
+
+
+def _compiled_for(tensor: Tensor) -> bool:
+    """Whether the compiled operators run on the tensor's device."""
+    if tensor.device.type in _DEVICE_TYPES:
+        return True
+    if tensor.device.type == "cuda" and _DEVICE_TYPES and not torch.compiler.is_compiling():
+        _warn_no_cuda()
+    return False
+
+
+def ca_weight(query: Tensor, key: Tensor) -> Tensor:
+    """Affinity: the unscaled scalar products of each pixel's query with the keys on its criss-cross (CCNet, arXiv
+    1811.11721, eq. 1, before the softmax; the original's cc_attention/functions.py).
+
+    Args:
+        query: [N, c, H, W], float32, float64, float16 or bfloat16
+        key: [N, c, H, W], of the same dtype and device
+    Returns:
+        [N, H + W - 1, H, W], contiguous. First the W pixels of the row, the pixel itself among them; then the H - 1
+        other pixels of the column, top to bottom. In an autocast region in float32.
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not agree.
+    """
+    if _compiled_for(query):
+        return torch.ops.cc_attention.ca_weight(query, key)
+    return reference.ca_weight(query, key)
+
+
+def ca_map(weight: Tensor, value: Tensor) -> Tensor:
+    """Aggregation: each pixel's weighted sum of the values on its criss-cross (CCNet, arXiv 1811.11721, eq. 2, without
+    the residual; the original's cc_attention/functions.py).
+
+    Args:
+        weight: [N, H + W - 1, H, W], the positions in the order of ca_weight
+        value: [N, C, H, W], of the same dtype and device
+    Returns:
+        [N, C, H, W]; in an autocast region in float32.
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not agree.
+    """
+    if _compiled_for(value):
+        return torch.ops.cc_attention.ca_map(weight, value)
+    return reference.ca_map(weight, value)
+
+
+def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """ca_map(softmax(ca_weight(query, key)), value): every pixel attends to its row and its column, to itself once.
+
+    Half-precision inputs are computed in float32, the result is rounded once.
+
+    Args:
+        query: [N, c, H, W]
+        key: [N, c, H, W]
+        value: [N, C, H, W]
+    Returns:
+        [N, C, H, W] in the dtype of value.
+    Raises:
+        RuntimeError: shapes or devices do not agree, or dtypes outside an autocast region (inside one they may differ).
+    """
+    return reference.attend(query, key, value, ca_weight, ca_map)

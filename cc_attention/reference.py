@@ -1,0 +1,168 @@
+"""Criss-cross attention in plain PyTorch: the specification, the fallback where no compiled operator runs, the oracle
+of the tests. Differentiable to any order, on every device.
+
+Shapes: N batch, C and c channels, H rows, W columns, L = H + W - 1 positions of a criss-cross. The positions of pixel
+(y, x), in order: the W pixels of its row, (y, 0) .. (y, W - 1), itself among them; then the H - 1 other pixels of its
+column, top to bottom.
+
+Source: Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, arXiv 1811.11721, eq. 1 (affinity) and
+eq. 2 (aggregation); the original's cc_attention/functions.py, whose CUDA version lays out the positions in this order.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+
+def check_operands(op: str, **operands: Tensor) -> None:
+    """Raises RuntimeError unless all operands are floating-point [N, any, H, W] with the same N, H, W (H and W at least
+    1), dtype and device."""
+    (first_name, first), *_ = operands.items()
+    for name, tensor in operands.items():
+        if tensor.dim() != 4:
+            raise RuntimeError(f"{op}: {name} must have 4 dimensions, got shape {list(tensor.shape)}")
+        if tensor.shape[2] < 1 or tensor.shape[3] < 1:
+            raise RuntimeError(
+                f"{op}: {name} must have at least one row and one column, got shape {list(tensor.shape)}"
+            )
+        if tensor.shape[0] != first.shape[0] or tensor.shape[2:] != first.shape[2:]:
+            raise RuntimeError(
+                f"{op}: {first_name} and {name} must agree in batch, height and width, "
+                f"got shapes {list(first.shape)} and {list(tensor.shape)}"
+            )
+        if tensor.dtype != first.dtype:
+            raise RuntimeError(
+                f"{op}: {first_name} and {name} must have the same dtype, got {first.dtype} and {tensor.dtype}"
+            )
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise RuntimeError(
+                f"{op}: {first_name} and {name} must be on the same device, got {first.device} and {tensor.device}"
+            )
+
+
+def check_channels(op: str, expected: int, meaning: str, **operand: Tensor) -> None:
+    """Raises RuntimeError unless the operand [N, any, H, W] has `expected` channels; `meaning` says what that is."""
+    ((name, tensor),) = operand.items()
+    if tensor.shape[1] != expected:
+        raise RuntimeError(
+            f"{op}: {name} must have {expected} channels ({meaning}), got shape {list(tensor.shape)}"
+        )
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether an autocast region is active for the tensor's device (never, where the device knows no autocast)."""
+    device_type = tensor.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _float32_under_autocast(function: _Function) -> _Function:
+    """Inside autocast, casts half-precision operands to float32 and leaves autocast. CCNet does not scale its scores
+    by 1/sqrt(c), so that they overflow float16."""
+
+    @functools.wraps(function)
+    def wrapper(*tensors: Tensor) -> Tensor:
+        if not autocast_enabled(tensors[0]):
+            return function(*tensors)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _without_self(column: Tensor) -> Tensor:
+    """[N, H (seen from), H (seen), W] -> [N, H, H - 1, W]: drops the entries where a row sees itself.
+
+    The diagonal's elements lie H + 1 apart in the flattened H * H; without the first of them, they are the last column of
+    an (H - 1) x (H + 1) matrix. Views only: no index, no mask.
+    """
+    n, h, _, w = column.shape
+    return column.flatten(1, 2)[:, 1:].reshape(n, h - 1, h + 1, w)[:, :, :-1].reshape(n, h, h - 1, w)
+
+
+def _with_self(column: Tensor) -> Tensor:
+    """[N, H (seen from), H - 1 (seen), W] -> [N, H, H, W]: the inverse of _without_self, with zeros where a row sees
+    itself."""
+    n, h, _, w = column.shape
+    column = F.pad(column.reshape(n, h - 1, h, w), (0, 0, 0, 1))  # [N, H - 1, H + 1, W]
+    return F.pad(column.flatten(1, 2), (0, 0, 1, 0)).reshape(n, h, h, w)
+
+
+@_float32_under_autocast
+def ca_weight(query: Tensor, key: Tensor) -> Tensor:
+    """Affinity: the unscaled scalar products of each pixel's query with the keys on its criss-cross (eq. 1, before the
+    softmax).
+
+    Args:
+        query: [N, c, H, W]
+        key: [N, c, H, W], of the same dtype and device
+    Returns:
+        [N, L, H, W], contiguous; in an autocast region in float32.
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not agree.
+    """
+    check_operands("ca_weight", query=query, key=key)
+    check_channels("ca_weight", query.shape[1], "those of query", key=key)
+    row = torch.einsum("ncyx,ncyu->nuyx", query, key)  # [N, W, H, W]: (y, x) sees (y, u)
+    column = torch.einsum("ncyx,ncvx->nyvx", query, key)  # [N, H, H, W]: (y, x) sees (v, x)
+    return torch.cat([row, _without_self(column).transpose(1, 2)], dim=1)
+
+
+@_float32_under_autocast
+def ca_map(weight: Tensor, value: Tensor) -> Tensor:
+    """Aggregation: each pixel's weighted sum of the values on its criss-cross (eq. 2, without the residual).
+
+    Args:
+        weight: [N, L, H, W], the positions in the order of ca_weight
+        value: [N, C, H, W], of the same dtype and device
+    Returns:
+        [N, C, H, W]; in an autocast region in float32.
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not agree.
+    """
+    check_operands("ca_map", weight=weight, value=value)
+    h, w = value.shape[2:]
+    check_channels("ca_map", h + w - 1, "H + W - 1, the positions of a criss-cross", weight=weight)
+    column = _with_self(weight[:, w:].transpose(1, 2))  # [N, H, H, W]
+    from_row = torch.einsum("nuyx,ncyu->ncyx", weight[:, :w], value)  # [N, C, H, W]
+    from_column = torch.einsum("nyvx,ncvx->ncyx", column, value)  # [N, C, H, W]
+    return from_row + from_column
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ca_weight: Callable[[Tensor, Tensor], Tensor],
+    ca_map: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """criss_cross_attention with the given affinity and aggregation."""
+    if not autocast_enabled(value):  # inside, convolutions and plain arithmetic may leave different dtypes behind
+        check_operands("criss_cross_attention", value=value, query=query, key=key)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    weight = F.softmax(ca_weight(query.to(wide), key.to(wide)), dim=1)  # [N, L, H, W]
+    return ca_map(weight, value.to(wide)).to(value.dtype)
+
+
+def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """ca_map(softmax(ca_weight(query, key)), value): every pixel attends to its row and its column, to itself once.
+
+    Half-precision inputs are computed in float32, the result is rounded once.
+
+    Args:
+        query: [N, c, H, W]
+        key: [N, c, H, W]
+        value: [N, C, H, W]
+    Returns:
+        [N, C, H, W] in the dtype of value.
+    Raises:
+        RuntimeError: shapes or devices do not agree, or dtypes outside an autocast region (inside one they may differ).
+    """
+    return attend(query, key, value, ca_weight, ca_map)
