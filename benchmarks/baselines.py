@@ -1,0 +1,131 @@
+"""What a network has to beat: predictors that know only where a pixel is, or only its colour.
+
+    python benchmarks/baselines.py --data-dir D [--train-list L --val-list L] [--num-classes K] [--out JSON]
+
+Fitted on the training split and scored on the validation split by mean IoU, void excluded:
+row prior: the most frequent class at each relative height; position prior: the same for each cell of a grid;
+mean colour: the class whose mean BGR colour is nearest. Without lists, the layout is that of Cityscapes.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if not __package__ and __name__ == "__main__":
+    # Run as a file, it finds this folder instead of the checkout: start again as a module of the checkout.
+    places = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.baselines", *sys.argv[1:]], environment)
+
+from dataset import CSDataSet, DataError
+from dataset.labels import IGNORE, NUM_CLASSES
+from dataset.pictures import read_image
+from engine.metrics import confusion_matrix, mean_iou
+
+ROWS, COLUMNS = 128, 32  # cells of the priors, over the whole picture
+
+
+class Baselines:
+    """Statistics of a training split, and what they predict.
+
+    Args:
+        pairs: iterable of (image uint8 [h, w, 3] BGR, label [h, w] train ids).
+        num_classes: K.
+    """
+
+    def __init__(self, pairs, num_classes: int = NUM_CLASSES):
+        counts = np.zeros((ROWS * COLUMNS, num_classes), np.int64)
+        sums = np.zeros((num_classes, 3))
+        for image, label in pairs:
+            known = label != IGNORE
+            row, column = _cells(label.shape)
+            keys = (row * COLUMNS + column)[known] * num_classes + label[known]
+            counts += np.bincount(keys, minlength=counts.size).reshape(counts.shape)
+            for channel in range(3):
+                sums[:, channel] += np.bincount(label[known], image[known][:, channel], num_classes)
+        grid = counts.reshape(ROWS, COLUMNS, num_classes)
+        self._row = grid.sum(1).argmax(-1)
+        self._cell = grid.argmax(-1)
+        total = counts.sum(0)
+        self._colours = np.where(total[:, None] > 0, sums / np.maximum(total, 1)[:, None], np.inf)  # [K, 3]
+
+    def row_prior(self, image: np.ndarray) -> np.ndarray:
+        row, column = _cells(image.shape[:2])
+        return self._row[row + 0 * column]
+
+    def position_prior(self, image: np.ndarray) -> np.ndarray:
+        return self._cell[_cells(image.shape[:2])]
+
+    def mean_colour(self, image: np.ndarray) -> np.ndarray:
+        best = np.full(image.shape[:2], np.inf)
+        prediction = np.zeros(image.shape[:2], np.int64)
+        for index, mean in enumerate(self._colours):
+            distance = ((image - mean) ** 2).sum(-1)
+            nearer = distance < best
+            best[nearer], prediction[nearer] = distance[nearer], index
+        return prediction
+
+    def scores(self, pairs) -> dict[str, float]:
+        """Mean IoU of each predictor over (image, label) pairs."""
+        num_classes = len(self._colours)
+        predictors = {
+            "row_prior": self.row_prior,
+            "position_prior": self.position_prior,
+            "mean_colour": self.mean_colour,
+        }
+        total = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in predictors}
+        for image, label in pairs:
+            for name, predict in predictors.items():
+                prediction = torch.from_numpy(predict(image))
+                total[name] += confusion_matrix(torch.from_numpy(label), prediction, num_classes, IGNORE)
+        return {name: mean_iou(confusion) for name, confusion in total.items()}
+
+
+def _cells(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Row [h, 1] and column [1, w] of the grid that each pixel falls into."""
+    height, width = shape
+    return (np.arange(height) * ROWS // height)[:, None], (np.arange(width) * COLUMNS // width)[None, :]
+
+
+def pairs_of(data: CSDataSet):
+    """(image uint8 [h, w, 3], train ids int64 [h, w]) of each picture of a data set, one at a time."""
+    for pair in data.pairs:
+        yield read_image(data.path(pair.image)), data.read_train_ids(pair.label).astype(np.int64)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/baselines.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data-dir",
+        required=True,
+        help="data set in the layout of Cityscapes, or what the lists are relative to",
+    )
+    parser.add_argument(
+        "--train-list", help="list of image<TAB>label lines to fit on; default: the layout's train split"
+    )
+    parser.add_argument("--val-list", help="list to score on; default: the layout's val split")
+    parser.add_argument("--num-classes", type=int, default=NUM_CLASSES)
+    parser.add_argument("--out", help="write the scores to this JSON file too")
+    args = parser.parse_args(argv)
+    try:
+        train, val = (
+            CSDataSet(args.data_dir, name, crop_size=None, num_classes=args.num_classes, split=split)
+            for name, split in ((args.train_list, "train"), (args.val_list, "val"))
+        )
+        scores = Baselines(pairs_of(train), args.num_classes).scores(pairs_of(val))
+    except DataError as error:
+        parser.error(str(error))
+    for name, score in scores.items():
+        print(f"{name.replace('_', ' '):<15} mean IoU {score:.4f}")
+    if args.out:
+        Path(args.out).write_text(json.dumps(scores, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
