@@ -4,8 +4,8 @@
 
 Every class of the benchmark occurs in both splits, with instances, occlusion, perspective and void regions.
 Light, colours and the place of things differ from picture to picture and from city to city, so that shape,
-texture and context tell the classes apart rather than colour or position. Picture i of a split depends on seed,
-split, i and size alone.
+texture and context tell the classes apart rather than colour or position. Picture i of a split depends on
+seed, split, i and size alone.
 """
 
 import argparse
@@ -129,8 +129,15 @@ def _whole_number(low: int, high: int):
     return convert
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors take one line, without the usage above them."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dataset.mini", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="python -m dataset.mini", description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="folder to write; new, empty, or the same set")
     parser.add_argument("--train", type=_whole_number(1, 999_999), default=120, help="pictures to train on")
     parser.add_argument("--val", type=_whole_number(1, 999_999), default=32, help="pictures to validate on")

@@ -89,7 +89,7 @@ class Canvas:
         window, mask = found
         if paint is not None:
             values = paint(self.x[:, window[1]], self.y[window[0]]) if callable(paint) else paint
-            self.image[window][mask] = values[mask] if callable(paint) else values
+            np.copyto(self.image[window], values, where=mask[..., None])
         if label is not None:
             self.labels[window][mask] = label
             self.instances[window][mask] = label if instance is None else instance
@@ -119,8 +119,8 @@ class Scene:
 
     def veiled(self, values: np.ndarray, z) -> np.ndarray:
         """Mix colours [..., 3] with the haze by distance (a number, or an array over the leading axes)."""
-        share = np.asarray(z / (z + self.clearness), dtype=np.float32)
-        return values + (self.haze - values) * share[..., None]
+        share = np.asarray(z / (z + self.clearness), dtype=np.float32)[..., None]
+        return values * (1 - share) + self.haze * share
 
     def upright(self, x: float, z: float, mirrored: bool = False) -> "Plane":
         """The upright plane that faces the camera at distance z, its s axis starting at x."""

@@ -43,7 +43,7 @@ class City:
         return City(
             focal=rng.uniform(0.95, 1.3),
             height=rng.uniform(1.3, 2.2),
-            horizon=rng.uniform(0.36, 0.5),
+            horizon=rng.uniform(0.42, 0.56),
             balance=rng.uniform(0.85, 1.15, 3),
             bonnet=rng.uniform(0.03, 0.09) * (rng.random() < 0.7),
             border=rng.uniform(0.004, 0.012),
@@ -197,7 +197,7 @@ def _backdrop(scene: Scene, rng, city: City, x: float, z: float, run: tuple[floa
 def _frontage(scene: Scene, rng, city: City, side: int, edge: float, earth: Colour) -> None:
     """The row of things along one side of the street, from its end towards the camera."""
     camera, z = scene.camera, _FAR
-    kinds, weights = ("building", "wall", "fence", "hedge", "open"), (0.28, 0.2, 0.2, 0.16, 0.16)
+    kinds, weights = ("building", "wall", "fence", "hedge", "open"), (0.24, 0.26, 0.26, 0.12, 0.12)
     while z > 1.5:
         near = max(z - rng.uniform(5, 13), 1.0)
         x = camera.middle(near) + side * edge
@@ -209,13 +209,13 @@ def _frontage(scene: Scene, rng, city: City, side: int, edge: float, earth: Colo
         else:
             _backdrop(scene, rng, city, x, near, run, side)
         if kind == "wall":
-            tall, base = rng.uniform(1.8, 5.0), colour(rng, (0, 1), (0, 0.5), (0.3, 0.85))
+            tall, base = rng.uniform(2.2, 6.0), colour(rng, (0, 1), (0, 0.5), (0.3, 0.85))
             surface = bricks(rng, base) if rng.random() < 0.65 else slabs(rng, base)
             for face in (scene.upright(x, near, mirrored=side < 0), plane):
                 face.rectangle(0, 0, 0.5 if face is not plane else length, tall, surface, ID["wall"])
             plane.rectangle(0, tall - 0.15, length, tall + 0.1, base * 0.6, ID["wall"])
         elif kind == "fence":
-            draw.fence(plane, rng, length, rng.uniform(1.5, 3.2))
+            draw.fence(plane, rng, length, rng.uniform(2.0, 4.0))
         elif kind == "hedge":
             draw.hedge(plane, rng, _foliage(rng, city), length, rng.uniform(1.2, 3.5))
         elif kind == "open" and rng.random() < 0.7:
@@ -269,17 +269,17 @@ def _traffic(scene: Scene, rng, city: City, street: Street) -> list:
         things.append((z, lambda: draw.vehicle(scene, kind, offset, z, along)))
 
     for kind in ("truck", "bus", "train"):
-        if rng.random() < 0.5:
+        if rng.random() < 0.6:
             side, along = int(rng.choice((-1, 1))), rng.random() < 0.5
             tracks = street.middle_of(side, "rail track")
             offset = side * (tracks if kind == "train" and tracks else street.half * rng.uniform(0.3, 0.8))
             put(
                 kind,
                 offset if along else rng.uniform(-9, 9),
-                rng.uniform(7, 15) if along else rng.uniform(11, 22),
+                rng.uniform(6, 13) if along else rng.uniform(9, 19),
                 along,
             )
-    for _ in range(rng.integers(2, 6)):
+    for _ in range(rng.integers(3, 7)):
         along = rng.random() < 0.75
         offset = rng.choice((-1, 1)) * street.half * rng.uniform(0.35, 1.05)
         put("car", offset if along else rng.uniform(-6, 6), rng.uniform(4.5, 24), along)
@@ -357,7 +357,7 @@ def _pavement(scene: Scene, rng, city: City, street: Street) -> list:
         stand(rng.uniform(6, 22), beside(0.8, 4), lambda p, f=foliage, h=tall: draw.tree(p, rng, f, h))
     if rng.random() < 0.3:
         stand(rng.uniform(22, 32), beside(), crowd)
-    for paint, most in ((lights, 4), (sign, 5), (lambda p: draw.pole(p, rng, rng.uniform(4.5, 8)), 5)):
+    for paint, most in ((lights, 6), (sign, 5), (lambda p: draw.pole(p, rng, rng.uniform(4.5, 8)), 3)):
         for _ in range(rng.integers(1, most)):
             stand(rng.uniform(4.5, 18), beside(0.3, 1.2), paint)
     if rng.random() < 0.12:

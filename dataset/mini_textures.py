@@ -1,8 +1,8 @@
 """Procedural materials of the generated street scenes.
 
 A material is a function `(s, t) -> BGR float32 [h, w, 3]` of two coordinate arrays in metres that broadcast
-to [h, w]. Only sums, products, quotients and table look-ups happen per pixel: these are rounded alike everywhere,
-so the same seed gives the same picture on every machine, which sines and exponentials would not.
+to [h, w]. Only sums, products, quotients and table look-ups happen per pixel: these are rounded alike
+everywhere, so the same seed gives the same picture on every machine, which sines and exponentials would not.
 """
 
 import colorsys

@@ -400,7 +400,7 @@ def traffic_light(plane: Plane, rng, s: float, t: float) -> None:
     """A dark box with three lamps of which one or two are lit, its foot at (s, t)."""
     label = ID["traffic light"]
     lamps = np.array([[45, 45, 250], [40, 190, 250], [120, 235, 60]], dtype=np.float32)
-    wide, tall = rng.uniform(0.5, 0.65), rng.uniform(1.3, 1.7)
+    wide, tall = rng.uniform(0.6, 0.8), rng.uniform(1.5, 2.0)
     case = colour(rng, (0, 1), (0, 0.4), (0.06, 0.22))
     plane.rectangle(s - wide / 2, t, s + wide / 2, t + tall, case, label)
     lit = rng.integers(0, 3)

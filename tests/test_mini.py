@@ -1,0 +1,168 @@
+"""The generated data set: repeatable, in Cityscapes' layout, and not to be guessed from place or colour."""
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from benchmarks.baselines import Baselines, pairs_of
+from dataset import CSDataSet, mini
+from dataset.labels import CLASS_NAMES, ID_OF_TRAIN_ID, IGNORE, LABELS
+from dataset.pictures import read_label
+
+TRAIN, VAL = 32, 16  # the first pictures of the default set
+BY_ID = {label.id: label for label in LABELS}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("mini") / "set"
+    assert mini.main([str(out), "--train", str(TRAIN), "--val", str(VAL)]) == 0
+    return out
+
+
+def run_wrong(capsys, *argv: str) -> str:
+    """The one line on standard error of a command that has to end with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        mini.main(list(argv))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    return error
+
+
+def test_same_seed_same_files_whatever_the_counts(generated, tmp_path):
+    assert mini.main([str(tmp_path / "few"), "--train", "3", "--val", "2"]) == 0
+    few, many = files_of(tmp_path / "few"), files_of(generated)
+    assert len(few) == 15
+    assert all(many[name] == content for name, content in few.items())
+
+
+def test_another_seed_gives_other_pictures():
+    first, second = (mini.picture("train", 0, (64, 128), seed)[2] for seed in (0, 1))
+    assert all((a != b).any() for a, b in zip(first, second, strict=True))
+
+
+def test_splits_and_pictures_differ():
+    images = [mini.picture(s, i, (64, 128), 0)[2][0] for s, i in (("train", 0), ("train", 8), ("val", 0))]
+    assert all((images[a] != images[b]).mean() > 0.5 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_layout_and_names(generated):
+    names = list(files_of(generated))
+    assert len(names) == 3 * (TRAIN + VAL)
+    kinds = "leftImg8bit|gtFine_labelIds|gtFine_instanceIds"
+    pattern = rf"(leftImg8bit|gtFine)/(train|val)/([a-z]+)/\3_\d{{6}}_\d{{6}}_({kinds})\.png"
+    matches = [re.fullmatch(pattern, name) for name in names]
+    assert all(matches)
+    cities = {split: {match[3] for match in matches if match[2] == split} for split in ("train", "val")}
+    assert len(cities["train"]) > 1
+    assert len(cities["val"]) > 1
+    assert not cities["train"] & cities["val"]
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        data = CSDataSet(str(generated), split=split)
+        assert len(data) == count
+        data.check()
+    assert not list(generated.rglob("*.tmp"))
+
+
+def test_labels_and_instances_agree(generated):
+    for path in generated.rglob("*_labelIds.png"):
+        labels = read_label(str(path))
+        instances = cv2.imread(str(path).replace("labelIds", "instanceIds"), cv2.IMREAD_UNCHANGED)
+        assert (labels.dtype, instances.dtype) == (np.uint8, np.uint16)
+        assert set(np.unique(labels)) <= set(BY_ID)
+        single = instances >= 1000
+        assert (np.where(single, instances // 1000, instances) == labels).all()
+        assert all(BY_ID[int(label)].has_instances for label in np.unique(labels[single]))
+
+
+def test_every_class_and_void_occur_in_both_splits(generated):
+    for split in ("train", "val"):
+        labels = [read_label(str(path)) for path in (generated / "gtFine" / split).rglob("*_labelIds.png")]
+        shares = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=256) / sum(
+            label.size for label in labels
+        )
+        for name, label in zip(CLASS_NAMES, ID_OF_TRAIN_ID, strict=True):
+            assert shares[label] > 0.005, (split, name)
+            assert sum((ids == label).any() for ids in labels) >= len(labels) / 4, (split, name)
+        void = sum(shares[label.id] for label in LABELS if label.train_id == IGNORE)
+        assert 0.02 < void < 0.2
+        assert all(shares[BY_ID[i].id] > 0 for i in (1, 2, 3, 4, 9, 10))
+
+
+@pytest.mark.parametrize("size", [(64, 128), (75, 133), (1024, 2048)])
+def test_the_same_scene_at_every_size(size):
+    image, labels, instances = mini.picture("val", 2, size, 0)[2]
+    assert (image.shape, labels.shape, instances.shape) == ((*size, 3), size, size)
+    assert (image.dtype, labels.dtype, instances.dtype) == (np.uint8, np.uint8, np.uint16)
+    usual = mini.picture("val", 2, (128, 256), 0)[2][1]
+    rows, columns = (np.arange(n) * m // n for n, m in zip((128, 256), size, strict=True))
+    assert (labels[rows][:, columns] == usual).mean() > 0.85
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--train", "0"),
+        ("--train", "many"),
+        ("--val", "-3"),
+        ("--size", "128"),
+        ("--size", "8x8"),
+        ("--size", "2048x4096"),
+        ("--seed", "1.5"),
+    ],
+)
+def test_bad_values_are_refused(flag, value, tmp_path, capsys):
+    error = run_wrong(capsys, str(tmp_path / "set"), f"{flag}={value}")
+    assert flag in error
+    assert value in error
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_second_run_reuses_and_other_parameters_are_refused(generated, capsys):
+    before = {path: path.stat().st_mtime_ns for path in generated.rglob("*")}
+    argv = [str(generated), "--train", str(TRAIN), "--val", str(VAL)]
+    assert mini.main(argv) == 0
+    assert "already" in capsys.readouterr().out
+    assert str(generated) in run_wrong(capsys, *argv, "--seed", "5")
+    assert {path: path.stat().st_mtime_ns for path in generated.rglob("*")} == before
+
+
+def test_an_interrupted_run_is_taken_up(tmp_path):
+    out, argv = tmp_path / "set", ["--train", "1", "--val", "1", "--size", "64x128"]
+    assert mini.main([str(out), *argv]) == 0
+    whole = files_of(out)
+    (out / "mini.json").rename(out / "mini.started.json")
+    next(out.rglob("*_labelIds.png")).unlink()
+    assert mini.main([str(out), *argv]) == 0
+    assert files_of(out) == whole
+    assert json.loads((out / "mini.json").read_text())["size"] == [64, 128]
+
+
+def test_other_peoples_files_are_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    assert str(tmp_path) in run_wrong(capsys, str(tmp_path))
+    assert "thesis.txt" in run_wrong(capsys, str(tmp_path / "thesis.txt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_place_or_colour_alone_say_little(generated):
+    train, val = (CSDataSet(str(generated), split=split) for split in ("train", "val"))
+    scores = Baselines(pairs_of(train)).scores(pairs_of(val))
+    assert max(scores.values()) < 0.15, scores
+
+
+def test_baselines_find_what_there_is_to_find():
+    label = np.repeat([[0], [1], [2], [IGNORE]], 40, axis=0) + np.zeros((1, 40), int)
+    image = np.stack([label * 20] * 3, -1).astype(np.uint8)
+    assert Baselines([(image, label)], 3).scores([(image, label)]) == dict.fromkeys(
+        ("row_prior", "position_prior", "mean_colour"), 1.0
+    )
