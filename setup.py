@@ -1,8 +1,8 @@
 """Builds cc_attention._C and nothing else; pyproject.toml has all the rest.
 
-CUDA kernels are included where PyTorch is a CUDA build and an nvcc of its major version is found; no GPU is needed.
-CUDA_HOME names the toolkit to try first, TORCH_CUDA_ARCH_LIST the architectures, CCNET_CUDA=0 (or USE_CUDA=0) builds for
-the CPU alone.
+CUDA kernels are included where PyTorch is a CUDA build and an nvcc of its major version is found; no GPU is
+needed. CUDA_HOME names the toolkit to try first, TORCH_CUDA_ARCH_LIST the architectures; CCNET_CUDA=0 (or
+USE_CUDA=0) builds for the CPU alone.
 """
 
 import os
@@ -16,8 +16,9 @@ import torch
 from setuptools import setup
 
 TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10: one library for it and all later ones
-ARCHITECTURES = ("75", "80", "90", "100", "120")  # one each of Turing to Blackwell; PTX serves those between and after
-SWITCHED_OFF = "CUDA is switched off by CCNET_CUDA or USE_CUDA"
+# Turing to Blackwell; each binary serves the later minor versions too, and PTX what comes after the last.
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+SYSTEM_TOOLKIT = Path("/usr/local/cuda")
 
 
 def run_nvcc(nvcc: Path, *arguments: str) -> str:
@@ -26,20 +27,20 @@ def run_nvcc(nvcc: Path, *arguments: str) -> str:
 
 
 def find_toolkit() -> tuple[Path | None, str]:
-    """The folder of a CUDA toolkit for this PyTorch, or None, and why. In order: CUDA_HOME, the toolkit that pip puts
-    beside PyTorch, nvcc on the PATH, /usr/local/cuda."""
+    """The folder of a CUDA toolkit for this PyTorch, or None, and why: the first that fits of CUDA_HOME, the
+    toolkit that pip puts beside PyTorch, nvcc on the PATH, /usr/local/cuda."""
     if "0" in (os.environ.get("CCNET_CUDA"), os.environ.get("USE_CUDA")):
-        return None, SWITCHED_OFF
+        return None, "CUDA is switched off by CCNET_CUDA or USE_CUDA"
     if not torch.version.cuda:
         return None, "this PyTorch is a CPU build"
     major = torch.version.cuda.split(".")[0]
-    candidates = [Path(torch.__file__).parents[1] / "nvidia" / f"cu{major}", Path("/usr/local/cuda")]
-    if on_path := shutil.which("nvcc"):
-        # The nvcc on the PATH may be a link or a script; the real one names its toolkit.
-        top = re.search(r"TOP=(.+)", run_nvcc(Path(on_path), "--dryrun", "-c", "x.cu"))
-        candidates.insert(1, Path(top[1].strip() if top else on_path).resolve())
-    if os.environ.get("CUDA_HOME"):
-        candidates.insert(0, Path(os.environ["CUDA_HOME"]))
+    candidates = [Path(home)] if (home := os.environ.get("CUDA_HOME")) else []
+    candidates.append(Path(torch.__file__).parents[1] / "nvidia" / f"cu{major}")
+    if nvcc := shutil.which("nvcc"):
+        # It may be a link or a script, but tells where its toolkit is when asked what it would run.
+        top = re.search(r"TOP=(.+)", run_nvcc(Path(nvcc), "--dryrun", "-c", "x.cu"))
+        candidates += [Path(top[1].strip()).resolve()] if top else []
+    candidates.append(SYSTEM_TOOLKIT)
     for home in candidates:
         if (home / "bin/nvcc").is_file() and f"release {major}." in run_nvcc(home / "bin/nvcc", "--version"):
             return home, f"PyTorch for CUDA {torch.version.cuda}"
@@ -50,21 +51,24 @@ def extension(home: Path | None):
     """The extension with the kernels of the CPU, and of CUDA where there is a toolkit."""
     sources = sorted(glob("cc_attention/csrc/*.cpp") + glob("cc_attention/csrc/cpu/*.cpp"))
     flags = ["-O3", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    cxx_flags = ["-g0", "-fvisibility=hidden"]
     options = {"depends": glob("cc_attention/csrc/*.h"), "py_limited_api": True}
     if home is None:
         from torch.utils.cpp_extension import CppExtension
 
-        return CppExtension("cc_attention._C", sources, extra_compile_args=flags, **options)
+        return CppExtension("cc_attention._C", sources, extra_compile_args=flags + cxx_flags, **options)
 
     os.environ["CUDA_HOME"] = str(home)  # cpp_extension reads both when it is imported or used
     supported = re.findall(r"compute_(\d+)", run_nvcc(home / "bin/nvcc", "--list-gpu-arch"))
-    names = [f"{arch[:-1]}.{arch[-1]}" for arch in ARCHITECTURES if arch in supported]
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(names) + "+PTX")
+    architectures = [arch for arch in ARCHITECTURES if arch.replace(".", "") in supported]
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures) + "+PTX"
     from torch.utils.cpp_extension import CUDAExtension
 
     flags.append("-DUSE_CUDA")
     sources += sorted(glob("cc_attention/csrc/cuda/*.cu"))
-    result = CUDAExtension("cc_attention._C", sources, extra_compile_args={"cxx": flags, "nvcc": flags}, **options)
+    per_compiler = {"cxx": flags + cxx_flags, "nvcc": flags}
+    result = CUDAExtension("cc_attention._C", sources, extra_compile_args=per_compiler, **options)
     # By its full name: the toolkit from the package index has libcudart.so.13 and no libcudart.so.
     major = torch.version.cuda.split(".")[0]
     result.libraries = [f":libcudart.so.{major}" if name == "cudart" else name for name in result.libraries]

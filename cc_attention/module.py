@@ -9,8 +9,11 @@ from cc_attention.ops import criss_cross_attention
 class CrissCrossAttention(nn.Module):
     """x + gamma * attention(query(x), key(x), value(x)), each of the three a 1x1 convolution.
 
-    gamma starts at 0, so a new module is the identity. Applied twice with the same weights it sees the whole picture
-    (CCNet, arXiv 1811.11721, section 3.2-3.3; the original's cc_attention/functions.py, whose parameter names these are).
+    gamma starts at 0, so a new module is the identity. Applied twice with the same weights, it sees the whole
+    picture.
+
+    Source: CCNet, arXiv 1811.11721, eq. 1-2; the parameters' names are those of the original's
+    cc_attention/functions.py.
 
     Args:
         in_dim: channels of the input, at least 8; query and key have in_dim // 8.
@@ -21,7 +24,9 @@ class CrissCrossAttention(nn.Module):
     def __init__(self, in_dim: int) -> None:
         super().__init__()
         if in_dim < 8:
-            raise ValueError(f"CrissCrossAttention needs in_dim >= 8 (query and key get in_dim // 8), got {in_dim}")
+            raise ValueError(
+                f"CrissCrossAttention needs in_dim >= 8 (query and key get in_dim // 8), got {in_dim}"
+            )
         self.query_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
         self.key_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
         self.value_conv = nn.Conv2d(in_dim, in_dim, kernel_size=1)

@@ -16,12 +16,15 @@ _POSITIONS = "H + W - 1, the positions of a criss-cross"
 
 
 def _load_library() -> bool:
-    """Registers the compiled operators with PyTorch. False where they were not built; a library that is there but does
-    not load is an error, since silence would only show as slowness."""
+    """Registers the compiled operators with PyTorch; False where they were not built.
+
+    A library that is there and does not load is an error, since silence would only show as slowness.
+    """
     spec = importlib.util.find_spec("cc_attention._C")
     if spec is None or spec.origin is None:
         warnings.warn(
-            f"the compiled criss-cross attention is missing, the slower reference serves ({_BUILD})", stacklevel=2
+            f"the compiled criss-cross attention is missing, the slower reference serves ({_BUILD})",
+            stacklevel=2,
         )
         return False
     try:
@@ -37,7 +40,7 @@ def _load_library() -> bool:
 def _register() -> None:
     """What torch.compile, autograd and autocast need to know of the operators in csrc/ops.cpp."""
 
-    # The fakes give shapes and dtypes without data. Their checks stand in for those of csrc/common.h while tracing.
+    # The fakes give shapes and dtypes without data; while tracing, their checks stand in for csrc/common.h.
 
     @torch.library.register_fake("cc_attention::ca_weight")
     def _(query: Tensor, key: Tensor) -> Tensor:
@@ -88,10 +91,10 @@ def _register() -> None:
             torch.library.register_autocast(op, device_type, torch.float32)
 
 
-_DEVICE_TYPES: frozenset[str] = frozenset()  # those with compiled kernels
+DEVICE_TYPES: frozenset[str] = frozenset()  # those with compiled kernels
 if _load_library():
     _register()
-    _DEVICE_TYPES = frozenset(
+    DEVICE_TYPES = frozenset(
         device_type
         for device_type in ("cpu", "cuda")
         if torch._C._dispatch_has_kernel_for_dispatch_key("cc_attention::ca_weight", device_type.upper())
@@ -109,23 +112,24 @@ def _warn_no_cuda() -> None:
 
 def _compiled_for(tensor: Tensor) -> bool:
     """Whether the compiled operators run on the tensor's device."""
-    if tensor.device.type in _DEVICE_TYPES:
+    if tensor.device.type in DEVICE_TYPES:
         return True
-    if tensor.device.type == "cuda" and _DEVICE_TYPES and not torch.compiler.is_compiling():
+    if tensor.device.type == "cuda" and DEVICE_TYPES and not torch.compiler.is_compiling():
         _warn_no_cuda()
     return False
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Affinity: the unscaled scalar products of each pixel's query with the keys on its criss-cross (CCNet, arXiv
-    1811.11721, eq. 1, before the softmax; the original's cc_attention/functions.py).
+    """Affinity: the unscaled scalar products of each pixel's query with the keys on its criss-cross.
+
+    Source: CCNet, arXiv 1811.11721, eq. 1, before the softmax; the original's cc_attention/functions.py.
 
     Args:
         query: [N, c, H, W], float32, float64, float16 or bfloat16
         key: [N, c, H, W], of the same dtype and device
     Returns:
-        [N, H + W - 1, H, W], contiguous. First the W pixels of the row, the pixel itself among them; then the H - 1
-        other pixels of the column, top to bottom. In an autocast region in float32.
+        [N, H + W - 1, H, W], contiguous. First the W pixels of the row, the pixel itself among them; then the
+        H - 1 other pixels of the column, top to bottom. In an autocast region in float32.
     Raises:
         RuntimeError: shapes, dtypes or devices do not agree.
     """
@@ -135,8 +139,9 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
-    """Aggregation: each pixel's weighted sum of the values on its criss-cross (CCNet, arXiv 1811.11721, eq. 2, without
-    the residual; the original's cc_attention/functions.py).
+    """Aggregation: each pixel's weighted sum of the values on its criss-cross.
+
+    Source: CCNet, arXiv 1811.11721, eq. 2, without the residual; the original's cc_attention/functions.py.
 
     Args:
         weight: [N, H + W - 1, H, W], the positions in the order of ca_weight
@@ -152,7 +157,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """ca_map(softmax(ca_weight(query, key)), value): every pixel attends to its row and its column, to itself once.
+    """ca_map(softmax(ca_weight(query, key)), value): a pixel attends to its row and column, to itself once.
 
     Half-precision inputs are computed in float32, the result is rounded once.
 
@@ -163,6 +168,6 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         [N, C, H, W] in the dtype of value.
     Raises:
-        RuntimeError: shapes or devices do not agree, or dtypes outside an autocast region (inside one they may differ).
+        RuntimeError: shapes, devices or dtypes do not agree (inside an autocast region dtypes may differ).
     """
     return reference.attend(query, key, value, ca_weight, ca_map)

@@ -1,12 +1,13 @@
-"""Criss-cross attention in plain PyTorch: the specification, the fallback where no compiled operator runs, the oracle
-of the tests. Differentiable to any order, on every device.
+"""Criss-cross attention in plain PyTorch: the specification, the fallback where no compiled operator runs,
+the oracle of the tests. Differentiable to any order, on every device.
 
-Shapes: N batch, C and c channels, H rows, W columns, L = H + W - 1 positions of a criss-cross. The positions of pixel
-(y, x), in order: the W pixels of its row, (y, 0) .. (y, W - 1), itself among them; then the H - 1 other pixels of its
-column, top to bottom.
+Shapes: N batch, C and c channels, H rows, W columns, L = H + W - 1 positions of a criss-cross. The positions
+of pixel (y, x), in order: the W pixels of its row, (y, 0) .. (y, W - 1), itself among them; then the H - 1
+other pixels of its column, top to bottom.
 
-Source: Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, arXiv 1811.11721, eq. 1 (affinity) and
-eq. 2 (aggregation); the original's cc_attention/functions.py, whose CUDA version lays out the positions in this order.
+Source: Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, arXiv 1811.11721, eq. 1
+(affinity) and eq. 2 (aggregation); the original's cc_attention/functions.py, whose CUDA branches have this
+order of the positions.
 """
 
 import functools
@@ -21,8 +22,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 def check_operands(op: str, **operands: Tensor) -> None:
-    """Raises RuntimeError unless all operands are floating-point [N, any, H, W] with the same N, H, W (H and W at least
-    1), dtype and device."""
+    """Raises RuntimeError unless all operands are floating-point [N, any, H, W] with the same N, H, W, dtype and
+    device, H and W at least 1."""
     (first_name, first), *_ = operands.items()
     for name, tensor in operands.items():
         if tensor.dim() != 4:
@@ -38,18 +39,20 @@ def check_operands(op: str, **operands: Tensor) -> None:
             )
         if tensor.dtype != first.dtype:
             raise RuntimeError(
-                f"{op}: {first_name} and {name} must have the same dtype, got {first.dtype} and {tensor.dtype}"
+                f"{op}: {first_name} and {name} must have the same dtype, "
+                f"got {first.dtype} and {tensor.dtype}"
             )
         if not tensor.is_floating_point():
             raise RuntimeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
         if tensor.device != first.device:
             raise RuntimeError(
-                f"{op}: {first_name} and {name} must be on the same device, got {first.device} and {tensor.device}"
+                f"{op}: {first_name} and {name} must be on the same device, "
+                f"got {first.device} and {tensor.device}"
             )
 
 
 def check_channels(op: str, expected: int, meaning: str, **operand: Tensor) -> None:
-    """Raises RuntimeError unless the operand [N, any, H, W] has `expected` channels; `meaning` says what that is."""
+    """Raises RuntimeError unless the operand [N, any, H, W] has `expected` channels; `meaning` says whose."""
     ((name, tensor),) = operand.items()
     if tensor.shape[1] != expected:
         raise RuntimeError(
@@ -58,14 +61,14 @@ def check_channels(op: str, expected: int, meaning: str, **operand: Tensor) -> N
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
-    """Whether an autocast region is active for the tensor's device (never, where the device knows no autocast)."""
+    """Whether an autocast region is active for the tensor's device (some devices know no autocast)."""
     device_type = tensor.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _float32_under_autocast(function: _Function) -> _Function:
-    """Inside autocast, casts half-precision operands to float32 and leaves autocast. CCNet does not scale its scores
-    by 1/sqrt(c), so that they overflow float16."""
+    """Inside autocast, casts half-precision operands to float32 and leaves autocast. CCNet does not scale its
+    scores by 1/sqrt(c), so that they overflow float16."""
 
     @functools.wraps(function)
     def wrapper(*tensors: Tensor) -> Tensor:
@@ -80,16 +83,15 @@ def _float32_under_autocast(function: _Function) -> _Function:
 def _without_self(column: Tensor) -> Tensor:
     """[N, H (seen from), H (seen), W] -> [N, H, H - 1, W]: drops the entries where a row sees itself.
 
-    The diagonal's elements lie H + 1 apart in the flattened H * H; without the first of them, they are the last column of
-    an (H - 1) x (H + 1) matrix. Views only: no index, no mask.
+    The diagonal's elements lie H + 1 apart in the flattened H * H; without the first of them, they are the
+    last column of an (H - 1) x (H + 1) matrix. So no index and no mask is needed.
     """
     n, h, _, w = column.shape
     return column.flatten(1, 2)[:, 1:].reshape(n, h - 1, h + 1, w)[:, :, :-1].reshape(n, h, h - 1, w)
 
 
 def _with_self(column: Tensor) -> Tensor:
-    """[N, H (seen from), H - 1 (seen), W] -> [N, H, H, W]: the inverse of _without_self, with zeros where a row sees
-    itself."""
+    """[N, H (seen from), H - 1 (seen), W] -> [N, H, H, W]: zeros in the entries where a row sees itself."""
     n, h, _, w = column.shape
     column = F.pad(column.reshape(n, h - 1, h, w), (0, 0, 0, 1))  # [N, H - 1, H + 1, W]
     return F.pad(column.flatten(1, 2), (0, 0, 1, 0)).reshape(n, h, h, w)
@@ -97,8 +99,8 @@ def _with_self(column: Tensor) -> Tensor:
 
 @_float32_under_autocast
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Affinity: the unscaled scalar products of each pixel's query with the keys on its criss-cross (eq. 1, before the
-    softmax).
+    """Affinity: the unscaled scalar products of each pixel's query with the keys on its criss-cross (eq. 1,
+    before the softmax).
 
     Args:
         query: [N, c, H, W]
@@ -144,7 +146,9 @@ def attend(
     ca_map: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """criss_cross_attention with the given affinity and aggregation."""
-    if not autocast_enabled(value):  # inside, convolutions and plain arithmetic may leave different dtypes behind
+    if not autocast_enabled(
+        value
+    ):  # inside, convolutions and plain arithmetic may leave different dtypes behind
         check_operands("criss_cross_attention", value=value, query=query, key=key)
     wide = torch.promote_types(value.dtype, torch.float32)
     weight = F.softmax(ca_weight(query.to(wide), key.to(wide)), dim=1)  # [N, L, H, W]
@@ -152,7 +156,7 @@ def attend(
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """ca_map(softmax(ca_weight(query, key)), value): every pixel attends to its row and its column, to itself once.
+    """ca_map(softmax(ca_weight(query, key)), value): a pixel attends to its row and column, to itself once.
 
     Half-precision inputs are computed in float32, the result is rounded once.
 
@@ -163,6 +167,6 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         [N, C, H, W] in the dtype of value.
     Raises:
-        RuntimeError: shapes or devices do not agree, or dtypes outside an autocast region (inside one they may differ).
+        RuntimeError: shapes, devices or dtypes do not agree (inside an autocast region dtypes may differ).
     """
     return attend(query, key, value, ca_weight, ca_map)

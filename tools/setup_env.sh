@@ -79,10 +79,10 @@ ccnet_install() { # name of the stamp, pip's arguments
 # packages did not make up a whole toolkit.) Returns 1 if it cannot be had.
 ccnet_get_toolkit() {
     local cuda log=build/toolkit.log
+    if [ "${CCNET_CUDA:-}" = 0 ] || [ "${USE_CUDA:-}" = 0 ]; then return 0; fi
     cuda=$("$PYTHON" -c '
 import setup, torch
-home, reason = setup.find_toolkit()
-print("" if home or setup.SWITCHED_OFF in reason else torch.version.cuda or "")') || return 0
+print("" if setup.find_toolkit()[0] else torch.version.cuda or "")') || return 0
     if [ -z "$cuda" ] || [ "${cuda%%.*}" -lt 13 ]; then return 0; fi
     local package="cuda-toolkit[nvcc,cccl]==$cuda.*"
     if [ -z "${CCNET_PYTHON:-}" ]; then

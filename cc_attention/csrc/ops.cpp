@@ -117,7 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(cc_attention, CUDA, library) { cc_attention::implement
 // ops.py loads the library as it is; the empty module serves `import cc_attention._C`. Python's headers are optional,
 // since distributions ship them apart from Python.
 #ifdef CC_PYTHON_MODULE
-extern "C" PyObject* PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

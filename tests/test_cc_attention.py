@@ -1,0 +1,482 @@
+"""Criss-cross attention: the reference against loops, the compiled operators against the reference."""
+
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cc_attention
+from cc_attention import CrissCrossAttention, ops, reference
+
+PACKAGE = Path(cc_attention.__file__).parent
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# N, c, C, H, W; 16 pixels of a row are one tile of the CPU kernels
+SHAPES = [
+    (2, 3, 5, 4, 7),
+    (1, 1, 1, 1, 1),
+    (2, 2, 3, 1, 6),
+    (2, 2, 3, 6, 1),
+    (1, 5, 7, 2, 2),
+    (2, 9, 11, 19, 33),
+    (1, 4, 6, 33, 16),
+    (0, 2, 3, 4, 5),
+    (1, 0, 3, 4, 5),
+    (1, 3, 0, 4, 5),
+]
+TINY = [s for s in SHAPES if math.prod(s[3:]) < 30]
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    return request.param
+
+
+@pytest.fixture
+def compiled(device: str) -> str:
+    """The device, if the compiled operators run on it."""
+    if device not in ops.DEVICE_TYPES:
+        pytest.skip(f"cc_attention._C is not built for {device}: python setup.py build_ext --inplace")
+    return device
+
+
+def sample(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """query [N,c,H,W], key [N,c,H,W], value [N,C,H,W], weight [N,L,H,W]"""
+    n, c, channels, h, w = shape
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(n, k, h, w, generator=generator, dtype=torch.float64).to(device, dtype)
+        for k in (c, c, channels, h + w - 1)
+    ]
+
+
+def positions(y: int, x: int, h: int, w: int) -> list[tuple[int, int]]:
+    return [(y, u) for u in range(w)] + [(v, x) for v in range(h) if v != y]
+
+
+def loop_weight(query: Tensor, key: Tensor) -> Tensor:
+    n, c, h, w = query.shape
+    out = query.new_zeros(n, h + w - 1, h, w)
+    for b in range(n):
+        for y in range(h):
+            for x in range(w):
+                for l, (v, u) in enumerate(positions(y, x, h, w)):  # noqa: E741 - the shape letter
+                    for k in range(c):
+                        out[b, l, y, x] += query[b, k, y, x] * key[b, k, v, u]
+    return out
+
+
+def loop_map(weight: Tensor, value: Tensor) -> Tensor:
+    n, c, h, w = value.shape
+    out = torch.zeros_like(value)
+    for b in range(n):
+        for y in range(h):
+            for x in range(w):
+                for l, (v, u) in enumerate(positions(y, x, h, w)):  # noqa: E741 - the shape letter
+                    for k in range(c):
+                        out[b, k, y, x] += weight[b, l, y, x] * value[b, k, v, u]
+    return out
+
+
+# The reference
+
+
+@pytest.mark.parametrize("shape", TINY, ids=str)
+def test_reference_is_the_definition(shape: tuple[int, ...]) -> None:
+    query, key, value, weight = sample(shape)
+    torch.testing.assert_close(reference.ca_weight(query, key), loop_weight(query, key))
+    torch.testing.assert_close(reference.ca_map(weight, value), loop_map(weight, value))
+    attention = loop_map(torch.softmax(loop_weight(query, key), dim=1), value)
+    torch.testing.assert_close(reference.criss_cross_attention(query, key, value), attention)
+
+
+def test_a_pixel_counts_itself_once() -> None:
+    """Equal scores everywhere: the result is the mean over the H + W - 1 pixels of the criss-cross."""
+    value = torch.arange(12.0).reshape(1, 1, 3, 4)
+    zeros = torch.zeros(1, 2, 3, 4)
+    for function in (reference.criss_cross_attention, ops.criss_cross_attention):
+        out = function(zeros, zeros, value)
+        assert out[0, 0, 1, 2].item() == pytest.approx((4 + 5 + 6 + 7 + 2 + 10) / 6)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2, 3, 2), (1, 2, 2, 1, 3), (1, 2, 2, 3, 1)], ids=str)
+def test_reference_gradients(shape: tuple[int, ...]) -> None:
+    query, key, value, weight = (t.requires_grad_() for t in sample(shape))
+    assert torch.autograd.gradcheck(reference.ca_weight, (query, key))
+    assert torch.autograd.gradcheck(reference.ca_map, (weight, value))
+    assert torch.autograd.gradcheck(reference.criss_cross_attention, (query, key, value))
+    if shape[0] == 1:
+        assert torch.autograd.gradgradcheck(reference.criss_cross_attention, (query, key, value))
+
+
+# The compiled operators
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same numbers as a slice of the transpose of something larger."""
+    n, c, h, w = tensor.shape
+    larger = tensor.new_full((n, c, w + 2, h + 1), math.nan)
+    view = larger[:, :, 1:-1, 1:].transpose(2, 3)
+    view.copy_(tensor)
+    return view
+
+
+def forward_and_gradients(
+    function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor
+) -> list[Tensor]:
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, strided])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["ca_weight", "ca_map", "criss_cross_attention"])
+def test_compiled_is_as_exact_as_pytorch(
+    compiled: str, name: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """The error against float64 is at most twice plain PyTorch's in the same dtype, plus one rounding."""
+    for shape in SHAPES:
+        query, key, value, weight = (layout(t) for t in sample(shape, compiled, dtype))
+        inputs = {
+            "ca_weight": [query, key],
+            "ca_map": [weight, value],
+            "criss_cross_attention": [query, key, value],
+        }[name]
+        grad = layout(weight if name == "ca_weight" else value)
+        results = forward_and_gradients(getattr(ops, name), inputs, grad)
+        plain = forward_and_gradients(getattr(reference, name), inputs, grad)
+        exact = forward_and_gradients(
+            getattr(reference, name), [t.to(torch.float64) for t in inputs], grad.to(torch.float64)
+        )
+        for what, ours, theirs, truth in zip(
+            ["output", "first gradient", "second gradient", "third gradient"],
+            results,
+            plain,
+            exact,
+            strict=False,
+        ):
+            assert ours.dtype == dtype and ours.shape == truth.shape
+            if truth.numel() == 0:
+                continue
+            rounding = torch.finfo(dtype).eps * truth.abs().max()
+            if dtype == torch.float64:  # there the truth is rounded as well: about once a summand
+                rounding *= max(shape[1], shape[2], shape[3] + shape[4])
+            bound = 2 * (theirs - truth).abs().max() + rounding
+            assert (ours - truth).abs().max() <= bound, (shape, what)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 3, 2), (1, 2, 2, 1, 3), (1, 2, 2, 3, 1)], ids=str)
+def test_compiled_gradients(compiled: str, shape: tuple[int, ...]) -> None:
+    query, key, value, weight = (t.requires_grad_() for t in sample(shape, compiled))
+    assert torch.autograd.gradcheck(ops.ca_weight, (query, key))
+    assert torch.autograd.gradcheck(ops.ca_map, (weight, value))
+    assert torch.autograd.gradcheck(ops.criss_cross_attention, (query, key, value))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4, 6), (1, 2, 3, 1, 4), (0, 2, 3, 4, 5)], ids=str)
+def test_opcheck(compiled: str, shape: tuple[int, ...]) -> None:
+    query, key, value, weight = sample(shape, compiled, torch.float32)
+    for name, arguments in {
+        "ca_weight": (query, key),
+        "ca_weight_backward": (weight, query, key),
+        "ca_map": (weight, value),
+        "ca_map_backward": (value, weight, value),
+    }.items():
+        op = getattr(torch.ops.cc_attention, name).default
+        torch.library.opcheck(op, arguments)
+        if not name.endswith("backward"):
+            torch.library.opcheck(op, tuple(channels_last(t).requires_grad_() for t in arguments))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks(device: str, dynamic: bool, autocast: bool) -> None:
+    torch.compiler.reset()
+    module = CrissCrossAttention(16).to(device)
+    torch.nn.init.ones_(module.gamma)
+    traced = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for h, w in [(5, 6), (7, 4)]:
+        x = torch.randn(2, 16, h, w, device=device)
+        gradients = []
+        for function in (module, traced):
+            module.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                out = function(x)
+            out.float().square().sum().backward()
+            gradients.append([out.detach(), *(p.grad for p in module.parameters())])
+        torch.testing.assert_close(
+            *gradients, rtol=2e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-5
+        )
+
+
+def test_same_bits_every_time_and_for_any_number_of_threads(compiled: str) -> None:
+    inputs = sample((2, 9, 40, 19, 33), compiled, torch.float32)[:3]
+    grad = torch.randn_like(inputs[2])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 1, 2, 5):
+            torch.set_num_threads(threads)
+            # softmax is PyTorch's, which promises nothing about threads: only the operators are compared
+            weight = ops.ca_weight(*inputs[:2])
+            results.append(
+                [
+                    *forward_and_gradients(ops.ca_weight, inputs[:2], torch.ones_like(weight)),
+                    *forward_and_gradients(ops.ca_map, [weight, inputs[2]], grad),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_runs_on_the_current_stream() -> None:
+    if not torch.cuda.is_available() or "cuda" not in ops.DEVICE_TYPES:
+        pytest.skip("needs a GPU and cc_attention._C built for it")
+    query, key, _, _ = sample((2, 9, 11, 19, 33), "cuda", torch.float32)
+    expected = ops.ca_weight(query, key)
+    late = torch.zeros_like(query)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # a launch on another stream would now read zeros
+        late.copy_(query)
+        result = ops.ca_weight(late, key)
+    stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+def test_double_backward_is_refused(compiled: str) -> None:
+    query, key, value, _ = (t.requires_grad_() for t in sample((1, 2, 3, 3, 4), compiled))
+    out = ops.criss_cross_attention(query, key, value)
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
+
+
+# Errors: the same from the compiled operators, from the reference and while tracing
+
+
+def wrong_arguments() -> dict[str, tuple[str, tuple[Tensor, ...], str]]:
+    a = torch.zeros
+    return {
+        "dimensions": ("ca_weight", (a(2, 3, 4), a(2, 3, 4)), r"ca_weight: query must have 4 .*\[2, 3, 4\]"),
+        "no rows": (
+            "ca_weight",
+            (a(1, 2, 0, 4), a(1, 2, 0, 4)),
+            r"ca_weight: query must have at least one row",
+        ),
+        "height": (
+            "ca_weight",
+            (a(1, 2, 3, 4), a(1, 2, 5, 4)),
+            r"ca_weight: query and key must agree .*\[1, 2, 3, 4\] and \[1, 2, 5, 4\]",
+        ),
+        "batch": ("ca_map", (a(1, 6, 3, 4), a(2, 5, 3, 4)), r"ca_map: weight and value must agree in batch"),
+        "channels": ("ca_weight", (a(1, 2, 3, 4), a(1, 3, 3, 4)), r"ca_weight: key must have 2 channels"),
+        "positions": (
+            "ca_map",
+            (a(1, 7, 3, 4), a(1, 5, 3, 4)),
+            r"ca_map: weight must have 6 channels \(H \+ W - 1",
+        ),
+        "dtype": ("ca_map", (a(1, 6, 3, 4), a(1, 5, 3, 4).half()), r"ca_map: .* same dtype, got"),
+        "integers": (
+            "ca_map",
+            (a(1, 6, 3, 4).int(), a(1, 5, 3, 4).int()),
+            r"ca_map: .*(float32|floating point)",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", wrong_arguments())
+def test_errors(case: str) -> None:
+    name, arguments, message = wrong_arguments()[case]
+    with pytest.raises(RuntimeError, match=message):
+        getattr(ops, name)(*arguments)
+    with pytest.raises(RuntimeError, match=message):
+        getattr(reference, name)(*arguments)
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match=message):
+        getattr(ops, name)(*(mode.from_tensor(t) for t in arguments))
+
+
+def test_errors_of_the_backward_operators(compiled: str) -> None:
+    query, key, value, weight = sample((1, 2, 5, 3, 4), compiled)
+    with pytest.raises(RuntimeError, match="ca_weight_backward: grad must have 6 channels"):
+        torch.ops.cc_attention.ca_weight_backward(value, query, key)
+    with pytest.raises(RuntimeError, match="ca_map_backward: grad must have 5 channels"):
+        torch.ops.cc_attention.ca_map_backward(query, weight, value)
+
+
+def test_different_devices_are_refused() -> None:
+    query = torch.zeros(1, 2, 3, 4)
+    for module in (ops, reference):
+        with pytest.raises(
+            RuntimeError, match="ca_weight: query and key must be on the same device|[Ee]xpected all"
+        ):
+            module.ca_weight(query, query.to("meta"))
+
+
+def test_mixed_dtypes_are_refused_outside_autocast() -> None:
+    query = torch.zeros(1, 2, 3, 4)
+    for module in (ops, reference):
+        with pytest.raises(
+            RuntimeError, match="criss_cross_attention: value and query must have the same dtype"
+        ):
+            module.criss_cross_attention(query.bfloat16(), query.bfloat16(), query)
+
+
+# Precision and autocast
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_large_half_precision_scores_do_not_overflow(device: str, module: object) -> None:
+    """CCNet does not scale its scores: 64 channels of 40 * 40 are beyond float16."""
+    large = torch.full((1, 64, 3, 4), 40.0, device=device, dtype=torch.float16)
+    value = torch.ones(1, 2, 3, 4, device=device, dtype=torch.float16)
+    assert torch.equal(module.criss_cross_attention(large, large, value), value)
+    with torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16):
+        assert module.ca_weight(large, large).max().item() == 64 * 40 * 40
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_autocast_takes_mixed_dtypes_and_keeps_that_of_value(device: str, module: object) -> None:
+    query, key, value, weight = sample((2, 3, 5, 4, 7), device, torch.float32)
+    expected = reference.criss_cross_attention(query.bfloat16().float(), key, value)
+    with torch.autocast(device, torch.bfloat16):
+        assert module.ca_weight(query.bfloat16(), key).dtype == torch.float32
+        assert module.ca_map(weight.bfloat16(), value.bfloat16()).dtype == torch.float32
+        out = module.criss_cross_attention(query.bfloat16(), key, value)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, expected)
+        assert module.criss_cross_attention(query, key, value.bfloat16()).dtype == torch.bfloat16
+
+
+# The module
+
+
+def test_module_has_the_originals_state_dict() -> None:
+    shapes = {name: tuple(t.shape) for name, t in CrissCrossAttention(512).state_dict().items()}
+    assert shapes == {
+        "gamma": (1,),
+        "query_conv.weight": (64, 512, 1, 1),
+        "query_conv.bias": (64,),
+        "key_conv.weight": (64, 512, 1, 1),
+        "key_conv.bias": (64,),
+        "value_conv.weight": (512, 512, 1, 1),
+        "value_conv.bias": (512,),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_new_module_is_the_identity(
+    device: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> None:
+    x = layout(torch.randn(2, 17, 5, 6, device=device, dtype=dtype))
+    assert torch.equal(CrissCrossAttention(17).to(device, dtype)(x), x)
+
+
+def test_module_is_the_formula(device: str) -> None:
+    module = CrissCrossAttention(16).to(device)
+    torch.nn.init.constant_(module.gamma, 0.7)
+    x = torch.randn(2, 16, 5, 6, device=device)
+    attention = reference.criss_cross_attention(
+        module.query_conv(x), module.key_conv(x), module.value_conv(x)
+    )
+    torch.testing.assert_close(module(x), 0.7 * attention + x)
+    module(x).square().sum().backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for p in module.parameters()
+        if p is not module.key_conv.bias
+    )
+
+
+def test_module_needs_eight_channels() -> None:
+    with pytest.raises(ValueError, match="in_dim >= 8"):
+        CrissCrossAttention(7)
+
+
+def test_two_passes_see_the_whole_picture() -> None:
+    module = CrissCrossAttention(8)
+    torch.nn.init.ones_(module.gamma)
+    x = torch.randn(1, 8, 5, 6, requires_grad=True)
+    module(module(x))[0, :, 1, 2].sum().backward()
+    assert (x.grad.abs().sum(dim=1) > 0).all()
+
+
+# Devices and libraries
+
+
+def test_other_devices_use_the_reference() -> None:
+    query, key, value, weight = (t.to("meta") for t in sample((2, 3, 5, 4, 7)))
+    assert ops.ca_weight(query, key).shape == (2, 10, 4, 7)
+    assert ops.ca_map(weight, value).shape == (2, 5, 4, 7)
+    assert ops.criss_cross_attention(query, key, value).shape == (2, 5, 4, 7)
+
+
+def test_a_gpu_without_cuda_kernels_uses_the_reference_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ops, "DEVICE_TYPES", frozenset({"cpu"}))
+    ops._warn_no_cuda.cache_clear()
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 3, 4, device="cuda")
+        with pytest.warns(UserWarning, match="no CUDA kernels") as record:
+            for _ in range(2):
+                assert ops.criss_cross_attention(query, query, query).device.type == "cuda"
+    assert len(record) == 1
+
+
+def run_copy_of_the_package(folder: Path, library: bytes | None) -> subprocess.CompletedProcess[str]:
+    """Uses a copy of the package with the given bytes for its library, in a process of its own."""
+    shutil.copytree(
+        PACKAGE, folder / "cc_attention", ignore=shutil.ignore_patterns("_C*", "csrc", "__pycache__")
+    )
+    if library is not None:
+        (folder / "cc_attention/_C.abi3.so").write_bytes(library)
+    program = (
+        "import torch, cc_attention; from cc_attention import ca_weight, reference;"
+        "x = torch.randn(1, 2, 3, 4);"
+        "assert torch.equal(ca_weight(x, x), reference.ca_weight(x, x)) and ca_weight(x, x).numel();"
+        "print(cc_attention.__file__)"
+    )
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", program],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_missing_library_means_the_reference_with_one_warning(tmp_path: Path) -> None:
+    result = run_copy_of_the_package(tmp_path, None)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path) in result.stdout
+    assert result.stderr.count("the compiled criss-cross attention is missing") == 1
+    assert "setup.py build_ext" in result.stderr
+
+
+def test_broken_library_is_an_error(tmp_path: Path) -> None:
+    result = run_copy_of_the_package(tmp_path, b"not a library")
+    assert result.returncode != 0
+    assert "ImportError" in result.stderr and "Build it again" in result.stderr
