@@ -6,7 +6,7 @@ drawn before, in the picture, the labels and the instances alike.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -46,11 +46,11 @@ class Canvas:
     """Picture, label ids and instance ids that are painted together.
 
     Attributes:
-        image: float32 [h, w, 3] BGR; labels: uint8 [h, w]; instances: uint16 [h, w].
+        image: float32 [3, h, w] BGR; labels: uint8 [h, w]; instances: uint16 [h, w].
     """
 
     def __init__(self, height: int, width: int):
-        self.image = np.zeros((height, width, 3), np.float32)
+        self.image = np.zeros((3, height, width), np.float32)
         self.labels = np.zeros((height, width), np.uint8)
         self.instances = np.zeros((height, width), np.uint16)
         self.x = ((np.arange(width, dtype=np.float32) + 0.5) * np.float32(2 / width))[None, :]
@@ -78,7 +78,7 @@ class Canvas:
         """Paint the inside of the contours.
 
         Args:
-            paint: colour [3], a function of the window's frame coordinates (x [1, w], y [h, 1]) to [h, w, 3],
+            paint: colour, a function of the window's frame coordinates (x [1, w], y [h, 1]) to BGR [3, h, w],
                 or None to leave the picture as it is (what one sees through spokes and bars).
             label: label id, or None to leave labels as they are (shadows).
             instance: instance id; the label id where None.
@@ -89,7 +89,7 @@ class Canvas:
         window, mask = found
         if paint is not None:
             values = paint(self.x[:, window[1]], self.y[window[0]]) if callable(paint) else paint
-            np.copyto(self.image[window], values, where=mask[..., None])
+            np.copyto(self.image[(slice(None), *window)], values, where=mask)
         if label is not None:
             self.labels[window][mask] = label
             self.instances[window][mask] = label if instance is None else instance
@@ -98,7 +98,7 @@ class Canvas:
         found = self.mask([points])
         if found is not None:
             window, mask = found
-            self.image[window][mask] *= np.float32(factor)
+            self.image[(slice(None), *window)][:, mask] *= np.float32(factor)
 
 
 class Scene:
@@ -118,8 +118,8 @@ class Scene:
         return label * 1000 + number
 
     def veiled(self, values: np.ndarray, z) -> np.ndarray:
-        """Mix colours [..., 3] with the haze by distance (a number, or an array over the leading axes)."""
-        share = np.asarray(z / (z + self.clearness), dtype=np.float32)[..., None]
+        """Mix colours [3, h, w] with the haze by distance (a number, or an array [h, w])."""
+        share = np.asarray(z / (z + self.clearness), dtype=np.float32)
         return values * (1 - share) + self.haze * share
 
     def upright(self, x: float, z: float, mirrored: bool = False) -> "Plane":
@@ -167,16 +167,17 @@ class Plane:
     def shape(
         self, contours: Sequence[Points], paint, label: int | None, instance: int | None = None
     ) -> None:
-        """Fill contours given in (s, t). `paint` is a colour [3], a material, or None (see `Canvas.fill`)."""
+        """Fill contours given in (s, t). `paint` is a colour, a material, or None (see `Canvas.fill`)."""
         scene = self.scene
 
         def material(x, y):
             s, t, z = self._locate(x, y)
             return scene.veiled(paint(s, t), z + 0 * t)
 
-        if paint is None or callable(paint):
-            shade = material if paint is not None else None
-        else:
+        shade: np.ndarray | Callable | None = None
+        if callable(paint):
+            shade = material
+        elif paint is not None:
             shade = scene.veiled(paint, self.z)
         scene.canvas.fill([self._project(points) for points in contours], shade, label, instance)
 

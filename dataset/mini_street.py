@@ -9,6 +9,7 @@ from dataset.mini_scene import ID, Camera, Canvas, Plane, Scene
 from dataset.mini_textures import (
     Colour,
     asphalt,
+    bgr,
     bricks,
     cloudy,
     colour,
@@ -17,6 +18,7 @@ from dataset.mini_textures import (
     gradient,
     grass,
     leaves,
+    mostly,
     paving,
     slabs,
     stripes,
@@ -44,10 +46,10 @@ class City:
             focal=rng.uniform(0.95, 1.3),
             height=rng.uniform(1.3, 2.2),
             horizon=rng.uniform(0.42, 0.56),
-            balance=rng.uniform(0.85, 1.15, 3),
+            balance=rng.uniform(0.92, 1.08, 3),
             bonnet=rng.uniform(0.03, 0.09) * (rng.random() < 0.7),
             border=rng.uniform(0.004, 0.012),
-            green=rng.uniform(0.14, 0.36),
+            green=rng.uniform(0.22, 0.34),
             tracks=rng.uniform(0.1, 0.4),
         )
 
@@ -90,12 +92,12 @@ class Street:
 
 def _sky(scene: Scene, rng) -> None:
     mood = rng.random()
-    if mood < 0.45:
+    if mood < 0.5:
         zenith, low = (
             colour(rng, (0.55, 0.63), (0.3, 0.7), (0.6, 0.95)),
             colour(rng, (0.52, 0.6), (0.02, 0.2), (0.8, 1)),
         )
-    elif mood < 0.8:
+    elif mood < 0.88:
         zenith, low = (
             colour(rng, (0.5, 0.7), (0, 0.12), (0.5, 0.9)),
             colour(rng, (0.5, 0.7), (0, 0.1), (0.6, 0.95)),
@@ -121,28 +123,26 @@ def _ground(scene: Scene, rng, street: Street, earth: Colour) -> None:
     y = canvas.y[first:]
     z = np.minimum(camera.focal * camera.height / (y - camera.horizon), 400.0).astype(np.float32)
     offset = (canvas.x - 1) * z / np.float32(camera.focal) - camera.middle(z).astype(np.float32)
-    grey = colour(rng, (0, 1), (0, 0.12), (0.28, 0.62))
+    grey = colour(rng, (0, 1), (0, 0.1), (0.28, 0.5))
     surfaces = {
         "road": asphalt(rng, grey),
         "parking": asphalt(rng, grey * rng.uniform(0.75, 1.25)),
-        "rail track": slabs(rng, colour(rng, (0, 0.15), (0, 0.3), (0.3, 0.6))),
-        "sidewalk": paving(
-            rng, colour(rng, (0, 1), (0, 0.12), (0.35, 0.8)) * np.float32(rng.uniform(0.9, 1.1))
-        ),
+        "rail track": slabs(rng, colour(rng, (0.04, 0.1), (0.2, 0.4), (0.25, 0.45))),
+        "sidewalk": paving(rng, colour(rng, (0.0, 0.12), (0.05, 0.28), (0.5, 0.85))),
         "terrain": grass(rng, earth),
     }
-    image, labels = canvas.image[first:], canvas.labels[first:]
+    image, labels = canvas.image[:, first:], canvas.labels[first:]
 
     def lay(kind: str, where: np.ndarray) -> None:
-        rows = np.flatnonzero(where.any(1))
-        if rows.size:
-            span = slice(rows[0], rows[-1] + 1)
-            values = scene.veiled(surfaces[kind](offset[span], z[span]), z[span])
-            image[span][where[span]] = values[where[span]]
-            labels[span][where[span]] = ID[kind]
+        rows, columns = (np.flatnonzero(where.any(axis)) for axis in (1, 0))
+        if rows.size:  # only the window that the surface touches is worked out
+            window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            values = surfaces[kind](offset[window], z[window[0]])
+            np.copyto(image[(slice(None), *window)], scene.veiled(values, z[window[0]]), where=where[window])
+            labels[where] = ID[kind]
 
     def mark(where: np.ndarray, paint: Colour) -> None:
-        image[where] = scene.veiled(paint, np.broadcast_to(z, where.shape))[where]
+        np.copyto(image, scene.veiled(paint, z), where=where)
 
     across = np.abs(offset)
     lay("road", across < street.half)
@@ -156,12 +156,10 @@ def _ground(scene: Scene, rng, street: Street, earth: Colour) -> None:
                 )
             if kind == "rail track":
                 for rail in (0.65, width - 0.65):
-                    mark(np.abs(distance - edge - rail) < 0.09, np.array([70, 75, 80], np.float32))
+                    mark(np.abs(distance - edge - rail) < 0.09, bgr(70, 75, 80))
             edge += width
         lay("terrain" if rng.random() < 0.75 else "sidewalk", distance >= edge)
-    white = (
-        np.array([225, 230, 230], np.float32) if rng.random() < 0.85 else np.array([60, 190, 230], np.float32)
-    )
+    white = bgr(225, 230, 230) if rng.random() < 0.85 else bgr(60, 190, 230)
     worn = rng.uniform(0.75, 1.0) * white
     period, share = rng.uniform(4, 9), rng.uniform(0.35, 0.7)
     mark((across < 0.12) & (fraction(z / period) < share), worn)
@@ -178,7 +176,7 @@ def _ground(scene: Scene, rng, street: Street, earth: Colour) -> None:
 
 def _foliage(rng, city: City):
     hue = city.green + rng.uniform(-0.06, 0.06)
-    return leaves(rng, colour(rng, (hue, hue), (0.15, 0.65), (0.3, 0.75)), rng.uniform(0.7, 1.3))
+    return leaves(rng, colour(rng, (hue, hue), (0.35, 0.75), (0.3, 0.65)), rng.uniform(0.7, 1.3))
 
 
 def _backdrop(scene: Scene, rng, city: City, x: float, z: float, run: tuple[float, float], side: int) -> None:
@@ -209,8 +207,11 @@ def _frontage(scene: Scene, rng, city: City, side: int, edge: float, earth: Colo
         else:
             _backdrop(scene, rng, city, x, near, run, side)
         if kind == "wall":
-            tall, base = rng.uniform(2.2, 6.0), colour(rng, (0, 1), (0, 0.5), (0.3, 0.85))
-            surface = bricks(rng, base) if rng.random() < 0.65 else slabs(rng, base)
+            tall = rng.uniform(2.2, 6.0)
+            if rng.random() < 0.65:
+                surface = bricks(rng, base := mostly(rng, (-0.02, 0.05), (0.4, 0.7), (0.4, 0.7)))
+            else:
+                surface = slabs(rng, base := mostly(rng, (0.1, 0.6), (0, 0.12), (0.45, 0.75)))
             for face in (scene.upright(x, near, mirrored=side < 0), plane):
                 face.rectangle(0, 0, 0.5 if face is not plane else length, tall, surface, ID["wall"])
             plane.rectangle(0, tall - 0.15, length, tall + 0.1, base * 0.6, ID["wall"])
@@ -255,9 +256,7 @@ def _street_end(scene: Scene, rng, city: City, street: Street) -> None:
         z = rng.uniform(25, 50)
         plane = scene.upright(camera.middle(z) - 40, z)
         if rng.random() < 0.4:
-            plane.rectangle(
-                40 - street.half, 0, 40 + street.half, 5, np.array([30, 30, 32], np.float32), ID["tunnel"]
-            )
+            plane.rectangle(40 - street.half, 0, 40 + street.half, 5, bgr(30, 30, 32), ID["tunnel"])
         plane.rectangle(0, 4.6, 80, 6.4, slabs(rng, colour(rng, (0, 1), (0, 0.2), (0.4, 0.7))), ID["bridge"])
 
 
@@ -369,8 +368,8 @@ def _pavement(scene: Scene, rng, city: City, street: Street) -> list:
         side, z = int(rng.choice((-1, 1))), rng.uniform(6, 12)
         x, run = middle(z) + side * (street.half + 0.2), (middle(z + 12) - middle(z), 12.0)
         steel = stripes(
-            np.array([170, 170, 170], np.float32),
-            np.array([110, 110, 110], np.float32),
+            bgr(170, 170, 170),
+            bgr(110, 110, 110),
             0.2,
             0.5,
             upright=False,
@@ -381,7 +380,7 @@ def _pavement(scene: Scene, rng, city: City, street: Street) -> list:
     if rng.random() < 0.15:
         z = rng.uniform(8, 16)
         island = [(-0.8, 0.0), (0.8, 0.0), (0.8, 0.25), (-0.8, 0.25)]
-        stand(z, 0.0, lambda p: p.polygon(island, np.array([150, 155, 160], np.float32), ID["ground"]))
+        stand(z, 0.0, lambda p: p.polygon(island, bgr(150, 155, 160), ID["ground"]))
     return things
 
 
@@ -393,7 +392,7 @@ def _camera_car(scene: Scene, rng, city: City) -> None:
         edge = [(x, 1 - city.bonnet * (1 - 0.55 * (x - 1) ** 2)) for x in arc]
         sheen = gradient(colour(rng, (0, 1), (0, 0.1), (0.1, 0.6)), 1.0)
         canvas.fill([edge + [(2, 1.1), (0, 1.1)]], lambda x, y: sheen(x, (1 - y) * 8), ID["ego vehicle"])
-    black, border = np.array([6, 6, 6], np.float32), city.border
+    black, border = bgr(6, 6, 6), city.border
     for left in (0, 2 - border):
         canvas.fill(
             [[(left, 0), (left + border, 0), (left + border, 1), (left, 1)]],
@@ -404,15 +403,16 @@ def _camera_car(scene: Scene, rng, city: City) -> None:
 
 
 def _developed(image: np.ndarray, rng, balance: np.ndarray) -> np.ndarray:
-    """The camera's part: exposure, white balance, tone curve, grain. float32 [h, w, 3] -> uint8."""
-    gain = rng.uniform(0.65, 1.25) * balance * rng.uniform(0.92, 1.08, 3)
+    """The camera's part: exposure, white balance, tone curve, grain. float32 [3, h, w] -> uint8 [h, w, 3]."""
+    gain = rng.uniform(0.75, 1.2) * balance * rng.uniform(0.95, 1.05, 3)
     power = rng.uniform(0.8, 1.25)
     steps = np.arange(256 * 8) / (255 * 8)
     curve = (np.clip(steps, 0, 1) ** power * 255).astype(np.float32)
     grain = (rng.random((256, 256), dtype=np.float32) - 0.5) * np.float32(rng.uniform(2, 12))
-    rows, columns = (np.arange(n) % 256 for n in image.shape[:2])
-    exposed = np.clip(image * gain.astype(np.float32) * 8, 0, 255 * 8).astype(np.int32)
-    return np.clip(curve[exposed] + grain[rows][:, columns][..., None] + 0.5, 0, 255).astype(np.uint8)
+    rows, columns = (np.arange(n) % 256 for n in image.shape[1:])
+    exposed = np.clip(image * (gain * 8).astype(np.float32).reshape(3, 1, 1), 0, 255 * 8).astype(np.int32)
+    developed = np.clip(curve[exposed] + grain[rows][:, columns] + np.float32(0.5), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(developed.transpose(1, 2, 0))
 
 
 def render(
@@ -437,15 +437,13 @@ def render(
         focal=city.focal * rng.uniform(0.92, 1.08),
         horizon=city.horizon + rng.uniform(-0.07, 0.07),
         height=city.height * rng.uniform(0.85, 1.15),
-        start=rng.uniform(-4.0, 4.0),
+        start=rng.uniform(-3.0, 3.0),
         slope=rng.uniform(-0.15, 0.15),
         bend=rng.uniform(-0.006, 0.006),
     )
-    scene = Scene(
-        Canvas(fine * height, fine * width), camera, rng, np.full(3, 200, np.float32), rng.uniform(60, 300)
-    )
+    scene = Scene(Canvas(fine * height, fine * width), camera, rng, bgr(200, 200, 200), rng.uniform(60, 300))
     street = Street.draw(rng, city)
-    earth = colour(rng, (0.07, 0.33), (0.15, 0.6), (0.35, 0.75))
+    earth = colour(rng, (0.1, 0.22), (0.35, 0.65), (0.45, 0.75))
     _sky(scene, rng)
     _ground(scene, rng, street, earth)
     _street_end(scene, rng, city, street)
@@ -456,7 +454,8 @@ def render(
         paint()
     _camera_car(scene, rng, city)
     canvas = scene.canvas
-    image = canvas.image.reshape(height, fine, width, fine, 3).mean(axis=(1, 3), dtype=np.float32)
+    shifted = [canvas.image[:, row::fine, column::fine] for row in range(fine) for column in range(fine)]
+    image = sum(shifted[1:], start=shifted[0]) / np.float32(fine * fine)
     return (
         _developed(image, rng, city.balance),
         canvas.labels[::fine, ::fine].copy(),

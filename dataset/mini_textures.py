@@ -1,6 +1,6 @@
 """Procedural materials of the generated street scenes.
 
-A material is a function `(s, t) -> BGR float32 [h, w, 3]` of two coordinate arrays in metres that broadcast
+A material is a function `(s, t) -> BGR float32 [3, h, w]` of two coordinate arrays in metres that broadcast
 to [h, w]. Only sums, products, quotients and table look-ups happen per pixel: these are rounded alike
 everywhere, so the same seed gives the same picture on every machine, which sines and exponentials would not.
 """
@@ -10,10 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-Colour = np.ndarray  # BGR float32 [3], 0..255
+Colour = np.ndarray  # BGR float32 [3, 1, 1], 0..255
 Material = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _LATTICE = 64  # side of a noise table; noise repeats after this many cells
+
+
+def bgr(blue: float, green: float, red: float) -> Colour:
+    return np.array([blue, green, red], dtype=np.float32).reshape(3, 1, 1)
 
 
 def colour(rng: np.random.Generator, hue: tuple, saturation: tuple, value: tuple) -> Colour:
@@ -21,7 +25,7 @@ def colour(rng: np.random.Generator, hue: tuple, saturation: tuple, value: tuple
     red, green, blue = colorsys.hsv_to_rgb(
         rng.uniform(*hue) % 1.0, rng.uniform(*saturation), rng.uniform(*value)
     )
-    return np.array([blue, green, red], dtype=np.float32) * 255
+    return bgr(blue, green, red) * 255
 
 
 def anything(rng: np.random.Generator) -> Colour:
@@ -29,6 +33,13 @@ def anything(rng: np.random.Generator) -> Colour:
     if rng.random() < 0.45:
         return colour(rng, (0, 1), (0, 0.12), (0.08, 0.95))
     return colour(rng, (0, 1), (0.3, 0.9), (0.25, 0.9))
+
+
+def mostly(
+    rng: np.random.Generator, hue: tuple, saturation: tuple, value: tuple, share: float = 0.75
+) -> Colour:
+    """Draw from what is usual for a thing; in the remaining share of cases from all paints."""
+    return colour(rng, hue, saturation, value) if rng.random() < share else anything(rng)
 
 
 def fraction(x: np.ndarray) -> np.ndarray:
@@ -65,12 +76,12 @@ class Noise:
 
 
 def _tinted(base: Colour, brightness: np.ndarray) -> np.ndarray:
-    return base * brightness[..., None].astype(np.float32)
+    return base * brightness.astype(np.float32, copy=False)
 
 
 def _mixed(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """`first` where `weight` is 0, `second` where it is 1."""
-    return first + (second - first) * weight[..., None].astype(np.float32)
+    return first + (second - first) * weight.astype(np.float32, copy=False)
 
 
 def gradient(base: Colour, height: float, low: float = 0.75, high: float = 1.15) -> Material:
@@ -93,7 +104,7 @@ def facade(rng: np.random.Generator, base: Colour, storey: float) -> Material:
     )
     frame = np.clip(base * (1.45 if rng.random() < 0.6 else 0.55), 10, 245)
     lit, border, bands = rng.uniform(0, 0.25), rng.uniform(0.05, 0.1), rng.random() < 0.4
-    lamp = np.array([130, 205, 245], dtype=np.float32)
+    lamp = bgr(130, 205, 245)
 
     def material(s, t):
         across, up = fraction(s / bay), fraction((t - 0.3) / storey)
@@ -103,11 +114,10 @@ def facade(rng: np.random.Generator, base: Colour, storey: float) -> Material:
         key = grain.cell(s / bay, (t - 0.3) / storey)
         surface = _tinted(base, 0.9 + 0.2 * grain(s * 0.7, t * 0.7))
         if bands:
-            surface = surface * np.where(up + 0 * s < 0.1, 0.7, 1.0)[..., None].astype(np.float32)
-        surface[framed] = frame
+            surface = _tinted(surface, np.where(up + 0 * s < 0.1, 0.7, 1.0))
+        surface = np.where(framed, frame, surface)
         shine = 0.7 + 0.6 * key + 0.4 * (up - 0.5)
-        panes = np.where((key < lit)[..., None], lamp, _tinted(glass, shine))
-        return np.where(pane[..., None], panes, surface)
+        return np.where(pane, np.where(key < lit, lamp, _tinted(glass, shine)), surface)
 
     return material
 
@@ -121,9 +131,7 @@ def bricks(rng: np.random.Generator, base: Colour) -> Material:
         course = t / height
         along = s / length + 0.5 * (np.floor(course) % 2)
         mortar = (fraction(along) < 0.14) | (fraction(course) < 0.24)
-        return np.where(
-            mortar[..., None], joint, _tinted(base, 0.65 + 0.6 * grain.cell(along, course + 0 * s))
-        )
+        return np.where(mortar, joint, _tinted(base, 0.65 + 0.6 * grain.cell(along, course + 0 * s)))
 
     return material
 
@@ -143,7 +151,7 @@ def slabs(rng: np.random.Generator, base: Colour) -> Material:
 def leaves(rng: np.random.Generator, base: Colour, size: float) -> Material:
     """Foliage: clumps of `size` metres with light tops and dark gaps, and single leaves on them."""
     clumps, leaf = Noise(rng), Noise(rng)
-    warm = np.clip(base * np.array([0.75, 1.1, rng.uniform(0.9, 1.5)], dtype=np.float32), 0, 255)
+    warm = np.clip(base * bgr(0.75, 1.1, rng.uniform(0.9, 1.5)), 0, 255)
 
     def material(s, t):
         clump = clumps(s / size, t / size)
@@ -157,7 +165,7 @@ def leaves(rng: np.random.Generator, base: Colour, size: float) -> Material:
 def grass(rng: np.random.Generator, base: Colour) -> Material:
     """Meadow or bare earth: short upright strokes over wide patches of another tone."""
     blade, patch = Noise(rng), Noise(rng)
-    dry = np.clip(base * np.array([0.8, 0.95, 1.3], dtype=np.float32), 0, 255)
+    dry = np.clip(base * bgr(0.8, 0.95, 1.3), 0, 255)
 
     def material(s, t):
         light = 0.6 + 0.75 * blade(s * 9, t * 2.2)
@@ -199,7 +207,7 @@ def stripes(base: Colour, other: Colour, period: float, share: float, upright: b
 
     def material(s, t):
         along = fraction((s if upright else t) / period) + 0 * s + 0 * t
-        return np.where((along < share)[..., None], other, base).astype(np.float32)
+        return np.where(along < share, other, base)
 
     return material
 

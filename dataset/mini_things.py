@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataset.mini_scene import ID, Plane, Scene, circle
-from dataset.mini_textures import Colour, Material, anything, colour, facade, gradient, stripes
+from dataset.mini_textures import Colour, Material, anything, bgr, colour, facade, gradient, mostly, stripes
 
-_BLACK = np.array([22, 22, 24], dtype=np.float32)
-_WHITE = np.array([235, 235, 235], dtype=np.float32)
+_BLACK = bgr(22, 22, 24)
+_WHITE = bgr(235, 235, 235)
 
 
 def _glass(rng) -> Colour:
@@ -48,7 +48,8 @@ def rider(
 ) -> None:
     """A figure on a saddle at s = 0, hands on the bars, with a helmet as bright as clothes may be."""
     label = ID["rider"]
-    coat, trousers, helmet = anything(rng), anything(rng) * 0.7, anything(rng)
+    coat = mostly(rng, (0.08, 0.2), (0.7, 1), (0.75, 1), 0.6)  # clothes that are meant to be seen
+    trousers, helmet = anything(rng) * 0.7, anything(rng)
     skin = colour(rng, (0.03, 0.08), (0.3, 0.6), (0.35, 0.9))
     shoulder = (bars[0] * rng.uniform(0.35, 0.6), saddle + 0.55)
     knee = ((pedal[0] + 0.25), (saddle + pedal[1]) / 2 + 0.08)
@@ -93,7 +94,7 @@ def bicycle(plane: Plane, rng, instance: int | None) -> tuple[float, tuple, tupl
 def motorcycle(plane: Plane, rng, instance: int | None) -> tuple[float, tuple, tuple]:
     """A motorcycle: fat tyres, a closed body, a lamp. Returns saddle height, bars and foot rest."""
     label, lacquer = ID["motorcycle"], anything(rng)
-    chrome = np.array([190, 190, 190], dtype=np.float32)
+    chrome = bgr(190, 190, 190)
     for s in (-0.65, 0.8):
         plane.disc(s, 0.33, 0.33, _BLACK, label, instance)
         plane.disc(s, 0.33, 0.15, chrome * rng.uniform(0.5, 1), label, instance)
@@ -112,7 +113,7 @@ def motorcycle(plane: Plane, rng, instance: int | None) -> tuple[float, tuple, t
     ]
     plane.polygon(body, gradient(lacquer, 1.0), label, instance)
     plane.polygon([(-0.75, 0.84), (0.12, 0.8), (0.1, 0.92), (-0.75, 0.96)], _BLACK, label, instance)
-    plane.disc(0.76, 0.86, 0.11, np.array([200, 245, 255], dtype=np.float32), label, instance)
+    plane.disc(0.76, 0.86, 0.11, bgr(200, 245, 255), label, instance)
     plane.stroke((0.4, 1.1), (0.62, 1.02), 0.08, _BLACK, label, instance)
     return 0.9, (0.5, 1.1), (0.05, 0.3)
 
@@ -122,7 +123,7 @@ def motorcycle(plane: Plane, rng, instance: int | None) -> tuple[float, tuple, t
 
 def _wheel(plane: Plane, s: float, radius: float, label, instance) -> None:
     plane.disc(s, radius, radius, _BLACK, label, instance)
-    plane.disc(s, radius, radius * 0.5, np.array([150, 150, 150], dtype=np.float32), label, instance)
+    plane.disc(s, radius, radius * 0.5, bgr(150, 150, 150), label, instance)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,13 @@ class Look:
             "caravan": (5.0, 2.2, 2.5),
             "trailer": (4.5, 2.2, 2.4),
         }[kind]
-        return Look(ID[kind], length, width, height, anything(rng), anything(rng), _glass(rng), rng.random())
+        usual = {  # hue, saturation and value that lacquer and second colour have most of the time
+            "truck": (((0, 1), (0.0, 0.9), (0.5, 0.9)), ((0.55, 0.66), (0.2, 0.7), (0.45, 0.85))),
+            "bus": (((0.02, 0.15), (0.6, 0.9), (0.7, 0.95)), ((0, 1), (0, 0.2), (0.1, 0.9))),
+            "train": (((0.55, 0.65), (0, 0.1), (0.7, 0.95)), ((0.9, 1.0), (0.6, 0.9), (0.4, 0.8))),
+        }.get(kind)
+        paints = [mostly(rng, *ranges) for ranges in usual] if usual else [anything(rng), anything(rng)]
+        return Look(ID[kind], length, width, height, *paints, _glass(rng), rng.random())
 
 
 def car_side(plane: Plane, look: Look, instance) -> None:
@@ -181,8 +188,8 @@ def car_side(plane: Plane, look: Look, instance) -> None:
         look.label,
         instance,
     )
-    plane.rectangle(0, 0.45, 0.04 * n, 0.65, np.array([40, 40, 220], np.float32), look.label, instance)
-    plane.rectangle(0.95 * n, 0.42, n, 0.6, np.array([210, 245, 250], np.float32), look.label, instance)
+    plane.rectangle(0, 0.45, 0.04 * n, 0.65, bgr(40, 40, 220), look.label, instance)
+    plane.rectangle(0.95 * n, 0.42, n, 0.6, bgr(210, 245, 250), look.label, instance)
     for s in (0.2 * n, 0.8 * n):
         _wheel(plane, s, 0.34, look.label, instance)
 
@@ -209,7 +216,7 @@ def car_back(plane: Plane, look: Look, instance) -> None:
     )
     lamps = [40, 40, 215] if look.style < 0.65 else [215, 245, 250]  # going the same way, or oncoming
     for s in (0.02 * w, 0.8 * w):
-        plane.rectangle(s, 0.4 * h, s + 0.18 * w, 0.54 * h, np.array(lamps, np.float32), look.label, instance)
+        plane.rectangle(s, 0.4 * h, s + 0.18 * w, 0.54 * h, bgr(*lamps), look.label, instance)
     plane.rectangle(0.34 * w, 0.36 * h, 0.66 * w, 0.46 * h, _WHITE * 0.9, look.label, instance)
     plane.rectangle(0.0, 0.2, w, 0.25 * h, _BLACK * 2, look.label, instance)
 
@@ -244,7 +251,7 @@ def truck_back(plane: Plane, look: Look, instance) -> None:
     plane.rectangle(0, 0.9, w, h, _ribs(look), label, instance)
     plane.rectangle(0.48 * w, 0.9, 0.52 * w, h, _BLACK * 2, label, instance)
     for s in (0, 0.85 * w):
-        plane.rectangle(s, 0.62, s + 0.15 * w, 0.82, np.array([40, 40, 215], np.float32), label, instance)
+        plane.rectangle(s, 0.62, s + 0.15 * w, 0.82, bgr(40, 40, 215), label, instance)
 
 
 def bus_side(plane: Plane, look: Look, instance) -> None:
@@ -268,14 +275,10 @@ def bus_back(plane: Plane, look: Look, instance) -> None:
     outline = [(0, 0.3), (0, h - 0.25), (0.12 * w, h), (0.88 * w, h), (w, h - 0.25), (w, 0.3)]
     plane.polygon(outline, gradient(look.lacquer, h), label, instance)
     plane.rectangle(0.07 * w, 0.45 * h, 0.93 * w, 0.82 * h, look.glass, label, instance)
-    plane.rectangle(
-        0.3 * w, 0.86 * h, 0.7 * w, 0.95 * h, np.array([60, 190, 250], np.float32), label, instance
-    )
+    plane.rectangle(0.3 * w, 0.86 * h, 0.7 * w, 0.95 * h, bgr(60, 190, 250), label, instance)
     plane.rectangle(0, 0.3, w, 0.75, look.second, label, instance)
     for s in (0, 0.84 * w):
-        plane.rectangle(
-            s, 0.28 * h, s + 0.16 * w, 0.36 * h, np.array([40, 40, 215], np.float32), label, instance
-        )
+        plane.rectangle(s, 0.28 * h, s + 0.16 * w, 0.36 * h, bgr(40, 40, 215), label, instance)
 
 
 def _boards(look: Look) -> Material:
@@ -286,15 +289,15 @@ def _boards(look: Look) -> Material:
 def train_side(plane: Plane, look: Look, instance) -> None:
     n, h, label = look.length, look.height, look.label
     nose = 1.3
-    outline = [(0, 0.2), (0.2, 0.5 * h), (nose, h), (n - nose, h), (n - 0.2, 0.5 * h), (n, 0.2)]
+    outline = [(0, 0.2), (0, 0.9 * h), (0.3, h), (n - nose, h), (n - 0.2, 0.5 * h), (n, 0.2)]
     plane.polygon(outline, _boards(look), label, instance)
     bays = round(n / 1.9)
     for i in range(bays):
-        s = nose + i * (n - 2 * nose) / bays
+        s = 0.3 + i * (n - 0.3 - nose) / bays
         plane.rectangle(
-            s + 0.25, 0.55 * h, s + (n - 2 * nose) / bays - 0.25, 0.8 * h, look.glass, label, instance
+            s + 0.25, 0.55 * h, s + (n - 0.3 - nose) / bays - 0.25, 0.8 * h, look.glass, label, instance
         )
-    plane.rectangle(nose, 0.92 * h, n - nose, h, _BLACK * 2.5, label, instance)
+    plane.rectangle(0.3, 0.92 * h, n - nose, h, _BLACK * 2.5, label, instance)
     plane.rectangle(0.3, 0.05, n - 0.3, 0.35, _BLACK * 1.6, label, instance)
 
 
@@ -316,7 +319,7 @@ def train_back(plane: Plane, look: Look, instance) -> None:
         instance,
     )
     for s in (0.18 * w, 0.82 * w):
-        plane.disc(s, 0.32 * h, 0.17, np.array([205, 245, 250], np.float32), label, instance)
+        plane.disc(s, 0.32 * h, 0.17, bgr(205, 245, 250), label, instance)
     plane.rectangle(0.08 * w, 0.05, 0.92 * w, 0.4, _BLACK * 1.6, label, instance)
 
 
@@ -380,7 +383,7 @@ def _tube(base: Colour, middle: float, width: float) -> Material:
     """A round post: light from one side."""
 
     def material(s, t):
-        return base * (1.15 - 0.9 * np.abs((s - middle) / width + 0.2) + 0 * t)[..., None].astype(np.float32)
+        return base * (1.15 - 0.9 * np.abs((s - middle) / width + 0.2) + 0 * t)
 
     return material
 
@@ -399,7 +402,7 @@ def pole(plane: Plane, rng, height: float, label: int = ID["pole"]) -> None:
 def traffic_light(plane: Plane, rng, s: float, t: float) -> None:
     """A dark box with three lamps of which one or two are lit, its foot at (s, t)."""
     label = ID["traffic light"]
-    lamps = np.array([[45, 45, 250], [40, 190, 250], [120, 235, 60]], dtype=np.float32)
+    lamps = bgr(45, 45, 250), bgr(40, 190, 250), bgr(120, 235, 60)
     wide, tall = rng.uniform(0.6, 0.8), rng.uniform(1.5, 2.0)
     case = colour(rng, (0, 1), (0, 0.4), (0.06, 0.22))
     plane.rectangle(s - wide / 2, t, s + wide / 2, t + tall, case, label)
@@ -463,7 +466,7 @@ def hedge(plane: Plane, rng, foliage: Material, length: float, height: float) ->
 
 def fence(plane: Plane, rng, length: float, height: float) -> None:
     """Upright bars between two rails; what shows between them is labelled fence too."""
-    label, base = ID["fence"], anything(rng)
+    label, base = ID["fence"], mostly(rng, (0.35, 0.5), (0.3, 0.7), (0.25, 0.55), 0.6)
     period, share = rng.uniform(0.34, 0.5), rng.uniform(0.4, 0.55)
     plane.rectangle(0, 0, length, height, None, label)
     count = int(length / period)
@@ -487,11 +490,7 @@ def block(
     """A building along `run` from (x, z); its end wall, `depth` wide towards `outward`, faces the camera."""
     label, storey = ID["building"], rng.uniform(2.6, 3.4)
     tall = storey * rng.integers(2, 7) + rng.uniform(0.6, 1.2)
-    base = (
-        colour(rng, (0, 1), (0, 0.25), (0.25, 0.85))
-        if rng.random() < 0.4
-        else colour(rng, (0.0, 0.15), (0.1, 0.6), (0.3, 0.85))
-    )
+    base = mostly(rng, (0.02, 0.13), (0.05, 0.5), (0.5, 0.9), 0.8)
     surface = facade(rng, base, storey)
     length = math.hypot(*run)
     end = scene.upright(x, z, mirrored=outward < 0)
