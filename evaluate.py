@@ -22,7 +22,7 @@ from engine import distributed
 from engine.evaluation import Result, evaluate
 from engine.inference import predict_multiscale
 from engine.metrics import CityscapesEvaluation, format_table, iou_per_class, mean_iou
-from networks import MODELS, CheckpointError, load_weights
+from networks import MODELS, CheckpointError, load_weights, match_weights
 from networks.resnet import DEPTHS
 from utils.files import replacing
 from utils.palette import make_palette, save_indexed_png
@@ -33,7 +33,11 @@ def get_parser() -> argparse.ArgumentParser:
         description="Evaluate CCNet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--data-dir", required=True, help="data set in the Cityscapes layout, or what --data-list is relative to")
+    add(
+        "--data-dir",
+        required=True,
+        help="data set in the Cityscapes layout, or what --data-list is relative to",
+    )
     add("--data-list", help="file of 'image<TAB>label' lines; without it the layout's val split")
     add("--num-classes", type=types.positive_int, default=NUM_CLASSES, help="number of train ids")
     add("--ignore-label", type=types.count, default=255, help="train id of void pixels")
@@ -42,15 +46,35 @@ def get_parser() -> argparse.ArgumentParser:
     add("--recurrence", type=types.count, default=2, help="how often the attention is applied")
     add("--restore-from", metavar="FILE", help="checkpoint; random weights without it")
     add("--input-size", type=types.size, default=(769, 769), metavar="H,W", help="tile")
-    add("--whole", type=types.boolean, nargs="?", const=True, default=False, help="whole pictures instead of tiles")
-    add("--scales", type=types.numbers, default=[1.0], metavar="S,S", help="average the predictions at these scales")
+    add(
+        "--whole",
+        type=types.boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="whole pictures instead of tiles",
+    )
+    add(
+        "--scales",
+        type=types.numbers,
+        default=[1.0],
+        metavar="S,S",
+        help="average the predictions at these scales",
+    )
     add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
-    add("--batch-size", type=types.positive_int, default=1, help="pictures of a size at once, for each process")
+    add(
+        "--batch-size",
+        type=types.positive_int,
+        default=1,
+        help="pictures of a size at once, for each process",
+    )
     add("--num-workers", type=types.count, default=2, help="processes that read pictures, for each process")
     add("--output-dir", help="where result.txt and outputs/ go; without it beside the checkpoint")
     add("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
     add("--nproc", type=types.positive_int, metavar="N", help="run N processes on the CPU")
-    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
+    add(
+        "--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # torch.distributed.launch passes it
     return parser
 
 
@@ -78,13 +102,15 @@ def check(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = make_model(args)
     if args.restore_from:
-        print(load_weights(model, args.restore_from, complete=True), flush=True)
+        print(match_weights(model, args.restore_from, complete=True)[0], flush=True)
     else:
         print("no --restore-from: evaluating random weights", flush=True)
     try:
         os.makedirs(os.path.join(args.output_dir, "outputs"), exist_ok=True)
     except OSError as error:
-        raise types.UsageError(f"--output-dir {args.output_dir}: can't be written: {error.strerror}") from error
+        raise types.UsageError(
+            f"--output-dir {args.output_dir}: can't be written: {error.strerror}"
+        ) from error
 
 
 def make_dataset(args: argparse.Namespace) -> CSDataSet:
@@ -128,7 +154,9 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
         official=CityscapesEvaluation(LABELS) if official else None,
         batch_size=args.batch_size,
         workers=args.num_workers,
-        keep=lambda name, prediction: save_indexed_png(os.path.join(outputs, f"{name}.png"), prediction, palette),
+        keep=lambda name, prediction: save_indexed_png(
+            os.path.join(outputs, f"{name}.png"), prediction, palette
+        ),
     )
     if world.is_main:
         report(args, result)
@@ -137,7 +165,11 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
 def report(args: argparse.Namespace, result: Result) -> None:
     """Print the table of classes and write result.txt."""
     iou = iou_per_class(result.confusion).tolist()
-    names = list(CLASS_NAMES) if args.num_classes == NUM_CLASSES else [f"class {k}" for k in range(args.num_classes)]
+    names = (
+        list(CLASS_NAMES)
+        if args.num_classes == NUM_CLASSES
+        else [f"class {k}" for k in range(args.num_classes)]
+    )
     scores = {"meanIU": mean_iou(result.confusion), "IU_array": iou}
     instance_iou = None
     if result.official is not None:

@@ -1,9 +1,10 @@
 """Train CCNet.
 
-    python train.py --data-dir CS --random-mirror --random-scale --restore-from resnet101-imagenet.pth --gpu 0,1,2,3
+    python train.py --data-dir CS --random-mirror --random-scale --restore-from resnet101-imagenet.pth --gpu
+    0,1,2,3
 
-One process for each GPU of --gpu (or each of --nproc CPU processes) is started from here; torchrun works too, on one
-machine or many. See --help for all flags and README.md for the published recipe.
+One process for each GPU of --gpu (or each of --nproc CPU processes) is started from here; torchrun works too,
+on one machine or many. See --help for all flags and README.md for the published recipe.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataset import CSDataSet, DataError
 from engine import checkpoint, distributed, loader, schedule
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import AUXILIARY_WEIGHT
-from networks import MODELS, CheckpointError, load_weights, synchronise
+from networks import MODELS, CheckpointError, load_weights, match_weights, synchronise
 from networks.abn import BACKENDS
 from networks.resnet import DEPTHS
 from utils.files import replacing
@@ -30,51 +31,95 @@ from utils.logger import RunLog
 
 #: The flags that decide the weights: a run is resumed with the same ones only.
 RECIPE = (
-    "model backbone recurrence num_classes ignore_label dropout abn input_size batch_size random_mirror random_scale "
-    "random_seed learning_rate momentum power weight_decay num_steps ohem ohem_thres ohem_keep"
+    "model backbone recurrence num_classes ignore_label dropout abn input_size batch_size random_mirror "
+    "random_scale random_seed learning_rate momentum power weight_decay num_steps ohem ohem_thres ohem_keep"
 ).split()
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train CCNet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Train CCNet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     data = parser.add_argument_group("data").add_argument
-    data("--data-dir", required=True, help="data set in the Cityscapes layout, or what --data-list is relative to")
+    data(
+        "--data-dir",
+        required=True,
+        help="data set in the Cityscapes layout, or what --data-list is relative to",
+    )
     data("--data-list", help="file of 'image<TAB>label' lines; without it the layout's train split")
     data("--num-classes", type=types.positive_int, default=19, help="number of train ids")
     data("--ignore-label", type=types.count, default=255, help="train id of void pixels")
     data("--input-size", type=types.size, default=(769, 769), metavar="H,W", help="crop")
     data("--random-mirror", action="store_true", help="mirror half of the samples")
     data("--random-scale", action="store_true", help="scale samples by 0.7 to 2.1")
-    data("--num-workers", type=types.count, default=8, help="processes that read pictures, for each training process")
+    data(
+        "--num-workers",
+        type=types.count,
+        default=8,
+        help="processes that read pictures, for each training process",
+    )
     net = parser.add_argument_group("network").add_argument
     net("--model", choices=sorted(MODELS), default="ccnet", help="network")
     net("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone")
     net("--recurrence", type=types.count, default=2, help="how often the attention is applied")
     net("--dropout", type=types.fraction, default=0.1, help="channel dropout of both heads")
-    net("--abn", choices=BACKENDS, default="torch", help="activated batch norm: torch's, or the inplace-abn package's")
-    net("--restore-from", metavar="FILE", help="weights to start from, ImageNet's or CCNet's; random ones without it")
-    net("--not-restore-last", action="store_true", help="start both classifiers fresh (fine-tuning to other classes)")
+    net(
+        "--abn",
+        choices=BACKENDS,
+        default="torch",
+        help="activated batch norm: torch's, or the inplace-abn package's",
+    )
+    net(
+        "--restore-from",
+        metavar="FILE",
+        help="weights to start from, ImageNet's or CCNet's; random ones without it",
+    )
+    net(
+        "--not-restore-last",
+        action="store_true",
+        help="start both classifiers fresh (fine-tuning to other classes)",
+    )
     recipe = parser.add_argument_group("recipe").add_argument
     recipe("--batch-size", type=types.positive_int, default=8, help="of all processes together")
     recipe("--num-steps", type=types.positive_int, default=60000, help="training steps")
     recipe("--learning-rate", type=types.positive_float, default=1e-2, help="at the first step")
-    recipe("--power", type=types.positive_float, default=0.9, help="of the polynomial decay of the learning rate")
+    recipe(
+        "--power", type=types.positive_float, default=0.9, help="of the polynomial decay of the learning rate"
+    )
     recipe("--momentum", type=types.fraction, default=0.9, help="of SGD")
     recipe("--weight-decay", type=types.number(float, 0), default=1e-4, help="of all parameters")
-    recipe("--ohem", type=types.boolean, nargs="?", const=True, default=False, help="online hard example mining")
+    recipe(
+        "--ohem", type=types.boolean, nargs="?", const=True, default=False, help="online hard example mining"
+    )
     recipe("--ohem-thres", type=types.fraction, default=0.7, help="keep pixels of at most this probability")
     recipe("--ohem-keep", type=types.count, default=100000, help="pixels to keep at least, for each process")
-    recipe("--random-seed", type=types.count, default=12345, help="of weights, order, augmentation and dropout")
+    recipe(
+        "--random-seed", type=types.count, default=12345, help="of weights, order, augmentation and dropout"
+    )
     run = parser.add_argument_group("run").add_argument
     run("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
     run("--nproc", type=types.positive_int, metavar="N", help="run N processes on the CPU")
     run("--snapshot-dir", default="snapshots", help="where snapshots, states and the log go")
-    run("--save-pred-every", type=types.positive_int, default=10000, metavar="STEPS", help="between snapshots")
-    run("--print-frequency", type=types.positive_int, default=50, metavar="STEPS", help="between lines of the log")
+    run(
+        "--save-pred-every", type=types.positive_int, default=10000, metavar="STEPS", help="between snapshots"
+    )
+    run(
+        "--print-frequency",
+        type=types.positive_int,
+        default=50,
+        metavar="STEPS",
+        help="between lines of the log",
+    )
     run("--start-iters", type=types.count, default=0, metavar="STEP", help="steps that count as done")
-    run("--resume", action="store_true", help="continue from the newest state in --snapshot-dir, if there is one")
-    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
+    run(
+        "--resume",
+        action="store_true",
+        help="continue from the newest state in --snapshot-dir, if there is one",
+    )
+    add(
+        "--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # torch.distributed.launch passes it
     return parser
 
 
@@ -98,25 +143,33 @@ def check(args: argparse.Namespace, processes: int) -> None:
     """
     if args.batch_size % processes:
         raise types.UsageError(
-            f"--batch-size {args.batch_size}: can't be shared by {processes} processes; give a multiple of {processes}"
+            f"--batch-size {args.batch_size}: can't be shared by {processes} processes; "
+            f"give a multiple of {processes}"
         )
     if args.start_iters >= args.num_steps:
-        raise types.UsageError(f"--start-iters {args.start_iters}: must be less than --num-steps {args.num_steps}")
+        raise types.UsageError(
+            f"--start-iters {args.start_iters}: must be less than --num-steps {args.num_steps}"
+        )
     if args.abn == "inplace":
         require_inplace_abn()
     print(make_dataset(args).check(), flush=True)
     with torch.device("meta"):
         model = make_model(args)
     if args.restore_from:
-        print(load_weights(model, args.restore_from, args.not_restore_last), flush=True)
+        print(match_weights(model, args.restore_from, args.not_restore_last)[0], flush=True)
     else:
         print("no --restore-from: training from random weights", flush=True)
     try:
         os.makedirs(args.snapshot_dir, exist_ok=True)
-        with replacing(os.path.join(args.snapshot_dir, "args.json")) as path, open(path, "w", encoding="utf-8") as file:
+        with (
+            replacing(os.path.join(args.snapshot_dir, "args.json")) as path,
+            open(path, "w", encoding="utf-8") as file,
+        ):
             json.dump(vars(args), file, indent=2)
     except OSError as error:
-        raise types.UsageError(f"--snapshot-dir {args.snapshot_dir}: can't be written: {error.strerror}") from error
+        raise types.UsageError(
+            f"--snapshot-dir {args.snapshot_dir}: can't be written: {error.strerror}"
+        ) from error
 
 
 def require_inplace_abn() -> None:
@@ -143,7 +196,11 @@ def make_dataset(args: argparse.Namespace) -> CSDataSet:
 
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
     return MODELS[args.model](
-        args.num_classes, recurrence=args.recurrence, backbone=args.backbone, dropout=args.dropout, abn=args.abn
+        args.num_classes,
+        recurrence=args.recurrence,
+        backbone=args.backbone,
+        dropout=args.dropout,
+        abn=args.abn,
     )
 
 
@@ -176,7 +233,9 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
     recipe = {name: getattr(args, name) for name in RECIPE}
     start = args.start_iters
     # Rank 0 decides for all: the others may see another state of a shared disk.
-    state = world.gather(checkpoint.newest_state(args.snapshot_dir) if args.resume and world.is_main else None)[0]
+    state = world.gather(
+        checkpoint.newest_state(args.snapshot_dir) if args.resume and world.is_main else None
+    )[0]
     if state is not None:
         checkpoint.restore(state, model, optimizer, recipe)
         start = state.step
@@ -238,8 +297,8 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
             mean_loss, mean_main, mean_auxiliary = (losses / world.size).tolist()
             if not np.isfinite(mean_loss):
                 raise RuntimeError(
-                    f"the loss is {mean_loss} at step {step}, nothing saved since; lower --learning-rate, or look at "
-                    f"the samples of this step: {'; '.join(batch.records)}"
+                    f"the loss is {mean_loss} at step {step}; lower --learning-rate, or look at the samples: "
+                    f"{'; '.join(batch.records)}"
                 )
             records = [record for share in world.gather(batch.records) for record in share]
             if world.is_main:

@@ -1,4 +1,4 @@
-"""The Cityscapes loader (original: dataset/datasets.py): pairs of pictures and labels, from a list or the layout."""
+"""The Cityscapes loader: pairs of pictures and labels, by list or layout (original: dataset/datasets.py)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Sample(NamedTuple):
 class Picture(NamedTuple):
     """One whole picture for evaluation.
 
-    image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, and where the data set has them label ids
-    uint8 [h, w] and instance ids int32 [h, w] (else None).
+    image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, and where the data set has them
+    label ids uint8 [h, w] and instance ids int32 [h, w] (else None).
     """
 
     image: np.ndarray
@@ -105,7 +105,9 @@ def discover(root: str, split: str) -> list[Pair]:
                 continue
             image = os.path.relpath(os.path.join(directory, file), root)
             city = os.path.relpath(directory, folder)
-            base = os.path.normpath(os.path.join("gtFine", split, city, stem.removesuffix(PICTURE) + "_gtFine"))
+            base = os.path.normpath(
+                os.path.join("gtFine", split, city, stem.removesuffix(PICTURE) + "_gtFine")
+            )
             kinds = [base + kind for kind in (LABEL_IDS, LABEL_TRAIN_IDS)]
             label = next((kind for kind in kinds if os.path.isfile(os.path.join(root, kind))), None)
             if label is None:
@@ -114,8 +116,9 @@ def discover(root: str, split: str) -> list[Pair]:
                 pairs.append((image, label))
     if missing:
         raise DataError(
-            f"{root}: {len(missing)} of {len(missing) + len(pairs)} pictures in leftImg8bit/{split} have no label, "
-            f"the first missing is {missing[0]}; unpack the whole gtFine archive, or name the pairs with --data-list"
+            f"{root}: {len(missing)} of {len(missing) + len(pairs)} pictures in leftImg8bit/{split} have no "
+            f"label, the first missing is {missing[0]}; unpack the whole gtFine archive, or name the pairs "
+            "with --data-list"
         )
     if not pairs:
         raise DataError(
@@ -152,7 +155,8 @@ class CSDataSet(Dataset):
         num_classes: labels of this value or more (other than `ignore_label`) are an error.
         split: "train", "val" or another folder below leftImg8bit, when there is no list.
 
-    Items: (image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, size (height, width, 3) of the
+    Items: (image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, size (height, width, 3) of
+        the
     picture on disk, name). Their augmentation is drawn from torch's random state.
 
     Raises:
@@ -164,7 +168,7 @@ class CSDataSet(Dataset):
         root: str,
         list_path: str | None = None,
         crop_size: tuple[int, int] | None = (769, 769),
-        mean: Sequence[float] = IMG_MEAN,
+        mean: Sequence[float] | np.ndarray = IMG_MEAN,
         scale: bool = True,
         mirror: bool = True,
         ignore_label: int = IGNORE,
@@ -172,7 +176,9 @@ class CSDataSet(Dataset):
         split: str = "train",
     ):
         if not os.path.isdir(root):
-            raise DataError(f"{root}: no such directory; --data-dir names the folder with leftImg8bit and gtFine")
+            raise DataError(
+                f"{root}: no such directory; --data-dir names the folder with leftImg8bit and gtFine"
+            )
         self.root = root
         self.pairs = discover(root, split) if list_path is None else read_list(root, list_path)
         self.source = os.path.join(root, "leftImg8bit", split) if list_path is None else list_path
@@ -214,7 +220,9 @@ class CSDataSet(Dataset):
             path = self.path(_instances_of(pair.label))
             label_ids, instance_ids = read_label(self.path(pair.label)), read_label(path).astype(np.int32)
             if instance_ids.shape != label_ids.shape:
-                raise DataError(f"{path}: not of the size of {pair.label}; give the instances of this picture")
+                raise DataError(
+                    f"{path}: not of the size of {pair.label}; give the instances of this picture"
+                )
         image = transforms.subtract_mean(image, self._mean)
         return Picture(image, label.astype(np.int64), pair.name, label_ids, instance_ids)
 
@@ -225,22 +233,23 @@ class CSDataSet(Dataset):
         """Look at the header of every file; the line to print when all is well.
 
         Raises:
-            DataError: naming the first file that is missing, unreadable, truncated, of the wrong kind, or of another
-                size than its picture.
+            DataError: naming the first file that is missing, unreadable, truncated, of the wrong kind, or of
+                another size than its picture.
         """
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(self._check_pair, self.pairs):
                 pass
         folders = len({os.path.dirname(pair.image) for pair in self.pairs})
-        return f"{self.source}: {len(self.pairs)} pictures in {folders} folders, each with its label, none missing"
+        count = len(self.pairs)
+        return f"{self.source}: {count} pictures in {folders} folders, each with its label, none missing"
 
     def _check_pair(self, pair: Pair) -> None:
         image, label = (read_header(self.path(name)) for name in (pair.image, pair.label))
         check_label_mode(self.path(pair.label), label.mode)
         if image[:2] != label[:2]:
             raise DataError(
-                f"{self.path(pair.label)}: {label.width}x{label.height} pixels, but its picture {pair.image} has "
-                f"{image.width}x{image.height}; give the label of this picture"
+                f"{self.path(pair.label)}: {label.width}x{label.height} pixels, but its picture {pair.image} "
+                f"has {image.width}x{image.height}; give the label of this picture"
             )
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +257,9 @@ class CSDataSet(Dataset):
         pair = self.pairs[index]
         image, label = read_image(self.path(pair.image)), self.read_train_ids(pair.label)
         if image.shape[:2] != label.shape:
-            raise DataError(f"{self.path(pair.label)}: not of the size of {pair.image}; give the label of this picture")
+            raise DataError(
+                f"{self.path(pair.label)}: not of the size of {pair.image}; give the label of this picture"
+            )
         return image, label
 
     def read_train_ids(self, relative: str) -> np.ndarray:
@@ -263,12 +274,14 @@ class CSDataSet(Dataset):
         if wrong.any():
             kind = "label id" if relative.endswith(LABEL_IDS) else "train id"
             raise DataError(
-                f"{self.path(relative)}: {kind} {label[wrong].flat[0]} is none of the {self.num_classes} classes "
-                f"nor void; mend the label, or check --num-classes and --ignore-label"
+                f"{self.path(relative)}: {kind} {label[wrong].flat[0]} is none of the {self.num_classes} "
+                f"classes nor void; mend the label, or check --num-classes and --ignore-label"
             )
         return train_ids
 
-    def _augmented(self, index: int, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> Sample:
+    def _augmented(
+        self, index: int, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
+    ) -> Sample:
         size = image.shape[:2]
         crop = size if self.crop_size is None else self.crop_size
         augmentation = transforms.draw(rng, size, crop, self.scale, self.mirror)

@@ -55,7 +55,9 @@ LABELS = (
     Label("bicycle", 33, 18, "vehicle", True, (119, 11, 32)),
 )
 
-TRAIN_LABELS = tuple(sorted((label for label in LABELS if label.train_id != IGNORE), key=lambda label: label.train_id))
+TRAIN_LABELS = tuple(
+    sorted((label for label in LABELS if label.train_id != IGNORE), key=lambda label: label.train_id)
+)
 CLASS_NAMES = tuple(label.name for label in TRAIN_LABELS)
 NUM_CLASSES = len(TRAIN_LABELS)
 

@@ -90,11 +90,13 @@ def read_label(path: str) -> np.ndarray:
 def check_label_mode(path: str, mode: str) -> None:
     """Raises DataError where a picture of this mode can't be a label."""
     if mode not in LABEL_MODES:
-        raise DataError(f"{path}: a label has one channel of ids, this is a {mode} picture; name the ids' file")
+        raise DataError(
+            f"{path}: a label has one channel of ids, this is a {mode} picture; name the ids' file"
+        )
 
 
 def _read(path: str) -> bytes:
-    """The bytes of a picture, with the checks that decoders leave out: OpenCV fills in what is missing, silently."""
+    """The bytes of a picture, checked for what OpenCV silently fills in: a missing end, damaged data."""
     try:
         with open(path, "rb") as file:
             content = file.read()

@@ -12,7 +12,7 @@ SCALES = tuple(0.7 + step / 10.0 for step in range(15))
 
 
 class Augmentation(NamedTuple):
-    """What happens to one sample: resize by `scale`, cut the crop at (top, left) of the result, then mirror."""
+    """What happens to a sample: resize by `scale`, cut the crop at (top, left) of the result, then mirror."""
 
     scale: float
     top: int
@@ -42,7 +42,7 @@ def draw(
 
 
 def mean_table(mean: np.ndarray) -> np.ndarray:
-    """float32 [3, 256]: value minus mean for every channel and grey level (the difference is rounded once)."""
+    """float32 [3, 256]: value minus mean for every channel and grey level (rounded once)."""
     return (np.arange(256)[None, :] - np.asarray(mean, np.float64)[:, None]).astype(np.float32)
 
 

@@ -30,8 +30,11 @@ def snapshot_path(directory: str, step: int) -> str:
     return os.path.join(directory, f"CS_scenes_{step}.pth")
 
 
-def save(directory: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: dict[str, Any]) -> str:
-    """Write the snapshot of `step` (a plain state dict) and the state for resuming; returns the snapshot's path.
+def save(
+    directory: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: dict[str, Any]
+) -> str:
+    """Write the snapshot of `step` (a plain state dict) and the state for resuming; returns the snapshot's
+    path.
 
     The state's JSON file is written last: its size and checksum say that the state is whole.
     """
@@ -42,7 +45,9 @@ def save(directory: str, step: int, model: nn.Module, optimizer: torch.optim.Opt
     with replacing(state) as path:
         torch.save({"model": weights, "optimizer": optimizer.state_dict()}, path)
     with replacing(_description(state)) as path, open(path, "w", encoding="utf-8") as file:
-        json.dump({"step": step, "size": os.path.getsize(state), "sha256": _sha256(state), "recipe": recipe}, file)
+        json.dump(
+            {"step": step, "size": os.path.getsize(state), "sha256": _sha256(state), "recipe": recipe}, file
+        )
     for old in _states(directory)[KEPT_STATES:]:
         os.unlink(_description(old))
         os.unlink(old)
@@ -75,8 +80,8 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, re
         # Through JSON, as the recipe on disk went: tuples become lists.
         if flag in state.recipe and state.recipe[flag] != json.loads(json.dumps(value)):
             raise UsageError(
-                f"--{flag.replace('_', '-')}: is {value} here and {state.recipe[flag]} in the run of {state.path}; "
-                "resume with the same, or start anew in another --snapshot-dir"
+                f"--{flag.replace('_', '-')}: is {value} here and {state.recipe[flag]} in the run of "
+                f"{state.path}; resume with the same, or start anew in another --snapshot-dir"
             )
     content = torch.load(state.path, map_location="cpu", weights_only=True)
     model.load_state_dict(content["model"])
@@ -84,7 +89,7 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, re
 
 
 def set_aside(directory: str) -> str | None:
-    """Move the states and the log of an earlier run to a folder of their own; its name, None where there was no run."""
+    """Move the states and log of an earlier run to a folder of their own and return it; None: no such run."""
     found = glob.glob(os.path.join(glob.escape(directory), "state_*"))
     found += glob.glob(os.path.join(glob.escape(directory), "log.jsonl"))
     if not found:

@@ -1,4 +1,4 @@
-"""Processes: starting them, what they share, and how they agree. The only file that imports torch.distributed."""
+"""Processes: how they start, share and agree. The only file that imports torch.distributed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAUNCHED = "CCNET_LAUNCHED"
 
 
 class World:
-    """This process among the others of the run: rank, device, collectives. One process is a world of its own."""
+    """This process among the others of the run: rank, device, collectives; one alone is a world too."""
 
     def __init__(self, rank: int, local_rank: int, size: int, device: torch.device):
         self.rank = rank
@@ -34,7 +34,7 @@ class World:
         self.device = device
         self.group = dist.group.WORLD if size > 1 else None  # what the activated batch norm reduces over
         # Python objects and flags go over gloo: no GPU waits for them.
-        self._control = dist.new_group(backend="gloo") if size > 1 else None
+        self._control: Any = dist.new_group(backend="gloo") if size > 1 else None
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +68,7 @@ class World:
             dist.barrier(group=self._control)
 
     def data_parallel(self, model: nn.Module, all_used: bool) -> nn.Module:
-        """`model` with gradients averaged over the processes. `all_used`: every parameter takes part in the loss."""
+        """`model` with gradients averaged over the processes; `all_used`: the loss depends on all parameters."""
         if self.size == 1:
             return model
         return DistributedDataParallel(
@@ -108,7 +108,9 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
     visible = torch.cuda.device_count()
     if nproc is not None:
         if gpu not in (None, "cpu"):
-            raise UsageError(f"--nproc {nproc}: is for CPU processes and --gpu {gpu} asks for GPUs; give one of the two")
+            raise UsageError(
+                f"--nproc {nproc}: is for CPU processes and --gpu {gpu} asks for GPUs; give one of the two"
+            )
         return [torch.device("cpu")] * nproc
     if gpu == "cpu" or (gpu is None and visible == 0):
         return [torch.device("cpu")]
@@ -120,7 +122,11 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
         raise UsageError(f"--gpu {gpu}: not a list of ids; give ids such as 0,1,2,3, or cpu") from None
     for index in ids:
         if not 0 <= index < visible:
-            there = f"there are {visible}, numbered from 0" if visible else "no GPU is visible here; give --gpu cpu"
+            there = (
+                f"there are {visible}, numbered from 0"
+                if visible
+                else "no GPU is visible here; give --gpu cpu"
+            )
             raise UsageError(f"--gpu {gpu}: there is no GPU {index}; {there}")
     if len(set(ids)) < len(ids):
         raise UsageError(f"--gpu {gpu}: an id is given twice; give each GPU once")
@@ -128,7 +134,8 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
 
 
 def launch(processes: int) -> int:
-    """Run this command once for each of `processes` ranks on this machine and wait; the first failure ends all.
+    """Run this command once for each of `processes` ranks on this machine and wait; the first failure ends
+    all.
 
     Returns:
         The exit status of the process that failed first, 0 when none did.
@@ -136,7 +143,12 @@ def launch(processes: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     shared |= {LAUNCHED: 1}
     if "OMP_NUM_THREADS" not in os.environ:
         shared["OMP_NUM_THREADS"] = max(1, len(os.sched_getaffinity(0)) // processes)
@@ -189,7 +201,8 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
 
 @contextlib.contextmanager
 def world(devices: Sequence[torch.device]) -> Iterator[World]:
-    """Join the processes of this run (those of `launch`, torchrun or a scheduler; alone where there is no other).
+    """Join the processes of this run (those of `launch`, torchrun or a scheduler; alone where there is no
+    other).
 
     Args:
         devices: the device of each local rank.
@@ -205,7 +218,9 @@ def world(devices: Sequence[torch.device]) -> Iterator[World]:
         device = devices[local_rank]
         torch.cuda.set_device(device)
     else:
-        raise UsageError(f"--gpu: process {local_rank} of this machine has none of the {len(devices)} GPUs; start fewer")
+        raise UsageError(
+            f"--gpu: process {local_rank} of this machine has none of the {len(devices)} GPUs; start fewer"
+        )
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:

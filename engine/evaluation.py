@@ -20,7 +20,7 @@ Keep = Callable[[str, np.ndarray], None]
 
 
 class Result(NamedTuple):
-    """Scores of all pictures: confusion int64 [K, K] (rows = ground truth), and the official ones where asked for."""
+    """Of all pictures: confusion int64 [K, K] (rows = ground truth), and the official scores if asked for."""
 
     confusion: Tensor
     official: OfficialScores | None
@@ -41,7 +41,8 @@ def evaluate(
 ) -> Result:
     """Predict every picture of `source` once and score the predictions.
 
-    The result is the same on every process, and for any number of processes: counts are integers, and each picture
+    The result is the same on every process, and for any number of processes: counts are integers, and each
+        picture
     is predicted by one process alone.
 
     Args:

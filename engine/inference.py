@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ Model = Callable[[Tensor], Tensor | Sequence[Tensor]]
 OVERLAP = 1 / 3
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, corners aligned: [N, C, h, w] -> [N, C, *size]."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def predict_whole(model: Model, image: Tensor) -> Tensor:
@@ -47,9 +48,9 @@ def tile_offsets(size: int, tile: int, stride: int) -> list[int]:
 def predict_sliding(model: Model, image: Tensor, tile_size: tuple[int, int], num_classes: int) -> Tensor:
     """Logits of images, averaged over overlapping tiles.
 
-    Both axes advance by ceil(tile height * 2/3), as the original's, but never by more than the tile is wide. Images
-    smaller than the tile are padded with zeros at the bottom and right. Every image of a batch is scored by its own
-    logits.
+    Both axes advance by ceil(tile height * 2/3), as the original's, but never by more than the tile is wide.
+    Images smaller than the tile are padded with zeros at the bottom and right. Every image of a batch is
+    scored by its own logits.
 
     Args:
         model: see `predict_whole`.
@@ -104,21 +105,19 @@ def predict_multiscale(
     """
     if not scales:
         raise ValueError("predict_multiscale: give at least one scale")
-    if tile_size is not None and num_classes is None:
+    if tile_size is None:
+        predict: Callable[[Tensor], Tensor] = partial(predict_whole, model)
+    elif num_classes is None:
         raise ValueError("predict_multiscale: prediction by tiles needs num_classes")
-
-    def predict(scaled: Tensor) -> Tensor:
-        if tile_size is None:
-            return predict_whole(model, scaled)
-        return predict_sliding(model, scaled, tile_size, num_classes)
+    else:
+        predict = partial(predict_sliding, model, tile_size=tile_size, num_classes=num_classes)
 
     height, width = image.shape[2:]
-    total = None
+    total = torch.zeros((), device=image.device)
     for scale in scales:
         scaled = resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
         logits = predict(scaled)
         if flip:
             logits = (logits + predict(scaled.flip(-1)).flip(-1)) / 2
-        logits = resize(logits, (height, width))
-        total = logits if total is None else total + logits
+        total = total + resize(logits, (height, width))
     return total / len(scales)

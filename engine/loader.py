@@ -39,14 +39,14 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
 class SampleStream(Dataset):
     """Sample k of a run, for every k >= 0: a pure function of (seed, k).
 
-    Each epoch goes through the data set once, in an order of its own; the batches run on across epochs, so none is
-    partial. Whatever the number of processes, workers or restarts, sample k is the same.
+    Each epoch goes through the data set once, in an order of its own; the batches run on across epochs, so
+    none is partial. Whatever the number of processes, workers or restarts, sample k is the same.
 
     Args:
         source: the data set.
         seed: of the order and of the augmentation.
-        errors: what the data set raises for a file that can't be used; such a sample is the error itself, so that it
-            reaches the training loop as it was raised, with its place in the order.
+        errors: what the data set raises for a file that can't be used; such a sample is the error itself, so
+            that it reaches the training loop as it was raised, with its place in the order.
     """
 
     def __init__(self, source: SampleSource, seed: int, errors: type[Exception]):
@@ -100,11 +100,11 @@ def train_batches(
         A batch, or the error of the first of its samples that can't be used.
     """
     share = batch_size // processes
-    shares = [range(step * batch_size + rank * share, step * batch_size + (rank + 1) * share) for step in steps]
+    starts = [step * batch_size + rank * share for step in steps]
     return iter(
         DataLoader(
             SampleStream(source, seed, errors),
-            batch_sampler=shares,
+            batch_sampler=[list(range(start, start + share)) for start in starts],
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,

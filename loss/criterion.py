@@ -12,11 +12,11 @@ from loss.ohem import OhemCrossEntropy2d, cross_entropy
 AUXILIARY_WEIGHT = 0.4
 
 
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, corners aligned; half precision is widened first."""
     if logits.element_size() < 4:
         logits = logits.float()
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 class CriterionDSN(nn.Module):

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_label: int) -> Tensor:
-    """Mean cross entropy over the pixels that are not `ignore_label`; 0, with zero gradients, where there is none.
+    """Mean cross entropy over the pixels that are not `ignore_label`; 0, with zero gradients, where there is
+    none.
 
     logits [N, C, h, w], target int [N, h, w] -> scalar
     """
@@ -19,9 +20,10 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_label: int) -> Tensor:
 class OhemCrossEntropy2d(nn.Module):
     """Cross entropy over the hard pixels: those whose class has at most a threshold probability.
 
-    The threshold is the `min_kept`-th smallest probability of the true class, and at least `thresh`. It is found on a
-    grid coarser by `factor`, as scipy.ndimage.zoom of the original lays it; `min_kept` counts pixels of the full
-    resolution, over the images of this process. All of it runs on the logits' device, without waiting for it.
+    The threshold is the `min_kept`-th smallest probability of the true class, and at least `thresh`. It is
+    found on a grid coarser by `factor`, as scipy.ndimage.zoom of the original lays it; `min_kept` counts
+    pixels of the full resolution, over the images of this process. All of it runs on the logits' device,
+    without waiting for it.
 
     Args:
         ignore_label: pixels of this label are never kept.
@@ -38,7 +40,7 @@ class OhemCrossEntropy2d(nn.Module):
         self.factor = factor
 
     def forward(self, predict: Tensor, target: Tensor) -> Tensor:
-        """logits [N, C, h, w], target int [N, h, w] -> scalar; 0, with zero gradients, where nothing is kept."""
+        """logits [N, C, h, w], target int [N, h, w] -> scalar; 0 and zero gradients where nothing is kept."""
         target = target.long()
         return cross_entropy(predict, self.hard_target(predict, target), self.ignore_label)
 
@@ -48,7 +50,9 @@ class OhemCrossEntropy2d(nn.Module):
         probability = predict.softmax(1)
         valid = target != self.ignore_label
         of_true_class = probability.gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)  # [N, h, w]
-        return target.where(valid & (of_true_class <= self._threshold(probability, target)), self.ignore_label)
+        return target.where(
+            valid & (of_true_class <= self._threshold(probability, target)), self.ignore_label
+        )
 
     def _threshold(self, probability: Tensor, target: Tensor) -> Tensor:
         """Scalar: the k-th smallest probability of the true class on the coarse grid, at least `thresh`."""
@@ -63,7 +67,8 @@ class OhemCrossEntropy2d(nn.Module):
     def _coarse_probability(self, probability: Tensor, target: Tensor) -> Tensor:
         """Probability [N, h', w'] of the true class on the coarse grid; inf where the label there is ignored.
 
-        Probabilities are interpolated linearly (in float64, as scipy does), labels taken from the nearest pixel.
+        Probabilities are interpolated linearly (in float64, as scipy does), labels taken from the nearest
+        pixel.
         """
         y0, y1, wy, y_nearest, y_inside = _zoom(target.shape[1], self.factor, target.device)
         x0, x1, wx, x_nearest, x_inside = _zoom(target.shape[2], self.factor, target.device)
@@ -83,10 +88,12 @@ class OhemCrossEntropy2d(nn.Module):
 
 
 def _zoom(size: int, factor: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Where scipy.ndimage.zoom(., 1 / factor) samples an axis of `size` pixels: first and last pixel fall together.
+    """Where scipy.ndimage.zoom(., 1 / factor) samples an axis of `size` pixels: first and last pixel fall
+    together.
 
     Returns:
-        lower and upper neighbour, weight of the upper (float64), nearest neighbour, and whether the position is on
+        lower and upper neighbour, weight of the upper (float64), nearest neighbour, and whether the position
+        is on
         the axis: rounding can push the last one beyond the end, where scipy puts zero.
     """
     samples = round(size / factor)

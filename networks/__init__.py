@@ -6,8 +6,8 @@ from torch import nn
 
 from networks.abn import ABN, synchronise
 from networks.ccnet import Seg_Model
-from networks.weights import CheckpointError, load_weights
+from networks.weights import CheckpointError, load_weights, match_weights
 
 MODELS: dict[str, type[nn.Module]] = {"ccnet": Seg_Model}
 
-__all__ = ["ABN", "MODELS", "CheckpointError", "Seg_Model", "load_weights", "synchronise"]
+__all__ = ["ABN", "MODELS", "CheckpointError", "Seg_Model", "load_weights", "match_weights", "synchronise"]

@@ -26,14 +26,14 @@ class ABN(nn.Module):
 
     y = activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)
 
-    These are the semantics of the in-place ABN that CCNet was trained with (inplace_abn, every release; in the
-    original's own tree libs/src/bn.cu): loading its weights into ordinary batch norm is wrong wherever a weight is
-    negative. The gradient treats weight = 0 as positive, as inplace_abn >= 0.1.1.
+    These are the semantics of the in-place ABN that CCNet was trained with (inplace_abn, every release; in
+    the original's own tree libs/src/bn.cu): loading its weights into ordinary batch norm is wrong wherever a
+    weight is negative. The gradient treats weight = 0 as positive, as inplace_abn >= 0.1.1.
 
     Args:
         channels: number of channels C.
         activation: "identity", or "leaky_relu" with slope 0.01.
-        backend: "torch", or "inplace" for the inplace_abn package, which saves memory by overwriting its input.
+        backend: "torch", or "inplace" for the inplace_abn package, which overwrites its input to save memory.
 
     Shape: [N, C, ...] -> the same.
     """
@@ -62,6 +62,8 @@ class ABN(nn.Module):
         self.group: StatisticsGroup | None = None  # set by synchronise()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
@@ -75,7 +77,14 @@ class ABN(nn.Module):
             )
         else:
             y = F.batch_norm(
-                x, self.running_mean, self.running_var, weight, self.bias, self.training, self.momentum, self.eps
+                x,
+                self.running_mean,
+                self.running_var,
+                weight,
+                self.bias,
+                self.training,
+                self.momentum,
+                self.eps,
             )
         return F.leaky_relu(y, self.slope) if self.activation == "leaky_relu" else y
 
@@ -91,8 +100,8 @@ class ABN(nn.Module):
             "activation_param": self.slope,
         }
         if self.training and self.group is not None:
-            # The group is named: the package's default is no longer recognised by today's torch and would silently
-            # leave the statistics unsynchronised.
+            # The group is named: the package's default is no longer recognised by today's torch and would
+            # silently leave the statistics unsynchronised.
             return inplace_abn.inplace_abn_sync(*arguments, group=self.group.group, **options)
         return inplace_abn.inplace_abn(*arguments, **options)
 
@@ -106,7 +115,7 @@ class ABN(nn.Module):
 
 
 def synchronise(model: nn.Module, group: StatisticsGroup | None) -> None:
-    """Make every ABN of `model` take its training statistics over all processes of `group` (None: its own only)."""
+    """Let every ABN of `model` take its training statistics over all processes of `group` (None: its own)."""
     for module in model.modules():
         if isinstance(module, ABN):
             module.group = group if group is not None and group.size > 1 else None
@@ -166,5 +175,6 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         mean_grad, mean_product = (sums / total.to(wide)).chunk(2)
         scale = (weight.to(wide) * inverse).view(shape)
         grad_x = scale * (grad - mean_grad.view(shape) - normalised * mean_product.view(shape))
-        # weight and bias get this process's share; the data-parallel wrapper averages them with all the others.
+        # weight and bias get this process's share; the data-parallel wrapper averages them with all the
+        # others.
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 5

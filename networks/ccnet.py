@@ -1,4 +1,4 @@
-"""CCNet: dilated ResNet, recurrent criss-cross attention head, auxiliary head (original: networks/ccnet.py)."""
+"""CCNet: dilated ResNet, recurrent criss-cross attention, auxiliary head (original: networks/ccnet.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class RCCAHead(nn.Module):
     ):
         super().__init__()
         self.recurrence = recurrence
-        self.conva = nn.Sequential(convolution(in_channels, channels, 3), ABN(channels, "leaky_relu", backend))
+        self.conva = nn.Sequential(
+            convolution(in_channels, channels, 3), ABN(channels, "leaky_relu", backend)
+        )
         self.cca = CrissCrossAttention(channels)
         self.convb = nn.Sequential(convolution(channels, channels, 3), ABN(channels, "leaky_relu", backend))
         self.bottleneck = nn.Sequential(
@@ -49,7 +51,8 @@ class RCCAHead(nn.Module):
 
 
 class Seg_Model(ResNet):
-    """CCNet. 562 state-dict entries and 71,287,911 parameters with resnet101 and 19 classes, named as the original's.
+    """CCNet. 562 state-dict entries and 71,287,911 parameters with resnet101 and 19 classes, named as the
+    original's.
 
     Args:
         num_classes: number of train ids.
@@ -92,7 +95,8 @@ class Seg_Model(ResNet):
             load_weights(self, pretrained_model)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor] | Tensor:
-        """images [N, 3, h, w] (BGR minus mean) -> [logits, dsn_logits], each [N, num_classes, H, W] at 1/8 size.
+        """images [N, 3, h, w] (BGR minus mean) -> [logits, dsn_logits], each [N, num_classes, H, W] at 1/8
+        size.
 
         With `labels` [N, h, w] and a criterion: the loss.
         """

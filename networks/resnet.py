@@ -11,7 +11,9 @@ from networks.abn import ABN
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
-def convolution(in_channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+def convolution(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1
+) -> nn.Conv2d:
     """A convolution without bias that keeps the size at stride 1."""
     padding = dilation * (kernel // 2)
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
@@ -47,7 +49,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """images [N, 3, h, w] -> (layer3 [N, 1024, H, W], layer4 [N, 2048, H, W]), H = ceil(h / 8) up to rounding.
+    """images [N, 3, h, w] -> (layer3 [N, 1024, H, W], layer4 [N, 2048, H, W]), H = ceil(h / 8) up to
+    rounding.
 
     layer3 and layer4 keep the resolution and dilate by 2 and 4 instead, in every block.
     """
@@ -69,7 +72,9 @@ class ResNet(nn.Module):
         self.layer4 = self._layer(1024, 512, blocks[3], 1, 4, backend)
 
     @staticmethod
-    def _layer(in_channels: int, planes: int, blocks: int, stride: int, dilation: int, backend: str) -> nn.Sequential:
+    def _layer(
+        in_channels: int, planes: int, blocks: int, stride: int, dilation: int, backend: str
+    ) -> nn.Sequential:
         out_channels = planes * Bottleneck.expansion
         first = Bottleneck(in_channels, planes, stride, dilation, backend)
         rest = [Bottleneck(out_channels, planes, 1, dilation, backend) for _ in range(blocks - 1)]
@@ -79,7 +84,8 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
-        # ceil_mode: 1024 x 2048 pictures give 129 x 257 features, as the released checkpoints were trained with.
+        # ceil_mode: 1024 x 2048 pictures give 129 x 257 features, as the released checkpoints were trained
+        # with.
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         return x, self.layer4(x)

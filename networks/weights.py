@@ -14,8 +14,6 @@ from torch import Tensor, nn
 CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 #: What an ImageNet backbone lacks, and may.
 HEADS = ("head.", "dsn.")
-#: What a file may hold beyond the network: ImageNet's classifier.
-IMAGENET_CLASSIFIER = "fc."
 
 
 class CheckpointError(ValueError):
@@ -68,6 +66,39 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
+def match_weights(
+    model: nn.Module, path: str | os.PathLike, fresh_classifiers: bool = False, complete: bool = False
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """What `load_weights` would do, and the entries that it would load; `model` may be on the meta device."""
+    state = {k: v for k, v in read_state_dict(path).items() if not k.endswith("num_batches_tracked")}
+    own = model.state_dict()
+    fresh = {name for name in own if fresh_classifiers and name.startswith(CLASSIFIERS)}
+    loaded = {name: state[name] for name in own if name in state and name not in fresh}
+    new = [name for name in own if name not in loaded]
+    left_over = [name for name in state if name not in loaded]
+    if not loaded:
+        raise CheckpointError(
+            f"{path}: none of its {len(state)} entries belongs to this network; check the file"
+        )
+    for name, value in loaded.items():
+        if own[name].shape != value.shape:
+            raise CheckpointError(_shape_mismatch(path, name, own[name], value))
+    missing = [name for name in new if name not in fresh and (complete or not name.startswith(HEADS))]
+    if missing:
+        raise CheckpointError(
+            f"{path}: lacks {len(missing)} entries of this network, the first is {missing[0]}; "
+            "check --backbone and --model, or name a complete checkpoint"
+        )
+    own_modules = {name.split(".")[0] for name in own}
+    foreign = [name for name in left_over if name not in fresh and name.split(".")[0] in own_modules]
+    if foreign:
+        raise CheckpointError(
+            f"{path}: has {len(foreign)} entries that this network lacks, the first is {foreign[0]}; "
+            "check --backbone and --model"
+        )
+    return LoadReport(str(path), list(loaded), new, left_over), loaded
+
+
 def load_weights(
     model: nn.Module, path: str | os.PathLike, fresh_classifiers: bool = False, complete: bool = False
 ) -> LoadReport:
@@ -82,34 +113,9 @@ def load_weights(
         CheckpointError: unreadable, of another network, or (without `fresh_classifiers`) of other classes.
             The model is then unchanged.
     """
-    state = {k: v for k, v in read_state_dict(path).items() if not k.endswith("num_batches_tracked")}
-    own = model.state_dict()
-    fresh = CLASSIFIERS if fresh_classifiers else ()
-    wanted = {name for name in own if not name.startswith(fresh)} if fresh else set(own)
-    loaded = [name for name in own if name in wanted and name in state]
-    new = [name for name in own if name not in loaded]
-    left_over = [name for name in state if name not in loaded]
-    if not loaded:
-        raise CheckpointError(f"{path}: none of its {len(state)} entries belongs to this network; check the file")
-    for name in loaded:
-        if own[name].shape != state[name].shape:
-            raise CheckpointError(_shape_mismatch(path, name, own[name], state[name]))
-    optional = () if complete else HEADS
-    missing = [name for name in new if not name.startswith(optional + fresh)] if optional + fresh else new
-    if missing:
-        raise CheckpointError(
-            f"{path}: lacks {len(missing)} entries of this network, the first is {missing[0]}; "
-            "check --backbone and --model, or name a complete checkpoint"
-        )
-    own_modules = {name.split(".")[0] for name in own}
-    foreign = [name for name in left_over if name.split(".")[0] in own_modules and not name.startswith(CLASSIFIERS)]
-    if foreign:
-        raise CheckpointError(
-            f"{path}: has {len(foreign)} entries that this network lacks, the first is {foreign[0]}; "
-            "check --backbone and --model"
-        )
-    model.load_state_dict({**own, **{name: state[name] for name in loaded}})
-    return LoadReport(str(path), loaded, new, left_over)
+    report, loaded = match_weights(model, path, fresh_classifiers, complete)
+    model.load_state_dict({**model.state_dict(), **loaded})
+    return report
 
 
 def _shape_mismatch(path: str | os.PathLike, name: str, own: Tensor, other: Tensor) -> str:
@@ -118,4 +124,6 @@ def _shape_mismatch(path: str | os.PathLike, name: str, own: Tensor, other: Tens
             f"{path}: has {other.shape[0]} classes, the network {own.shape[0]}; give --num-classes "
             f"{other.shape[0]}, or --not-restore-last to start the classifiers fresh"
         )
-    return f"{path}: {name} has shape {list(other.shape)}, the network needs {list(own.shape)}; check --backbone"
+    return (
+        f"{path}: {name} has shape {list(other.shape)}, the network needs {list(own.shape)}; check --backbone"
+    )

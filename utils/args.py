@@ -27,11 +27,15 @@ def size(text: str) -> tuple[int, int]:
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give positive height,width such as 769,769")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; give positive height,width such as 769,769"
+        )
     return numbers[0], numbers[-1]
 
 
-def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
+def number(
+    kind: type, low: float, high: float = float("inf"), open_low: bool = False
+) -> Callable[[str], float]:
     """An int or float between `low` and `high`, both included (`open_low`: low itself excluded)."""
 
     def parse(text: str):
@@ -40,7 +44,9 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
         except ValueError:
             value = float("nan")
         if not (low < value if open_low else low <= value) or not value <= high:
-            bounds = f"{'more than' if open_low else 'at least'} {low}" + (f", at most {high}" if high < 1e300 else "")
+            bounds = f"{'more than' if open_low else 'at least'} {low}" + (
+                f", at most {high}" if high < 1e300 else ""
+            )
             raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {bounds}")
         return value
 
@@ -60,13 +66,15 @@ def numbers(text: str) -> list[float]:
 
 
 def exit_status(main: Callable[[], int | None], *input_errors: type[Exception]) -> int:
-    """Run `main`: its own status, 0 when it has none; 2 after one of `input_errors`, its message the last line on standard error.
+    """Run `main`: its own status, 0 when it has none; 2 after one of `input_errors`, its message the last
+    line on standard error.
 
     Anything else that goes wrong keeps its traceback and ends in 1, as Python does.
     """
+    wrong: tuple[type[Exception], ...] = (UsageError, *input_errors)
     try:
         return main() or 0
-    except (UsageError, *input_errors) as error:
+    except wrong as error:
         sys.stdout.flush()
         # The processes of a run come to the same error together; one of a machine speaks.
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:

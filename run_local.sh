@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Sets up, trains and evaluates in one go; run again, it continues where it stopped.
+#
+#   ./run_local.sh                             a small network on the generated mini data set (CPU: minutes)
+#   ./run_local.sh CS                          the published recipe on Cityscapes in CS, on every visible GPU
+#   ./run_local.sh CS ccnet 60000 769,769 1    the same with model, steps, input size and OHEM (1 or 0)
+#
+# The backbone starts from dataset/resnet101-imagenet.pth (IMAGENET=/another/file) where that is.
+set -euo pipefail
+invoked_from=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ $# -gt 5 ] || [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$(basename "${BASH_SOURCE[0]}")"
+    if [ $# -gt 5 ]; then exit 2; else exit 0; fi
+fi
+if [ $# -gt 0 ]; then
+    data=$(cd "$invoked_from" && realpath -m -- "$1")
+    if [ ! -d "$data" ]; then
+        echo "run_local.sh: error: $1: no such directory; name the folder with leftImg8bit and gtFine" >&2
+        exit 2
+    fi
+fi
+. tools/setup_env.sh
+
+if [ $# = 0 ]; then
+    data=data/mini snapshots=snapshots/mini steps=400
+    network=(--backbone resnet50)
+    "$PYTHON" -m dataset.mini "$data"
+    "$PYTHON" train.py --data-dir "$data" --random-mirror --random-scale "${network[@]}" --input-size 97,97 \
+        --batch-size 4 --num-steps $steps --num-workers 1 --print-frequency 20 --snapshot-dir $snapshots --resume
+    "$PYTHON" evaluate.py --data-dir "$data" --restore-from $snapshots/CS_scenes_$steps.pth "${network[@]}" --whole
+    exit
+fi
+
+model=${2:-ccnet} steps=${3:-60000} size=${4:-769,769} ohem=${5:-0} snapshots=snapshots
+imagenet=${IMAGENET:-dataset/resnet101-imagenet.pth}
+restore=(--restore-from "$imagenet")
+if [ ! -e "$imagenet" ] && [ -z "${IMAGENET:-}" ]; then
+    echo "run_local.sh: $imagenet is not there: training from random weights, which stay far below the published scores" >&2
+    restore=()
+fi
+"$PYTHON" train.py --data-dir "$data" --model "$model" --random-mirror --random-scale "${restore[@]}" \
+    --learning-rate 1e-2 --weight-decay 1e-4 --batch-size 8 --input-size "$size" --num-steps "$steps" --recurrence 2 \
+    --ohem "$ohem" --ohem-thres 0.7 --ohem-keep 100000 --snapshot-dir $snapshots --resume
+"$PYTHON" evaluate.py --data-dir "$data" --model "$model" --input-size "$size" --recurrence 2 \
+    --restore-from "$snapshots/CS_scenes_$steps.pth"

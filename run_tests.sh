@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets up, checks style and types, and runs the tests; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+export CCNET_DEV=1
+. tools/setup_env.sh
+
+for check in "ruff check" "ruff format --check" "mypy"; do
+    # An environment of CCNET_PYTHON need not have them.
+    if "$PYTHON" -m "${check%% *}" --version >/dev/null 2>&1; then
+        # shellcheck disable=SC2086  # "ruff check" is two words
+        "$PYTHON" -m $check $([ "$check" = mypy ] || echo .)
+    else
+        echo "run_tests.sh: ${check%% *} is not installed: left out" >&2
+    fi
+done
+"$PYTHON" -m pytest -q "$@"

@@ -1,0 +1,75 @@
+"""What several tests need: small data sets, and the commands run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+#: Flags of the smallest run of the real network.
+SMALL = "--gpu cpu --backbone resnet50 --num-workers 0".split()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+def write_pair(
+    folder: Path, split: str, number: int, size: tuple[int, int], classes: int = 19
+) -> tuple[str, str]:
+    """One random picture and its labelIds in the Cityscapes layout; their relative paths."""
+    rng = np.random.default_rng(number)
+    base = f"{split}/ulm/ulm_000000_{number:06d}"
+    image, label = f"leftImg8bit/{base}_leftImg8bit.png", f"gtFine/{base}_gtFine_labelIds.png"
+    ids = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33, 0], np.uint8)
+    blocks = rng.integers(0, len(ids) if classes == 19 else classes, (size[0] // 8 + 1, size[1] // 8 + 1))
+    pixels = np.kron(ids[blocks], np.ones((8, 8), np.uint8))[: size[0], : size[1]]
+    for relative, content in ((image, rng.integers(0, 256, (*size, 3), dtype=np.uint8)), (label, pixels)):
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(folder / relative), content)
+    return image, label
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """Six training and five validation pictures of 48 x 64 random pixels, in the Cityscapes layout."""
+    folder = tmp_path / "scenes"
+    for split, count in (("train", 6), ("val", 5)):
+        for number in range(count):
+            write_pair(folder, split, number, (48, 64))
+    return folder
+
+
+def run(
+    script: str, *arguments: object, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """A script of the project in a process of its own, with its output as text."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def last_line(text: str) -> str:
+    return [line for line in text.splitlines() if line.strip()][-1]
+
+
+def mean_of(output: str) -> float:
+    """The mean IoU that evaluate.py printed."""
+    found = re.search(r"mean IoU ([0-9.]+)", output)
+    assert found, output
+    return float(found.group(1))

@@ -1,0 +1,327 @@
+"""train.py and evaluate.py as a user runs them: to the end, again, in parallel, and with wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, last_line, mean_of, run
+from PIL import Image
+
+import evaluate
+import train
+import utils.args as types
+from dataset import DataError
+from dataset.labels import TRAIN_LABELS
+from networks import CheckpointError, Seg_Model
+
+TRAIN = [*SMALL, "--input-size", "33,33", "--batch-size", "2", "--random-mirror", "--random-scale"]
+
+
+def called(module, arguments, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit status and last line on standard error of a command, run in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    try:
+        status = types.exit_status(module.main, DataError, CheckpointError)
+    except SystemExit as exit:  # argparse's
+        status = exit.code
+    return status, last_line(capsys.readouterr().err or "\n-")
+
+
+def entries(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(one, other) -> bool:
+    one, other = (torch.load(path, weights_only=True) for path in (one, other))
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set and a run of four steps on it."""
+    from conftest import write_pair
+
+    folder = tmp_path_factory.mktemp("run")
+    for split, count in (("train", 6), ("val", 5)):
+        for number in range(count):
+            _, label = write_pair(folder / "data", split, number, (48, 64))
+            ids = cv2.imread(str(folder / "data" / label), cv2.IMREAD_GRAYSCALE)
+            instances = np.where(ids >= 24, ids.astype(np.uint16) * 1000 + 1, ids).astype(np.uint16)
+            cv2.imwrite(str(folder / "data" / label.replace("labelIds", "instanceIds")), instances)
+    arguments = ["--data-dir", folder / "data", *TRAIN, "--num-steps", "4", "--print-frequency", "1"]
+    done = run("train.py", *arguments, "--snapshot-dir", folder / "snapshots", "--save-pred-every", "2")
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, arguments
+
+
+class TestTraining:
+    def test_what_it_says_and_leaves(self, trained):
+        folder, output, _ = trained
+        assert "6 pictures" in output and "no --restore-from" in output and "step 4/4" in output
+        snapshots = folder / "snapshots"
+        assert (snapshots / "CS_scenes_2.pth").exists() and any((snapshots / "tensorboard").iterdir())
+        state = torch.load(snapshots / "CS_scenes_4.pth", weights_only=True)
+        assert set(state) == set(Seg_Model(19, backbone="resnet50").state_dict())
+        log = entries(snapshots)
+        assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+        for entry in log:
+            assert entry["lr"] == pytest.approx(1e-2 * (1 - (entry["step"] - 1) / 4) ** 0.9)
+            assert entry["loss"] == pytest.approx(
+                entry["main_loss"] + 0.4 * entry["auxiliary_loss"], rel=1e-5
+            )
+            assert len(entry["samples"]) == 2 and all("scale=" in sample for sample in entry["samples"])
+
+    def test_again_gives_the_same_weights_and_sets_the_first_run_aside(self, trained, tmp_path):
+        folder, _, arguments = trained
+        for _ in range(2):
+            done = run("train.py", *arguments, "--snapshot-dir", tmp_path)
+            assert done.returncode == 0, done.stderr
+        assert "earlier_1" in done.stdout
+        assert same_weights(tmp_path / "CS_scenes_4.pth", folder / "snapshots/CS_scenes_4.pth")
+
+    def test_resumed_run_equals_the_uninterrupted_one(self, trained, tmp_path):
+        folder, _, arguments = trained
+        snapshots = folder / "snapshots"
+        for name in ("state_2.pt", "state_2.json", "log.jsonl"):
+            os.link(snapshots / name, tmp_path / name)
+        done = run("train.py", *arguments, "--snapshot-dir", tmp_path, "--resume", "--save-pred-every", "2")
+        assert done.returncode == 0, done.stderr
+        assert "continuing after step 2" in done.stdout
+        assert same_weights(tmp_path / "CS_scenes_4.pth", snapshots / "CS_scenes_4.pth")
+        keep = ("step", "loss", "lr", "samples")
+        logs = [
+            [{name: entry[name] for name in keep} for entry in entries(run)] for run in (tmp_path, snapshots)
+        ]
+        assert logs[0] == logs[1]
+
+    def test_resume_of_a_finished_run_says_so(self, trained):
+        folder, _, arguments = trained
+        done = run("train.py", *arguments, "--snapshot-dir", folder / "snapshots", "--resume")
+        assert done.returncode == 0 and "the run is finished" in done.stdout
+
+    def test_two_processes_see_the_same_samples_and_start_with_the_same_loss(self, trained, tmp_path):
+        folder, _, arguments = trained
+        arguments = [*arguments, "--dropout", "0"]
+        arguments[arguments.index("--num-steps") + 1] = "2"
+        cpu = arguments.index("--gpu")
+        one = run("train.py", *arguments, "--snapshot-dir", tmp_path / "1")
+        two = run(
+            "train.py",
+            *arguments[:cpu],
+            *arguments[cpu + 2 :],
+            "--nproc",
+            2,
+            "--snapshot-dir",
+            tmp_path / "2",
+        )
+        assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+        logs = [entries(tmp_path / name) for name in "12"]
+        assert [entry["samples"] for entry in logs[0]] == [entry["samples"] for entry in logs[1]]
+        # The mean over processes of means over pixels is not the mean over all pixels where void differs.
+        assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=2e-2)
+
+    def test_torchrun(self, trained, tmp_path):
+        _, _, arguments = trained
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "29777",
+        ]
+        arguments = [*map(str, arguments), "--snapshot-dir", str(tmp_path)]
+        arguments[arguments.index("--num-steps") + 1] = "1"
+        done = subprocess.run(
+            [*command, str(ROOT / "train.py"), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "CS_scenes_1.pth").exists() and done.stdout.count("step 1/1") == 1
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_broken_picture_met_later_ends_with_2_and_the_state_saved(self, scenes, tmp_path, processes):
+        path = scenes / "leftImg8bit/train/ulm/ulm_000000_000003_leftImg8bit.png"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+        flags = [flag for flag in TRAIN if flag not in ("--gpu", "cpu")]
+        done = run(
+            "train.py", "--data-dir", scenes, *flags, "--nproc", processes, "--num-steps", 9,
+            "--random-seed", 1, "--snapshot-dir", tmp_path, "--print-frequency", 1,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert path.name in last_line(done.stderr) and "Traceback" not in done.stderr
+        steps = len(entries(tmp_path))
+        assert steps >= 1 and (tmp_path / f"state_{steps}.json").exists()
+
+
+class TestEvaluation:
+    @pytest.fixture(scope="class")
+    def evaluated(self, trained):
+        folder, _, _ = trained
+        checkpoint = folder / "snapshots/CS_scenes_4.pth"
+        arguments = ["--data-dir", folder / "data", "--restore-from", checkpoint, "--input-size", "33,33"]
+        done = run("evaluate.py", *arguments, *SMALL)
+        assert done.returncode == 0, done.stderr
+        return folder, done.stdout, arguments, json.loads((folder / "snapshots/result.txt").read_text())
+
+    def test_result_agrees_with_the_pictures_it_wrote(self, evaluated):
+        folder, output, _, result = evaluated
+        names = sorted(os.listdir(folder / "snapshots/outputs"))
+        assert names == [f"ulm_000000_{number:06d}.png" for number in range(5)]
+        confusion = np.zeros((19, 20), int)
+        for number, name in enumerate(names):
+            picture = Image.open(folder / "snapshots/outputs" / name)
+            assert picture.mode == "P"
+            assert picture.getpalette()[:57] == [value for label in TRAIN_LABELS for value in label.color]
+            ids = cv2.imread(
+                str(folder / f"data/gtFine/val/ulm/ulm_000000_{number:06d}_gtFine_labelIds.png"),
+                cv2.IMREAD_GRAYSCALE,
+            )
+            for label in TRAIN_LABELS:
+                confusion[label.train_id] += np.bincount(np.asarray(picture)[ids == label.id], minlength=20)
+        confusion = confusion[:, :19]
+        union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+        iou = confusion.diagonal() / union
+        assert confusion.tolist() == result["confusion"]
+        np.testing.assert_allclose(result["IU_array"], iou)
+        assert result["meanIU"] == pytest.approx(iou.mean()) == pytest.approx(mean_of(output), abs=1e-4)
+        assert result["averageScoreClasses"] == pytest.approx(result["meanIU"])
+        assert {"averageScoreInstClasses", "averageScoreCategories", "averageScoreInstCategories"} < set(
+            result
+        )
+
+    @pytest.mark.parametrize("flags", [["--nproc", 2], ["--nproc", 3], ["--gpu", "cpu", "--batch-size", 3]])
+    def test_processes_and_batches_change_nothing(self, evaluated, tmp_path, flags):
+        _, _, arguments, result = evaluated
+        others = [flag for flag in SMALL if flag not in ("--gpu", "cpu")]
+        done = run("evaluate.py", *arguments, *others, *flags, "--output-dir", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "result.txt").read_text()) == result
+        assert len(os.listdir(tmp_path / "outputs")) == 5
+
+    @pytest.mark.parametrize("flags", [["--whole"], ["--whole", "1"], ["--scales", "0.75,1", "--flip"]])
+    def test_other_ways_to_predict(self, evaluated, tmp_path, flags, monkeypatch, capsys):
+        _, _, arguments, result = evaluated
+        arguments = [*arguments, *SMALL, *flags, "--output-dir", tmp_path]
+        assert called(evaluate, arguments, monkeypatch, capsys)[0] == 0
+        assert json.loads((tmp_path / "result.txt").read_text())["confusion"] != result["confusion"]
+
+    def test_whole_with_a_false_boolean_is_tiles(self, evaluated, tmp_path, monkeypatch, capsys):
+        _, _, arguments, result = evaluated
+        arguments = [*arguments, *SMALL, "--whole", "False", "--output-dir", tmp_path]
+        assert called(evaluate, arguments, monkeypatch, capsys)[0] == 0
+        assert json.loads((tmp_path / "result.txt").read_text()) == result
+
+    def test_random_weights(self, trained, tmp_path, monkeypatch, capsys):
+        arguments = ["--data-dir", trained[0] / "data", *SMALL, "--whole", "--output-dir", tmp_path]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        assert types.exit_status(evaluate.main) == 0
+        assert "evaluating random weights" in capsys.readouterr().out
+
+
+class TestWrongUsage:
+    """Exit status 2 and a last line that names the flag or the file; nothing is written."""
+
+    @pytest.mark.parametrize(
+        "flags, words",
+        [
+            (["--data-dir", "nowhere"], ["nowhere: no such directory"]),
+            (["--data-list", "nowhere.lst"], ["nowhere.lst"]),
+            (["--restore-from", "nowhere.pth"], ["nowhere.pth: no such file"]),
+            (["--input-size", "0,33"], ["--input-size"]),
+            (["--input-size", "33x33"], ["--input-size"]),
+            (["--batch-size", "0"], ["--batch-size"]),
+            (["--batch-size", "3", "--nproc", "2"], ["--batch-size 3", "2 processes"]),
+            (["--model", "danet"], ["--model", "ccnet"]),
+            (["--backbone", "vgg16"], ["--backbone"]),
+            (["--gpu", "977"], ["--gpu 977"]),
+            (["--gpu", "a"], ["--gpu a"]),
+            (["--gpu", "0", "--nproc", "2"], ["--nproc"]),
+            (["--learning-rate", "0"], ["--learning-rate"]),
+            (["--learning-rate", "nan"], ["--learning-rate"]),
+            (["--num-steps", "-1"], ["--num-steps"]),
+            (["--start-iters", "4"], ["--start-iters"]),
+            (["--ohem", "maybe"], ["--ohem"]),
+            (["--unknown"], ["--unknown"]),
+        ],
+    )
+    def test_train(self, flags, words, scenes, tmp_path, monkeypatch, capsys):
+        cpu = [] if {"--gpu", "--nproc"} & set(flags) else ["--gpu", "cpu"]
+        base = [
+            "--data-dir",
+            scenes,
+            *TRAIN[2:],
+            *cpu,
+            "--num-steps",
+            4,
+            "--snapshot-dir",
+            tmp_path / "snapshots",
+        ]
+        status, line = called(train, [*base, *flags], monkeypatch, capsys)
+        assert status == 2
+        for word in words:
+            assert word in line
+        assert not (tmp_path / "snapshots").exists()
+
+    def test_snapshot_directory_that_is_a_file(self, scenes, tmp_path, monkeypatch, capsys):
+        (tmp_path / "file").touch()
+        arguments = ["--data-dir", scenes, *TRAIN, "--snapshot-dir", tmp_path / "file"]
+        status, line = called(train, arguments, monkeypatch, capsys)
+        assert status == 2 and "--snapshot-dir" in line
+
+    def test_checkpoint_of_another_network(self, trained, tmp_path, monkeypatch, capsys):
+        folder, _, arguments = trained
+        checkpoint = ["--restore-from", folder / "snapshots/CS_scenes_4.pth"]
+        deeper = [*arguments, *checkpoint, "--backbone", "resnet101", "--snapshot-dir", tmp_path]
+        status, line = called(train, deeper, monkeypatch, capsys)
+        assert status == 2 and "CS_scenes_4.pth" in line and "--backbone" in line
+        data = ["--data-dir", folder / "data", *SMALL]
+        for flags, word in (
+            (["--backbone", "resnet101"], "--backbone"),
+            (["--num-classes", "7"], "--num-classes 19"),
+        ):
+            status, line = called(evaluate, [*data, *checkpoint, *flags], monkeypatch, capsys)
+            assert status == 2 and "CS_scenes_4.pth" in line and word in line
+
+    def test_fine_tuning_to_other_classes(self, trained, tmp_path, monkeypatch, capsys):
+        folder, _, arguments = trained
+        flags = [
+            "--restore-from",
+            folder / "snapshots/CS_scenes_4.pth",
+            "--num-classes",
+            21,
+            "--num-steps",
+            1,
+        ]
+        flags += ["--snapshot-dir", tmp_path]
+        status, line = called(train, [*arguments, *flags], monkeypatch, capsys)
+        assert status == 2 and "--not-restore-last" in line
+        assert called(train, [*arguments, *flags, "--not-restore-last"], monkeypatch, capsys)[0] == 0
+
+    def test_resume_with_another_recipe(self, trained, monkeypatch, capsys):
+        folder, _, arguments = trained
+        flags = ["--snapshot-dir", folder / "snapshots", "--resume", "--ohem", 1]
+        status, line = called(train, [*arguments, *flags], monkeypatch, capsys)
+        assert status == 2 and "--ohem" in line
+
+    def test_real_exit_status_has_no_traceback_in_any_number_of_processes(self, trained):
+        folder, _, arguments = trained
+        flags = ["--snapshot-dir", folder / "snapshots", "--resume", "--recurrence", 1]
+        flags += [*arguments[:2], *TRAIN[2:], "--num-steps", 4]
+        for processes in (1, 2):
+            done = run("train.py", *flags, "--nproc", processes)
+            assert done.returncode == 2 and done.stderr.count("--recurrence") == 1
+            assert "Traceback" not in done.stderr and "--recurrence" in last_line(done.stderr)

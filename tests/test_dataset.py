@@ -1,0 +1,235 @@
+"""Reading, discovering and augmenting against the original's order; every way in which a file is wrong."""
+
+from __future__ import annotations
+
+import re
+
+import cv2
+import numpy as np
+import pytest
+from conftest import write_pair
+from PIL import Image
+
+from dataset import IMG_MEAN, CSDataSet, DataError
+from dataset.labels import CLASS_NAMES, ID_OF_TRAIN_ID, train_id_table
+from dataset.transforms import SCALES, Augmentation, apply, draw, mean_table
+
+#: The original's table (dataset/datasets.py).
+TRAIN_IDS = {
+    7: 0,
+    8: 1,
+    11: 2,
+    12: 3,
+    13: 4,
+    17: 5,
+    19: 6,
+    20: 7,
+    21: 8,
+    22: 9,
+    23: 10,
+    24: 11,
+    25: 12,
+    26: 13,
+}
+TRAIN_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+
+
+def test_label_table():
+    table = train_id_table()
+    for label_id in range(34):
+        assert table[label_id] == TRAIN_IDS.get(label_id, 255)
+    assert (table[34:255] == -1).all() and table[255] == 255
+    assert train_id_table(250)[0] == 250
+    assert [TRAIN_IDS[label_id] for label_id in ID_OF_TRAIN_ID] == list(range(19))
+    assert CLASS_NAMES[0] == "road" and CLASS_NAMES[18] == "bicycle"
+
+
+def augmented_by_the_original(image, label, crop, augmentation):
+    """Scale as bytes, float, subtract the mean, pad, crop, transpose, mirror: each on the whole picture."""
+    scale, top, left, mirror = augmentation
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    image = np.asarray(image, np.float32)
+    image -= np.array((104.00698793, 116.66876762, 122.67891434))
+    below, beside = max(crop[0] - label.shape[0], 0), max(crop[1] - label.shape[1], 0)
+    image = cv2.copyMakeBorder(image, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=(0.0, 0.0, 0.0))
+    label = cv2.copyMakeBorder(label, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=(255,))
+    image = image[top : top + crop[0], left : left + crop[1]].transpose(2, 0, 1)
+    label = label[top : top + crop[0], left : left + crop[1]]
+    return (image[:, :, ::-1], label[:, ::-1]) if mirror else (image, label)
+
+
+@pytest.mark.parametrize("crop", [(33, 49), (90, 40), (200, 220)])
+def test_augmentation_equals_the_originals(crop):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
+    label = rng.integers(0, 19, (61, 83)).astype(np.int16)
+    table = mean_table(np.array((104.00698793, 116.66876762, 122.67891434)))
+    for number in range(40):
+        augmentation = draw(np.random.default_rng(number), (61, 83), crop, True, True)
+        ours = apply(image, label, crop, augmentation, table, 255)
+        for one, other in zip(ours, augmented_by_the_original(image, label, crop, augmentation), strict=True):
+            assert one.shape[-2:] == crop and np.array_equal(one, other), augmentation
+
+
+def test_draws_cover_the_original_range_evenly():
+    draws = [draw(np.random.default_rng(k), (100, 200), (50, 60), True, True) for k in range(6000)]
+    assert [round(scale, 6) for scale in SCALES] == [round(0.7 + k / 10, 6) for k in range(15)]
+    counts = np.bincount([SCALES.index(d.scale) for d in draws], minlength=15)
+    assert counts.min() > 300 and counts.max() < 500
+    at_one = [d for d in draws if abs(d.scale - 1.0) < 1e-9]
+    assert {d.top for d in at_one} >= {0, 50} or max(d.top for d in at_one) >= 48
+    assert all(0 <= d.top <= 50 and 0 <= d.left <= 140 for d in at_one)
+    assert 0.45 < np.mean([d.mirror for d in draws]) < 0.55
+    plain = draw(np.random.default_rng(0), (100, 200), (100, 200), False, False)
+    assert plain == Augmentation(1.0, 0, 0, False)
+
+
+def test_items(scenes):
+    dataset = CSDataSet(str(scenes), None, crop_size=(40, 72))
+    assert len(dataset) == 6 and "6 pictures" in dataset.check()
+    image, label, size, name = dataset[3]
+    assert image.shape == (3, 40, 72) and image.dtype == np.float32
+    assert label.shape == (40, 72) and np.issubdtype(label.dtype, np.integer)
+    assert set(np.unique(label)) <= {*range(19), 255}
+    assert tuple(size) == (48, 64, 3) and name == "ulm_000000_000003"
+    whole = CSDataSet(str(scenes), None, crop_size=None, scale=False, mirror=False)
+    pixels = cv2.imread(str(scenes / "leftImg8bit/train/ulm/ulm_000000_000003_leftImg8bit.png"))
+    ids = cv2.imread(
+        str(scenes / "gtFine/train/ulm/ulm_000000_000003_gtFine_labelIds.png"), cv2.IMREAD_GRAYSCALE
+    )
+    image, label, *_ = whole[3]
+    np.testing.assert_allclose(image.transpose(1, 2, 0), pixels.astype(np.float64) - IMG_MEAN, atol=1e-5)
+    assert np.array_equal(label, np.vectorize(lambda value: TRAIN_IDS.get(value, 255))(ids))
+
+
+def test_labels_of_train_ids_are_taken_as_they_are_and_may_have_a_palette(scenes):
+    ids = np.array([[0, 5, 255], [18, 1, 2]], np.uint8).repeat(24, 0).repeat(22, 1)[:48, :64]
+    picture = Image.fromarray(ids)
+    picture.putpalette([value for k in range(256) for value in (k, 255 - k, k // 2)])
+    picture.save(scenes / "gtFine/train/ulm/ulm_000000_000000_gtFine_labelTrainIds.png")
+    listing = scenes / "list.txt"
+    listing.write_text(
+        "leftImg8bit/train/ulm/ulm_000000_000000_leftImg8bit.png\t"
+        "gtFine/train/ulm/ulm_000000_000000_gtFine_labelTrainIds.png\n\n"
+    )
+    dataset = CSDataSet(str(scenes), str(listing), crop_size=None, scale=False, mirror=False)
+    assert len(dataset) == 1 and np.array_equal(dataset[0][1], ids)
+
+
+def test_names_of_equal_pictures_in_several_folders_differ(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / "1.png"), np.zeros((8, 8, 3), np.uint8))
+        cv2.imwrite(str(tmp_path / folder / "1_label.png"), np.zeros((8, 8), np.uint8))
+    (tmp_path / "list").write_text("a/1.png a/1_label.png\nb/1.png b/1_label.png\n")
+    dataset = CSDataSet(str(tmp_path), str(tmp_path / "list"))
+    assert [pair.name for pair in dataset.pairs] == ["a_1", "b_1"]
+
+
+def label_of(scenes, number=0):
+    return scenes / f"gtFine/train/ulm/ulm_000000_{number:06d}_gtFine_labelIds.png"
+
+
+def image_of(scenes, number=0):
+    return scenes / f"leftImg8bit/train/ulm/ulm_000000_{number:06d}_leftImg8bit.png"
+
+
+class TestWrongData:
+    """Each is one line that names the file."""
+
+    def expect(self, action, *words):
+        with pytest.raises(DataError) as error:
+            action()
+        message = str(error.value)
+        assert "\n" not in message
+        for word in words:
+            assert word in message
+        return message
+
+    def test_directory(self, tmp_path):
+        self.expect(lambda: CSDataSet(str(tmp_path / "none")), "none: no such directory")
+        self.expect(lambda: CSDataSet(str(tmp_path)), "no picture", "leftImg8bit/train")
+
+    @pytest.mark.parametrize("line", ["one.png", "a.png b.png c.png", "a.png\t"])
+    def test_list_line(self, scenes, line):
+        (scenes / "list").write_text(f"x.png\ty.png\n{line}\n")
+        self.expect(lambda: CSDataSet(str(scenes), str(scenes / "list")), "list:2:", "image<TAB>label")
+
+    def test_list(self, scenes):
+        self.expect(lambda: CSDataSet(str(scenes), str(scenes / "list")), "not a readable list")
+        (scenes / "list").write_text("\n")
+        self.expect(lambda: CSDataSet(str(scenes), str(scenes / "list")), "empty")
+
+    def test_missing_labels_are_counted(self, scenes):
+        label_of(scenes, 1).unlink()
+        label_of(scenes, 4).unlink()
+        self.expect(lambda: CSDataSet(str(scenes)), "2 of 6", "ulm_000000_000001_gtFine_labelIds.png")
+
+    def test_missing_file_of_a_list(self, scenes):
+        (scenes / "list").write_text("leftImg8bit/no.png\tgtFine/no.png\n")
+        self.expect(CSDataSet(str(scenes), str(scenes / "list")).check, "leftImg8bit/no.png: no such file")
+
+    @pytest.mark.parametrize("part", ["image", "label"])
+    @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+    def test_damaged_file_is_found_by_its_header(self, scenes, part, damage):
+        path = image_of(scenes) if part == "image" else label_of(scenes)
+        content = path.read_bytes()
+        path.write_bytes({"truncated": content[: len(content) // 2], "text": b"hello", "empty": b""}[damage])
+        self.expect(CSDataSet(str(scenes)).check, path.name)
+
+    def test_truncated_jpeg(self, scenes):
+        path = scenes / "a.jpg"
+        assert cv2.imwrite(str(path), np.zeros((48, 64, 3), np.uint8))
+        path.write_bytes(path.read_bytes()[:-40])
+        (scenes / "list").write_text(f"a.jpg\t{label_of(scenes).relative_to(scenes)}\n")
+        dataset = CSDataSet(str(scenes), str(scenes / "list"))
+        self.expect(dataset.check, "a.jpg: truncated")
+        self.expect(lambda: dataset[0], "a.jpg: truncated")
+
+    @pytest.mark.parametrize("part", ["image", "label"])
+    def test_flipped_byte_is_found_when_read(self, scenes, part):
+        path = image_of(scenes) if part == "image" else label_of(scenes)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+        dataset = CSDataSet(str(scenes))
+        dataset.check()
+        self.expect(lambda: dataset[0], path.name, "damaged")
+
+    def test_size_of_label(self, scenes):
+        cv2.imwrite(str(label_of(scenes, 2)), np.zeros((48, 63), np.uint8))
+        self.expect(CSDataSet(str(scenes)).check, label_of(scenes, 2).name, "63x48", "64x48")
+
+    def test_color_picture_as_label(self, scenes):
+        cv2.imwrite(str(label_of(scenes)), np.zeros((48, 64, 3), np.uint8))
+        dataset = CSDataSet(str(scenes))
+        self.expect(dataset.check, label_of(scenes).name, "RGB")
+        self.expect(lambda: dataset[0], label_of(scenes).name, "RGB")
+
+    @pytest.mark.parametrize("value", [34, 200])
+    def test_label_id_out_of_range(self, scenes, value):
+        ids = np.full((48, 64), 7, np.uint8)
+        ids[5, 5] = value
+        cv2.imwrite(str(label_of(scenes)), ids)
+        self.expect(lambda: CSDataSet(str(scenes))[0], label_of(scenes).name, f"label id {value}")
+
+    def test_more_classes_than_the_network_has(self, scenes):
+        self.expect(lambda: CSDataSet(str(scenes), num_classes=3)[0], "--num-classes")
+
+    def test_message_has_no_line_break(self, scenes):
+        label_of(scenes).unlink()
+        message = self.expect(lambda: CSDataSet(str(scenes)), "1 of 6")
+        assert re.match(r"^\S.*\S$", message)
+
+
+def test_official_ids_come_with_the_picture(tmp_path):
+    _, label = write_pair(tmp_path, "val", 0, (48, 64))
+    dataset = CSDataSet(str(tmp_path), split="val", crop_size=None)
+    assert not dataset.has_instances()
+    ids = cv2.imread(str(tmp_path / label), cv2.IMREAD_GRAYSCALE)
+    instances = np.where(ids >= 24, ids.astype(np.uint16) * 1000 + 3, ids).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / label.replace("labelIds", "instanceIds")), instances)
+    assert dataset.has_instances()
+    picture = dataset.picture(0, instances=True)
+    assert np.array_equal(picture.label_ids, ids) and np.array_equal(picture.instance_ids, instances)

@@ -1,0 +1,72 @@
+"""The stream of samples is a pure function of seed and position."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dataset import CSDataSet, DataError
+from engine.loader import evaluation_pictures, train_batches
+
+
+def records(dataset, batch_size, steps, processes=1, workers=0, seed=3):
+    """The records of every global batch, put together from the shares of all processes."""
+    shares = [
+        train_batches(dataset, DataError, seed, batch_size, steps, rank, processes, workers, False)
+        for rank in range(processes)
+    ]
+    return [sum((batch.records for batch in parts), []) for parts in zip(*shares, strict=True)]
+
+
+@pytest.fixture
+def dataset(scenes):
+    return CSDataSet(str(scenes), crop_size=(24, 24))
+
+
+def test_processes_workers_and_restarts_change_nothing(dataset):
+    expected = records(dataset, 4, range(9))
+    assert records(dataset, 4, range(9), processes=2) == expected
+    assert records(dataset, 4, range(9), processes=4, workers=2) == expected
+    assert records(dataset, 4, range(5, 9), workers=1) == expected[5:]
+    assert records(dataset, 4, range(9), seed=4) != expected
+
+
+def test_each_epoch_has_every_picture_once_in_its_own_order(dataset):
+    names = [record.split()[0] for batch in records(dataset, 3, range(6)) for record in batch]
+    epochs = [names[start : start + 6] for start in range(0, 18, 6)]
+    assert all(len(set(epoch)) == 6 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_pixels_are_those_of_the_record(dataset):
+    first, second = (
+        next(train_batches(dataset, DataError, 3, 4, range(2, 3), 0, 1, w, False)) for w in (0, 2)
+    )
+    assert first.images.shape == (4, 3, 24, 24) and first.labels.shape == (4, 24, 24)
+    assert np.array_equal(first.images, second.images) and np.array_equal(first.labels, second.labels)
+
+
+def test_augmentation_varies_over_epochs(dataset):
+    seen = Counter(record.split(maxsplit=1)[1] for batch in records(dataset, 6, range(8)) for record in batch)
+    assert len(seen) > 30
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unusable_picture_arrives_as_its_error(dataset, scenes, workers):
+    for path in (scenes / "leftImg8bit/train/ulm").iterdir():
+        path.write_bytes(b"broken")
+    batch = next(train_batches(dataset, DataError, 3, 2, range(1), 0, 1, workers, False))
+    assert isinstance(batch, DataError) and "not a readable picture" in str(batch)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_evaluation_has_every_picture_once(scenes, processes):
+    dataset = CSDataSet(str(scenes), crop_size=None, split="val")
+    names = [
+        picture.name
+        for rank in range(processes)
+        for picture in evaluation_pictures(dataset, DataError, False, rank, processes, 0)
+    ]
+    assert sorted(names) == [pair.name for pair in dataset.pairs]
