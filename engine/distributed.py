@@ -68,7 +68,7 @@ class World:
             dist.barrier(group=self._control)
 
     def data_parallel(self, model: nn.Module, all_used: bool) -> nn.Module:
-        """`model` with gradients averaged over the processes; `all_used`: the loss depends on all parameters."""
+        """`model` with gradients averaged over the processes; `all_used`: the loss uses every parameter."""
         if self.size == 1:
             return model
         return DistributedDataParallel(
