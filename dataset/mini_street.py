@@ -59,9 +59,7 @@ class Street:
     """The plan of one street: half the width of the roadway, and the strips of each side (-1, 1)."""
 
     half: float
-    strips: dict[
-        int, list[tuple[str, float]]
-    ]  # kind of ground and its width in metres, from the kerb outwards
+    strips: dict[int, list[tuple[str, float]]]  # kind of ground and width in metres, from the kerb outwards
 
     @staticmethod
     def draw(rng: np.random.Generator, city: City) -> "Street":
@@ -90,23 +88,17 @@ class Street:
         return None
 
 
+#: Clear, overcast, dusk: share of pictures; hue, saturation and value at the zenith and above the horizon.
+_SKIES = (
+    (0.50, ((0.55, 0.63), (0.3, 0.7), (0.6, 0.95)), ((0.52, 0.6), (0.02, 0.2), (0.8, 1.0))),
+    (0.38, ((0.5, 0.7), (0.0, 0.12), (0.5, 0.9)), ((0.5, 0.7), (0.0, 0.1), (0.6, 0.95))),
+    (0.12, ((0.6, 0.75), (0.1, 0.5), (0.35, 0.7)), ((0.02, 0.12), (0.2, 0.6), (0.7, 1.0))),
+)
+
+
 def _sky(scene: Scene, rng) -> None:
-    mood = rng.random()
-    if mood < 0.5:
-        zenith, low = (
-            colour(rng, (0.55, 0.63), (0.3, 0.7), (0.6, 0.95)),
-            colour(rng, (0.52, 0.6), (0.02, 0.2), (0.8, 1)),
-        )
-    elif mood < 0.88:
-        zenith, low = (
-            colour(rng, (0.5, 0.7), (0, 0.12), (0.5, 0.9)),
-            colour(rng, (0.5, 0.7), (0, 0.1), (0.6, 0.95)),
-        )
-    else:
-        zenith, low = (
-            colour(rng, (0.6, 0.75), (0.1, 0.5), (0.35, 0.7)),
-            colour(rng, (0.02, 0.12), (0.2, 0.6), (0.7, 1)),
-        )
+    _, *ranges = _SKIES[rng.choice(len(_SKIES), p=[sky[0] for sky in _SKIES])]
+    zenith, low = (colour(rng, *each) for each in ranges)
     surface, horizon = cloudy(rng, zenith, low, rng.uniform(0.2, 0.7)), scene.camera.horizon
     scene.haze = low * 0.9
     scene.canvas.fill(
@@ -220,14 +212,12 @@ def _frontage(scene: Scene, rng, city: City, side: int, edge: float, earth: Colo
         elif kind == "hedge":
             draw.hedge(plane, rng, _foliage(rng, city), length, rng.uniform(1.2, 3.5))
         elif kind == "open" and rng.random() < 0.7:
-            slope = [
-                (0, 0),
+            crest = [
                 (0, rng.uniform(0.8, 3)),
                 (length / 2, rng.uniform(1, 3.5)),
                 (length, rng.uniform(0.5, 2)),
-                (length, 0),
             ]
-            plane.polygon(slope, grass(rng, earth), ID["terrain"])
+            plane.polygon([(0, 0), *crest, (length, 0)], grass(rng, earth), ID["terrain"])
         z = near
 
 
@@ -237,18 +227,11 @@ def _street_end(scene: Scene, rng, city: City, street: Street) -> None:
     for _ in range(6):
         far = scene.upright(rng.uniform(-110, 80), 95)
         if rng.random() < 0.5:
-            draw.hedge(
-                far,
-                rng,
-                leaves(rng, colour(rng, (0.15, 0.4), (0.1, 0.5), (0.3, 0.6)), 3.0),
-                40,
-                rng.uniform(3, 16),
-            )
+            forest = leaves(rng, colour(rng, (0.15, 0.4), (0.1, 0.5), (0.3, 0.6)), 3.0)
+            draw.hedge(far, rng, forest, 40, rng.uniform(3, 16))
         else:
-            base = colour(rng, (0, 1), (0, 0.3), (0.3, 0.8))
-            far.rectangle(
-                0, 0, rng.uniform(15, 40), rng.uniform(8, 26), facade(rng, base, 3.2), ID["building"]
-            )
+            surface = facade(rng, colour(rng, (0, 1), (0, 0.3), (0.3, 0.8)), 3.2)
+            far.rectangle(0, 0, rng.uniform(15, 40), rng.uniform(8, 26), surface, ID["building"])
     if rng.random() < 0.3:
         x = camera.middle(_FAR) - 14
         draw.block(scene, rng, x, _FAR, (28.0, 0.1), 1, 28.0)
@@ -272,23 +255,17 @@ def _traffic(scene: Scene, rng, city: City, street: Street) -> list:
             side, along = int(rng.choice((-1, 1))), rng.random() < 0.5
             tracks = street.middle_of(side, "rail track")
             offset = side * (tracks if kind == "train" and tracks else street.half * rng.uniform(0.3, 0.8))
-            put(
-                kind,
-                offset if along else rng.uniform(-9, 9),
-                rng.uniform(6, 13) if along else rng.uniform(9, 19),
-                along,
-            )
+            if along:
+                put(kind, offset, rng.uniform(6, 13), along)
+            else:
+                put(kind, rng.uniform(-9, 9), rng.uniform(9, 19), along)
     for _ in range(rng.integers(3, 7)):
         along = rng.random() < 0.75
         offset = rng.choice((-1, 1)) * street.half * rng.uniform(0.35, 1.05)
         put("car", offset if along else rng.uniform(-6, 6), rng.uniform(4.5, 24), along)
     if rng.random() < 0.2:
-        put(
-            str(rng.choice(("caravan", "trailer"))),
-            rng.choice((-1, 1)) * street.half,
-            rng.uniform(8, 18),
-            rng.random() < 0.6,
-        )
+        kind, offset = str(rng.choice(("caravan", "trailer"))), rng.choice((-1, 1)) * street.half
+        put(kind, offset, rng.uniform(8, 18), rng.random() < 0.6)
 
     def cyclist(motor: bool, ridden: bool, offset: float, z: float) -> None:
         label = "motorcycle" if motor else "bicycle"
