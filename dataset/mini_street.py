@@ -230,8 +230,9 @@ def _street_end(scene: Scene, rng, city: City, street: Street) -> None:
             forest = leaves(rng, colour(rng, (0.15, 0.4), (0.1, 0.5), (0.3, 0.6)), 3.0)
             draw.hedge(far, rng, forest, 40, rng.uniform(3, 16))
         else:
-            surface = facade(rng, colour(rng, (0, 1), (0, 0.3), (0.3, 0.8)), 3.2)
-            far.rectangle(0, 0, rng.uniform(15, 40), rng.uniform(8, 26), surface, ID["building"])
+            base = colour(rng, (0, 1), (0, 0.3), (0.3, 0.8))
+            wide, tall = rng.uniform(15, 40), rng.uniform(8, 26)
+            far.rectangle(0, 0, wide, tall, facade(rng, base, 3.2), ID["building"])
     if rng.random() < 0.3:
         x = camera.middle(_FAR) - 14
         draw.block(scene, rng, x, _FAR, (28.0, 0.1), 1, 28.0)
