@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -189,6 +190,9 @@ class CSDataSet(Dataset):
         self.num_classes = num_classes
         self._mean = transforms.mean_table(np.asarray(mean))
         self._train_ids = train_id_table(ignore_label)
+        self._unchanged = np.arange(256, dtype=np.int16)
+        for table in (self._train_ids, self._unchanged):
+            table[(table >= num_classes) & (table != ignore_label)] = -1
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -230,11 +234,11 @@ class CSDataSet(Dataset):
         return os.path.join(self.root, relative)
 
     def check(self) -> str:
-        """Look at the header of every file; the line to print when all is well.
+        """Look at the header of every file and at the ids of every label; the line to print when all is well.
 
         Raises:
-            DataError: naming the first file that is missing, unreadable, truncated, of the wrong kind, or of
-                another size than its picture.
+            DataError: naming the first file that is missing, unreadable, truncated, of the wrong kind, of
+                another size than its picture, or a label with an id that is none of the classes.
         """
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(self._check_pair, self.pairs):
@@ -251,33 +255,34 @@ class CSDataSet(Dataset):
                 f"{self.path(pair.label)}: {label.width}x{label.height} pixels, but its picture {pair.image} "
                 f"has {image.width}x{image.height}; give the label of this picture"
             )
+        self._read_train_ids(pair.label)
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The whole picture uint8 [h, w, 3] and its train ids int16 [h, w]."""
         pair = self.pairs[index]
-        image, label = read_image(self.path(pair.image)), self.read_train_ids(pair.label)
+        image, label = read_image(self.path(pair.image)), self._read_train_ids(pair.label)
         if image.shape[:2] != label.shape:
             raise DataError(
                 f"{self.path(pair.label)}: not of the size of {pair.image}; give the label of this picture"
             )
         return image, label
 
-    def read_train_ids(self, relative: str) -> np.ndarray:
+    def _read_train_ids(self, relative: str) -> np.ndarray:
         """The label file `relative` as train ids, int16 [h, w]."""
         label = read_label(self.path(relative))
-        if relative.endswith(LABEL_IDS):
-            known = label if label.dtype == np.uint8 else np.where((label >= 0) & (label < 256), label, 34)
-            train_ids = self._train_ids[known]
+        table = self._train_ids if relative.endswith(LABEL_IDS) else self._unchanged
+        if label.dtype == np.uint8:
+            present = np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256]))
         else:
-            train_ids = label.astype(np.int16)
-        wrong = ((train_ids < 0) | (train_ids >= self.num_classes)) & (train_ids != self.ignore_label)
-        if wrong.any():
-            kind = "label id" if relative.endswith(LABEL_IDS) else "train id"
-            raise DataError(
-                f"{self.path(relative)}: {kind} {label[wrong].flat[0]} is none of the {self.num_classes} "
-                f"classes nor void; mend the label, or check --num-classes and --ignore-label"
-            )
-        return train_ids
+            present = np.unique(label)
+        for value in present.tolist():
+            if not 0 <= value < 256 or table[value] < 0:
+                kind = "label id" if table is self._train_ids else "train id"
+                raise DataError(
+                    f"{self.path(relative)}: {kind} {value} is none of the {self.num_classes} classes nor "
+                    "void; mend the label, or check --num-classes and --ignore-label"
+                )
+        return table[label]
 
     def _augmented(
         self, index: int, image: np.ndarray, label: np.ndarray, rng: np.random.Generator

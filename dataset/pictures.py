@@ -78,13 +78,15 @@ def read_label(path: str) -> np.ndarray:
         DataError: missing, damaged, or a picture with more than one channel.
     """
     content = _read(path)
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            mode, label = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: not a readable picture; copy it again") from error
-    check_label_mode(path, mode)
-    return label
+    label = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if label is None:
+        raise DataError(f"{path}: not a readable picture; copy it again")
+    if label.ndim == 2:
+        return label
+    # OpenCV looks palettes up; Pillow, slower, gives the indices.
+    with Image.open(io.BytesIO(content)) as picture:
+        check_label_mode(path, picture.mode)
+        return np.asarray(picture)
 
 
 def check_label_mode(path: str, mode: str) -> None:

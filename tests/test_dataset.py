@@ -188,13 +188,14 @@ class TestWrongData:
         self.expect(lambda: dataset[0], "a.jpg: truncated")
 
     @pytest.mark.parametrize("part", ["image", "label"])
-    def test_flipped_byte_is_found_when_read(self, scenes, part):
+    def test_flipped_byte_is_found_at_the_latest_when_read(self, scenes, part):
         path = image_of(scenes) if part == "image" else label_of(scenes)
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content)
         dataset = CSDataSet(str(scenes))
-        dataset.check()
+        if part == "image":  # of which only the header is looked at before
+            dataset.check()
         self.expect(lambda: dataset[0], path.name, "damaged")
 
     def test_size_of_label(self, scenes):
@@ -212,10 +213,18 @@ class TestWrongData:
         ids = np.full((48, 64), 7, np.uint8)
         ids[5, 5] = value
         cv2.imwrite(str(label_of(scenes)), ids)
-        self.expect(lambda: CSDataSet(str(scenes))[0], label_of(scenes).name, f"label id {value}")
+        dataset = CSDataSet(str(scenes))
+        for action in (dataset.check, lambda: dataset[0]):
+            self.expect(action, label_of(scenes).name, f"label id {value} ")
+
+    def test_train_id_out_of_range_in_sixteen_bits(self, scenes):
+        path = scenes / "label.png"
+        cv2.imwrite(str(path), np.full((48, 64), 300, np.uint16))
+        (scenes / "list").write_text(f"{image_of(scenes).relative_to(scenes)}\tlabel.png\n")
+        self.expect(CSDataSet(str(scenes), str(scenes / "list")).check, "label.png: train id 300 ")
 
     def test_more_classes_than_the_network_has(self, scenes):
-        self.expect(lambda: CSDataSet(str(scenes), num_classes=3)[0], "--num-classes")
+        self.expect(CSDataSet(str(scenes), num_classes=3).check, "--num-classes")
 
     def test_message_has_no_line_break(self, scenes):
         label_of(scenes).unlink()

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"cc_attention", "dataset", "engine", "loss", "networks", "utils"}
-#: Each package, and the siblings that it may import. Commands, tools, tests, benchmarks import what they like.
+#: Each package, and the siblings that it may import. Commands, tests, benchmarks import what they like.
 ALLOWED = {"networks": {"cc_attention"}, "engine": {"utils"}}
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 
