@@ -22,8 +22,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 def check_operands(op: str, **operands: Tensor) -> None:
-    """Raises RuntimeError unless all operands are floating-point [N, any, H, W] with the same N, H, W, dtype and
-    device, H and W at least 1."""
+    """Raises RuntimeError unless all operands are floating-point [N, any, H, W], with H and W at least 1, and
+    have N, H, W, dtype and device in common."""
     (first_name, first), *_ = operands.items()
     for name, tensor in operands.items():
         if tensor.dim() != 4:

@@ -48,7 +48,7 @@ ccnet_make_venv() {
     "$base" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
         ccnet_fail 1 "$base cannot create virtual environments: install its venv package (Debian and Ubuntu:" \
             "apt install python3-venv) and run this again"
-    ccnet_say "creating .venv with $("$base" --version)"
+    ccnet_say "creating .venv with $("$base" --version); downloading PyTorch then takes minutes"
     "$base" -m venv --clear .venv || ccnet_fail 1 "$base could not create .venv (above)"
 }
 
@@ -67,7 +67,7 @@ ccnet_install() { # name of the stamp, pip's arguments
     shift
     digest=$(cat requirements.txt requirements-dev.txt constraints.txt | ccnet_digest)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$digest" ]; then return; fi
-    ccnet_say "installing $*; the first time, PyTorch takes minutes"
+    ccnet_say "installing $*"
     if ! ccnet_pip "$@" -c constraints.txt; then
         ccnet_say "the versions last tested cannot be had here: taking what the floors allow"
         ccnet_pip "$@" || ccnet_fail 1 "pip could not install $* (above)"
@@ -126,7 +126,8 @@ ccnet_build() {
     key=$(ccnet_build_key) || ccnet_fail 2 "$PYTHON has no PyTorch: install it there, or unset CCNET_PYTHON"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then return; fi
     mkdir -p build
-    rm -f "$stamp" cc_attention/_C*.so # of another PyTorch, perhaps, where it would not load
+    # The library may be of another PyTorch, where it would not load; the objects, newer than the sources they are not of.
+    rm -rf "$stamp" cc_attention/_C*.so build/temp.* build/lib.*
     ccnet_get_toolkit || toolkit=$?
     ccnet_say "building cc_attention._C (log: $log)"
     if (
