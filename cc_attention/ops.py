@@ -23,7 +23,7 @@ def _load_library() -> bool:
     spec = importlib.util.find_spec("cc_attention._C")
     if spec is None or spec.origin is None:
         warnings.warn(
-            f"the compiled criss-cross attention is missing, the slower reference serves ({_BUILD})",
+            f"the compiled criss-cross attention is missing, the plain PyTorch reference serves ({_BUILD})",
             stacklevel=2,
         )
         return False
@@ -104,7 +104,7 @@ if _load_library():
 @functools.cache
 def _warn_no_cuda() -> None:
     warnings.warn(
-        "the compiled criss-cross attention has no CUDA kernels, the slower reference serves on the GPU "
+        "the compiled criss-cross attention has no CUDA kernels, the reference serves on the GPU "
         f"({_BUILD}; it needs nvcc of PyTorch's CUDA version)",
         stacklevel=4,
     )

@@ -139,7 +139,7 @@ ccnet_build() {
     else
         rm -f cc_attention/_C*.so
         tail -n 15 "$log" >&2
-        ccnet_say "cc_attention._C was not built (log: $log): the slower reference implementation will be used"
+        ccnet_say "cc_attention._C was not built (log: $log): the reference implementation will be used"
     fi
 }
 
