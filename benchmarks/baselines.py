@@ -24,7 +24,6 @@ if not __package__ and __name__ == "__main__":
 
 from dataset import CSDataSet, DataError
 from dataset.labels import IGNORE, NUM_CLASSES
-from dataset.pictures import read_image
 from engine.metrics import confusion_matrix, mean_iou
 
 ROWS, COLUMNS = 128, 32  # cells of the priors, over the whole picture
@@ -34,7 +33,7 @@ class Baselines:
     """Statistics of a training split, and what they predict.
 
     Args:
-        pairs: iterable of (image uint8 [h, w, 3] BGR, label [h, w] train ids).
+        pairs: iterable of (image [h, w, 3] BGR, label [h, w] train ids).
         num_classes: K.
     """
 
@@ -46,13 +45,16 @@ class Baselines:
             row, column = _cells(label.shape)
             keys = (row * COLUMNS + column)[known] * num_classes + label[known]
             counts += np.bincount(keys, minlength=counts.size).reshape(counts.shape)
+            classes, colours = label[known], image[known]
             for channel in range(3):
-                sums[:, channel] += np.bincount(label[known], image[known][:, channel], num_classes)
+                sums[:, channel] += np.bincount(classes, colours[:, channel], num_classes)
         grid = counts.reshape(ROWS, COLUMNS, num_classes)
         self._row = grid.sum(1).argmax(-1)
         self._cell = grid.argmax(-1)
         total = counts.sum(0)
-        self._colours = np.where(total[:, None] > 0, sums / np.maximum(total, 1)[:, None], np.inf)  # [K, 3]
+        means = sums / np.maximum(total, 1)[:, None]
+        self._colours = means.astype(np.float32)  # [K, 3]
+        self._lengths = np.where(total > 0, (means**2).sum(1), np.inf).astype(np.float32)
 
     def row_prior(self, image: np.ndarray) -> np.ndarray:
         row, column = _cells(image.shape[:2])
@@ -62,13 +64,8 @@ class Baselines:
         return self._cell[_cells(image.shape[:2])]
 
     def mean_colour(self, image: np.ndarray) -> np.ndarray:
-        best = np.full(image.shape[:2], np.inf)
-        prediction = np.zeros(image.shape[:2], np.int64)
-        for index, mean in enumerate(self._colours):
-            distance = ((image - mean) ** 2).sum(-1)
-            nearer = distance < best
-            best[nearer], prediction[nearer] = distance[nearer], index
-        return prediction
+        # |x - m|^2 = |x|^2 - 2 x m + |m|^2, whose first term is the same for every class.
+        return (self._lengths - 2 * image.astype(np.float32) @ self._colours.T).argmin(-1)
 
     def scores(self, pairs) -> dict[str, float]:
         """Mean IoU of each predictor over (image, label) pairs."""
@@ -92,10 +89,12 @@ def _cells(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return (np.arange(height) * ROWS // height)[:, None], (np.arange(width) * COLUMNS // width)[None, :]
 
 
-def pairs_of(data: CSDataSet):
-    """(image uint8 [h, w, 3], train ids int64 [h, w]) of each picture of a data set, one at a time."""
-    for pair in data.pairs:
-        yield read_image(data.path(pair.image)), data.read_train_ids(pair.label).astype(np.int64)
+def whole_pictures(root: str, list_path: str | None, split: str, num_classes: int = NUM_CLASSES):
+    """(image [h, w, 3] BGR 0..255, train ids int64 [h, w]) of each picture of a data set, one at a time."""
+    data = CSDataSet(root, list_path, None, (0, 0, 0), num_classes=num_classes, split=split)
+    for index in range(len(data)):
+        picture = data.picture(index, instances=False)
+        yield picture.image.transpose(1, 2, 0), picture.label
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,11 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="write the scores to this JSON file too")
     args = parser.parse_args(argv)
     try:
-        train, val = (
-            CSDataSet(args.data_dir, name, crop_size=None, num_classes=args.num_classes, split=split)
-            for name, split in ((args.train_list, "train"), (args.val_list, "val"))
-        )
-        scores = Baselines(pairs_of(train), args.num_classes).scores(pairs_of(val))
+        train = whole_pictures(args.data_dir, args.train_list, "train", args.num_classes)
+        val = whole_pictures(args.data_dir, args.val_list, "val", args.num_classes)
+        scores = Baselines(train, args.num_classes).scores(val)
     except DataError as error:
         parser.error(str(error))
     for name, score in scores.items():

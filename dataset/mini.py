@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m dataset.mini", description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="folder to write; new, empty, or the same set")
     parser.add_argument("--train", type=_whole_number(1, 999_999), default=120, help="pictures to train on")
-    parser.add_argument("--val", type=_whole_number(1, 999_999), default=32, help="pictures to validate on")
+    parser.add_argument("--val", type=_whole_number(1, 999_999), default=24, help="pictures to validate on")
     parser.add_argument("--size", type=_size, default=(128, 256), help="HEIGHTxWIDTH of the pictures")
     parser.add_argument(
         "--seed", type=_whole_number(0, 2**31 - 1), default=0, help="another seed, another set"

@@ -1,6 +1,7 @@
 """The generated streets: what stands where, and the picture that a camera takes of it."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -284,7 +285,7 @@ def _traffic(scene: Scene, rng, city: City, street: Street) -> list:
             ridden = rng.random() < 0.6
             reach = street.half if ridden else street.half + 2.5
             offset, z = rng.uniform(-reach, reach), rng.uniform(3.6, 10)
-            things.append((z, lambda m=motor, r=ridden, o=offset, z=z: cyclist(m, r, o, z)))
+            things.append((z, partial(cyclist, motor, ridden, offset, z)))
     return things
 
 

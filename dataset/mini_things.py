@@ -154,8 +154,8 @@ class Look:
             "bus": (((0.02, 0.15), (0.6, 0.9), (0.7, 0.95)), ((0, 1), (0, 0.2), (0.1, 0.9))),
             "train": (((0.55, 0.65), (0, 0.1), (0.7, 0.95)), ((0.9, 1.0), (0.6, 0.9), (0.4, 0.8))),
         }.get(kind)
-        paints = [mostly(rng, *ranges) for ranges in usual] if usual else [anything(rng), anything(rng)]
-        return Look(ID[kind], length, width, height, *paints, _glass(rng), rng.random())
+        lacquer, second = (mostly(rng, *each) for each in usual) if usual else (anything(rng), anything(rng))
+        return Look(ID[kind], length, width, height, lacquer, second, _glass(rng), rng.random())
 
 
 def car_side(plane: Plane, look: Look, instance) -> None:
