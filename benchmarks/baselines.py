@@ -1,6 +1,6 @@
 """What a network has to beat: predictors that know only where a pixel is, or only its colour.
 
-    python benchmarks/baselines.py --data-dir D [--train-list L --val-list L] [--num-classes K] [--out JSON]
+    python -m benchmarks.baselines --data-dir D [--train-list L --val-list L] [--num-classes K] [--out JSON]
 
 Fitted on the training split and scored on the validation split by mean IoU, void excluded:
 row prior: the most frequent class at each relative height; position prior: the same for each cell of a grid;
@@ -9,18 +9,10 @@ mean colour: the class whose mean BGR colour is nearest. Without lists, the layo
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-
-if not __package__ and __name__ == "__main__":
-    # Run as a file, it finds this folder instead of the checkout: start again as a module of the checkout.
-    places = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.baselines", *sys.argv[1:]], environment)
 
 from dataset import CSDataSet, DataError
 from dataset.labels import IGNORE, NUM_CLASSES
@@ -98,7 +90,9 @@ def whole_pictures(root: str, list_path: str | None, split: str, num_classes: in
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/baselines.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.baselines", description=__doc__.splitlines()[0]
+    )
     parser.add_argument(
         "--data-dir",
         required=True,

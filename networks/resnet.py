@@ -33,8 +33,8 @@ class Bottleneck(nn.Module):
         self.bn2 = ABN(planes, "identity", backend)
         self.conv3 = convolution(planes, out_channels, 1)
         self.bn3 = ABN(out_channels, "identity", backend)
-        # Blocks start as the identity: from random weights the network then learns from the first steps on (Goyal
-        # et al., arXiv 1706.02677). A checkpoint overwrites it.
+        # Blocks start as the identity: from random weights the network then learns from the first steps on
+        # (Goyal et al., arXiv 1706.02677). A checkpoint overwrites it.
         nn.init.zeros_(self.bn3.weight)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 #: Flags of the smallest run of the real network.
 SMALL = "--gpu cpu --backbone resnet50 --num-workers 0".split()
 
