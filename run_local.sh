@@ -23,7 +23,7 @@ fi
 . tools/setup_env.sh
 
 if [ $# = 0 ]; then
-    data=data/mini snapshots=snapshots/mini steps=400
+    data=data/mini snapshots=snapshots/mini steps=300
     network=(--backbone resnet50)
     "$PYTHON" -m dataset.mini "$data"
     "$PYTHON" train.py --data-dir "$data" --random-mirror --random-scale "${network[@]}" --input-size 97,97 \
