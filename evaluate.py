@@ -15,7 +15,6 @@ import sys
 
 import torch
 
-import utils.args as types
 from dataset import CSDataSet, DataError
 from dataset.labels import CLASS_NAMES, LABELS, NUM_CLASSES, TRAIN_LABELS
 from engine import distributed
@@ -24,8 +23,12 @@ from engine.inference import predict_multiscale
 from engine.metrics import CityscapesEvaluation, format_table, iou_per_class, mean_iou
 from networks import MODELS, CheckpointError, load_weights, match_weights
 from networks.resnet import DEPTHS
-from utils.files import replacing
+from utils import args as flags
+from utils.files import check_writable, replacing
 from utils.palette import make_palette, save_indexed_png
+
+#: What ends the command with exit status 2.
+INPUT_ERRORS = (flags.UsageError, DataError, CheckpointError)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -39,16 +42,16 @@ def get_parser() -> argparse.ArgumentParser:
         help="data set in the Cityscapes layout, or what --data-list is relative to",
     )
     add("--data-list", help="file of 'image<TAB>label' lines; without it the layout's val split")
-    add("--num-classes", type=types.positive_int, default=NUM_CLASSES, help="number of train ids")
-    add("--ignore-label", type=types.count, default=255, help="train id of void pixels")
+    add("--num-classes", type=flags.classes, default=NUM_CLASSES, help="number of train ids")
+    add("--ignore-label", type=flags.label, default=255, help="train id of void pixels")
     add("--model", choices=sorted(MODELS), default="ccnet", help="network")
     add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone")
-    add("--recurrence", type=types.count, default=2, help="how often the attention is applied")
+    add("--recurrence", type=flags.count, default=2, help="how often the attention is applied")
     add("--restore-from", metavar="FILE", help="checkpoint; random weights without it")
-    add("--input-size", type=types.size, default=(769, 769), metavar="H,W", help="tile")
+    add("--input-size", type=flags.size, default=(769, 769), metavar="H,W", help="tile")
     add(
         "--whole",
-        type=types.boolean,
+        type=flags.boolean,
         nargs="?",
         const=True,
         default=False,
@@ -56,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add(
         "--scales",
-        type=types.numbers,
+        type=flags.numbers,
         default=[1.0],
         metavar="S,S",
         help="average the predictions at these scales",
@@ -64,14 +67,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
     add(
         "--batch-size",
-        type=types.positive_int,
+        type=flags.positive_int,
         default=1,
         help="pictures of a size at once, for each process",
     )
-    add("--num-workers", type=types.count, default=2, help="processes that read pictures, for each process")
+    add("--num-workers", type=flags.count, default=2, help="processes that read pictures, for each process")
     add("--output-dir", help="where result.txt and outputs/ go; without it beside the checkpoint")
     add("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
-    add("--nproc", type=types.positive_int, metavar="N", help="run N processes on the CPU")
+    add("--nproc", type=flags.positive_int, metavar="N", help="run N processes on the CPU")
     add(
         "--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS
     )  # torch.distributed.launch passes it
@@ -83,11 +86,11 @@ def main() -> int:
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    if not distributed.checked_by_parent():
+    if not distributed.is_checked_elsewhere():
         check(args)
     if len(devices) > 1 and not distributed.is_launched():
         return distributed.launch(len(devices))
-    with distributed.world(devices) as world:
+    with distributed.world(devices, INPUT_ERRORS) as world:
         run(args, world)
     return 0
 
@@ -96,21 +99,22 @@ def check(args: argparse.Namespace) -> None:
     """Everything that can be known before the first picture; also makes the folder for the predictions.
 
     Raises:
-        types.UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
+        flags.UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
     """
-    print(make_dataset(args).check(), flush=True)
     with torch.device("meta"):
         model = make_model(args)
     if args.restore_from:
         print(match_weights(model, args.restore_from, complete=True)[0], flush=True)
     else:
         print("no --restore-from: evaluating random weights", flush=True)
-    try:
-        os.makedirs(os.path.join(args.output_dir, "outputs"), exist_ok=True)
-    except OSError as error:
-        raise types.UsageError(
-            f"--output-dir {args.output_dir}: can't be written: {error.strerror}"
-        ) from error
+    dataset = make_dataset(args)
+    print(dataset.check(instances=wants_official_scores(args, dataset)), flush=True)
+    check_writable("--output-dir", os.path.join(args.output_dir, "outputs"))
+    check_writable("--output-dir", args.output_dir or ".")
+    if os.path.isdir(os.path.join(args.output_dir, "result.txt")):
+        raise flags.UsageError(
+            f"--output-dir {args.output_dir}: result.txt is a folder there; name another folder"
+        )
 
 
 def make_dataset(args: argparse.Namespace) -> CSDataSet:
@@ -126,6 +130,11 @@ def make_dataset(args: argparse.Namespace) -> CSDataSet:
     )
 
 
+def wants_official_scores(args: argparse.Namespace, dataset: CSDataSet) -> bool:
+    """Whether the data set has what the official scores need: Cityscapes' classes, label and instance ids."""
+    return args.num_classes == NUM_CLASSES and dataset.has_instances()
+
+
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
     return MODELS[args.model](args.num_classes, recurrence=args.recurrence, backbone=args.backbone)
 
@@ -138,8 +147,6 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
         load_weights(model, args.restore_from, complete=True)
     model.to(world.device).eval()
     dataset = make_dataset(args)
-    # The official scores need Cityscapes' own classes.
-    official = args.num_classes == NUM_CLASSES and dataset.has_instances()
     palette = make_palette([label.color for label in TRAIN_LABELS])
     outputs = os.path.join(args.output_dir, "outputs")
     result = evaluate(
@@ -151,7 +158,7 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
         world,
         args.num_classes,
         args.ignore_label,
-        official=CityscapesEvaluation(LABELS) if official else None,
+        official=CityscapesEvaluation(LABELS) if wants_official_scores(args, dataset) else None,
         batch_size=args.batch_size,
         workers=args.num_workers,
         keep=lambda name, prediction: save_indexed_png(
@@ -194,4 +201,4 @@ def _without_nan(value):
 
 
 if __name__ == "__main__":
-    sys.exit(types.exit_status(main, DataError, CheckpointError))
+    sys.exit(flags.exit_status(main, INPUT_ERRORS))

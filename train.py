@@ -18,7 +18,6 @@ import time
 import numpy as np
 import torch
 
-import utils.args as types
 from dataset import CSDataSet, DataError
 from engine import checkpoint, distributed, loader, schedule
 from loss import CriterionDSN, CriterionOhemDSN
@@ -26,10 +25,15 @@ from loss.criterion import AUXILIARY_WEIGHT
 from networks import MODELS, CheckpointError, load_weights, match_weights, synchronise
 from networks.abn import BACKENDS
 from networks.resnet import DEPTHS
-from utils.files import replacing
+from utils import args as flags
+from utils.files import check_writable, replacing
 from utils.logger import RunLog
 
-#: The flags that decide the weights: a run is resumed with the same ones only.
+#: Of which the features at 1/8 size are 2 x 2, enough for the statistics of a batch of one.
+SMALLEST_CROP = 9
+#: What ends a run with exit status 2.
+INPUT_ERRORS = (flags.UsageError, DataError, CheckpointError)
+#: The flags that decide what a run computes: it is resumed with the same ones only.
 RECIPE = (
     "model backbone recurrence num_classes ignore_label dropout abn input_size batch_size random_mirror "
     "random_scale random_seed learning_rate momentum power weight_decay num_steps ohem ohem_thres ohem_keep"
@@ -48,22 +52,22 @@ def get_parser() -> argparse.ArgumentParser:
         help="data set in the Cityscapes layout, or what --data-list is relative to",
     )
     data("--data-list", help="file of 'image<TAB>label' lines; without it the layout's train split")
-    data("--num-classes", type=types.positive_int, default=19, help="number of train ids")
-    data("--ignore-label", type=types.count, default=255, help="train id of void pixels")
-    data("--input-size", type=types.size, default=(769, 769), metavar="H,W", help="crop")
+    data("--num-classes", type=flags.classes, default=19, help="number of train ids")
+    data("--ignore-label", type=flags.label, default=255, help="train id of void pixels")
+    data("--input-size", type=flags.size, default=(769, 769), metavar="H,W", help="crop")
     data("--random-mirror", action="store_true", help="mirror half of the samples")
     data("--random-scale", action="store_true", help="scale samples by 0.7 to 2.1")
     data(
         "--num-workers",
-        type=types.count,
+        type=flags.count,
         default=8,
         help="processes that read pictures, for each training process",
     )
     net = parser.add_argument_group("network").add_argument
     net("--model", choices=sorted(MODELS), default="ccnet", help="network")
     net("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone")
-    net("--recurrence", type=types.count, default=2, help="how often the attention is applied")
-    net("--dropout", type=types.fraction, default=0.1, help="channel dropout of both heads")
+    net("--recurrence", type=flags.count, default=2, help="how often the attention is applied")
+    net("--dropout", type=flags.fraction, default=0.1, help="channel dropout of both heads")
     net(
         "--abn",
         choices=BACKENDS,
@@ -81,37 +85,37 @@ def get_parser() -> argparse.ArgumentParser:
         help="start both classifiers fresh (fine-tuning to other classes)",
     )
     recipe = parser.add_argument_group("recipe").add_argument
-    recipe("--batch-size", type=types.positive_int, default=8, help="of all processes together")
-    recipe("--num-steps", type=types.positive_int, default=60000, help="training steps")
-    recipe("--learning-rate", type=types.positive_float, default=1e-2, help="at the first step")
+    recipe("--batch-size", type=flags.positive_int, default=8, help="of all processes together")
+    recipe("--num-steps", type=flags.positive_int, default=60000, help="training steps")
+    recipe("--learning-rate", type=flags.positive_float, default=1e-2, help="at the first step")
     recipe(
-        "--power", type=types.positive_float, default=0.9, help="of the polynomial decay of the learning rate"
+        "--power", type=flags.positive_float, default=0.9, help="of the polynomial decay of the learning rate"
     )
-    recipe("--momentum", type=types.fraction, default=0.9, help="of SGD")
-    recipe("--weight-decay", type=types.number(float, 0), default=1e-4, help="of all parameters")
+    recipe("--momentum", type=flags.fraction, default=0.9, help="of SGD")
+    recipe("--weight-decay", type=flags.number(float, 0), default=1e-4, help="of all parameters")
     recipe(
-        "--ohem", type=types.boolean, nargs="?", const=True, default=False, help="online hard example mining"
+        "--ohem", type=flags.boolean, nargs="?", const=True, default=False, help="online hard example mining"
     )
-    recipe("--ohem-thres", type=types.fraction, default=0.7, help="keep pixels of at most this probability")
-    recipe("--ohem-keep", type=types.count, default=100000, help="pixels to keep at least, for each process")
+    recipe("--ohem-thres", type=flags.fraction, default=0.7, help="keep pixels of at most this probability")
+    recipe("--ohem-keep", type=flags.count, default=100000, help="pixels to keep at least, for each process")
     recipe(
-        "--random-seed", type=types.count, default=12345, help="of weights, order, augmentation and dropout"
+        "--random-seed", type=flags.count, default=12345, help="of weights, order, augmentation and dropout"
     )
     run = parser.add_argument_group("run").add_argument
     run("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
-    run("--nproc", type=types.positive_int, metavar="N", help="run N processes on the CPU")
+    run("--nproc", type=flags.positive_int, metavar="N", help="run N processes on the CPU")
     run("--snapshot-dir", default="snapshots", help="where snapshots, states and the log go")
     run(
-        "--save-pred-every", type=types.positive_int, default=10000, metavar="STEPS", help="between snapshots"
+        "--save-pred-every", type=flags.positive_int, default=10000, metavar="STEPS", help="between snapshots"
     )
     run(
         "--print-frequency",
-        type=types.positive_int,
+        type=flags.positive_int,
         default=50,
         metavar="STEPS",
         help="between lines of the log",
     )
-    run("--start-iters", type=types.count, default=0, metavar="STEP", help="steps that count as done")
+    run("--start-iters", type=flags.count, default=0, metavar="STEP", help="steps that count as done")
     run(
         "--resume",
         action="store_true",
@@ -126,11 +130,11 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = get_parser().parse_args()
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    if not distributed.checked_by_parent():
+    if not distributed.is_checked_elsewhere():
         check(args, distributed.processes(devices))
     if len(devices) > 1 and not distributed.is_launched():
         return distributed.launch(len(devices))
-    with distributed.world(devices) as world:
+    with distributed.world(devices, INPUT_ERRORS) as world:
         train(args, world)
     return 0
 
@@ -139,44 +143,39 @@ def check(args: argparse.Namespace, processes: int) -> None:
     """Everything that can be known before the first step.
 
     Raises:
-        types.UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
+        flags.UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
     """
     if args.batch_size % processes:
-        raise types.UsageError(
+        raise flags.UsageError(
             f"--batch-size {args.batch_size}: can't be shared by {processes} processes; "
             f"give a multiple of {processes}"
         )
     if args.start_iters >= args.num_steps:
-        raise types.UsageError(
+        raise flags.UsageError(
             f"--start-iters {args.start_iters}: must be less than --num-steps {args.num_steps}"
         )
     if args.abn == "inplace":
         require_inplace_abn()
-    print(make_dataset(args).check(), flush=True)
+    if min(args.input_size) < SMALLEST_CROP:
+        raise flags.UsageError(
+            f"--input-size {args.input_size[0]},{args.input_size[1]}: leaves one row or column of features; "
+            f"give at least {SMALLEST_CROP},{SMALLEST_CROP}"
+        )
     with torch.device("meta"):
         model = make_model(args)
     if args.restore_from:
         print(match_weights(model, args.restore_from, args.not_restore_last)[0], flush=True)
     else:
         print("no --restore-from: training from random weights", flush=True)
-    try:
-        os.makedirs(args.snapshot_dir, exist_ok=True)
-        with (
-            replacing(os.path.join(args.snapshot_dir, "args.json")) as path,
-            open(path, "w", encoding="utf-8") as file,
-        ):
-            json.dump(vars(args), file, indent=2)
-    except OSError as error:
-        raise types.UsageError(
-            f"--snapshot-dir {args.snapshot_dir}: can't be written: {error.strerror}"
-        ) from error
+    print(make_dataset(args).check(), flush=True)
+    check_writable("--snapshot-dir", args.snapshot_dir)
 
 
 def require_inplace_abn() -> None:
     try:
         import inplace_abn  # noqa: F401
     except ImportError as error:
-        raise types.UsageError(
+        raise flags.UsageError(
             "--abn inplace: the inplace-abn package is not installed; install it, or use --abn torch"
         ) from error
 
@@ -230,13 +229,16 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
         model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
 
-    recipe = {name: getattr(args, name) for name in RECIPE}
+    recipe = {name: getattr(args, name) for name in RECIPE} | {"data": dataset.digest()}
     start = args.start_iters
     # Rank 0 decides for all: the others may see another state of a shared disk.
     state = world.gather(
         checkpoint.newest_state(args.snapshot_dir) if args.resume and world.is_main else None
     )[0]
     if state is not None:
+        unseen = None if os.path.exists(state.path) else state.path
+        if unseen := world.first(unseen):
+            raise flags.UsageError(f"--snapshot-dir: {unseen} is not on every machine; share the directory")
         checkpoint.restore(state, model, optimizer, recipe)
         start = state.step
         if start >= args.num_steps:
@@ -247,7 +249,9 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
         if state is not None:
             print(f"{state.path}: continuing after step {start}", flush=True)
         elif earlier := checkpoint.set_aside(args.snapshot_dir):
-            print(f"{args.snapshot_dir}: an earlier run's states and log are now in {earlier}", flush=True)
+            print(f"{args.snapshot_dir}: states and log of an earlier run are now in {earlier}", flush=True)
+        with replacing(os.path.join(args.snapshot_dir, "args.json")) as path, open(path, "w") as file:
+            json.dump(vars(args), file, indent=2)
         log = RunLog(args.snapshot_dir, start, args.num_steps, args.batch_size)
     parallel = world.data_parallel(model, all_used=args.recurrence > 0)
 
@@ -279,6 +283,7 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
         if error is not None:
             if step - 1 > start:
                 save(step - 1)
+            world.barrier()  # a launcher may end rank 0 as soon as another one is gone
             raise error
 
         # Dropout is a function of (seed, step, rank), so that a resumed run needs no random state.
@@ -291,7 +296,9 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
         loss.backward()
         optimizer.step()
 
-        if step % args.print_frequency == 0 or step == args.num_steps:
+        last = step == args.num_steps
+        log_due, save_due = step % args.print_frequency == 0 or last, step % args.save_pred_every == 0 or last
+        if log_due or save_due:
             losses = torch.stack([loss, main_loss, auxiliary_loss]).detach()
             world.all_reduce(losses)
             mean_loss, mean_main, mean_auxiliary = (losses / world.size).tolist()
@@ -300,6 +307,7 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
                     f"the loss is {mean_loss} at step {step}; lower --learning-rate, or look at the samples: "
                     f"{'; '.join(batch.records)}"
                 )
+        if log_due:
             records = [record for share in world.gather(batch.records) for record in share]
             if world.is_main:
                 log.write(
@@ -313,12 +321,11 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
                     samples=records,
                 )
             waited = 0.0
-        if step % args.save_pred_every == 0 and step < args.num_steps:
+        if save_due:
             save(step)
-    save(args.num_steps)
     if world.is_main:
         log.close()
 
 
 if __name__ == "__main__":
-    sys.exit(types.exit_status(main, DataError, CheckpointError))
+    sys.exit(flags.exit_status(main, INPUT_ERRORS))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -98,7 +100,7 @@ def discover(root: str, split: str) -> list[Pair]:
         raise DataError(f"{root}: no such directory; --data-dir names the folder with leftImg8bit and gtFine")
     folder = os.path.join(root, "leftImg8bit", split)
     pairs, missing = [], []
-    for directory, folders, files in os.walk(folder):
+    for directory, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         for file in sorted(files):
             stem, extension = os.path.splitext(file)
@@ -208,6 +210,10 @@ class CSDataSet(Dataset):
         """Item `index` with its augmentation drawn from `rng`."""
         return self._augmented(index, *self._read(index), rng)
 
+    def digest(self) -> str:
+        """Tells data sets apart by their lists of pictures and labels, wherever they lie."""
+        return hashlib.sha256(repr(self.pairs).encode()).hexdigest()[:16]
+
     def has_instances(self) -> bool:
         """Whether every label is a labelIds file with an instanceIds file beside it."""
         return all(
@@ -233,21 +239,24 @@ class CSDataSet(Dataset):
     def path(self, relative: str) -> str:
         return os.path.join(self.root, relative)
 
-    def check(self) -> str:
+    def check(self, instances: bool = False) -> str:
         """Look at the header of every file and at the ids of every label; the line to print when all is well.
+
+        Args:
+            instances: look at the headers of the instanceIds files too.
 
         Raises:
             DataError: naming the first file that is missing, unreadable, truncated, of the wrong kind, of
                 another size than its picture, or a label with an id that is none of the classes.
         """
         with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(self._check_pair, self.pairs):
+            for _ in pool.map(partial(self._check_pair, instances=instances), self.pairs):
                 pass
         folders = len({os.path.dirname(pair.image) for pair in self.pairs})
         count = len(self.pairs)
         return f"{self.source}: {count} pictures in {folders} folders, each with its label, none missing"
 
-    def _check_pair(self, pair: Pair) -> None:
+    def _check_pair(self, pair: Pair, instances: bool) -> None:
         image, label = (read_header(self.path(name)) for name in (pair.image, pair.label))
         check_label_mode(self.path(pair.label), label.mode)
         if image[:2] != label[:2]:
@@ -256,6 +265,12 @@ class CSDataSet(Dataset):
                 f"has {image.width}x{image.height}; give the label of this picture"
             )
         self._read_train_ids(pair.label)
+        if instances:
+            path = self.path(_instances_of(pair.label))
+            if read_header(path)[:2] != label[:2]:
+                raise DataError(
+                    f"{path}: not of the size of {pair.label}; give the instances of this picture"
+                )
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The whole picture uint8 [h, w, 3] and its train ids int16 [h, w]."""

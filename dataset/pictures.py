@@ -64,11 +64,8 @@ def read_image(path: str) -> np.ndarray:
     Raises:
         DataError: missing, damaged or no picture.
     """
-    content = _read(path)
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise DataError(f"{path}: not a readable picture; copy it again")
-    return image
+    # The orientation that a camera notes is left alone, as the label knows nothing of it.
+    return _decode(path, _read(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def read_label(path: str) -> np.ndarray:
@@ -78,11 +75,11 @@ def read_label(path: str) -> np.ndarray:
         DataError: missing, damaged, or a picture with more than one channel.
     """
     content = _read(path)
-    label = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if label is None:
-        raise DataError(f"{path}: not a readable picture; copy it again")
+    label = _decode(path, content, cv2.IMREAD_UNCHANGED)
     if label.ndim == 2:
-        return label
+        depth = content[24] if content.startswith(PNG_SIGNATURE) else 8
+        # OpenCV stretches greys of 1, 2 and 4 bits to 0..255.
+        return label // (255 // (2**depth - 1)) if depth < 8 else label
     # OpenCV looks palettes up; Pillow, slower, gives the indices.
     with Image.open(io.BytesIO(content)) as picture:
         check_label_mode(path, picture.mode)
@@ -95,6 +92,16 @@ def check_label_mode(path: str, mode: str) -> None:
         raise DataError(
             f"{path}: a label has one channel of ids, this is a {mode} picture; name the ids' file"
         )
+
+
+def _decode(path: str, content: bytes, flags: int) -> np.ndarray:
+    try:
+        picture = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error:
+        picture = None
+    if picture is None:
+        raise DataError(f"{path}: not a readable picture; copy it again")
+    return picture
 
 
 def _read(path: str) -> bytes:

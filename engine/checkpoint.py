@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -14,6 +15,8 @@ from torch import nn
 from utils.args import UsageError
 from utils.files import replacing
 
+#: What a run leaves beside snapshots and states.
+RUN_FILES = ("args.json", "log.jsonl", "tensorboard")
 #: States kept beside the snapshots: the newest, and one to fall back to.
 KEPT_STATES = 2
 
@@ -48,14 +51,16 @@ def save(
         json.dump(
             {"step": step, "size": os.path.getsize(state), "sha256": _sha256(state), "recipe": recipe}, file
         )
-    for old in _states(directory)[KEPT_STATES:]:
+    described = [path for path in _states(directory) if os.path.exists(_description(path))]
+    for old in described[KEPT_STATES:]:
+        # The description first: what it describes is whole as long as it is there.
         os.unlink(_description(old))
         os.unlink(old)
     return snapshot_path(directory, step)
 
 
 def newest_state(directory: str) -> State | None:
-    """The newest complete state in `directory`; damaged ones are passed over, with a line saying so."""
+    """The newest complete state in `directory`; damaged ones are renamed, with a line saying so."""
     for path in _states(directory):
         try:
             with open(_description(path), encoding="utf-8") as file:
@@ -67,6 +72,9 @@ def newest_state(directory: str) -> State | None:
         if whole:
             return state
         print(f"{path}: incomplete or damaged, passed over", flush=True)
+        for part in (path, _description(path)):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(part, os.path.join(directory, "damaged_" + os.path.basename(part)))
     return None
 
 
@@ -79,6 +87,11 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, re
     for flag, value in recipe.items():
         # Through JSON, as the recipe on disk went: tuples become lists.
         if flag in state.recipe and state.recipe[flag] != json.loads(json.dumps(value)):
+            if flag == "data":
+                raise UsageError(
+                    f"--data-dir, --data-list: not the pictures of the run of {state.path}; resume with the "
+                    "same, or start anew in another --snapshot-dir"
+                )
             raise UsageError(
                 f"--{flag.replace('_', '-')}: is {value} here and {state.recipe[flag]} in the run of "
                 f"{state.path}; resume with the same, or start anew in another --snapshot-dir"
@@ -91,7 +104,7 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, re
 def set_aside(directory: str) -> str | None:
     """Move the states and log of an earlier run to a folder of their own and return it; None: no such run."""
     found = glob.glob(os.path.join(glob.escape(directory), "state_*"))
-    found += glob.glob(os.path.join(glob.escape(directory), "log.jsonl"))
+    found += [path for name in RUN_FILES if os.path.exists(path := os.path.join(directory, name))]
     if not found:
         return None
     number = 1

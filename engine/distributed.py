@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,9 +28,8 @@ LAUNCHED = "CCNET_LAUNCHED"
 class World:
     """This process among the others of the run: rank, device, collectives; one alone is a world too."""
 
-    def __init__(self, rank: int, local_rank: int, size: int, device: torch.device):
+    def __init__(self, rank: int, size: int, device: torch.device):
         self.rank = rank
-        self.local_rank = local_rank
         self.size = size
         self.device = device
         self.group = dist.group.WORLD if size > 1 else None  # what the activated batch norm reduces over
@@ -85,8 +85,8 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def checked_by_parent() -> bool:
-    """Whether another process of this machine looks at the input before the run: it alone need speak."""
+def is_checked_elsewhere() -> bool:
+    """Whether another process of this machine checks the input before the run: parent or local rank 0."""
     return LAUNCHED in os.environ or int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 
@@ -109,7 +109,7 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
     if nproc is not None:
         if gpu not in (None, "cpu"):
             raise UsageError(
-                f"--nproc {nproc}: is for CPU processes and --gpu {gpu} asks for GPUs; give one of the two"
+                f"--nproc {nproc}: is for CPU processes, --gpu {gpu} asks for GPUs; give one of the two"
             )
         return [torch.device("cpu")] * nproc
     if gpu == "cpu" or (gpu is None and visible == 0):
@@ -128,6 +128,12 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
                 else "no GPU is visible here; give --gpu cpu"
             )
             raise UsageError(f"--gpu {gpu}: there is no GPU {index}; {there}")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", len(ids))) if is_launched() else len(ids)
+    if started != len(ids):
+        raise UsageError(
+            f"--gpu {gpu}: names {len(ids)} GPUs and {started} processes were started on this machine; "
+            "start as many, or unset RANK and WORLD_SIZE to have them started from here"
+        )
     if len(set(ids)) < len(ids):
         raise UsageError(f"--gpu {gpu}: an id is given twice; give each GPU once")
     return [torch.device("cuda", index) for index in ids]
@@ -138,7 +144,7 @@ def launch(processes: int) -> int:
     all.
 
     Returns:
-        The exit status of the process that failed first, 0 when none did.
+        0 when all ended well, 2 when the first to fail met wrong input, 1 when it failed otherwise.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -193,38 +199,47 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
             time.sleep(0.05)
         failed = [child.poll() for child in children if child.poll()]
         status = status or (failed[0] if failed else 0)
-        return status if status >= 0 else 128 - status
+        return status if status in (0, 2) else 1
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def world(devices: Sequence[torch.device]) -> Iterator[World]:
-    """Join the processes of this run (those of `launch`, torchrun or a scheduler; alone where there is no
-    other).
+def world(devices: Sequence[torch.device], agreed: tuple[type[Exception], ...]) -> Iterator[World]:
+    """Join the processes of this run: those of `launch` or torchrun; alone where there is no other.
 
     Args:
         devices: the device of each local rank.
+        agreed: errors that all processes raise together; local rank 0 speaks for the others.
 
     Raises:
-        UsageError: more processes on this machine than devices.
+        UsageError: not as many GPUs as processes on this machine.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    if devices[0].type == "cpu":
-        device = devices[0]
-    elif local_rank < len(devices):
+    device = devices[0]
+    if device.type == "cuda":
+        if local_rank >= len(devices):
+            raise UsageError(
+                f"--gpu: process {local_rank} of this machine has none of the {len(devices)} GPUs; "
+                "start fewer"
+            )
         device = devices[local_rank]
         torch.cuda.set_device(device)
-    else:
-        raise UsageError(
-            f"--gpu: process {local_rank} of this machine has none of the {len(devices)} GPUs; start fewer"
-        )
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    if size == 1:
+        yield World(rank, size, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:
-        yield World(rank, local_rank, size, device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+        yield World(rank, size, device)
+    except agreed as error:
+        error.silent = local_rank > 0  # type: ignore[attr-defined]  # see utils.args.exit_status
+        dist.destroy_process_group()
+        raise
+    except BaseException:
+        # The others wait in a collective for this process: an orderly end would wait for them.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()

@@ -59,7 +59,7 @@ class OhemCrossEntropy2d(nn.Module):
         kept = self.min_kept // self.factor**2
         hard = self._coarse_probability(probability, target).flatten()
         valid = hard.isfinite().sum()
-        threshold = hard.new_tensor(self.thresh)
+        threshold = hard.new_full((), self.thresh)
         if 0 < kept <= hard.numel():
             threshold = hard.sort().values[kept - 1].clamp(min=self.thresh)
         return threshold.where(valid > kept, 1.0)

@@ -55,7 +55,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
             f"{path}: not a checkpoint of plain tensors (refused without running anything in it); "
             "save it again as a state dict"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged file can fail in any way while it is unpickled
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or download it again") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

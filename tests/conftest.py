@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Flags of the smallest run of the real network.
@@ -46,6 +47,20 @@ def scenes(tmp_path: Path) -> Path:
         for number in range(count):
             write_pair(folder, split, number, (48, 64))
     return folder
+
+
+def fill(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights of a sensible size, negative batch-norm weights among them."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.state_dict().items():
+        random = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("running_var"):
+            value.copy_(random.abs() * 0.3 + 0.5)
+        elif value.dim() > 1:
+            value.copy_(random * (2 / value[0].numel()) ** 0.5)
+        else:
+            value.copy_(random * 0.5)
+    model.state_dict()["head.cca.gamma"].fill_(0.7)
 
 
 def run(

@@ -66,6 +66,18 @@ def test_damaged_state_is_passed_over_with_a_line(tmp_path, parts, damage, capsy
         description.write_text("{")
     assert checkpoint.newest_state(str(tmp_path)).step == 1
     assert "state_2.pt: incomplete or damaged" in capsys.readouterr().out
+    # It is out of the way of the run that goes on: neither counted nor in the way of a deletion.
+    for step in (2, 3, 4):
+        checkpoint.save(str(tmp_path), step, *parts, RECIPE)
+    assert checkpoint.newest_state(str(tmp_path)).step == 4
+    assert not (tmp_path / "state_2.pt").exists() and (tmp_path / "state_3.pt").exists()
+
+
+def test_state_without_description_does_not_stop_later_saves(tmp_path, parts):
+    (tmp_path / "state_1.pt").write_bytes(b"cut off before its description was written")
+    for step in (2, 3, 4):
+        checkpoint.save(str(tmp_path), step, *parts, RECIPE)
+    assert checkpoint.newest_state(str(tmp_path)).step == 4
 
 
 def test_no_state(tmp_path):
@@ -79,14 +91,22 @@ def test_another_recipe_is_refused(tmp_path, parts):
         checkpoint.restore(state, *parts, {**RECIPE, "input_size": (33, 65)})
 
 
+def test_other_pictures_are_refused(tmp_path, parts):
+    checkpoint.save(str(tmp_path), 1, *parts, {**RECIPE, "data": "one"})
+    state = checkpoint.newest_state(str(tmp_path))
+    with pytest.raises(UsageError, match="--data-dir"):
+        checkpoint.restore(state, *parts, {**RECIPE, "data": "other"})
+
+
 def test_earlier_run_is_set_aside(tmp_path, parts):
     assert checkpoint.set_aside(str(tmp_path)) is None
     for number in (1, 2):
         checkpoint.save(str(tmp_path), number, *parts, RECIPE)
         (tmp_path / "log.jsonl").write_text("{}\n")
+        (tmp_path / "tensorboard").mkdir()
         target = checkpoint.set_aside(str(tmp_path))
         assert target.endswith(f"earlier_{number}")
-        assert {"log.jsonl", f"state_{number}.pt"} <= set(os.listdir(target))
+        assert {"log.jsonl", "tensorboard", f"state_{number}.pt"} <= set(os.listdir(target))
     assert checkpoint.newest_state(str(tmp_path)) is None
     assert (tmp_path / "CS_scenes_1.pth").exists()
 

@@ -11,15 +11,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, last_line, mean_of, run
+from conftest import ROOT, SMALL, fill, last_line, mean_of, run, write_pair
 from PIL import Image
 
 import evaluate
 import train
-import utils.args as types
-from dataset import DataError
 from dataset.labels import TRAIN_LABELS
-from networks import CheckpointError, Seg_Model
+from networks import Seg_Model
+from utils import args as flags_of
 
 TRAIN = [*SMALL, "--input-size", "33,33", "--batch-size", "2", "--random-mirror", "--random-scale"]
 
@@ -28,7 +27,7 @@ def called(module, arguments, monkeypatch, capsys) -> tuple[int, str]:
     """Exit status and last line on standard error of a command, run in this process."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     try:
-        status = types.exit_status(module.main, DataError, CheckpointError)
+        status = flags_of.exit_status(module.main, module.INPUT_ERRORS)
     except SystemExit as exit:  # argparse's
         status = exit.code
     return status, last_line(capsys.readouterr().err or "\n-")
@@ -46,8 +45,6 @@ def same_weights(one, other) -> bool:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A data set and a run of four steps on it."""
-    from conftest import write_pair
-
     folder = tmp_path_factory.mktemp("run")
     for split, count in (("train", 6), ("val", 5)):
         for number in range(count):
@@ -127,6 +124,36 @@ class TestTraining:
         # The mean over processes of means over pixels is not the mean over all pixels where void differs.
         assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=2e-2)
 
+    def test_gradients_are_averaged_over_the_processes(self, trained, tmp_path):
+        """Without void and dropout the mean of the processes' means is the mean over the batch."""
+        folder, _, _ = trained
+        for label in (folder / "data/gtFine/train/ulm").glob("*labelIds.png"):
+            ids = cv2.imread(str(label), cv2.IMREAD_GRAYSCALE)
+            ids[ids == 0] = 7
+            (tmp_path / "gtFine/train/ulm").mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(tmp_path / "gtFine/train/ulm" / label.name), ids)
+        os.symlink(folder / "data/leftImg8bit", tmp_path / "leftImg8bit")
+        flags = ["--data-dir", tmp_path, *TRAIN[2:], "--num-steps", 1, "--dropout", 0]
+        torch.manual_seed(train.seed_of(12345))
+        start = Seg_Model(19, backbone="resnet50", dropout=0).state_dict()
+        changes = []
+        for processes in (1, 2):
+            done = run("train.py", *flags, "--nproc", processes, "--snapshot-dir", tmp_path / str(processes))
+            assert done.returncode == 0, done.stderr
+            end = torch.load(tmp_path / str(processes) / "CS_scenes_1.pth", weights_only=True)
+            changes.append({name: (end[name] - start[name]).flatten().double() for name in end})
+        one, two = changes
+        assert set(one) == set(start)
+        # Float32 in two orders of addition: not equal, but closer than either half of the batch would come.
+        for name in (
+            "head.bottleneck.3.weight",
+            "dsn.3.weight",
+            "head.conva.0.weight",
+            "head.conva.1.weight",
+        ):
+            assert torch.cosine_similarity(one[name], two[name], 0) > 0.995, name
+            assert two[name].norm() == pytest.approx(one[name].norm().item(), rel=0.05), name
+
     def test_torchrun(self, trained, tmp_path):
         _, _, arguments = trained
         command = [
@@ -150,6 +177,13 @@ class TestTraining:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "CS_scenes_1.pth").exists() and done.stdout.count("step 1/1") == 1
 
+    def test_resume_with_other_pictures_is_refused(self, trained, scenes, monkeypatch, capsys):
+        folder, _, arguments = trained
+        write_pair(scenes, "train", 77, (48, 64))
+        flags = ["--data-dir", scenes, "--snapshot-dir", folder / "snapshots", "--resume"]
+        status, line = called(train, [*arguments, *flags], monkeypatch, capsys)
+        assert status == 2 and "--data-dir" in line
+
     @pytest.mark.parametrize("processes", [1, 2])
     def test_broken_picture_met_later_ends_with_2_and_the_state_saved(self, scenes, tmp_path, processes):
         path = scenes / "leftImg8bit/train/ulm/ulm_000000_000003_leftImg8bit.png"
@@ -167,36 +201,44 @@ class TestTraining:
         assert steps >= 1 and (tmp_path / f"state_{steps}.json").exists()
 
 
-class TestEvaluation:
-    @pytest.fixture(scope="class")
-    def evaluated(self, trained):
-        folder, _, _ = trained
-        checkpoint = folder / "snapshots/CS_scenes_4.pth"
-        arguments = ["--data-dir", folder / "data", "--restore-from", checkpoint, "--input-size", "33,33"]
-        done = run("evaluate.py", *arguments, *SMALL)
-        assert done.returncode == 0, done.stderr
-        return folder, done.stdout, arguments, json.loads((folder / "snapshots/result.txt").read_text())
+@pytest.fixture(scope="module")
+def evaluated(trained):
+    """A network of random weights evaluated by tiles: its folder, output, arguments and result.txt."""
+    folder = trained[0] / "evaluated"
+    folder.mkdir()
+    model = Seg_Model(19, backbone="resnet50")
+    fill(model)
+    torch.save(model.state_dict(), folder / "weights.pth")
+    arguments = ["--data-dir", trained[0] / "data", "--restore-from", folder / "weights.pth"]
+    arguments += ["--input-size", "33,33"]
+    done = run("evaluate.py", *arguments, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, arguments, json.loads((folder / "result.txt").read_text())
 
+
+class TestEvaluation:
     def test_result_agrees_with_the_pictures_it_wrote(self, evaluated):
-        folder, output, _, result = evaluated
-        names = sorted(os.listdir(folder / "snapshots/outputs"))
+        folder, output, arguments, result = evaluated
+        data = arguments[1]
+        names = sorted(os.listdir(folder / "outputs"))
         assert names == [f"ulm_000000_{number:06d}.png" for number in range(5)]
         confusion = np.zeros((19, 20), int)
         for number, name in enumerate(names):
-            picture = Image.open(folder / "snapshots/outputs" / name)
+            picture = Image.open(folder / "outputs" / name)
             assert picture.mode == "P"
             assert picture.getpalette()[:57] == [value for label in TRAIN_LABELS for value in label.color]
             ids = cv2.imread(
-                str(folder / f"data/gtFine/val/ulm/ulm_000000_{number:06d}_gtFine_labelIds.png"),
+                str(data / f"gtFine/val/ulm/ulm_000000_{number:06d}_gtFine_labelIds.png"),
                 cv2.IMREAD_GRAYSCALE,
             )
             for label in TRAIN_LABELS:
                 confusion[label.train_id] += np.bincount(np.asarray(picture)[ids == label.id], minlength=20)
         confusion = confusion[:, :19]
+        assert (confusion.sum(0) > 0).sum() > 3  # no result of a constant
         union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
         iou = confusion.diagonal() / union
         assert confusion.tolist() == result["confusion"]
-        np.testing.assert_allclose(result["IU_array"], iou)
+        np.testing.assert_allclose(np.array(result["IU_array"], float), iou)
         assert result["meanIU"] == pytest.approx(iou.mean()) == pytest.approx(mean_of(output), abs=1e-4)
         assert result["averageScoreClasses"] == pytest.approx(result["meanIU"])
         assert {"averageScoreInstClasses", "averageScoreCategories", "averageScoreInstCategories"} < set(
@@ -228,7 +270,7 @@ class TestEvaluation:
     def test_random_weights(self, trained, tmp_path, monkeypatch, capsys):
         arguments = ["--data-dir", trained[0] / "data", *SMALL, "--whole", "--output-dir", tmp_path]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        assert types.exit_status(evaluate.main) == 0
+        assert flags_of.exit_status(evaluate.main, evaluate.INPUT_ERRORS) == 0
         assert "evaluating random weights" in capsys.readouterr().out
 
 
@@ -252,6 +294,10 @@ class TestWrongUsage:
             (["--gpu", "0", "--nproc", "2"], ["--nproc"]),
             (["--learning-rate", "0"], ["--learning-rate"]),
             (["--learning-rate", "nan"], ["--learning-rate"]),
+            (["--weight-decay", "inf"], ["--weight-decay"]),
+            (["--input-size", "8,33"], ["--input-size 8,33", "9,9"]),
+            (["--ignore-label", "40000"], ["--ignore-label"]),
+            (["--num-classes", "300"], ["--num-classes"]),
             (["--num-steps", "-1"], ["--num-steps"]),
             (["--start-iters", "4"], ["--start-iters"]),
             (["--ohem", "maybe"], ["--ohem"]),
@@ -281,6 +327,20 @@ class TestWrongUsage:
         arguments = ["--data-dir", scenes, *TRAIN, "--snapshot-dir", tmp_path / "file"]
         status, line = called(train, arguments, monkeypatch, capsys)
         assert status == 2 and "--snapshot-dir" in line
+
+    def test_ids_that_do_not_match_the_started_processes(self, scenes, tmp_path, monkeypatch, capsys):
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        arguments = ["--data-dir", scenes, *TRAIN[2:], "--gpu", "0,1", "--snapshot-dir", tmp_path]
+        status, line = called(train, arguments, monkeypatch, capsys)
+        assert status == 2 and "--gpu 0,1: names 2 GPUs and 1 processes" in line
+
+    def test_output_directory_that_is_a_file(self, scenes, tmp_path, monkeypatch, capsys):
+        (tmp_path / "file").touch()
+        arguments = ["--data-dir", scenes, *SMALL, "--output-dir", tmp_path / "file"]
+        status, line = called(evaluate, arguments, monkeypatch, capsys)
+        assert status == 2 and "--output-dir" in line
 
     def test_checkpoint_of_another_network(self, trained, tmp_path, monkeypatch, capsys):
         folder, _, arguments = trained

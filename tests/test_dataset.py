@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -115,6 +118,50 @@ def test_labels_of_train_ids_are_taken_as_they_are_and_may_have_a_palette(scenes
     )
     dataset = CSDataSet(str(scenes), str(listing), crop_size=None, scale=False, mirror=False)
     assert len(dataset) == 1 and np.array_equal(dataset[0][1], ids)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_greys_of_few_bits_keep_their_ids(scenes, bits):
+    ids = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64) % 4
+    (scenes / "label.png").write_bytes(png(64, 48, bits, b"".join(b"\0" + packed(row, bits) for row in ids)))
+    (scenes / "list").write_text(f"{image_of(scenes).relative_to(scenes)}\tlabel.png\n")
+    dataset = CSDataSet(str(scenes), str(scenes / "list"), crop_size=None, scale=False, mirror=False)
+    assert np.array_equal(dataset[0][1], ids)
+
+
+def packed(row: np.ndarray, bits: int) -> bytes:
+    """Several pixels a byte, the first in the highest bits."""
+    shifts = np.arange(8 - bits, -1, -bits)
+    return (row.reshape(-1, 8 // bits) << shifts).sum(1).astype(np.uint8).tobytes()
+
+
+def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
+    """A greyscale PNG of filtered rows."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_linked_city_folders_are_found(scenes):
+    os.rename(scenes / "leftImg8bit/train/ulm", scenes / "elsewhere")
+    os.symlink(scenes / "elsewhere", scenes / "leftImg8bit/train/ulm")
+    assert len(CSDataSet(str(scenes))) == 6
+
+
+def test_noted_orientation_of_a_camera_is_left_alone(scenes):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(scenes / "a.jpg", exif=exif)
+    (scenes / "list").write_text(f"a.jpg\t{label_of(scenes).relative_to(scenes)}\n")
+    assert CSDataSet(str(scenes), str(scenes / "list"), crop_size=None)[0][0].shape[1:] >= (33, 44)
 
 
 def test_names_of_equal_pictures_in_several_folders_differ(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fill
 from torch.nn import functional as F
 
 from loss import CriterionDSN
@@ -20,35 +21,34 @@ def keys(name: str) -> dict[str, list[int]]:
     return json.loads((DATA / f"{name}.json").read_text())
 
 
-def fill(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random weights of a sensible size, negative batch-norm weights among them."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in model.state_dict().items():
-        random = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        if name.endswith("running_var"):
-            value.copy_(random.abs() * 0.3 + 0.5)
-        elif value.dim() > 1:
-            value.copy_(random * (2 / value[0].numel()) ** 0.5)
-        else:
-            value.copy_(random * 0.5)
-    model.state_dict()["head.cca.gamma"].fill_(0.7)
-
-
 class Specification:
-    """CCNet as functions of a state dict, in evaluation mode, written without any module of the project."""
+    """CCNet without dropout as functions of a state dict, written without any module of the project.
 
-    def __init__(self, state: dict[str, torch.Tensor], depth: str):
+    In training mode the running statistics that a step leaves are collected in `statistics`.
+    """
+
+    def __init__(self, state: dict[str, torch.Tensor], depth: str, training: bool = False):
         self.state = state
         self.depth = depth
+        self.training = training
+        self.statistics: dict[str, torch.Tensor] = {}
 
     def conv(self, x, name, **options):
         return F.conv2d(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"), **options)
 
     def norm(self, x, name):
         weight, bias, mean, var = (
-            self.state[f"{name}.{part}"].view(1, -1, 1, 1)
-            for part in ("weight", "bias", "running_mean", "running_var")
+            self.state[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")
         )
+        if self.training:
+            count = x.numel() // x.shape[1]
+            old_mean, old_var = mean, var
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+            self.statistics[f"{name}.running_mean"] = (0.9 * old_mean + 0.1 * mean).detach()
+            self.statistics[f"{name}.running_var"] = (
+                0.9 * old_var + 0.1 * var * count / (count - 1)
+            ).detach()
+        weight, bias, mean, var = (value.view(1, -1, 1, 1) for value in (weight, bias, mean, var))
         return (weight.abs() + 1e-5) * (x - mean) / (var + 1e-5).sqrt() + bias
 
     def block(self, x, name, stride, dilation):
@@ -116,6 +116,35 @@ def test_logits_follow_the_definition(depth):
         for output, right in zip(outputs, expected, strict=True):
             torch.testing.assert_close(output, right, rtol=1e-9, atol=1e-9)
     assert outputs[0].shape == (1, 7, 9, 12)
+
+
+def test_training_step_follows_the_definition():
+    """Loss, every gradient and every running statistic of one step, in float64."""
+    model = Seg_Model(7, backbone="resnet50", dropout=0)
+    fill(model)
+    model.double().train()
+    images, labels = torch.randn(2, 3, 49, 65, dtype=torch.float64) * 50, torch.randint(0, 7, (2, 49, 65))
+    labels[:, :9] = 255
+    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    for name, _ in model.named_parameters():
+        start[name].requires_grad_()
+    specification = Specification(start, "resnet50", training=True)
+    logits = [
+        F.interpolate(output, size=(49, 65), mode="bilinear", align_corners=True)
+        for output in specification(images, 2)
+    ]
+    losses = [F.cross_entropy(output, labels, ignore_index=255) for output in logits]
+    expected = losses[0] + 0.4 * losses[1]
+    expected.backward()
+    loss = CriterionDSN()(model(images), labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    largest = max(start[name].grad.norm() for name, _ in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        # The atol is for biases whose gradient a following norm or softmax makes zero but for rounding.
+        torch.testing.assert_close(parameter.grad, start[name].grad, rtol=1e-7, atol=1e-12 * largest.item())
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, specification.statistics[name], rtol=1e-9, atol=1e-12)
 
 
 def test_sizes_round_up_as_ceil_mode_does():
@@ -221,6 +250,26 @@ class TestABN:
             torch.testing.assert_close(part["mean"], norm.running_mean)
             torch.testing.assert_close(part["var"], norm.running_var)
 
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_synchronised_on_a_gpu_equals_the_whole(self, tmp_path):
+        """The kernels of nn.SyncBatchNorm, two processes sharing one GPU over gloo."""
+        import torch.multiprocessing
+
+        x, grad = torch.randn(4, 6, 3, 5) * 2 + 1, torch.randn(4, 6, 3, 5)
+        torch.save((x, grad, (2, 2)), tmp_path / "input.pt")
+        state = self.filled().float().state_dict()
+        torch.multiprocessing.spawn(synchronised_part, (str(tmp_path), state, "cuda"), 2)
+        parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        norm = self.filled().float()
+        x.requires_grad_()
+        y = norm(x)
+        y.backward(grad)
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(torch.cat([part["y"] for part in parts]), y.detach(), **close)
+        torch.testing.assert_close(torch.cat([part["x.grad"] for part in parts]), x.grad, **close)
+        torch.testing.assert_close(sum(part["weight.grad"] for part in parts), norm.weight.grad, **close)
+        torch.testing.assert_close(parts[0]["var"], norm.running_var, **close)
+
     def test_inplace_backend_agrees(self):
         pytest.importorskip("inplace_abn", reason="the inplace-abn package is not installed")
         for activation in ("leaky_relu", "identity"):
@@ -243,25 +292,25 @@ class TestABN:
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def synchronised_part(rank: int, folder: str, state: dict[str, torch.Tensor]) -> None:
-    """One process of the test above."""
-    import os
+def synchronised_part(rank: int, folder: str, state: dict[str, torch.Tensor], device: str = "cpu") -> None:
+    """One process of the tests above."""
+    from types import SimpleNamespace
 
-    from engine import distributed
+    import torch.distributed as dist
 
     x, grad, split = torch.load(f"{folder}/input.pt", weights_only=True)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(len(split)), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(29000 + os.getppid() % 2000)}
-    with distributed.world([torch.device("cpu")]) as world:
-        norm = ABN(6).double()
-        norm.load_state_dict(state)
-        synchronise(norm, world)
-        part = x.split(split)[rank].clone().requires_grad_()
-        y = norm(part)
-        y.backward(grad.split(split)[rank])
-        result = {"y": y.detach(), "x.grad": part.grad, "mean": norm.running_mean, "var": norm.running_var}
-        result |= {"weight.grad": norm.weight.grad, "bias.grad": norm.bias.grad}
-        torch.save(result, f"{folder}/{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(split))
+    group = SimpleNamespace(size=len(split), group=dist.group.WORLD, all_reduce=dist.all_reduce)
+    norm = ABN(6).to(device, x.dtype)
+    norm.load_state_dict(state)
+    synchronise(norm, group)
+    part = x.split(split)[rank].to(device, copy=True).requires_grad_()
+    y = norm(part)
+    y.backward(grad.split(split)[rank].to(device))
+    result = {"y": y.detach(), "x.grad": part.grad, "mean": norm.running_mean, "var": norm.running_var}
+    result |= {"weight.grad": norm.weight.grad, "bias.grad": norm.bias.grad}
+    torch.save({name: value.cpu() for name, value in result.items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Palettes and palette pictures."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_failure_leaves_the_older_picture_and_nothing_else(tmp_path, monkeypatch
     before = path.read_bytes()
 
     def half_written(self, file, **_):
-        file.write_bytes(b"half")
+        Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
     def not_replaced(source, target):

@@ -34,7 +34,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def number(
-    kind: type, low: float, high: float = float("inf"), open_low: bool = False
+    kind: type, low: float, high: float = sys.float_info.max, open_low: bool = False
 ) -> Callable[[str], float]:
     """An int or float between `low` and `high`, both included (`open_low`: low itself excluded)."""
 
@@ -55,6 +55,8 @@ def number(
 
 
 positive_int = number(int, 1)
+classes = number(int, 1, 255)
+label = number(int, 0, 255)
 count = number(int, 0)
 positive_float = number(float, 0, open_low=True)
 fraction = number(float, 0, 1)
@@ -65,18 +67,17 @@ def numbers(text: str) -> list[float]:
     return [positive_float(part) for part in text.split(",")]
 
 
-def exit_status(main: Callable[[], int | None], *input_errors: type[Exception]) -> int:
+def exit_status(main: Callable[[], int | None], input_errors: tuple[type[Exception], ...]) -> int:
     """Run `main`: its own status, 0 when it has none; 2 after one of `input_errors`, its message the last
     line on standard error.
 
     Anything else that goes wrong keeps its traceback and ends in 1, as Python does.
     """
-    wrong: tuple[type[Exception], ...] = (UsageError, *input_errors)
     try:
         return main() or 0
-    except wrong as error:
+    except input_errors as error:
         sys.stdout.flush()
-        # The processes of a run come to the same error together; one of a machine speaks.
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        # Where the processes of a run come to the same error together, one of a machine speaks.
+        if not getattr(error, "silent", False):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
+
+from utils.args import UsageError
 
 
 @contextlib.contextmanager
@@ -25,3 +28,15 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def check_writable(flag: str, directory: str) -> None:
+    """Make `directory` if needed; raises UsageError, naming `flag`, where no file can be written in it."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {directory}: can't be written ({error.strerror}); name another folder"
+        ) from error

@@ -38,10 +38,18 @@ class RunLog:
         """Drop the entries after `step`: those steps are about to be done again."""
         if not os.path.exists(path):
             return
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.endswith("\n")]
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if 0 < RunLog._step_of(line) <= step]
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+            file.writelines(lines)
+
+    @staticmethod
+    def _step_of(line: str) -> int:
+        """The step of an entry, 0 for what is none (the end of a log that a power cut left)."""
+        try:
+            return int(json.loads(line)["step"]) if line.endswith("\n") else 0
+        except (ValueError, KeyError, TypeError):
+            return 0
 
     def write(self, step: int, loss: float, lr: float, **more: Any) -> None:
         """Log `step` (from 1) with its loss and learning rate; numbers among `more` become scalars too."""
