@@ -5,16 +5,18 @@
 #   ./run_local.sh CS                          the published recipe on Cityscapes in CS, on every visible GPU
 #   ./run_local.sh CS ccnet 60000 769,769 1    the same with model, steps, input size and OHEM (1 or 0)
 #
-# The backbone starts from dataset/resnet101-imagenet.pth (IMAGENET=/another/file) where that is.
+# Settings by environment: IMAGENET, the backbone's weights (dataset/resnet101-imagenet.pth where that is); SNAPSHOT_DIR,
+# where the run goes (snapshots, and snapshots/mini); GPU, ids such as 0,1,2,3, or cpu (as many GPUs as divide the batch).
 set -euo pipefail
 invoked_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ $# -gt 5 ] || [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$(basename "${BASH_SOURCE[0]}")"
+    sed -n '2,10s/^# \{0,1\}//p' "$(basename "${BASH_SOURCE[0]}")"
     if [ $# -gt 5 ]; then exit 2; else exit 0; fi
 fi
+absolute() { (cd "$invoked_from" && realpath -m -- "$1"); }
 if [ $# -gt 0 ]; then
-    data=$(cd "$invoked_from" && realpath -m -- "$1")
+    data=$(absolute "$1")
     if [ ! -d "$data" ]; then
         echo "run_local.sh: error: $1: no such directory; name the folder with leftImg8bit and gtFine" >&2
         exit 2
@@ -22,25 +24,35 @@ if [ $# -gt 0 ]; then
 fi
 . tools/setup_env.sh
 
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if [ $# = 0 ]; then
-    data=data/mini snapshots=snapshots/mini steps=300
+    data=data/mini snapshots=${SNAPSHOT_DIR:-snapshots/mini} steps=300
     network=(--backbone resnet50)
+    device=(--gpu "${GPU:-$([ "$gpus" = 0 ] && echo cpu || echo 0)}")
     "$PYTHON" -m dataset.mini "$data"
     "$PYTHON" train.py --data-dir "$data" --random-mirror --random-scale "${network[@]}" --input-size 97,97 \
-        --batch-size 4 --num-steps $steps --num-workers 1 --print-frequency 20 --snapshot-dir $snapshots --resume
-    "$PYTHON" evaluate.py --data-dir "$data" --restore-from $snapshots/CS_scenes_$steps.pth "${network[@]}" --whole
+        --batch-size 4 --num-steps $steps --num-workers 1 --print-frequency 20 --snapshot-dir "$snapshots" --resume \
+        "${device[@]}"
+    "$PYTHON" evaluate.py --data-dir "$data" --restore-from "$snapshots/CS_scenes_$steps.pth" "${network[@]}" --whole \
+        "${device[@]}"
     exit
 fi
 
-model=${2:-ccnet} steps=${3:-60000} size=${4:-769,769} ohem=${5:-0} snapshots=snapshots
-imagenet=${IMAGENET:-dataset/resnet101-imagenet.pth}
+model=${2:-ccnet} steps=${3:-60000} size=${4:-769,769} ohem=${5:-0} snapshots=${SNAPSHOT_DIR:-snapshots}
+device=(--gpu "${GPU:-cpu}")
+for ids in 0 0,1 0,1,2,3 0,1,2,3,4,5,6,7; do # what divides the batch of 8
+    count=$(tr -cd , <<<"$ids" | wc -c)
+    if [ -z "${GPU:-}" ] && [ "$gpus" -gt "$count" ]; then device=(--gpu "$ids"); fi
+done
+imagenet=dataset/resnet101-imagenet.pth
+if [ -n "${IMAGENET:-}" ]; then imagenet=$(absolute "$IMAGENET"); fi
 restore=(--restore-from "$imagenet")
 if [ ! -e "$imagenet" ] && [ -z "${IMAGENET:-}" ]; then
-    echo "run_local.sh: $imagenet is not there: training from random weights, which stay far below the published scores" >&2
+    echo "run_local.sh: $imagenet is not there: training from random weights, far below the published scores" >&2
     restore=()
 fi
 "$PYTHON" train.py --data-dir "$data" --model "$model" --random-mirror --random-scale "${restore[@]}" \
     --learning-rate 1e-2 --weight-decay 1e-4 --batch-size 8 --input-size "$size" --num-steps "$steps" --recurrence 2 \
-    --ohem "$ohem" --ohem-thres 0.7 --ohem-keep 100000 --snapshot-dir $snapshots --resume
+    --ohem "$ohem" --ohem-thres 0.7 --ohem-keep 100000 --snapshot-dir "$snapshots" --resume "${device[@]}"
 "$PYTHON" evaluate.py --data-dir "$data" --model "$model" --input-size "$size" --recurrence 2 \
-    --restore-from "$snapshots/CS_scenes_$steps.pth"
+    --restore-from "$snapshots/CS_scenes_$steps.pth" "${device[@]}"

@@ -1,7 +1,7 @@
-"""Train CCNet.
+r"""Train CCNet.
 
-    python train.py --data-dir CS --random-mirror --random-scale --restore-from resnet101-imagenet.pth --gpu
-    0,1,2,3
+    python train.py --data-dir CS --random-mirror --random-scale --restore-from resnet101-imagenet.pth \
+        --gpu 0,1,2,3
 
 One process for each GPU of --gpu (or each of --nproc CPU processes) is started from here; torchrun works too,
 on one machine or many. See --help for all flags and README.md for the published recipe.

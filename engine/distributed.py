@@ -140,8 +140,7 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
 
 
 def launch(processes: int) -> int:
-    """Run this command once for each of `processes` ranks on this machine and wait; the first failure ends
-    all.
+    """Run this command as each of `processes` ranks on this machine and wait; one failure ends all.
 
     Returns:
         0 when all ended well, 2 when the first to fail met wrong input, 1 when it failed otherwise.

@@ -42,8 +42,7 @@ def evaluate(
     """Predict every picture of `source` once and score the predictions.
 
     The result is the same on every process, and for any number of processes: counts are integers, and each
-        picture
-    is predicted by one process alone.
+    picture is predicted by one process alone.
 
     Args:
         predict: images [n, 3, h, w] on the world's device -> logits [n, K, h, w].

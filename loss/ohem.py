@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_label: int) -> Tensor:
-    """Mean cross entropy over the pixels that are not `ignore_label`; 0, with zero gradients, where there is
-    none.
+    """Mean cross entropy over the pixels that are not `ignore_label`; of none it is 0, with zero gradients.
 
     logits [N, C, h, w], target int [N, h, w] -> scalar
     """
@@ -88,13 +87,11 @@ class OhemCrossEntropy2d(nn.Module):
 
 
 def _zoom(size: int, factor: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Where scipy.ndimage.zoom(., 1 / factor) samples an axis of `size` pixels: first and last pixel fall
-    together.
+    """Where scipy.ndimage.zoom(., 1 / factor) samples an axis of `size` pixels: the ends fall together.
 
     Returns:
         lower and upper neighbour, weight of the upper (float64), nearest neighbour, and whether the position
-        is on
-        the axis: rounding can push the last one beyond the end, where scipy puts zero.
+        is on the axis: rounding can push the last one beyond the end, where scipy puts zero.
     """
     samples = round(size / factor)
     step = (size - 1) / (samples - 1) if samples > 1 else 1.0
