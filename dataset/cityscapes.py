@@ -158,8 +158,8 @@ class CSDataSet(Dataset):
         num_classes: labels of this value or more (other than `ignore_label`) are an error.
         split: "train", "val" or another folder below leftImg8bit, when there is no list.
 
-    Items: (image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, size (height, width, 3) of the
-    picture on disk, name). Their augmentation is drawn from torch's random state.
+    Items: (image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, size (height, width, 3) of
+    the picture on disk, name). Their augmentation is drawn from torch's random state.
 
     Raises:
         DataError: see `read_list` and `discover`; an item raises it for an unreadable or mislabelled file.

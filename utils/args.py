@@ -70,8 +70,8 @@ def numbers(text: str) -> list[float]:
 def exit_status(main: Callable[[], int | None], input_errors: tuple[type[Exception], ...]) -> int:
     """Run `main` and return its status, 0 when it has none, 2 after one of `input_errors`.
 
-    The error's message is the last line on standard error. Anything else that goes wrong keeps its traceback and
-    ends in 1, as Python does.
+    The error's message is the last line on standard error. Anything else that goes wrong keeps its traceback
+    and ends in 1, as Python does.
     """
     try:
         return main() or 0
