@@ -131,7 +131,7 @@ def main() -> int:
     args = get_parser().parse_args()
     devices = distributed.choose_devices(args.gpu, args.nproc)
     if not distributed.is_checked_elsewhere():
-        check(args, distributed.processes(devices))
+        check(args, distributed.processes(devices), devices[0])
     if len(devices) > 1 and not distributed.is_launched():
         return distributed.launch(len(devices))
     with distributed.world(devices, INPUT_ERRORS) as world:
@@ -139,7 +139,7 @@ def main() -> int:
     return 0
 
 
-def check(args: argparse.Namespace, processes: int) -> None:
+def check(args: argparse.Namespace, processes: int, device: torch.device) -> None:
     """Everything that can be known before the first step.
 
     Raises:
@@ -155,7 +155,7 @@ def check(args: argparse.Namespace, processes: int) -> None:
             f"--start-iters {args.start_iters}: must be less than --num-steps {args.num_steps}"
         )
     if args.abn == "inplace":
-        require_inplace_abn()
+        require_inplace_abn(processes, device)
     if min(args.input_size) < SMALLEST_CROP:
         raise flags.UsageError(
             f"--input-size {args.input_size[0]},{args.input_size[1]}: leaves one row or column of features; "
@@ -171,7 +171,11 @@ def check(args: argparse.Namespace, processes: int) -> None:
     check_writable("--snapshot-dir", args.snapshot_dir)
 
 
-def require_inplace_abn() -> None:
+def require_inplace_abn(processes: int, device: torch.device) -> None:
+    if processes > 1 and device.type == "cpu":
+        raise flags.UsageError(
+            "--abn inplace: the package has no statistics over several CPU processes; use --abn torch"
+        )
     try:
         import inplace_abn  # noqa: F401
     except ImportError as error:

@@ -89,7 +89,7 @@ class ABN(nn.Module):
         return F.leaky_relu(y, self.slope) if self.activation == "leaky_relu" else y
 
     def _forward_inplace(self, x: Tensor) -> Tensor:
-        import inplace_abn
+        from inplace_abn import functions
 
         arguments = (x, self.weight, self.bias, self.running_mean, self.running_var)
         options = {
@@ -102,8 +102,8 @@ class ABN(nn.Module):
         if self.training and self.group is not None:
             # The group is named: the package's default is no longer recognised by today's torch and would
             # silently leave the statistics unsynchronised.
-            return inplace_abn.inplace_abn_sync(*arguments, group=self.group.group, **options)
-        return inplace_abn.inplace_abn(*arguments, **options)
+            return functions.inplace_abn_sync(*arguments, group=self.group.group, **options)
+        return functions.inplace_abn(*arguments, **options)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Written by inplace_abn >= 1.1.0 and by torch's batch norm, read by nothing: optional on load.

@@ -301,6 +301,7 @@ class TestWrongUsage:
             (["--num-steps", "-1"], ["--num-steps"]),
             (["--start-iters", "4"], ["--start-iters"]),
             (["--ohem", "maybe"], ["--ohem"]),
+            (["--abn", "inplace", "--nproc", "2"], ["--abn inplace", "--abn torch"]),
             (["--unknown"], ["--unknown"]),
         ],
     )
