@@ -75,9 +75,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--output-dir", help="where result.txt and outputs/ go; without it beside the checkpoint")
     add("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
     add("--nproc", type=flags.positive_int, metavar="N", help="run N processes on the CPU")
-    add(
-        "--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # torch.distributed.launch passes it
+    # torch.distributed.launch passes it; the environment says the same.
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -86,13 +85,9 @@ def main() -> int:
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    if not distributed.is_checked_elsewhere():
-        check(args)
-    if len(devices) > 1 and not distributed.is_launched():
-        return distributed.launch(len(devices))
-    with distributed.world(devices, INPUT_ERRORS) as world:
-        run(args, world)
-    return 0
+    return distributed.run(
+        devices, check=lambda: check(args), body=lambda world: run(args, world), agreed=INPUT_ERRORS
+    )
 
 
 def check(args: argparse.Namespace) -> None:

@@ -121,22 +121,20 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue from the newest state in --snapshot-dir, if there is one",
     )
-    add(
-        "--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # torch.distributed.launch passes it
+    # torch.distributed.launch passes it; the environment says the same.
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> int:
     args = get_parser().parse_args()
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    if not distributed.is_checked_elsewhere():
-        check(args, distributed.processes(devices), devices[0])
-    if len(devices) > 1 and not distributed.is_launched():
-        return distributed.launch(len(devices))
-    with distributed.world(devices, INPUT_ERRORS) as world:
-        train(args, world)
-    return 0
+    return distributed.run(
+        devices,
+        check=lambda: check(args, distributed.processes(devices), devices[0]),
+        body=lambda world: train(args, world),
+        agreed=INPUT_ERRORS,
+    )
 
 
 def check(args: argparse.Namespace, processes: int, device: torch.device) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -78,6 +78,32 @@ class World:
             gradient_as_bucket_view=True,
             find_unused_parameters=not all_used,
         )
+
+
+def run(
+    devices: Sequence[torch.device],
+    check: Callable[[], None],
+    body: Callable[[World], None],
+    agreed: tuple[type[Exception], ...],
+) -> int:
+    """Run a command as one process for each device, started from here unless they were started already.
+
+    Args:
+        devices: see `choose_devices`.
+        check: looks at the input; once on each machine, before anything is started.
+        body: what each process does.
+        agreed: see `world`.
+
+    Returns:
+        The exit status.
+    """
+    if not is_checked_elsewhere():
+        check()
+    if len(devices) > 1 and not is_launched():
+        return launch(len(devices))
+    with world(devices, agreed) as joined:
+        body(joined)
+    return 0
 
 
 def is_launched() -> bool:
