@@ -23,6 +23,8 @@ from utils.args import UsageError
 
 #: Set for the processes that `launch` starts; what the parent has checked they need not check again.
 LAUNCHED = "CCNET_LAUNCHED"
+#: A filter of the warning that cc_attention gives where its library was not built.
+OPERATOR_MISSING = "ignore:the compiled criss-cross attention is missing"
 
 
 class World:
@@ -179,10 +181,12 @@ def launch(processes: int) -> int:
         "LOCAL_WORLD_SIZE": processes,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        LAUNCHED: 1,
+        # This process has said it already, if it is so.
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), OPERATOR_MISSING])),
     }
-    shared |= {LAUNCHED: 1}
     if "OMP_NUM_THREADS" not in os.environ:
-        shared["OMP_NUM_THREADS"] = max(1, len(os.sched_getaffinity(0)) // processes)
+        shared["OMP_NUM_THREADS"] = max(1, torch.get_num_threads() // processes)
     children = []
     for rank in range(processes):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
