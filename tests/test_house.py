@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.distributed import OPERATOR_MISSING
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"cc_attention", "dataset", "engine", "loss", "networks", "utils"}
 #: Each package, and the siblings that it may import. Commands, tests, benchmarks import what they like.
@@ -54,6 +56,11 @@ def test_nothing_evaluates_text_or_unpickles_code(path):
         assert options.get("shell") != "True"
         if called == "torch.load":
             assert options.get("weights_only") == "True"
+
+
+def test_the_warning_that_launched_processes_leave_out_is_the_one_given():
+    action, text = OPERATOR_MISSING.split(":", 1)
+    assert action == "ignore" and f'f"{text}' in (ROOT / "cc_attention/ops.py").read_text()
 
 
 def test_every_python_file_says_what_it_is_for():
