@@ -14,4 +14,10 @@ for check in "ruff check" "ruff format --check" "mypy"; do
         echo "run_tests.sh: ${check%% *} is not installed: left out" >&2
     fi
 done
+clang_format=$(dirname "$PYTHON")/clang-format
+if [ -x "$clang_format" ]; then
+    find cc_attention/csrc tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs "$clang_format" --dry-run -Werror
+else
+    echo "run_tests.sh: clang-format is not installed: left out" >&2
+fi
 "$PYTHON" -m pytest -q "$@"

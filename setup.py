@@ -52,7 +52,7 @@ def extension(home: Path | None):
     sources = sorted(glob("cc_attention/csrc/*.cpp") + glob("cc_attention/csrc/cpu/*.cpp"))
     flags = ["-O3", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     cxx_flags = ["-g0", "-fvisibility=hidden"]
-    options = {"depends": glob("cc_attention/csrc/*.h"), "py_limited_api": True}
+    options = {"depends": glob("cc_attention/csrc/**/*.h", recursive=True), "py_limited_api": True}
     if home is None:
         from torch.utils.cpp_extension import CppExtension
 

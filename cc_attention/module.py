@@ -1,4 +1,4 @@
-"""The criss-cross attention module of CCNet's head."""
+"""The criss-cross attention modules of CCNet's head."""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,7 @@ from cc_attention.ops import criss_cross_attention
 class CrissCrossAttention(nn.Module):
     """x + gamma * attention(query(x), key(x), value(x)), each of the three a 1x1 convolution.
 
-    gamma starts at 0, so a new module is the identity. Applied twice with the same weights, it sees the whole
-    picture.
+    gamma starts at 0, so a new module is the identity.
 
     Source: CCNet, arXiv 1811.11721, eq. 1-2; the parameters' names are those of the original's
     cc_attention/functions.py.
@@ -35,4 +34,31 @@ class CrissCrossAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, in_dim, H, W] -> [N, in_dim, H, W]"""
         attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
-        return self.gamma * attention + x
+        return torch.addcmul(x, self.gamma, attention)  # one pass over memory instead of two
+
+
+class RecurrentCrissCrossAttention(CrissCrossAttention):
+    """CrissCrossAttention applied `recurrence` times with the same weights: the paper's RCCA, between the
+    convolutions of its head. Two times pass information from every pixel to every other, by way of the two
+    pixels that are in the row of one and the column of the other.
+
+    Source: CCNet, arXiv 1811.11721, section 3.3.
+
+    Args:
+        in_dim: channels of the input, at least 8.
+        recurrence: R of the paper; 0 is the identity.
+    Raises:
+        ValueError: in_dim is below 8, or recurrence below 0.
+    """
+
+    def __init__(self, in_dim: int, recurrence: int = 2) -> None:
+        if recurrence < 0:
+            raise ValueError(f"recurrence must be 0 or more, not {recurrence}")
+        super().__init__(in_dim)
+        self.recurrence = recurrence
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, in_dim, H, W] -> [N, in_dim, H, W]"""
+        for _ in range(self.recurrence):
+            x = super().forward(x)
+        return x

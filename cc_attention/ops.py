@@ -40,7 +40,36 @@ def _load_library() -> bool:
 def _register() -> None:
     """What torch.compile, autograd and autocast need to know of the operators in csrc/ops.cpp."""
 
-    # The fakes give shapes and dtypes without data; while tracing, their checks stand in for csrc/common.h.
+    # The fakes give shapes, dtypes and layouts without data; while tracing, their checks stand in for
+    # csrc/common.h.
+
+    def empty_map(like: Tensor) -> Tensor:
+        return torch.empty(
+            like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+        )
+
+    @torch.library.register_fake("cc_attention::criss_cross_attention")
+    def _(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
+        check_operands("criss_cross_attention", value=value, query=query, key=key)
+        check_channels("criss_cross_attention", query.shape[1], "those of query", key=key)
+        n, _, h, w = value.shape
+        wide = torch.float32 if value.dtype.itemsize < 4 else torch.float64
+        return empty_map(value), value.new_empty((n, h, w), dtype=wide)
+
+    @torch.library.register_fake("cc_attention::criss_cross_attention_backward")
+    def _(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tf32: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        check_operands(
+            "criss_cross_attention_backward", value=value, query=query, key=key, out=out, grad=grad
+        )
+        return empty_map(query), empty_map(key), empty_map(value)
 
     @torch.library.register_fake("cc_attention::ca_weight")
     def _(query: Tensor, key: Tensor) -> Tensor:
@@ -52,18 +81,18 @@ def _register() -> None:
     @torch.library.register_fake("cc_attention::ca_weight_backward")
     def _(grad: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         check_operands("ca_weight_backward", query=query, key=key, grad=grad)
-        return query.new_empty(query.shape), key.new_empty(key.shape)
+        return empty_map(query), empty_map(key)
 
     @torch.library.register_fake("cc_attention::ca_map")
     def _(weight: Tensor, value: Tensor) -> Tensor:
         check_operands("ca_map", weight=weight, value=value)
         check_channels("ca_map", value.shape[2] + value.shape[3] - 1, _POSITIONS, weight=weight)
-        return value.new_empty(value.shape)
+        return empty_map(value)
 
     @torch.library.register_fake("cc_attention::ca_map_backward")
     def _(grad: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         check_operands("ca_map_backward", weight=weight, value=value, grad=grad)
-        return weight.new_empty(weight.shape), value.new_empty(value.shape)
+        return weight.new_empty(weight.shape), empty_map(value)
 
     def save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
@@ -74,16 +103,40 @@ def _register() -> None:
     def ca_map_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.cc_attention.ca_map_backward(grad, *ctx.saved_tensors)
 
+    def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, ctx.tf32 = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(query, key, value, out, lse)
+
+    def attention_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = torch.ops.cc_attention.criss_cross_attention_backward(grad, *ctx.saved_tensors, ctx.tf32)
+        return *gradients, None
+
     def no_double_backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             "criss-cross attention: double backward is not supported by the compiled operators; "
             "cc_attention.reference can be differentiated twice"
         )
 
+    torch.library.register_autograd(
+        "cc_attention::criss_cross_attention", attention_backward, setup_context=save_attention
+    )
     torch.library.register_autograd("cc_attention::ca_weight", ca_weight_backward, setup_context=save_inputs)
     torch.library.register_autograd("cc_attention::ca_map", ca_map_backward, setup_context=save_inputs)
-    torch.library.register_autograd("cc_attention::ca_weight_backward", no_double_backward)
-    torch.library.register_autograd("cc_attention::ca_map_backward", no_double_backward)
+    for op in ("criss_cross_attention", "ca_weight", "ca_map"):
+        torch.library.register_autograd(f"cc_attention::{op}_backward", no_double_backward)
+
+    # The fused operator runs in the region's dtype, as PyTorch's own attention does: its scores are float32
+    # anyway. torch.library.register_autocast would fix the dtype now.
+    def autocast(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
+        device_type = value.device.type
+        operands = reference.cast_for_autocast(query, key, value)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.cc_attention.criss_cross_attention(*operands, tf32)
+
+    for dispatch_key in ("AutocastCPU", "AutocastCUDA"):
+        torch.library.impl("cc_attention::criss_cross_attention", dispatch_key, autocast)
 
     # float32, because CCNet does not scale its scores and float16 ones overflow.
     for op in ("cc_attention::ca_weight", "cc_attention::ca_map"):
@@ -157,17 +210,27 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """ca_map(softmax(ca_weight(query, key)), value): a pixel attends to its row and column, to itself once.
+    """ca_map(softmax(ca_weight(query, key)), value) in one: a pixel attends to its row and column, to itself
+    once. No tensor of the size of the weights is ever in memory.
 
-    Half-precision inputs are computed in float32, the result is rounded once.
+    Half-precision inputs have float32 scores, softmax and sums. float32 products are exact, or those of tf32
+    where torch.backends.cuda.matmul.allow_tf32 says so. In an autocast region all is cast to its dtype, as in
+    PyTorch's scaled_dot_product_attention. Same inputs, same bits, forward and backward.
+
+    channels_last is the layout of the kernels: inputs of another layout are copied once.
 
     Args:
         query: [N, c, H, W]
         key: [N, c, H, W]
         value: [N, C, H, W]
     Returns:
-        [N, C, H, W] in the dtype of value.
+        [N, C, H, W] in the dtype of value, channels_last.
     Raises:
         RuntimeError: shapes, devices or dtypes do not agree (inside an autocast region dtypes may differ).
     """
-    return reference.attend(query, key, value, ca_weight, ca_map)
+    if not _compiled_for(value):
+        return reference.criss_cross_attention(query, key, value)
+    # Here and not in the operator, so that the backward finds the copies.
+    query, key, value = (t.contiguous(memory_format=torch.channels_last) for t in (query, key, value))
+    tf32 = value.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return torch.ops.cc_attention.criss_cross_attention(query, key, value, tf32)[0]

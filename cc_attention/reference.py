@@ -66,6 +66,12 @@ def autocast_enabled(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of the autocast region; float64, which autocast leaves alone, stays."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
 def _float32_under_autocast(function: _Function) -> _Function:
     """Inside autocast, casts half-precision operands to float32 and leaves autocast. CCNet does not scale its
     scores by 1/sqrt(c), so that they overflow float16."""
@@ -138,27 +144,11 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     return from_row + from_column
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ca_weight: Callable[[Tensor, Tensor], Tensor],
-    ca_map: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """criss_cross_attention with the given affinity and aggregation."""
-    if not autocast_enabled(
-        value
-    ):  # inside, convolutions and plain arithmetic may leave different dtypes behind
-        check_operands("criss_cross_attention", value=value, query=query, key=key)
-    wide = torch.promote_types(value.dtype, torch.float32)
-    weight = F.softmax(ca_weight(query.to(wide), key.to(wide)), dim=1)  # [N, L, H, W]
-    return ca_map(weight, value.to(wide)).to(value.dtype)
-
-
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """ca_map(softmax(ca_weight(query, key)), value): a pixel attends to its row and column, to itself once.
 
-    Half-precision inputs are computed in float32, the result is rounded once.
+    Half-precision inputs are computed in float32, the result is rounded once. In an autocast region inputs are
+    cast to its dtype first.
 
     Args:
         query: [N, c, H, W]
@@ -169,4 +159,10 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Raises:
         RuntimeError: shapes, devices or dtypes do not agree (inside an autocast region dtypes may differ).
     """
-    return attend(query, key, value, ca_weight, ca_map)
+    if autocast_enabled(value):
+        query, key, value = cast_for_autocast(query, key, value)
+    check_operands("criss_cross_attention", value=value, query=query, key=key)
+    check_channels("criss_cross_attention", query.shape[1], "those of query", key=key)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    weight = F.softmax(ca_weight(query.to(wide), key.to(wide)), dim=1)  # [N, L, H, W]
+    return ca_map(weight, value.to(wide)).to(value.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cc_attention import CrissCrossAttention
+from cc_attention import RecurrentCrissCrossAttention
 from networks.abn import ABN
 from networks.resnet import ResNet, convolution
 from networks.weights import load_weights
@@ -30,11 +30,10 @@ class RCCAHead(nn.Module):
         backend: str = "torch",
     ):
         super().__init__()
-        self.recurrence = recurrence
         self.conva = nn.Sequential(
             convolution(in_channels, channels, 3), ABN(channels, "leaky_relu", backend)
         )
-        self.cca = CrissCrossAttention(channels)
+        self.cca = RecurrentCrissCrossAttention(channels, recurrence)
         self.convb = nn.Sequential(convolution(channels, channels, 3), ABN(channels, "leaky_relu", backend))
         self.bottleneck = nn.Sequential(
             convolution(in_channels + channels, channels, 3),
@@ -44,10 +43,8 @@ class RCCAHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conva(x)
-        for _ in range(self.recurrence):
-            y = self.cca(y)
-        return self.bottleneck(torch.cat([x, self.convb(y)], 1))
+        y = self.convb(self.cca(self.conva(x)))
+        return self.bottleneck(torch.cat([x, y], 1))
 
 
 class Seg_Model(ResNet):
@@ -81,8 +78,6 @@ class Seg_Model(ResNet):
         super().__init__(backbone, abn)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-        if recurrence < 0:
-            raise ValueError(f"recurrence must be 0 or more, not {recurrence}")
         self.head = RCCAHead(2048, num_classes, recurrence, dropout=dropout, backend=abn)
         self.dsn = nn.Sequential(
             nn.Conv2d(1024, 512, 3, padding=1),

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cc_attention
-from cc_attention import CrissCrossAttention, ops, reference
+from cc_attention import CrissCrossAttention, RecurrentCrissCrossAttention, ops, reference
 
 PACKAGE = Path(cc_attention.__file__).parent
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# N, c, C, H, W; 16 pixels of a row are one tile of the CPU kernels
+# N, c, C, H, W
 SHAPES = [
     (2, 3, 5, 4, 7),
     (1, 1, 1, 1, 1),
@@ -195,7 +195,10 @@ def test_compiled_gradients(compiled: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4, 6), (1, 2, 3, 1, 4), (0, 2, 3, 4, 5)], ids=str)
 def test_opcheck(compiled: str, shape: tuple[int, ...]) -> None:
     query, key, value, weight = sample(shape, compiled, torch.float32)
+    out, lse = torch.ops.cc_attention.criss_cross_attention(query, key, value)
     for name, arguments in {
+        "criss_cross_attention": (query, key, value),
+        "criss_cross_attention_backward": (value, query, key, value, out, lse),
         "ca_weight": (query, key),
         "ca_weight_backward": (weight, query, key),
         "ca_map": (weight, value),
@@ -229,25 +232,71 @@ def test_compile_without_graph_breaks(device: str, dynamic: bool, autocast: bool
 
 
 def test_same_bits_every_time_and_for_any_number_of_threads(compiled: str) -> None:
-    inputs = sample((2, 9, 40, 19, 33), compiled, torch.float32)[:3]
-    grad = torch.randn_like(inputs[2])
+    query, key, value, weight = sample((2, 9, 40, 19, 33), compiled, torch.float32)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 1, 2, 5):
             torch.set_num_threads(threads)
-            # softmax is PyTorch's, which promises nothing about threads: only the operators are compared
-            weight = ops.ca_weight(*inputs[:2])
             results.append(
                 [
-                    *forward_and_gradients(ops.ca_weight, inputs[:2], torch.ones_like(weight)),
-                    *forward_and_gradients(ops.ca_map, [weight, inputs[2]], grad),
+                    *forward_and_gradients(ops.criss_cross_attention, [query, key, value], value),
+                    *forward_and_gradients(ops.ca_weight, [query, key], weight),
+                    *forward_and_gradients(ops.ca_map, [weight, value], value),
                 ]
             )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_no_tensor_of_the_size_of_the_weights_is_kept(compiled: str) -> None:
+    inputs = [t.requires_grad_() for t in sample((2, 3, 5, 4, 7), compiled, torch.float32)[:3]]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = ops.criss_cross_attention(*inputs)
+    shapes = sorted(tuple(t.shape) for t in saved)
+    assert shapes == sorted([*(tuple(t.shape) for t in inputs), tuple(out.shape), (2, 4, 7)])
+
+
+def test_results_are_channels_last(compiled: str) -> None:
+    inputs = sample((2, 3, 5, 4, 7), compiled, torch.float32)[:3]
+    results = forward_and_gradients(ops.criss_cross_attention, inputs, inputs[2])
+    # Those of contiguous inputs go back through their conversion.
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    others = forward_and_gradients(
+        ops.criss_cross_attention, [channels_last(t) for t in inputs], channels_last(inputs[2])
+    )
+    for one, other in zip(results, others, strict=True):
+        assert torch.equal(one, other) and other.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_export(device: str) -> None:
+    module = CrissCrossAttention(16).to(device)
+    torch.nn.init.ones_(module.gamma)
+    x = torch.randn(2, 16, 5, 6, device=device)
+    height, width = torch.export.Dim("height", min=2, max=512), torch.export.Dim("width", min=2, max=512)
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {2: height, 3: width}})
+    larger = torch.randn(2, 16, 9, 4, device=device)
+    for pictures in (x, larger):
+        torch.testing.assert_close(program.module()(pictures), module(pictures))
+
+
+def test_cuda_graph() -> None:
+    if not torch.cuda.is_available() or "cuda" not in ops.DEVICE_TYPES:
+        pytest.skip("needs a GPU and cc_attention._C built for it")
+    inputs = [channels_last(t) for t in sample((2, 16, 24, 19, 33), "cuda", torch.bfloat16)[:3]]
+    forward_and_gradients(ops.criss_cross_attention, inputs, inputs[2])  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_and_gradients(ops.criss_cross_attention, inputs, inputs[2])
+    for tensor in inputs:
+        tensor.copy_(tensor.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = forward_and_gradients(ops.criss_cross_attention, inputs, inputs[2])
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 def test_runs_on_the_current_stream() -> None:
@@ -268,7 +317,11 @@ def test_runs_on_the_current_stream() -> None:
 
 def test_double_backward_is_refused(compiled: str) -> None:
     query, key, value, weight = (t.requires_grad_() for t in sample((1, 2, 3, 3, 4), compiled))
-    for function, inputs in ((ops.ca_weight, (query, key)), (ops.ca_map, (weight, value))):
+    for function, inputs in (
+        (ops.criss_cross_attention, (query, key, value)),
+        (ops.ca_weight, (query, key)),
+        (ops.ca_map, (weight, value)),
+    ):
         (gradient,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)
         with pytest.raises(RuntimeError, match="double backward is not supported"):
             gradient.sum().backward()
@@ -280,6 +333,16 @@ def test_double_backward_is_refused(compiled: str) -> None:
 def wrong_arguments() -> dict[str, tuple[str, tuple[Tensor, ...], str]]:
     a = torch.zeros
     return {
+        "fused": (
+            "criss_cross_attention",
+            (a(1, 2, 3, 4), a(1, 2, 3, 4), a(1, 5, 3, 6)),
+            r"criss_cross_attention: value and query must agree .*\[1, 5, 3, 6\] and \[1, 2, 3, 4\]",
+        ),
+        "fused channels": (
+            "criss_cross_attention",
+            (a(1, 2, 3, 4), a(1, 3, 3, 4), a(1, 5, 3, 4)),
+            r"criss_cross_attention: key must have 2 channels \(those of query\)",
+        ),
         "dimensions": ("ca_weight", (a(2, 3, 4), a(2, 3, 4)), r"ca_weight: query must have 4 .*\[2, 3, 4\]"),
         "no rows": (
             "ca_weight",
@@ -324,6 +387,12 @@ def test_errors_of_the_backward_operators(compiled: str) -> None:
         torch.ops.cc_attention.ca_weight_backward(value, query, key)
     with pytest.raises(RuntimeError, match="ca_map_backward: grad must have 5 channels"):
         torch.ops.cc_attention.ca_map_backward(query, weight, value)
+    out, lse = torch.ops.cc_attention.criss_cross_attention(query, key, value)
+    backward = torch.ops.cc_attention.criss_cross_attention_backward
+    with pytest.raises(RuntimeError, match="criss_cross_attention_backward: grad must have 5 channels"):
+        backward(query, query, key, value, out, lse)
+    with pytest.raises(RuntimeError, match="criss_cross_attention_backward: lse must be the one"):
+        backward(value, query, key, value, out, lse[:, 1:])
 
 
 def test_different_devices_are_refused() -> None:
@@ -358,16 +427,25 @@ def test_large_half_precision_scores_do_not_overflow(device: str, module: object
 
 
 @pytest.mark.parametrize("module", [ops, reference])
-def test_autocast_takes_mixed_dtypes_and_keeps_that_of_value(device: str, module: object) -> None:
+def test_autocast(device: str, module: object) -> None:
+    """The halves run in float32; the fused operator in the region's dtype, like PyTorch's own attention."""
     query, key, value, weight = sample((2, 3, 5, 4, 7), device, torch.float32)
-    expected = reference.criss_cross_attention(query.bfloat16().float(), key, value)
+    expected = reference.criss_cross_attention(*(t.bfloat16() for t in (query, key, value)))
     with torch.autocast(device, torch.bfloat16):
         assert module.ca_weight(query.bfloat16(), key).dtype == torch.float32
         assert module.ca_map(weight.bfloat16(), value.bfloat16()).dtype == torch.float32
         out = module.criss_cross_attention(query.bfloat16(), key, value)
-        assert out.dtype == torch.float32
-        torch.testing.assert_close(out, expected)
-        assert module.criss_cross_attention(query, key, value.bfloat16()).dtype == torch.bfloat16
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+        assert module.criss_cross_attention(*(t.double() for t in (query, key, value))).dtype == torch.float64
+
+
+def test_autocast_of_the_operator_itself(compiled: str) -> None:
+    inputs = sample((2, 3, 5, 4, 7), compiled, torch.float32)[:3]
+    with torch.autocast(compiled, torch.bfloat16):
+        out, lse = torch.ops.cc_attention.criss_cross_attention(*inputs)
+        assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(out, ops.criss_cross_attention(*inputs))
 
 
 # The module
@@ -416,12 +494,32 @@ def test_module_needs_eight_channels() -> None:
         CrissCrossAttention(7)
 
 
-def test_two_passes_see_the_whole_picture() -> None:
-    module = CrissCrossAttention(8)
+@pytest.mark.parametrize("recurrence", [0, 1, 2, 3])
+def test_recurrence(recurrence: int) -> None:
+    module = RecurrentCrissCrossAttention(8, recurrence)
     torch.nn.init.ones_(module.gamma)
-    x = torch.randn(1, 8, 5, 6, requires_grad=True)
-    module(module(x))[0, :, 1, 2].sum().backward()
-    assert (x.grad.abs().sum(dim=1) > 0).all()
+    once = CrissCrossAttention(8)
+    once.load_state_dict(module.state_dict())
+    x = torch.randn(1, 8, 5, 6)
+    expected = x
+    for _ in range(recurrence):
+        expected = once(expected)
+    assert torch.equal(module(x), expected)
+
+
+def test_recurrence_is_not_negative() -> None:
+    with pytest.raises(ValueError, match="recurrence must be 0 or more, not -1"):
+        RecurrentCrissCrossAttention(8, -1)
+
+
+def test_two_passes_see_the_whole_picture() -> None:
+    for recurrence in (1, 2):
+        module = RecurrentCrissCrossAttention(8, recurrence)
+        torch.nn.init.ones_(module.gamma)
+        x = torch.randn(1, 8, 5, 6, requires_grad=True)
+        module(x)[0, :, 1, 2].sum().backward()
+        seen = x.grad[0].abs().sum(dim=0) > 0
+        assert seen.sum() == (10 if recurrence == 1 else 30)
 
 
 # Devices and libraries

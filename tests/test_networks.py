@@ -110,7 +110,7 @@ def test_logits_follow_the_definition(depth):
     model.double().eval()
     images = torch.randn(1, 3, 65, 89, dtype=torch.float64) * 50
     for recurrence in (0, 1, 2):
-        model.head.recurrence = recurrence
+        model.head.cca.recurrence = recurrence
         with torch.no_grad():
             outputs, expected = model(images), Specification(model.state_dict(), depth)(images, recurrence)
         for output, right in zip(outputs, expected, strict=True):

@@ -61,16 +61,52 @@ inline void check_channels(const char* op, const Operand& operand, int64_t expec
                   meaning, "), got shape ", shape_of(operand.tensor));
 }
 
-inline Sizes sizes_of(const Tensor& feature_map) {
-  return {feature_map.size(0), feature_map.size(1), feature_map.size(2), feature_map.size(3)};
+// Of the logarithms that the forward keeps (kernels.h).
+inline ScalarType lse_dtype(const Tensor& tensor) {
+  return tensor.element_size() < 4 ? ScalarType::Float : ScalarType::Double;
+}
+
+// Throws unless lse is [N,H,W] beside value [N,C,H,W], of its dtype.
+inline void check_lse(const char* op, const Tensor& lse, const Tensor& value) {
+  STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == value.size(0) && lse.size(1) == value.size(2) &&
+                      lse.size(2) == value.size(3) && lse.scalar_type() == lse_dtype(value) &&
+                      lse.device() == value.device(),
+                  op, ": lse must be the one that the forward gave for value of shape ", shape_of(value),
+                  ", got shape ", shape_of(lse));
+}
+
+inline Sizes sizes_of(const Tensor& query, const Tensor& value) {
+  return {value.size(0), query.size(1), value.size(1), value.size(2), value.size(3)};
+}
+
+inline int64_t positions(const Tensor& map) { return map.size(2) + map.size(3) - 1; }
+
+// The kernels' layout, [N,H,W,C] in memory.
+inline Tensor channels_last(const Tensor& map) {
+  return torch::stable::contiguous(map, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Uninitialised [N,channels,H,W] in that layout, else like `map`.
+inline Tensor empty_map(const Tensor& map, int64_t channels) {
+  return torch::stable::empty({map.size(0), channels, map.size(2), map.size(3)}, map.scalar_type(), std::nullopt,
+                              map.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Uninitialised [N,H,W].
+inline Tensor empty_lse(const Tensor& value) {
+  return torch::stable::new_empty(value, {value.size(0), value.size(2), value.size(3)}, lse_dtype(value));
 }
 
 inline Dtype kernel_dtype(const char* op, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
     default:
       STD_TORCH_CHECK(false, op, ": needs float32, float64, float16 or bfloat16 tensors, got ",
                       torch::headeronly::toString(tensor.scalar_type()));
@@ -78,12 +114,29 @@ inline Dtype kernel_dtype(const char* op, const Tensor& tensor) {
 }
 
 #ifdef USE_CUDA
-// The stream PyTorch is working on: launching elsewhere would race with the ops around this one.
-inline void* current_stream(int32_t device_index) {
+// What a call of kernels needs: the tensor's device made current, its properties, and the stream that PyTorch is
+// working on. Launching elsewhere would race with the ops around this one.
+struct CudaCall {
+  torch::stable::accelerator::DeviceGuard guard;
+  Device device;
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
-  return stream;
-}
+
+  CudaCall(const Tensor& tensor, bool tf32) : guard(tensor.get_device_index()) {
+    const int32_t index = tensor.get_device_index();
+    const auto attribute = [index](cudaDeviceAttr which) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+      return value;
+    };
+    device.capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    device.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    device.tf32 = tf32;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  }
+
+  void check(int error) const { STD_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+};
 #endif
 
 }  // namespace cc_attention

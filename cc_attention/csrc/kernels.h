@@ -1,14 +1,21 @@
-// What the host code asks of each device: three primitives over raw pointers. No torch header here, so that the CUDA
-// files compile in seconds and read as plain CUDA.
+// What the host code (ops.cpp) asks of each device, over raw pointers. No torch header here, so that the CUDA files
+// compile in seconds, read as plain CUDA and can be run by the emulator of the tests.
 //
-// Shapes: N batch, C channels, H rows, W columns, L = H + W - 1 positions of a criss-cross. Position l of pixel (y, x):
+// Shapes: N batch, c channels of query and key, C channels of value, H rows, W columns, L = H + W - 1 positions of a
+// criss-cross. Position l of pixel (y, x):
 //   l <  W   the pixel (y, l) of its row, itself included;
 //   l >= W   the pixel (other_row(l - W, y), x) of its column, itself left out.
+//
+// Feature maps are dense [N,H,W,channels] (channels_last), so that a row and a column are the same problem: a line of
+// pixels at a constant distance, each with its channels side by side. Weights over positions are dense [N,L,H,W].
+//
+// Sums run in float32 (float64 for float64), whatever the storage type. Every output element is written in a fixed
+// order of additions: no atomics, the same bits every time and for any number of threads.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(CC_EMULATOR)
 #define CC_HOST_DEVICE __host__ __device__
 #else
 #define CC_HOST_DEVICE
@@ -16,19 +23,50 @@
 
 namespace cc_attention {
 
-struct Sizes {
-  int64_t N, C, H, W;
-  CC_HOST_DEVICE int64_t L() const { return H + W - 1; }
-};
-
 enum class Dtype { float32, float64, float16, bfloat16 };
 
-// Sums run in float32 (float64 for float64), whatever the storage type.
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+struct Sizes {
+  int64_t N, c, C, H, W;
+  CC_HOST_DEVICE int64_t L() const { return H + W - 1; }
+  CC_HOST_DEVICE int64_t pixels() const { return N * H * W; }
+};
+
+// out = softmax(scores) value, where the scores of a pixel are its query times the keys of its criss-cross.
+struct Forward {
+  Dtype dtype;
+  Sizes sizes;
+  const void* query;  // [N,H,W,c]
+  const void* key;    // [N,H,W,c]
+  const void* value;  // [N,H,W,C]
+  void* out;          // [N,H,W,C]
+  void* lse;          // [N,H,W] natural logarithm of the sum of the scores' exponentials; in float32 for 16-bit dtypes,
+                      // else in float64: a weight's relative error is the absolute one of this
+};
+
+// The scores are computed again from query and key; exp(score - lse) is the softmax.
+struct Backward {
+  Dtype dtype;
+  Sizes sizes;
+  const void* query;     // [N,H,W,c]
+  const void* key;       // [N,H,W,c]
+  const void* value;     // [N,H,W,C]
+  const void* out;       // [N,H,W,C] of the forward
+  const void* lse;       // [N,H,W] of the forward
+  const void* grad_out;  // [N,H,W,C]
+  void* grad_query;      // [N,H,W,c]
+  void* grad_key;        // [N,H,W,c]
+  void* grad_value;      // [N,H,W,C]
+  void* workspace;       // workspace_bytes(...) bytes, aligned to 16
+};
+
+// The halves of the attention, and with them their gradients (ops.cpp says which is which).
 enum class Primitive {
-  score,    // a [N,C,H,W], b [N,C,H,W] -> [N,L,H,W]: out[l, p] = sum over c of a[c, p] * b[c, position l of p]
-  gather,   // w [N,L,H,W], v [N,C,H,W] -> [N,C,H,W]: out[c, p] = sum over l of w[l, p] * v[c, position l of p]
-  scatter,  // w [N,L,H,W], g [N,C,H,W] -> [N,C,H,W]: the transpose of gather, as a sum over the pixels q that see p:
-            //                                        out[c, p] = sum over q of w[l with position l of q = p, q] * g[c, q]
+  score,    // a, b [N,H,W,C] -> [N,L,H,W]: out[l, p] = sum over channels of a[p] * b[position l of p]
+  gather,   // w [N,L,H,W], v [N,H,W,C] -> [N,H,W,C]: out[p] = sum over l of w[l, p] * v[position l of p]
+  scatter,  // w [N,L,H,W], g [N,H,W,C] -> [N,H,W,C]: the transpose of gather, as a sum over the pixels q that see p:
+            //                                        out[p] = sum over q of w[l with position l of q = p, q] * g[q]
 };
 
 // Row of column entry j of a pixel in row y.
@@ -37,12 +75,24 @@ CC_HOST_DEVICE inline int64_t other_row(int64_t j, int64_t y) { return j < y ? j
 // The column entry under which a pixel in row y finds row target (target != y): the inverse of other_row.
 CC_HOST_DEVICE inline int64_t column_entry(int64_t target, int64_t y) { return target < y ? target : target - 1; }
 
-// All tensors contiguous. Every output element is written by one thread in a fixed order of additions: no atomics, and
-// the result is the same bits whatever the number of threads.
-void run_cpu(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second, void* out);
+// Sizes.c is not used by the primitives; nothing is done where an output is empty.
+void forward_cpu(const Forward& arguments);
+void backward_cpu(const Backward& arguments);
+void primitive_cpu(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second,
+                   void* out);
 
-// Queues the work on the stream (a cudaStream_t) and returns the cudaError_t of the launch.
-int run_cuda(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second, void* out,
-             void* stream);
+// What the choice of a kernel depends on besides the operands.
+struct Device {
+  int capability;     // 10 * major + minor: 75, 80, 90, ...
+  int shared_memory;  // bytes that a block may have
+  bool tf32;          // float32 products may run on tensor cores
+};
+
+// These queue their work on the stream (a cudaStream_t) and return the cudaError_t of the launches.
+int forward_cuda(const Forward& arguments, const Device& device, void* stream);
+int backward_cuda(const Backward& arguments, const Device& device, void* stream);
+int primitive_cuda(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second,
+                   void* out, void* stream);
+int64_t backward_workspace_cuda(Dtype dtype, const Sizes& sizes);
 
 }  // namespace cc_attention

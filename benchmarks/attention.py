@@ -1,0 +1,703 @@
+"""Criss-cross attention against plain PyTorch, against full attention, and against what the machine can do.
+
+    python -m benchmarks.attention [--device cpu|cuda] [--shapes 8x97x97 ...] [--dtypes float32 bfloat16 ...]
+        [--contenders ours bmm ...] [--out FILE.json] [--plot FILE.png]
+
+In one run: time of forward and of forward + backward (gradients of query, key and value), on CUDA also as a
+replayed graph, and peak memory over the inputs, of
+
+- ours: `cc_attention.criss_cross_attention`;
+- pure PyTorch: the bmm formulation (as the published CCNet code without its extension) and the einsum one (as
+  mmcv), each eager and compiled;
+- non-local: full attention by scaled_dot_product_attention, in one head and, since 512 channels of value are
+  more than the flash kernels take, with the value split into heads that share query and key.
+
+Each runs on contiguous and on channels_last inputs (non-local on channels_last alone, where its tokens are a
+view); in a comparison the best of a family counts. The floor is the time that the bytes and FLOP which no
+implementation avoids take at the copy bandwidth and matrix rate measured in the same run. Every contender is
+compared with float64 before it is timed. One that fails is reported, and the run goes on; one that is wrong
+is not timed, and makes the exit status 1. On the CPU no contender gets more than half of the free memory.
+
+On the CPU, compiling takes most of the time: `--contenders ours bmm einsum non-local` leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file, which puts benchmarks/ on the path in place of the project
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "benchmarks.attention", *sys.argv[1:]]
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import measure
+from cc_attention import criss_cross_attention, ops, reference
+from utils.args import positive_int
+from utils.files import replacing
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+Shape = tuple[int, int, int]  # N, H, W
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+#: Largest relative error that rounding explains. Wrong results are off by tenths.
+ERROR_LIMITS = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
+TIMED = ("forward", "forward+backward")
+PEERS = {name: f"best {name} / ours" for name in ("pure PyTorch", "non-local")}
+COLUMNS = (*TIMED, *(f"{name} graph" for name in TIMED), *(f"{name} peak" for name in TIMED))
+
+
+# The peers
+
+
+def bmm_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """criss_cross_attention as batched matrix products over copied lines of pixels.
+
+    Source: the pure PyTorch branch of CCNet (arXiv 1811.11721), the pixel left out of its own column by -inf.
+    """
+    n, _, h, w = query.shape
+    channels = value.shape[1]
+
+    def columns(x: Tensor) -> Tensor:  # [N, k, H, W] -> [N * W, k, H]
+        return x.permute(0, 3, 1, 2).reshape(n * w, x.shape[1], h)
+
+    def rows(x: Tensor) -> Tensor:  # [N, k, H, W] -> [N * H, k, W]
+        return x.permute(0, 2, 1, 3).reshape(n * h, x.shape[1], w)
+
+    vertical = torch.bmm(columns(query).transpose(1, 2), columns(key)) + _diagonal(query)
+    vertical = vertical.view(n, w, h, h).transpose(1, 2)  # [N, H, W, H]
+    horizontal = torch.bmm(rows(query).transpose(1, 2), rows(key)).view(n, h, w, w)
+    weight = F.softmax(torch.cat([vertical, horizontal], dim=3), dim=3)  # [N, H, W, H + W]
+    down = weight[..., :h].transpose(1, 2).reshape(n * w, h, h)
+    along = weight[..., h:].reshape(n * h, w, w)
+    from_columns = torch.bmm(columns(value), down.transpose(1, 2))
+    from_rows = torch.bmm(rows(value), along.transpose(1, 2))
+    return (
+        from_columns.view(n, w, channels, h).permute(0, 2, 3, 1)
+        + from_rows.view(n, h, channels, w).permute(0, 2, 1, 3)
+    )  # fmt: skip
+
+
+def einsum_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """criss_cross_attention as four contractions. Source: the formulation of mmcv's CrissCrossAttention."""
+    h = query.shape[2]
+    vertical = torch.einsum("ncyx,ncvx->nxyv", query, key) + _diagonal(query)
+    horizontal = torch.einsum("ncyx,ncyu->nyxu", query, key)
+    weight = F.softmax(torch.cat([vertical.transpose(1, 2), horizontal], dim=3), dim=3)
+    from_columns = torch.einsum("ncvx,nyxv->ncyx", value, weight[..., :h])
+    return from_columns + torch.einsum("ncyu,nyxu->ncyx", value, weight[..., h:])
+
+
+def _diagonal(query: Tensor) -> Tensor:
+    """[H, H], -inf on the diagonal: a pixel meets itself in its row already."""
+    h = query.shape[2]
+    return torch.diag(torch.full((h,), -torch.inf, device=query.device, dtype=query.dtype))
+
+
+def non_local(query: Tensor, key: Tensor, value: Tensor, width: int = 0) -> Tensor:
+    """Full attention: each pixel attends to all, unscaled as in CCNet.
+
+    Args:
+        width: 0 for one head; else value's channels are split into heads of width * c that share the query
+            and key, padded with zeros to as many channels.
+    """
+    n, c, h, w = query.shape
+    # [N, k, H, W] -> [N, H * W, k], in channels_last without a copy
+    query, key, value = (x.permute(0, 2, 3, 1).flatten(1, 2) for x in (query, key, value))
+    heads = value.shape[2] // (width * c) if width else 1
+    value = value.unflatten(2, (heads, -1)).transpose(1, 2)  # [N, heads, H * W, C / heads]
+    padding = (0, width * c - c) if width else (0, 0)
+    query, key = (F.pad(x, padding).unsqueeze(1).expand(-1, heads, -1, -1) for x in (query, key))
+    out = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    return out.transpose(1, 2).flatten(2).unflatten(1, (h, w)).permute(0, 3, 1, 2)
+
+
+def exact_non_local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """non_local, step by step: what its results are compared with."""
+    weight = F.softmax(query.flatten(2).mT @ key.flatten(2), dim=2)  # [N, pixel, pixel seen]
+    return (value.flatten(2) @ weight.mT).view(value.shape)
+
+
+#: Family, function, and what it must agree with, by name. The heads of non-local are as wide as the key, or
+#: twice that.
+FORMULATIONS: dict[str, tuple[str, Function, Function]] = {
+    "ours": ("ours", criss_cross_attention, reference.criss_cross_attention),
+    "bmm": ("pure PyTorch", bmm_attention, reference.criss_cross_attention),
+    "einsum": ("pure PyTorch", einsum_attention, reference.criss_cross_attention),
+    "non-local": ("non-local", non_local, exact_non_local),
+    "non-local split": ("non-local", partial(non_local, width=1), exact_non_local),
+    "non-local split wide": ("non-local", partial(non_local, width=2), exact_non_local),
+}
+#: What --contenders offers, and the formulations that each stands for.
+CHOICES = {
+    "ours": ["ours"],
+    "bmm": ["bmm"],
+    "einsum": ["einsum"],
+    "bmm-compiled": ["bmm"],
+    "einsum-compiled": ["einsum"],
+    "non-local": ["non-local", "non-local split", "non-local split wide"],
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A formulation in a layout of the inputs."""
+
+    formulation: str
+    layout: str
+    compiled: bool
+
+    @property
+    def kind(self) -> str:
+        return f"{self.formulation} compiled" if self.compiled else self.formulation
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.layout}"
+
+    @property
+    def family(self) -> str:
+        return FORMULATIONS[self.formulation][0]
+
+    def function(self) -> Function:
+        function = FORMULATIONS[self.formulation][1]
+        return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
+
+
+def make_contenders(names: list[str]) -> list[Contender]:
+    return [
+        Contender(formulation, layout, name.endswith("-compiled"))
+        for name in names
+        for formulation in CHOICES[name]
+        for layout in (LAYOUTS if CHOICES[name] == [formulation] else ["channels_last"])
+    ]
+
+
+# The floors
+
+
+@dataclass(frozen=True)
+class Work:
+    """The FLOP and the bytes of device memory that no implementation avoids."""
+
+    flop: int
+    bytes: int
+
+    def seconds(self, flop_per_second: float, bytes_per_second: float) -> float:
+        """Both at once, so that the slower one decides."""
+        return max(self.flop / flop_per_second, self.bytes / bytes_per_second)
+
+
+def necessary_work(shape: Shape, channels: tuple[int, int], element_size: int) -> tuple[Work, Work]:
+    """Forward and backward of a shape [N, H, W] with (c, C) channels.
+
+    With S = N H W (H + W - 1) scores, the forward is two products, query key and weight value: 2 S (c + C)
+    FLOP. The backward has five: the scores again, grad_weight, and grad_value, grad_query, grad_key:
+    2 S (3 c + 2 C). Each tensor moves once: the forward reads query, key, value and writes the result and 4
+    bytes a pixel, the logarithm of the softmax's denominator; the backward reads all these and the result's
+    gradient, and writes the three gradients.
+    """
+    (n, h, w), (c, value) = shape, channels
+    pixels = n * h * w
+    scores = pixels * (h + w - 1)
+    forward = Work(2 * scores * (c + value), pixels * (element_size * (2 * c + 2 * value) + 4))
+    backward = Work(
+        2 * scores * (3 * c + 2 * value),
+        pixels * (element_size * (2 * c + 3 * value) + 4 + element_size * (2 * c + value)),
+    )
+    return forward, backward
+
+
+# Measuring
+
+
+@dataclass(frozen=True)
+class Case:
+    """What contenders are compared on: shape [N, H, W], channels (c, C), a key of DTYPES, a device."""
+
+    shape: Shape
+    channels: tuple[int, int]
+    precision: str
+    device: str
+
+    def apply_precision(self) -> None:
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+
+    def inputs(self, layout: str) -> list[Tensor]:
+        """Random query, key, value, which require gradients, and a gradient of the result.
+
+        Scores of variance 1: much larger ones would show how bfloat16 rounds them, not which result is wrong.
+        """
+        n, h, w = self.shape
+        c, channels = self.channels
+        tensors = [
+            torch.empty(
+                (n, k, h, w),
+                dtype=DTYPES[self.precision],
+                device=self.device,
+                memory_format=LAYOUTS[layout],
+            ).normal_(std=std)
+            for k, std in ((c, c**-0.25), (c, c**-0.25), (channels, 1.0), (channels, 1.0))
+        ]
+        return [*(t.requires_grad_() for t in tensors[:3]), tensors[3]]
+
+    def input_sets(self, layout: str) -> list[list[Tensor]]:
+        """On a GPU as many inputs as exceed its L2 cache four times, so that none is found there again; on
+        the CPU two, as the contenders' turns clear the cache."""
+        count = 2
+        if self.device == "cuda":
+            n, h, w = self.shape
+            one = n * h * w * (2 * self.channels[0] + self.channels[1]) * DTYPES[self.precision].itemsize
+            cache = torch.cuda.get_device_properties(0).L2_cache_size
+            count = min(max(4 * cache // one + 1, count), 32)
+        return [self.inputs(layout) for _ in range(count)]
+
+
+def forward(function: Function, sets: list[list[Tensor]]) -> None:
+    """The function on each set of inputs, without gradients."""
+    with torch.no_grad():
+        for query, key, value, _ in sets:
+            function(query, key, value)
+
+
+def forward_backward(function: Function, sets: list[list[Tensor]]) -> None:
+    """The function on each set of inputs and the gradients of query, key and value."""
+    for query, key, value, grad in sets:
+        torch.autograd.grad(function(query, key, value), (query, key, value), grad)
+
+
+ACTIONS = {"forward": forward, "forward+backward": forward_backward}
+
+
+def relative_error(contender: Contender, function: Function, case: Case) -> float:
+    """Largest ||x - exact|| / ||exact|| of the result and its gradients, on lines as long as the case's.
+
+    Two narrow pictures, with all of a row and with all of a column; compiled functions see only the first,
+    since each takes a compilation.
+    """
+    _, h, w = case.shape
+    exact_function = FORMULATIONS[contender.formulation][2]
+    errors = []
+    for shape in ((2, 5, w), (2, h, 5))[: 1 if contender.compiled else 2]:
+        *operands, grad = Case(shape, case.channels, case.precision, case.device).inputs(contender.layout)
+        exact_operands = [x.detach().double().contiguous().requires_grad_() for x in operands]
+        result = function(*operands)
+        exact = exact_function(*exact_operands)
+        results = [result, *torch.autograd.grad(result, operands, grad)]
+        exacts = [exact, *torch.autograd.grad(exact, exact_operands, grad.double())]
+        errors += [
+            float((x.detach().double() - y.detach()).norm() / y.detach().norm())
+            for x, y in zip(results, exacts, strict=True)
+        ]
+    # The maximum of Python would lose a NaN.
+    return float(torch.tensor(errors).max())
+
+
+def peak(contender: Contender, function: Function, case: Case, action: str) -> int:
+    """Bytes that an action takes at most over its inputs, its results among them."""
+    if case.device == "cuda":
+        run, sets = ACTIONS[action], [case.inputs(contender.layout)]
+        run(function, sets)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(function, sets)
+        return torch.cuda.max_memory_allocated() - before
+    if contender.compiled:
+        raise NotImplementedError("the compiler's own memory is in the same process")
+    # Forked from a process that has imported PyTorch and run nothing: fresh, and there at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cc_attention"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(peak_of_process, contender, case, action, torch.get_num_threads()).result()
+
+
+def peak_of_process(contender: Contender, case: Case, action: str, threads: int) -> int:
+    """`peak` on the CPU, where it is a matter of the whole process: for a fresh one."""
+    torch.set_num_threads(threads)
+    run, function = ACTIONS[action], contender.function()
+    small = Case((1, 3, 5), case.channels, case.precision, case.device)
+    run(function, [small.inputs(contender.layout)])  # libraries and threads begin
+    sets = [case.inputs(contender.layout)]
+    before = measure.resident_peak()
+    run(function, sets)
+    return measure.resident_peak() - before
+
+
+def measure_case(
+    case: Case, contenders: list[Contender], *, timed: bool, memory: bool, graphs: bool, rounds: int
+) -> dict[str, Any]:
+    """Errors, times (seconds) and peaks (bytes) by contender; under "failed" why a column is missing."""
+    case.apply_precision()
+    if any(contender.compiled for contender in contenders):
+        torch.compiler.reset()  # a function is compiled a few times only, each shape and dtype being one
+    results: dict[str, dict[str, Any]] = {}
+    functions: dict[str, Function] = {}
+    for contender in contenders:
+        result = results[contender.name] = {"kind": contender.kind, "family": contender.family, "failed": {}}
+        try:
+            function = contender.function()
+            result["error"] = relative_error(contender, function, case)
+            result["wrong"] = not result["error"] <= ERROR_LIMITS[case.precision]
+        except Exception as error:  # out of memory, no compiler: the others go on
+            result["failed"]["all"] = measure.reason(error)
+            continue
+        if result["wrong"]:
+            result["failed"]["all"] = f"wrong: relative error {result['error']:.2g}"
+        else:
+            functions[contender.name] = function
+
+    usable = [contender for contender in contenders if contender.name in functions]
+    if timed:
+        time_case(case, usable, functions, results, graphs, rounds)
+    if memory:
+        for contender in usable:
+            for action in ACTIONS:
+                try:
+                    results[contender.name][f"{action} peak"] = peak(
+                        contender, functions[contender.name], case, action
+                    )
+                except Exception as error:
+                    results[contender.name]["failed"][f"{action} peak"] = measure.reason(error)
+    return results
+
+
+def time_case(
+    case: Case,
+    contenders: list[Contender],
+    functions: dict[str, Function],
+    results: dict[str, dict[str, Any]],
+    graphs: bool,
+    rounds: int,
+) -> None:
+    """Adds the times of the contenders to their results."""
+    sets = {layout: case.input_sets(layout) for layout in LAYOUTS}
+    count = len(sets["contiguous"])
+    for action, run in ACTIONS.items():
+        runs = {c.name: partial(run, functions[c.name], sets[c.layout]) for c in contenders}
+        collect(results, action, runs, case.device, rounds, count)
+        if graphs:
+            replays: dict[str, measure.Run] = {}
+            for name, launched in runs.items():
+                try:
+                    replays[name] = measure.captured(launched)
+                except Exception as error:  # not every function can be captured
+                    results[name]["failed"][f"{action} graph"] = measure.reason(error)
+            collect(results, f"{action} graph", replays, case.device, rounds, count)
+
+
+def collect(
+    results: dict[str, dict[str, Any]],
+    column: str,
+    runs: Mapping[str, measure.Run],
+    device: str,
+    rounds: int,
+    sets: int,
+) -> None:
+    """Times of the runs, each over so many sets of inputs, into one column of the results."""
+    times, failures = measure.interleaved(runs, device, rounds)
+    for name, values in times.items():
+        results[name][column] = measure.quartiles([value / sets for value in values])
+    for name, why in failures.items():
+        results[name]["failed"][column] = why
+
+
+# Comparing
+
+
+def number(result: dict[str, Any], column: str) -> float | None:
+    """Median seconds, or bytes, of a column of a contender's results."""
+    value = result.get(column)
+    return value["median"] if isinstance(value, dict) else value
+
+
+def best(results: dict[str, dict[str, Any]], column: str, **key: str) -> tuple[str, float] | None:
+    """Name and number of the best contender of a family or kind in a column."""
+    ((field, wanted),) = key.items()
+    found = [
+        (name, value)
+        for name, result in results.items()
+        if result[field] == wanted and (value := number(result, column)) is not None
+    ]
+    return min(found, key=lambda pair: pair[1], default=None)
+
+
+def compare(results: dict[str, dict[str, Any]], floors: dict[str, float]) -> dict[str, Any]:
+    """For each column, the best of ours, the best of each other family over it, and it over the floor."""
+    ratios: dict[str, Any] = {}
+    for column in COLUMNS:
+        ours = best(results, column, family="ours")
+        if ours is None:
+            continue
+        entry: dict[str, Any] = {"ours": {"name": ours[0], "value": ours[1]}}
+        for family in PEERS:
+            if peer := best(results, column, family=family):
+                entry[family] = {
+                    "name": peer[0],
+                    "value": peer[1],
+                    "over_ours": peer[1] / max(ours[1], 1e-12),
+                }
+        floor = floors.get(column.removesuffix(" graph"))
+        if floor:
+            entry["ours_over_floor"] = ours[1] / floor
+        ratios[column] = entry
+    return ratios
+
+
+def float32_over_bfloat16(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By shape and column: our float32 over our bfloat16."""
+    result: dict[str, dict[str, float]] = {}
+    for wide in (case for case in cases if case["dtype"] == "float32"):
+        for narrow in (c for c in cases if c["dtype"] == "bfloat16" and c["shape"] == wide["shape"]):
+            columns = [column for column in wide["ratios"] if column in narrow["ratios"]]
+            result["x".join(map(str, wide["shape"]))] = {
+                column: wide["ratios"][column]["ours"]["value"]
+                / max(narrow["ratios"][column]["ours"]["value"], 1e-12)
+                for column in columns
+            }
+    return result
+
+
+# Showing
+
+
+def title(case: dict[str, Any]) -> str:
+    return f"{'x'.join(map(str, case['shape']))} {case['dtype']}"
+
+
+def show(case: dict[str, Any]) -> None:
+    """Prints a case as a table: milliseconds and megabytes, then the comparison, then what failed."""
+    columns = [column for column in COLUMNS if any(column in r for r in case["contenders"].values())]
+    width = max(map(len, [*case["contenders"], *PEERS.values()]))
+
+    def cell(column: str, value: float | None, scale: float | None = None) -> str:
+        if value is None:
+            return "-"
+        return f"{value * (scale or (1e-6 if column.endswith('peak') else 1e3)):.4g}"
+
+    def line(name: str, cells: list[str]) -> None:
+        print(
+            f"  {name:<{width}}"
+            + "".join(f"  {text:>{len(head)}}" for text, head in zip(cells, headings, strict=True))
+        )
+
+    headings = [f"{column} {'MB' if column.endswith('peak') else 'ms'}" for column in columns] + ["error"]
+    print(f"\n{title(case)}, channels {case['channels'][0]}/{case['channels'][1]}")
+    line("", headings)
+    for name, result in case["contenders"].items():
+        error = f"{result['error']:.0e}" if "error" in result else "-"
+        line(name, [cell(column, number(result, column)) for column in columns] + [error])
+    line("floor", [cell(c, case["floors"].get(c.removesuffix(" graph"))) for c in columns] + [""])
+    ratios = [case["ratios"].get(column, {}) for column in columns]
+    for family, label in PEERS.items():
+        values = [ratio.get(family, {}).get("over_ours") for ratio in ratios]
+        line(label, [cell("", value, 1) for value in values] + [""])
+    line("ours / floor", [cell("", ratio.get("ours_over_floor"), 1) for ratio in ratios] + [""])
+    for name, result in case["contenders"].items():
+        for why in dict.fromkeys(result["failed"].values()):
+            missing = ", ".join(column for column, reason in result["failed"].items() if reason == why)
+            print(f"  {name}: {missing}: {why}")
+    sys.stdout.flush()
+
+
+def plot(report: dict[str, Any], path: str) -> None:
+    """A panel for each case and time, a bar for each kind of contender: its best, launched or replayed."""
+    colours = {"ours": (31, 119, 180), "pure PyTorch": (150, 150, 150), "non-local": (214, 158, 96)}
+    ink, pale = (30, 30, 30), (222, 222, 222)
+    bold, plain = ImageFont.load_default(17), ImageFont.load_default(14)
+    panels = []  # (title, floor in ms, [(kind, family, ms)])
+    for case in report["cases"]:
+        kinds = {result["kind"]: result["family"] for result in case["contenders"].values()}
+        for action in TIMED:
+            bars = []
+            for kind, family in kinds.items():
+                found = [best(case["contenders"], c, kind=kind) for c in (action, f"{action} graph")]
+                if values := [value for _, value in filter(None, found)]:
+                    bars.append((kind, family, 1e3 * min(values)))
+            if bars:
+                panels.append((f"{title(case)}, {action}", 1e3 * case["floors"][action], bars))
+    bar, column, left, scale = 24, 640, 165, 350
+    height = 70 + 24 * max((len(bars) for _, _, bars in panels), default=0)
+    picture = Image.new("RGB", (2 * column, 60 + height * ((len(panels) + 1) // 2)), "white")
+    draw = ImageDraw.Draw(picture)
+    about = report["machine"]
+    draw.text((16, 10), "Criss-cross attention: milliseconds, less is better", ink, bold)
+    draw.text(
+        (16, 34), f"{about['name']}, PyTorch {about['torch']}; dashed: the floor of this machine", ink, plain
+    )
+    for index, (heading, floor, bars) in enumerate(panels):
+        x, y = column * (index % 2), 60 + height * (index // 2)
+        draw.text((x + 16, y + 12), heading, ink, bold)
+        longest = max(ms for _, _, ms in bars)
+        top = y + 42
+        for row, (kind, family, ms) in enumerate(bars):
+            middle = top + bar * row + bar // 2
+            end = x + left + max(round(scale * ms / longest), 1)
+            draw.text((x + left - 8, middle), kind, ink, plain, anchor="rm")
+            draw.rectangle((x + left, middle - 8, end, middle + 8), colours[family])
+            draw.text((end + 6, middle), f"{ms:.3g}", ink, plain, anchor="lm")
+        bottom = top + bar * len(bars)
+        draw.line((x + left, top, x + left, bottom), pale)
+        at = x + left + round(scale * floor / longest)
+        for dash in range(top, bottom, 8):
+            draw.line((at, dash, at, dash + 4), ink)
+    with replacing(path) as temporary:
+        picture.save(temporary)
+
+
+# The command
+
+
+def shape_argument(text: str) -> Shape:
+    """N x H x W, such as 8x97x97."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; give NxHxW such as 8x97x97")
+    n, h, w = map(int, text.split("x"))
+    return n, h, w
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention", description=(__doc__ or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="default: %(default)s")
+    add(
+        "--shapes",
+        nargs="+",
+        type=shape_argument,
+        metavar="NxHxW",
+        help="default: 8x97x97 2x97x97 1x129x257, on the CPU 1x97x97",
+    )
+    add(
+        "--memory-shapes",
+        nargs="*",
+        type=shape_argument,
+        metavar="NxHxW",
+        help="of the peak memory, or none; default: those of --shapes, on the CPU 1x193x193 too",
+    )
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="tf32: on CUDA only")
+    add(
+        "--channels",
+        type=positive_int,
+        default=512,
+        help="of value, a multiple of 16; query and key have 1/8",
+    )
+    add("--contenders", nargs="+", choices=CHOICES, default=list(CHOICES))
+    add("--graphs", action=argparse.BooleanOptionalAction, default=True, help="time CUDA graphs as well")
+    add("--rounds", type=positive_int, default=5, help="turns of each contender (default: %(default)s)")
+    add("--threads", type=positive_int, help="of the CPU; default: PyTorch's choice")
+    add("--out", metavar="FILE.json", help="where all numbers go, after every case")
+    add("--plot", metavar="FILE.png", help="a bar chart of the times")
+    return parser
+
+
+def cases_of(args: argparse.Namespace) -> Iterator[tuple[Case, bool, bool]]:
+    """Each case, and whether its time and its memory are measured."""
+    gpu = args.device == "cuda"
+    shapes = args.shapes or ([(8, 97, 97), (2, 97, 97), (1, 129, 257)] if gpu else [(1, 97, 97)])
+    memory = args.memory_shapes
+    if memory is None:
+        memory = shapes if gpu else [*shapes, (1, 193, 193)]
+    for shape in dict.fromkeys([*shapes, *memory]):
+        for precision in args.dtypes:
+            case = Case(shape, (args.channels // 8, args.channels), precision, args.device)
+            yield case, shape in shapes, shape in memory
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.channels % 16:
+        parser.error(f"argument --channels: {args.channels} is not a multiple of 16")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no GPU here")
+    if args.device == "cpu" and "tf32" in args.dtypes:
+        parser.error("argument --dtypes: tf32 is for CUDA only")
+    for flag, path in (("--out", args.out), ("--plot", args.plot)):
+        if path and not Path(path).absolute().parent.is_dir():
+            parser.error(f"argument {flag}: the folder of {path} does not exist")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        measure.limit_memory()
+    return compare_all(args)
+
+
+def compare_all(args: argparse.Namespace) -> int:
+    """Measures every case, prints it and writes what there is; 1 where a contender was wrong."""
+    about = measure.machine(args.device) | {"compiled_for": sorted(ops.DEVICE_TYPES)}
+    contenders = make_contenders(args.contenders)
+    bandwidth = measure.copy_bandwidth(args.device)
+    rates = {}
+    for precision in args.dtypes:
+        Case((1, 1, 1), (1, 1), precision, args.device).apply_precision()
+        rates[precision] = measure.matrix_rate(DTYPES[precision], args.device)
+    cases: list[dict[str, Any]] = []
+    report: dict[str, Any] = {
+        "machine": about,
+        "ceilings": {"copy_bytes_per_second": bandwidth, "matrix_flop_per_second": rates},
+        "units": "seconds; peaks over the inputs in bytes",
+        "cases": cases,
+    }
+    print(f"{about['name']}, {about['threads']} threads, PyTorch {about['torch']}, {about['date']}")
+    print(f"load before the run: {about['load']:.2g} (others slow the CPU's contenders unequally)")
+    print(f"compiled operators for: {', '.join(about['compiled_for']) or 'no device'}")
+    print(f"copy {bandwidth / 1e9:.4g} GB/s; matrix products in TFLOP/s: ", end="")
+    print(", ".join(f"{name} {rate / 1e12:.4g}" for name, rate in rates.items()), flush=True)
+    for case, timed, memory in cases_of(args):
+        graphs = args.graphs and args.device == "cuda"
+        results = measure_case(
+            case, contenders, timed=timed, memory=memory, graphs=graphs, rounds=args.rounds
+        )
+        work = necessary_work(case.shape, case.channels, DTYPES[case.precision].itemsize)
+        ahead, back = (part.seconds(rates[case.precision], bandwidth) for part in work)
+        floors = {"forward": ahead, "backward": back, "forward+backward": ahead + back}
+        entry = {
+            "shape": case.shape,
+            "channels": case.channels,
+            "dtype": case.precision,
+            "work": {name: vars(part) for name, part in zip(("forward", "backward"), work, strict=True)},
+            "floors": floors,
+            "contenders": results,
+            "ratios": compare(results, floors),
+        }
+        cases.append(entry)
+        show(entry)
+        report["float32_over_bfloat16"] = float32_over_bfloat16(cases)
+        if args.out:
+            with replacing(args.out) as path:
+                Path(path).write_text(json.dumps(report, indent=2) + "\n")
+        if args.plot:
+            plot(report, args.plot)
+    for name, ratios in report["float32_over_bfloat16"].items():
+        text = ", ".join(f"{column} {ratio:.3g}" for column, ratio in ratios.items())
+        print(f"\n{name}: our float32 over our bfloat16: {text}")
+    return int(any(result.get("wrong") for case in cases for result in case["contenders"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,502 @@
+"""Everything that is to be known of a GPU machine, by one command, within eight minutes.
+
+    python benchmarks/gpu_report.py OUT [--seconds 480]
+
+Builds the extension in place if it has no CUDA kernels (for this GPU's architecture alone, unless
+TORCH_CUDA_ARCH_LIST says otherwise), then runs, in the order of their value and each as a process of its own
+with a time limit, so that none needs another to succeed:
+
+    environment         GPU, driver, clocks, PyTorch
+    tests               the GPU tests of the operator
+    attention           benchmarks/attention.py, every peer that needs no compiling, with CUDA graphs
+    training            the whole training step: images a second, peak memory, the attention's share of it
+    training-bmm        the same with the bmm formulation in place of our attention
+    memcheck            the kernels of every kind under compute-sanitizer, forward and backward
+    attention-compiled  the formulations in plain PyTorch under torch.compile, at 8x97x97
+    racecheck, initcheck, synccheck   compute-sanitizer's other tools
+
+OUT gets report.json (after every part, so that a run that is ended leaves what it has), report.md, and of
+each part NAME.log and the files it writes. `--part NAME` runs one of environment, training, training-bmm and
+kernels (what the sanitizer looks at) in this process.
+
+Exit status: 0, 1 where a part failed, 2 without a GPU. `--device cpu --quick` runs the machinery with tiny
+sizes on a machine without one: that is for the tests, its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benchmarks.measure import Mark
+
+# Started as a file, this has no path to the project: what needs it runs as `python -m`, and imports it there.
+ROOT = Path(__file__).resolve().parent.parent
+SHORTEST = 10.0  # seconds; with less left a part is not started
+
+
+# Parts, as processes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command and the seconds it may take; `missing` says why it can't run here."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+    missing: str = ""
+
+
+def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
+    """Runs a part for at most `seconds`, its output in OUT/NAME.log.
+
+    Returns:
+        status ("passed", "failed", "timed out" or "skipped"); seconds; note: the last line of a failure;
+        result: what the part left in OUT/NAME.json or says in its log.
+    """
+    if part.missing or seconds < min(SHORTEST, part.seconds):
+        return {"status": "skipped", "note": part.missing or "no time was left"}
+    result, log = out / f"{part.name}.json", out / f"{part.name}.log"
+    result.unlink(missing_ok=True)  # of an earlier report
+    begin = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            part.command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **part.environment},
+            start_new_session=True,
+        )
+        try:
+            status = "passed" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "timed out"
+        finally:
+            # With the processes that it started, also where this one is interrupted.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    text = log.read_text(errors="replace")
+    entry: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - begin, 1)}
+    if status != "passed":
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        entry["note"] = lines[-1][:200] if lines else f"exit status {process.returncode}"
+    if result.exists():
+        entry["result"] = json.loads(result.read_text())
+    elif part.name == "tests":
+        entry["result"] = tests_of(text)
+    elif found := re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text):
+        entry["result"] = {"errors": sum(int(number) for pair in found for number in pair if number)}
+    return entry
+
+
+def tests_of(log: str) -> dict[str, Any]:
+    """Counts of the outcomes in the output of `pytest -v`, which are there also where it was ended."""
+    outcomes = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", log, re.MULTILINE)
+    counts = {
+        word.lower(): sum(o == word for _, o in outcomes) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")
+    }
+    return {**counts, "failures": [name for name, outcome in outcomes if outcome in ("FAILED", "ERROR")]}
+
+
+def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
+    """The parts after the environment and the build, by value."""
+    python = [sys.executable, "-m"]
+    attention = [*python, "benchmarks.attention", "--device", device]
+    options = ["--device", device] + ["--quick"] * quick
+
+    def own(name: str) -> list[str]:
+        return [*python, "benchmarks.gpu_report", str(out), *options, "--part", name]
+
+    def written(name: str) -> list[str]:
+        return ["--out", str(out / f"{name}.json"), "--plot", str(out / f"{name}.png")]
+
+    if quick:
+        tiny = (
+            "--shapes 1x5x7 --memory-shapes --dtypes float32 --channels 16 --rounds 1 --contenders ours bmm"
+        )
+        return [
+            Part("tests", [*python, "pytest", "-v", "tests/test_benchmarks.py", "-k", "floors"], 60),
+            Part("attention", [*attention, *tiny.split(), *written("attention")], 60),
+            Part("training", own("training"), 60),
+            Part("training-bmm", own("training-bmm"), 60),
+            Part("kernels", own("kernels"), 60),
+        ]
+    tests = [
+        name
+        for name in ("test_cc_attention.py", "test_attention_kernels.py")
+        if (ROOT / "tests" / name).exists()
+    ]
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+    def sanitized(tool: str, seconds: float) -> Part:
+        command = [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *own("kernels")]
+        # Each tensor in an allocation of its own: nothing between it and what an overrun touches.
+        apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Part(tool, command, seconds, apart, "" if sanitizer else "compute-sanitizer was not found")
+
+    peers = "--contenders ours bmm einsum non-local --dtypes bfloat16 float32 tf32 --rounds 3".split()
+    compiled = (
+        "--contenders ours bmm-compiled einsum-compiled --shapes 8x97x97 --dtypes bfloat16 float32".split()
+    )
+    return [
+        Part("tests", [*python, "pytest", "-v", *(f"tests/{name}" for name in tests), "-k", "cuda"], 100),
+        Part("attention", [*attention, *peers, *written("attention")], 150),
+        Part("training", own("training"), 90),
+        Part("training-bmm", own("training-bmm"), 90),
+        sanitized("memcheck", 60),
+        Part("attention-compiled", [*attention, *compiled, *written("attention-compiled")], 120),
+        *(sanitized(tool, 45) for tool in ("racecheck", "initcheck", "synccheck")),
+    ]
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is never seen half written (utils.files is out of reach here)."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_report(out: Path, report: dict[str, Any]) -> None:
+    """report.json, all numbers, and report.md, to be read."""
+    write(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write(out / "report.md", page(report))
+
+
+def make_report(out: Path, device: str, quick: bool, seconds: float) -> int:
+    """Runs all parts; 0 where every one passed that could run."""
+    end = time.monotonic() + seconds
+    report: dict[str, Any] = {"device": device, "quick": quick, "parts": {}}
+    options = ["--device", device] + ["--quick"] * quick
+    environment = [sys.executable, "-m", "benchmarks.gpu_report", str(out), *options, "--part", "environment"]
+
+    def run(part: Part) -> dict[str, Any]:
+        print(f"{part.name} ...", end=" ", flush=True)
+        entry = run_part(part, out, min(part.seconds, end - time.monotonic()))
+        report["parts"][part.name] = entry
+        write_report(out, report)
+        print(entry["status"], entry.get("note", ""), flush=True)
+        return entry
+
+    about = run(Part("environment", environment, 60))
+    if device == "cuda" and "cuda" not in about.get("result", {}).get("compiled_for", []):
+        major, minor = torch.cuda.get_device_capability()
+        architecture = os.environ.get("TORCH_CUDA_ARCH_LIST") or f"{major}.{minor}"
+        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        run(Part("build", build, 240, {"TORCH_CUDA_ARCH_LIST": architecture}))
+        run(Part("environment", environment, 60))
+    for part in parts_of(out, device, quick):
+        run(part)
+    print(f"{out / 'report.md'} and report.json are written")
+    return int(any(entry["status"] in ("failed", "timed out") for entry in report["parts"].values()))
+
+
+# The page
+
+
+def table(headings: list[str], rows: list[list[object]]) -> list[str]:
+    """A Markdown table, with an empty line after it."""
+    lines: list[Sequence[object]] = [headings, ["---"] * len(headings), *rows]
+    cells = [[str(cell).replace("|", "/").replace("\n", "<br>") for cell in line] for line in lines]
+    return [f"| {' | '.join(line)} |" for line in cells] + [""]
+
+
+def page(report: dict[str, Any]) -> str:
+    """report.md."""
+    parts = report["parts"]
+    results = {name: entry["result"] for name, entry in parts.items() if "result" in entry}
+    about = results.get("environment", {})
+    lines = [f"# Criss-cross attention on {about.get('name', report['device'])}", ""]
+    if report["quick"]:
+        lines += ["A quick run with tiny sizes: its numbers mean nothing.", ""]
+    lines += table(["", ""], [[key, value] for key, value in about.items() if key != "nvidia_smi"])
+    outcomes = [[n, e["status"], e.get("seconds", ""), e.get("note", "")] for n, e in parts.items()]
+    lines += ["## Parts", "", *table(["part", "outcome", "seconds", "note"], outcomes)]
+    if tests := results.get("tests"):
+        counts = ", ".join(f"{tests[word]} {word}" for word in ("passed", "failed", "error", "skipped"))
+        lines += ["## Tests", "", counts, "", *(f"- {name}" for name in tests["failures"]), ""]
+    for name in ("attention", "attention-compiled"):
+        if name in results:
+            lines += attention_page(name, results[name])
+    rows = []
+    for name in ("training", "training-bmm"):
+        if result := results.get(name):
+            rows.append(
+                [
+                    result["attention"],
+                    f"{result['images_per_second']:.4g}",
+                    f"{1e3 * result['step_seconds']:.4g}",
+                    f"{result['peak_bytes'] / 2**30:.4g}",
+                    f"{1e3 * result['attention_seconds']:.4g}",
+                    f"{100 * result['attention_seconds'] / result['step_seconds']:.3g} %",
+                ]
+            )
+    if rows:
+        setting = next(results[name]["setting"] for name in ("training", "training-bmm") if name in results)
+        headings = ["attention", "images/s", "step, ms", "peak, GiB", "attention in a step, ms", "its share"]
+        lines += ["## Training step", "", setting, "", *table(headings, rows)]
+    errors = [[name, results[name]["errors"]] for name in results if "errors" in results[name]]
+    if errors:
+        lines += ["## compute-sanitizer", "", *table(["tool", "errors"], errors)]
+    return "\n".join(lines)
+
+
+def attention_page(name: str, report: dict[str, Any]) -> list[str]:
+    """A table of benchmarks/attention.py's comparisons: our time or peak, and the others' over it."""
+    rates = report["ceilings"]["matrix_flop_per_second"]
+    ceilings = [f"{dtype} {rate / 1e12:.4g}" for dtype, rate in rates.items()]
+    copy = report["ceilings"]["copy_bytes_per_second"] / 1e12
+    rows: list[list[object]] = []
+    for case in report["cases"]:
+        for column, entry in case["ratios"].items():
+            scale = 1e-6 if column.endswith("peak") else 1e3
+            row: list[object] = ["x".join(map(str, case["shape"])), case["dtype"]]
+            row += [f"{column}, {'MB' if column.endswith('peak') else 'ms'}"]
+            row += [f"{scale * entry['ours']['value']:.4g}"]
+            row += [f"{entry['ours_over_floor']:.3g}" if "ours_over_floor" in entry else ""]
+            for family in ("pure PyTorch", "non-local"):
+                peer = entry.get(family)
+                row += [f"{peer['over_ours']:.3g} x ({peer['name']})" if peer else ""]
+            rows.append(row)
+    failed = [
+        f"- {contender}, {'x'.join(map(str, case['shape']))} {case['dtype']}, {column}: {why}"
+        for case in report["cases"]
+        for contender, result in case["contenders"].items()
+        for column, why in result["failed"].items()
+    ]
+    headings = [
+        "shape",
+        "dtype",
+        "measure",
+        "ours",
+        "over floor",
+        "best pure PyTorch / ours",
+        "best non-local / ours",
+    ]
+    return [
+        f"## {name}",
+        "",
+        f"Copy {copy:.4g} TB/s; matrix products, TFLOP/s: {', '.join(ceilings)}.",
+        "",
+        *table(headings, rows),
+        *failed,
+        "",
+        f"![times]({name}.png)",
+        "",
+    ]
+
+
+# Parts, in this process
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The machine, and what the operator was compiled for."""
+    from benchmarks import measure
+    from cc_attention import ops
+
+    about = measure.machine(device) | {"compiled_for": sorted(ops.DEVICE_TYPES)}
+    if device == "cuda":
+        query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
+        clocks = [f"--query-gpu={query}", "--format=csv"]
+        for name, options in (("clocks", clocks), ("nvidia_smi", [])):
+            try:
+                answer = subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=20)
+                about[name] = answer.stdout.strip()
+            except (OSError, subprocess.TimeoutExpired) as error:
+                about[name] = measure.reason(error)
+    return about
+
+
+class Stopwatch:
+    """An attention function that marks where each of its forwards and backwards begins and ends."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], device: str):
+        from benchmarks.measure import mark
+
+        self.function = function
+        self.mark = lambda: mark(device)
+        self.spans: list[list[Mark]] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        forward: list[Mark] = [self.mark()]
+        backward: list[Mark] = []
+        out = self.function(query, key, value)
+        forward.append(self.mark())
+        self.spans += [forward, backward]
+        # Of the convolutions behind the attention, the first one to go on shows that its backward is done:
+        # autograd takes what was recorded last first.
+        out.register_hook(lambda _: backward.append(self.mark()))
+        for operand in (query, key, value):
+            operand.register_hook(lambda _: backward.append(self.mark()) if len(backward) == 1 else None)
+        return out
+
+    def seconds(self) -> float:
+        """The sum over all calls so far."""
+        from benchmarks.measure import seconds
+
+        return sum(seconds(begin, end) for begin, end in self.spans)
+
+
+def training(device: str, quick: bool, attention: str) -> dict[str, Any]:
+    """A training step as in train.py, on random pictures, under bfloat16 autocast in channels_last.
+
+    Args:
+        attention: "ours", or "bmm" for the formulation in plain PyTorch.
+    Returns:
+        setting in words; medians of the seconds of a step and of the attention in it; images_per_second;
+        peak_bytes: of the device's memory, on the CPU of the process.
+    """
+    import cc_attention.module
+    from benchmarks import measure
+    from benchmarks.attention import bmm_attention
+    from loss import CriterionDSN
+    from networks import Seg_Model
+
+    backbone, batch, size, steps = ("resnet50", 2, 17, 1) if quick else ("resnet101", 8, 769, 10)
+    function = {"ours": cc_attention.module.criss_cross_attention, "bmm": bmm_attention}[attention]
+    watch = Stopwatch(function, device)
+    cc_attention.module.criss_cross_attention = watch
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    model = (
+        Seg_Model(19, recurrence=2, backbone=backbone)
+        .to(memory_format=torch.channels_last)
+        .to(device)
+        .train()
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.fill_(0.2)  # gamma and the residuals' scales, which start at 0: zeros are faster
+    criterion = CriterionDSN()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4)
+    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(19, (batch, size, size), device=device)
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            loss = criterion(model(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    for _ in range(0 if quick else 3):
+        loss = step()
+    whole, parts = [], []
+    for _ in range(steps):
+        watch.spans.clear()
+        begin = measure.mark(device)
+        loss = step()
+        whole.append(measure.seconds(begin, measure.mark(device)))
+        parts.append(watch.seconds())
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"the loss is {float(loss)}")
+    seconds = statistics.median(whole)
+    return {
+        "attention": attention,
+        "setting": f"CCNet {backbone}, R=2, SGD, batch {batch} of {size}x{size}, bfloat16, channels_last",
+        "step_seconds": seconds,
+        "attention_seconds": statistics.median(parts),
+        "images_per_second": batch / seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else measure.resident_peak(),
+        "loss": float(loss),
+    }
+
+
+def kernels(device: str, quick: bool) -> dict[str, Any]:
+    """Every kind of kernel, forward and backward, on short and long lines, against float64 on the CPU.
+
+    Inputs are made on the CPU, so that on the GPU little runs besides our kernels.
+
+    Returns:
+        the largest relative error of each precision.
+    Raises:
+        RuntimeError: an error is more than rounding.
+    """
+    from benchmarks.attention import ERROR_LIMITS, Case
+    from cc_attention import criss_cross_attention, reference
+
+    errors: dict[str, float] = {}
+    lines = (5, 20) if quick else (20, 97, 130, 257)
+    for precision in ERROR_LIMITS:
+        if device == "cpu" and precision == "tf32":
+            continue
+        for line in lines:
+            # Rows and columns. Of the channels, the first fill whole matrix tiles, the next ones copies of 16
+            # bytes, the last ones neither.
+            for shape, channels in (
+                ((1, 3, line), (16, 64)),
+                ((1, line, 3), (24, 72)),
+                ((1, line, 2), (3, 5)),
+            ):
+                case = Case(shape, channels, precision, "cpu")
+                case.apply_precision()
+                *operands, grad = (x.detach() for x in case.inputs("channels_last"))
+                answers = []
+                for function, move in (
+                    (criss_cross_attention, lambda x: x.to(device)),
+                    (reference.criss_cross_attention, lambda x: x.double()),
+                ):
+                    moved = [move(x).requires_grad_() for x in operands]
+                    result = function(*moved)
+                    gradients = torch.autograd.grad(result, moved, move(grad))
+                    answers.append([x.detach().cpu().double() for x in (result, *gradients)])
+                found = max(float((x - y).norm() / y.norm()) for x, y in zip(*answers, strict=True))
+                errors[precision] = max(errors.get(precision, 0.0), found)
+                print(f"{precision} {'x'.join(map(str, shape))} channels {channels}: {found:.1e}", flush=True)
+                if not found <= ERROR_LIMITS[precision]:
+                    raise RuntimeError(f"{precision} {shape} {channels}: relative error {found:.2g}")
+    return {"relative_error": errors}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_report.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "out", type=lambda text: Path(text).absolute(), metavar="OUT", help="folder of the report"
+    )
+    parser.add_argument("--seconds", type=float, default=480, help="for everything (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, for the tests")
+    inside: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "environment": lambda args: environment(args.device),
+        "training": lambda args: training(args.device, args.quick, "ours"),
+        "training-bmm": lambda args: training(args.device, args.quick, "bmm"),
+        "kernels": lambda args: kernels(args.device, args.quick),
+    }
+    parser.add_argument("--part", choices=inside, help="run this part alone, in this process")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_report.py: there is no GPU that PyTorch can use here", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.part is None:
+        return make_report(args.out, args.device, args.quick, args.seconds)
+    result = inside[args.part](args)
+    write(args.out / f"{args.part}.json", json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+// Small dense matrix products, as a register tile of kTileRows rows and kTileVectors vectors.
+//
+// This file and lines.h are included once for each instruction set, by the .cpp file that names it and defines
+//   kVectorBytes                the width of a vector register
+//   kTileRows, kTileVectors     the tile whose sums, one row of factors and a broadcast fit in the registers
+// Everything is in an unnamed namespace, so that the linker cannot take one instruction set's code for another's.
+#pragma once
+
+#include "instruction_sets.h"
+
+namespace cc_attention {
+namespace {
+
+// The type in which T is summed.
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The type of the logarithms that the forward keeps (kernels.h).
+template <typename T>
+using Lse = std::conditional_t<sizeof(T) < 4, float, double>;
+
+template <typename S>
+constexpr int64_t kLanes = kVectorBytes / sizeof(S);
+
+template <typename S>
+struct VectorOf {
+  typedef S type __attribute__((vector_size(kVectorBytes), aligned(alignof(S)), may_alias));
+};
+
+// May be loaded from and stored to wherever an S may.
+template <typename S>
+using Vector = typename VectorOf<S>::type;
+
+template <typename S>
+Vector<S>& vector_at(S* data, int64_t index = 0) {
+  return reinterpret_cast<Vector<S>*>(data)[index];
+}
+
+template <typename S>
+const Vector<S>& vector_at(const S* data, int64_t index = 0) {
+  return reinterpret_cast<const Vector<S>*>(data)[index];
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls body with min(n, kMax), n at least 1, as a compile-time constant.
+template <int kMax, typename Body>
+void with_constant(int64_t n, const Body& body) {
+  if constexpr (kMax > 1)
+    if (n < kMax) return with_constant<kMax - 1>(n, body);
+  body(std::integral_constant<int, kMax>());
+}
+
+// Element (i, k) of a matrix at data[i * row + k * column].
+template <typename S>
+struct Strided {
+  const S* data;
+  int64_t row, column;
+};
+
+template <typename S>
+Strided<S> transposed(const Strided<S>& a) {
+  return {a.data, a.column, a.row};
+}
+
+// Memory that later products read or write: for every row of this product, `size` bytes at each of two places. It is
+// only prefetched, so it need not exist.
+struct Ahead {
+  const char* places[2];
+  int64_t row, size;  // bytes
+};
+
+// out[i, :] = scale[i] * out[i, :] + sum over k of a[i, k] * b[k, :]; without a scale, out is not read.
+// Prefetches a row's memory ahead at a time, as all of it at once would be more than a core can have under way.
+template <typename S, int kRows, int kVectors>
+void multiply_tile(int64_t depth, const Strided<S>& a, const S* b, int64_t b_row, S* out, int64_t out_row,
+                   const S* scale, const Ahead& ahead) {
+  Vector<S> sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<S>{};
+  const S* a_column = a.data;
+  const int64_t a_row = a.row, a_step = a.column;
+  int64_t k = 0;
+#pragma GCC unroll 1
+  for (int part = 0; part < kRows; ++part) {
+    for (int64_t byte = 0; byte < ahead.size; byte += 64)
+      for (const char* place : ahead.places) __builtin_prefetch(place + part * ahead.row + byte, 0, 2);
+    for (const int64_t end = depth * (part + 1) / kRows; k < end; ++k, a_column += a_step, b += b_row) {
+      Vector<S> b_vectors[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) b_vectors[v] = vector_at(b, v);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += a_column[i * a_row] * b_vectors[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      Vector<S>& result = vector_at(out + i * out_row, v);
+      result = scale == nullptr ? sum[i][v] : scale[i] * result + sum[i][v];
+    }
+}
+
+// The products in one sum, since a sum of sums is more exact than one long sum: few for the shortest lines, where the
+// additional sums cost little and no other error covers theirs; otherwise as many as hide the time they take.
+inline int64_t depth_of_sums(int64_t rows) { return rows <= 16 ? 8 : 128; }
+
+template <typename S>
+constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};
+
+// From the storage type to the summing type or back.
+template <typename From, typename To>
+void convert(const From* from, To* to, int64_t count) {
+  constexpr int64_t kStep = kLanes<float>;  // a constant, for which the loop becomes one vector
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep)
+    for (int64_t lane = 0; lane < kStep; ++lane) to[i + lane] = static_cast<To>(from[i + lane]);
+  for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+// The same as multiply_tile for whole matrices: a [rows, depth], b [depth, columns padded to full vectors],
+// out [rows, columns] of any storage type. What is not full vectors of the summing type passes through a tile of those.
+template <typename T, typename S = Sum<T>>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a, const S* b, int64_t b_row, T* out,
+              int64_t out_row, const S* scale, const Ahead& ahead) {
+  constexpr int64_t kTileColumns = kTileVectors * kLanes<S>;
+  const int64_t tiles = ceil_div(rows, kTileRows), block = depth_of_sums(rows);
+  for (int64_t column = 0; column < columns; column += kTileColumns) {
+    const int64_t width = std::min(kTileColumns, columns - column);
+    with_constant<kTileVectors>(ceil_div(width, kLanes<S>), [&](auto vectors) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t begin = tile * rows / tiles, end = (tile + 1) * rows / tiles;
+        const Strided<S> a_tile = {a.data + begin * a.row, a.row, a.column};
+        T* out_tile = out + begin * out_row + column;
+        const S* tile_scale = scale == nullptr ? nullptr : scale + begin;
+        const Ahead tile_ahead = {{ahead.places[0] + begin * ahead.row, ahead.places[1] + begin * ahead.row},
+                                  ahead.row,
+                                  column == 0 ? ahead.size : 0};
+        with_constant<kTileRows>(end - begin, [&](auto tile_rows) {
+          const auto run = [&](S* sums, int64_t sums_row) {
+            for (int64_t k = 0; k < depth; k += block)
+              multiply_tile<S, tile_rows(), vectors()>(
+                  std::min(block, depth - k), {a_tile.data + k * a.column, a.row, a.column}, b + k * b_row + column,
+                  b_row, sums, sums_row, k == 0 ? tile_scale : kOnes<S>, tile_ahead);
+          };
+          if constexpr (std::is_same_v<T, S>) {
+            if (width == vectors * kLanes<S>) return run(out_tile, out_row);
+          }
+          S sums[kTileRows * kTileColumns];
+          if (scale != nullptr)
+            for (int i = 0; i < tile_rows; ++i) convert(out_tile + i * out_row, sums + i * kTileColumns, width);
+          run(sums, kTileColumns);
+          for (int i = 0; i < tile_rows; ++i) convert(sums + i * kTileColumns, out_tile + i * out_row, width);
+        });
+      }
+    });
+  }
+}
+
+// The transpose of a square of kLanes rows: `from` at a distance of from_row, `to` at to_row. Each of the log2(kLanes)
+// rounds interleaves row i with row i + kLanes / 2 into the rows 2 i and 2 i + 1.
+template <typename S, size_t... kLane>
+void transpose_square(const S* from, int64_t from_row, S* to, int64_t to_row, std::index_sequence<kLane...>) {
+  constexpr int64_t kSize = kLanes<S>;
+  Vector<S> rows[kSize], next[kSize];
+  for (int64_t i = 0; i < kSize; ++i) rows[i] = vector_at(from + i * from_row);
+  for (int64_t round = 1; round < kSize; round *= 2) {
+    for (int64_t i = 0; i < kSize / 2; ++i) {
+      const Vector<S>&low = rows[i], &high = rows[i + kSize / 2];
+      next[2 * i] = __builtin_shufflevector(low, high, (kLane / 2 + kLane % 2 * kSize)...);
+      next[2 * i + 1] = __builtin_shufflevector(low, high, (kSize / 2 + kLane / 2 + kLane % 2 * kSize)...);
+    }
+    for (int64_t i = 0; i < kSize; ++i) rows[i] = next[i];
+  }
+  for (int64_t i = 0; i < kSize; ++i) vector_at(to + i * to_row) = rows[i];
+}
+
+// to[j, i] = from[i, j], both padded to full vectors in both directions.
+template <typename S>
+void transpose(int64_t rows, int64_t columns, const S* from, int64_t from_row, S* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; i += kLanes<S>)
+    for (int64_t j = 0; j < columns; j += kLanes<S>)
+      transpose_square(from + i * from_row + j, from_row, to + j * to_row + i, to_row,
+                       std::make_index_sequence<kLanes<S>>());
+}
+
+// Combines the lanes of a vector in pairs.
+template <typename S, typename Combine>
+S reduce(const Vector<S>& vector, const Combine& combine) {
+  S lanes[kLanes<S>];
+  vector_at(lanes) = vector;
+  for (int64_t half = kLanes<S> / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+// x = exp(x) for x that the exponential does not overflow, to 2 units in the last place, or 0 where it is subnormal:
+// 2^n e^r with an integer n and |r| <= log(2) / 2.
+inline void exponential(Vector<float>& x) {
+  constexpr float kRound = 0x1.8p23f;  // a sum of this size has no bits after the point, and n in its lowest ones
+  const Vector<float> shifted = x * 0x1.715476p0f + kRound;
+  const Vector<float> n = shifted - kRound;
+  const Vector<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log(2) in two parts, n times the first exact
+  Vector<float> power = r * (1 / 5040.f) + 1 / 720.f;
+  for (float coefficient : {1 / 120.f, 1 / 24.f, 1 / 6.f, 1 / 2.f, 1.f, 1.f}) power = power * r + coefficient;
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits two_to_the_n = (reinterpret_cast<Bits>(shifted) << 23) + (127 << 23);
+  x = x < -87.f ? Vector<float>{} : power * reinterpret_cast<Vector<float>>(two_to_the_n);
+}
+
+inline void exponential(Vector<double>& x) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+}
+
+}  // namespace
+}  // namespace cc_attention

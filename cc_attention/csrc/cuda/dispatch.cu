@@ -1,0 +1,30 @@
+// Which kernels serve: those of the tensor cores where they can, the general ones elsewhere.
+#include "general.h"
+#include "tensor_core.h"
+
+namespace cc_attention {
+
+int forward_cuda(const Forward& arguments, const Device& device, void* stream) {
+  if (arguments.sizes.pixels() == 0) return cudaSuccess;
+  return tensor_core::serves(arguments, device) ? tensor_core::forward(arguments, device, stream)
+                                                : general::forward(arguments, stream);
+}
+
+int backward_cuda(const Backward& arguments, const Device& device, void* stream) {
+  if (arguments.sizes.pixels() == 0) return cudaSuccess;
+  return tensor_core::serves(arguments, device) ? tensor_core::backward(arguments, device, stream)
+                                                : general::backward(arguments, stream);
+}
+
+int primitive_cuda(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second,
+                   void* out, void* stream) {
+  return general::primitive(primitive, dtype, sizes, first, second, out, stream);
+}
+
+int64_t backward_workspace_cuda(Dtype dtype, const Sizes& sizes) {
+  const int64_t tensor_core = tensor_core::backward_workspace(dtype, sizes);
+  const int64_t general = general::backward_workspace(dtype, sizes);
+  return tensor_core > general ? tensor_core : general;
+}
+
+}  // namespace cc_attention

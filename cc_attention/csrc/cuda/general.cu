@@ -1,0 +1,840 @@
+// The general kernels: scalar arithmetic in Sum<T>, so exact float32 where the tensor cores would round to tf32, and
+// nothing asked of the sizes, the alignment or the architecture.
+//
+// Rows and columns are lines (line.h), and each pass works on one kind: first the columns, where a pixel leaves itself
+// out, then the rows, which find the result of the columns in place and add to it. Two device functions do nearly all
+// the work of a block:
+//
+//   multiply    [pixels a] x [pixels b] products over channels. Both sides pass through shared memory in pieces of a
+//               few channels, turned so that a thread reads four pixels in one load; a thread holds a square of
+//               products.
+//   accumulate  [targets] x [channels] sums over source pixels, times weights in shared memory. A thread holds
+//               kPerThread targets x a few channels, neighbouring threads neighbouring channels: the sources are read
+//               straight from global memory, coalesced whatever the alignment, and a weight serves all the channels of
+//               the thread.
+//
+// Forward: multiply, an online softmax and accumulate in one kernel. The softmax of the rows starts from the lse of the
+// columns, whose result then has a weight like that of a key.
+//
+// Backward, with P = exp(score - lse), dP = dO V^T and dS = P (dP - delta), delta = sum over C of dO * O:
+// product_kernel writes P and dS of lines to the workspace; then dV = P^T dO, dK = dS^T Q and dQ = dS K are weighted
+// sums, the same kernel as the primitives gather and scatter. So each product is computed once. P and dS do not grow
+// with the batch: the workspace has room for those of some lines at a time, or of some keys of one line.
+//
+// Between the passes of 16-bit dtypes, dQ and dK wait in float32, since the two parts may cancel; the other results are
+// averages, which do not, and wait in the output.
+#include "general.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "device.h"
+#include "line.h"
+
+namespace cc_attention::general {
+namespace {
+
+using device::kAllLanes;
+using device::kWarp;
+
+constexpr int kThreads = 256;
+constexpr int kPiece = 16;     // channels that multiply stages at a time
+constexpr int kPad = 4;        // keeps rows of shared memory aligned to Vec4 and spreads its columns over the banks
+constexpr int kPerThread = 8;  // targets of a thread in accumulate
+constexpr int kSide = 128;     // pixels of either side in a block of product_kernel
+
+// Sums of sums round less than one long sum: the channels of a product, and the sources of a weighted sum, that one
+// launch adds up before it leaves the result in memory to the next. Not for 16-bit dtypes, whose own rounding is far
+// larger.
+template <class T>
+constexpr int kLongestSum = sizeof(T) < 4 ? std::numeric_limits<int>::max() : 128;
+
+// For P and dS. Well within an L2 cache, and yet the lines of 97 pixels that it holds, 270 of them, give two blocks to
+// each of an H100's 132 multiprocessors.
+constexpr int64_t kWorkspaceBytes = 20 << 20;
+
+// Blocks that a multiprocessor shall hold, which bounds the registers: sums of 64 bits take twice as many.
+template <class T>
+constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 2;
+
+// exp(a - b). The difference comes first: the product of a large b with log2(e) would lose what lies between them.
+__device__ __forceinline__ float exp_difference(float a, float b) {
+  return device::exp2_approximate((a - b) * 1.4426950408889634f);
+}
+__device__ __forceinline__ double exp_difference(double a, double b) { return exp(a - b); }
+
+// What the conversion of an lse to Sum<T> loses; exp(lse) is exp of the converted one times 1 + this.
+template <class T>
+__device__ __forceinline__ Sum<T> rounded_off(Lse<T> lse) {
+  if constexpr (std::is_same_v<Lse<T>, Sum<T>>) return 0;
+  const Lse<T> lost = lse - static_cast<Sum<T>>(lse);
+  return lse == -INFINITY ? 0 : static_cast<Sum<T>>(lost);
+}
+
+template <class S>
+__device__ __forceinline__ S* shared() {
+  return reinterpret_cast<S*>(device::dynamic_shared());
+}
+
+template <class I>
+constexpr CC_HOST_DEVICE I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+
+// Some neighbouring pixels of a line.
+struct Range {
+  int first, count;
+  // The part of it that block `tile` of tiles of `size` has.
+  __device__ __forceinline__ Range tile(int tile, int size) const {
+    const int skipped = tile * size;
+    return {first + skipped, min(size, count - skipped)};
+  }
+};
+
+// Their channels in a feature map.
+template <class T>
+struct Pixels {
+  const T* first;
+  int64_t step;  // elements
+  int count;
+  __device__ __forceinline__ Pixels(const void* map, int channels, const Line& line, Range range)
+      : first(static_cast<const T*>(map) + line.pixel(range.first) * channels),
+        step(line.step * channels),
+        count(range.count) {}
+};
+
+// The rows of a pass go backwards: they begin with what the columns read and wrote last, which the L2 cache still has.
+__device__ __forceinline__ unsigned block_of_pass(bool column) {
+  return column ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+}
+
+// A side of multiply on its way from global to shared memory, kPiece channels of up to kRows pixels at a time. A thread
+// carries some fours of neighbouring pixels of one channel, so that it writes Vec4; neighbouring threads have
+// neighbouring channels.
+template <class T, int kRows>
+struct Pieces {
+  static constexpr int kPitch = kRows + kPad;
+  static constexpr int kSize = kPiece * kPitch;
+  static constexpr int kApart = kThreads / kPiece * 4;  // rows between a thread's fours
+  static constexpr int kLoads = ceil_div(kRows, kApart);
+
+  const T* source;  // of the thread's first row and the next piece
+  int64_t step;
+  int rows, channels;  // from there to the end
+
+  static __device__ __forceinline__ int channel() { return threadIdx.x % kPiece; }
+  static __device__ __forceinline__ int row() { return threadIdx.x / kPiece * 4; }
+
+  __device__ __forceinline__ Pieces(const Pixels<T>& pixels, int channels_)
+      : source(pixels.first + row() * pixels.step + channel()),
+        step(pixels.step),
+        rows(pixels.count - row()),
+        channels(channels_ - channel()) {}
+
+  // stage [kPiece, kPitch]: the next piece; zeros past the last channel, and past the last pixel.
+  __device__ __forceinline__ void copy(Sum<T>* stage) {
+    const int present = channels > 0 ? rows : 0;
+    const T* next = source;
+    T held[kLoads][4];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i, next += (kApart - 4) * step)
+#pragma unroll
+      for (int j = 0; j < 4; ++j, next += step) held[i][j] = i * kApart + j < present ? *next : T{};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (row() + i * kApart >= kRows) continue;
+      Vec4<Sum<T>> pixels;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pixels.at[j] = device::to_sum(held[i][j]);
+      *reinterpret_cast<Vec4<Sum<T>>*>(stage + channel() * kPitch + row() + i * kApart) = pixels;
+    }
+    source += kPiece;
+    channels -= kPiece;
+  }
+};
+
+// Which products multiply leaves with a thread: kQuads * 4 pixels of either side, in fours far apart, so that
+// neighbouring threads read neighbouring fours.
+template <int kQuads>
+struct Square {
+  int a_step, b_step;  // fours of pixels between those of one thread
+  int a_first, b_first;
+  bool active;
+  __device__ __forceinline__ Square(int a_count, int b_count)
+      : a_step(ceil_div(a_count, 4 * kQuads)),
+        b_step(ceil_div(b_count, 4 * kQuads)),
+        a_first(threadIdx.x % a_step),
+        b_first(threadIdx.x / a_step),
+        active(b_first < b_step) {}
+  __device__ __forceinline__ int a(int i) const { return 4 * (a_first + i / 4 * a_step) + i % 4; }
+  __device__ __forceinline__ int b(int i) const { return 4 * (b_first + i / 4 * b_step) + i % 4; }
+};
+
+template <class T, int kARows, int kBRows>
+constexpr int kStageSize = Pieces<T, kARows>::kSize + Pieces<T, kBRows>::kSize;
+
+// products[i][j] = sum over channels of a[square.a(i)] * b[square.b(j)]; what lies past the last pixel is undefined.
+// stage: kStageSize sums of shared memory, free for other uses after a barrier.
+template <class T, int kARows, int kBRows, int kQuads>
+__device__ __forceinline__ void multiply(Sum<T> (&products)[4 * kQuads][4 * kQuads], const Square<kQuads>& square,
+                                         const Pixels<T>& a, const Pixels<T>& b, int channels, Sum<T>* stage) {
+  using Quad = Vec4<Sum<T>>;
+  static_assert(kARows * kBRows <= kThreads * 16 * kQuads * kQuads);
+  constexpr int kAPitch = Pieces<T, kARows>::kPitch, kBPitch = Pieces<T, kBRows>::kPitch;
+  Sum<T>* const b_stage = stage + Pieces<T, kARows>::kSize;
+#pragma unroll
+  for (auto& row : products)
+#pragma unroll
+    for (auto& product : row) product = 0;
+  Pieces<T, kARows> a_pieces(a, channels);
+  Pieces<T, kBRows> b_pieces(b, channels);
+  for (int first = 0; first < channels; first += kPiece) {
+    __syncthreads();  // all have read the pieces before
+    a_pieces.copy(stage);
+    b_pieces.copy(b_stage);
+    __syncthreads();
+    if (!square.active) continue;
+#pragma unroll 2 * kQuads
+    for (int channel = 0; channel < kPiece; ++channel) {
+      Quad a_quads[kQuads], b_quads[kQuads];
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        a_quads[i] = *reinterpret_cast<const Quad*>(stage + channel * kAPitch + square.a(4 * i));
+        b_quads[i] = *reinterpret_cast<const Quad*>(b_stage + channel * kBPitch + square.b(4 * i));
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * kQuads; ++i)
+#pragma unroll
+        for (int j = 0; j < 4 * kQuads; ++j) products[i][j] += a_quads[i / 4].at[i % 4] * b_quads[j / 4].at[j % 4];
+    }
+  }
+}
+
+// How a block shares out the sums of accumulate: kLanes threads side by side have kChannels channels each, kLanes
+// apart.
+template <int lanes, int channels>
+struct Shape {
+  static constexpr int kLanes = lanes, kChannels = channels;
+  static constexpr int kSpan = kLanes * kChannels;  // channels of a block
+  static constexpr int kTargets = kPerThread * kThreads / kLanes;
+  static constexpr int kSources = 16 * kThreads / kTargets;  // at a time: 4 x 4 products a thread
+  static constexpr int kPitch = kTargets + kPad;
+  static constexpr int kWeights = kSources * kPitch;  // [kSources, kPitch] in shared memory
+};
+using Narrow = Shape<16, 4>;
+using Wide = Shape<32, 8>;
+using Widest = Shape<64, 8>;
+constexpr int kNarrowChannels = 2 * Narrow::kSpan;  // up to here, a wider shape would idle or not be faster
+
+// What accumulate leaves with a thread.
+template <class T, class Shape>
+struct Sums {
+  Sum<T> at[kPerThread][Shape::kChannels];
+  int first_target, first_channel;
+
+  __device__ __forceinline__ Sums()
+      : first_target(threadIdx.x / Shape::kLanes * kPerThread), first_channel(threadIdx.x % Shape::kLanes) {
+#pragma unroll
+    for (auto& row : at)
+#pragma unroll
+      for (auto& element : row) element = 0;
+  }
+
+  // f(sum, target, offset) for those sums that exist, offset from the first channel of the first target.
+  template <class F>
+  __device__ __forceinline__ void for_each(int targets, int channels, int64_t step, F&& f) {
+    int64_t offset = first_target * step + first_channel;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i, offset += step) {
+      if (first_target + i >= targets) break;
+#pragma unroll
+      for (int j = 0; j < Shape::kChannels; ++j)
+        if (first_channel + j * Shape::kLanes < channels) f(at[i][j], first_target + i, offset + j * Shape::kLanes);
+    }
+  }
+
+  // at += weight * source, over all sources; weights: [sources.count, kPitch] in shared memory. kWhole: the sources
+  // have all kSpan channels.
+  template <bool kWhole>
+  __device__ __forceinline__ void add(const Sum<T>* weights, const Pixels<T>& sources, int channels) {
+    const T* source = sources.first + first_channel;
+    weights += first_target;
+    T even[Shape::kChannels], odd[Shape::kChannels];  // one is under way while the other is used
+    load<kWhole>(even, source, channels);
+    int left = sources.count;
+    for (; left > 1; left -= 2, weights += 2 * Shape::kPitch) {
+      load<kWhole>(odd, source + sources.step, channels);
+      add(weights, even);
+      if (left > 2) source += 2 * sources.step;  // else the last but one again, for nothing
+      load<kWhole>(even, source, channels);
+      add(weights + Shape::kPitch, odd);
+    }
+    if (left == 1) add(weights, even);
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void load(T (&to)[Shape::kChannels], const T* from, int channels) const {
+#pragma unroll
+    for (int j = 0; j < Shape::kChannels; ++j)
+      to[j] = kWhole || first_channel + j * Shape::kLanes < channels ? from[j * Shape::kLanes] : T{};
+  }
+
+  __device__ __forceinline__ void add(const Sum<T>* weights, const T (&source)[Shape::kChannels]) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; i += 4) {
+      const auto quad = *reinterpret_cast<const Vec4<Sum<T>>*>(weights + i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int j = 0; j < Shape::kChannels; ++j) at[i + k][j] += quad.at[k] * device::to_sum(source[j]);
+    }
+  }
+
+  __device__ __forceinline__ void accumulate(const Sum<T>* weights, const Pixels<T>& sources, int targets,
+                                             int channels) {
+    if (first_target >= targets) return;
+    if (channels >= Shape::kSpan)
+      add<true>(weights, sources, channels);
+    else
+      add<false>(weights, sources, channels);
+  }
+};
+
+// Sums of shared memory of forward_kernel: the scores take the place of the staged pieces.
+template <class T, class Shape>
+constexpr int kForwardTile = std::max(Shape::kWeights, kStageSize<T, Shape::kTargets, Shape::kSources>);
+
+// The channels of the result from `channel` on, Shape::kSpan at most; one block per line and tile of queries. The last
+// launch of the rows writes the final lse.
+template <class T, class Shape>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f, bool column, int channel) {
+  using S = Sum<T>;
+  constexpr int kReaders = kThreads / Shape::kTargets;  // threads that share the softmax of a query
+  S* const tile = shared<S>();                          // [kSources, kPitch] scores, then weights
+  S* const tops = tile + kForwardTile<T, Shape>;        // [kTargets] largest score of a query so far
+  S* const totals = tops + Shape::kTargets;             // [kTargets] sum of the exponentials relative to it
+  S* const factors = totals + Shape::kTargets;          // [kTargets] what the sums are to be multiplied by
+
+  const int length = static_cast<int>(column ? f.sizes.H : f.sizes.W);
+  const int c = static_cast<int>(f.sizes.c), C = static_cast<int>(f.sizes.C);
+  const unsigned block = block_of_pass(column), tiles = ceil_div(length, Shape::kTargets);
+  const Line line = line_of(f.sizes, column, block / tiles);
+  const Range queries = Range{0, length}.tile(block % tiles, Shape::kTargets);
+  const auto lse = [&](int query) -> Lse<T>& { return static_cast<Lse<T>*>(f.lse)[line.pixel(queries.first + query)]; };
+  const int query = threadIdx.x / kReaders, reader = threadIdx.x % kReaders;  // in the softmax
+
+  if (threadIdx.x < Shape::kTargets) {
+    const Lse<T> before = !column && threadIdx.x < queries.count ? lse(threadIdx.x) : -INFINITY;
+    tops[threadIdx.x] = static_cast<S>(before);
+    totals[threadIdx.x] = before == -INFINITY ? 0 : 1 + rounded_off<T>(before);
+  }
+  Sums<T, Shape> sums;
+  for (int first = 0; first < length; first += Shape::kSources) {
+    const Range keys{first, min(Shape::kSources, length - first)};
+    const Square<1> square(queries.count, keys.count);
+    S scores[4][4];
+    multiply<T, Shape::kTargets, Shape::kSources>(scores, square, {f.query, c, line, queries}, {f.key, c, line, keys},
+                                                  c, tile);
+    __syncthreads();  // the pieces give way to the scores
+    if (square.active) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        Vec4<S> quad;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool self = queries.first + square.a(i) == keys.first + square.b(j);
+          quad.at[i] = column && self ? -INFINITY : scores[i][j];
+        }
+        *reinterpret_cast<Vec4<S>*>(tile + square.b(j) * Shape::kPitch + square.a(0)) = quad;
+      }
+    }
+    __syncthreads();
+
+    S top = tops[query];
+    const S top_before = top;
+    for (int k = reader; k < keys.count; k += kReaders) top = max(top, tile[k * Shape::kPitch + query]);
+#pragma unroll
+    for (int lanes = 1; lanes < kReaders; lanes *= 2) top = max(top, __shfl_xor_sync(kAllLanes, top, lanes));
+    const S base = top == -INFINITY ? 0 : top;  // all masked: exponentials of -inf, not of NaN
+    S added = 0;
+    for (int k = reader; k < keys.count; k += kReaders) {
+      S& element = tile[k * Shape::kPitch + query];
+      element = exp_difference(element, base);
+      added += element;
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kReaders; lanes *= 2) added += __shfl_xor_sync(kAllLanes, added, lanes);
+    if (reader == 0) {
+      factors[query] = exp_difference(top_before, base);
+      totals[query] = totals[query] * factors[query] + added;
+      tops[query] = top;
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+#pragma unroll
+      for (auto& element : sums.at[i]) element *= factors[sums.first_target + i];
+    Pixels<T> values(f.value, C, line, keys);
+    values.first += channel;
+    sums.accumulate(tile, values, queries.count, C - channel);
+  }
+
+  // What the columns left weighs exp(lse) like the exponential of one score.
+  __syncthreads();
+  S* const carried = tile;  // [kTargets]
+  if (threadIdx.x < queries.count) {
+    const S top = tops[threadIdx.x], total = totals[threadIdx.x];
+    factors[threadIdx.x] = total == 0 ? 0 : 1 / total;
+    const Lse<T> before = column ? 0 : lse(threadIdx.x);
+    carried[threadIdx.x] =
+        column ? 0 : exp_difference(static_cast<S>(before), top) * (1 + rounded_off<T>(before)) / total;
+    if (column || channel + Shape::kSpan >= C) lse(threadIdx.x) = top + log(static_cast<Lse<T>>(total));
+  }
+  __syncthreads();
+  T* const out = static_cast<T*>(f.out) + line.pixel(queries.first) * C + channel;
+  sums.for_each(queries.count, C - channel, line.step * C, [&](S element, int target, int64_t offset) {
+    element *= factors[target];
+    if (!column) element += device::to_sum(out[offset]) * carried[target];
+    out[offset] = device::from_sum<T>(element);
+  });
+}
+
+// Where the weight lies with which pixel `query` of a line sees its pixel `key`.
+struct WeightLayout {
+  int64_t start, lines, outer, inner;  // line i starts at start + i / lines * outer + i % lines * inner
+  int64_t query_step, key_step;
+  int first_key;
+  bool without_self;  // a query has no entry for itself
+  __device__ __forceinline__ int64_t line(int64_t i) const { return start + i / lines * outer + i % lines * inner; }
+  __device__ __forceinline__ int64_t entry(int query, int key) const {
+    return query * query_step + (key - first_key) * key_step - (without_self && key > query ? key_step : 0);
+  }
+  __device__ __forceinline__ bool absent(int query, int key) const { return without_self && key == query; }
+};
+
+// The entries of one direction in [N,L,H,W].
+WeightLayout entries(const Sizes& s, bool column) {
+  const int64_t plane = s.H * s.W;
+  if (column) return {s.W * plane, s.W, s.L() * plane, 1, s.W, plane, 0, true};
+  return {0, s.H, s.L() * plane, s.W, 1, plane, 0, false};
+}
+
+// [lines, keys, queries]
+WeightLayout matrices(const Range& keys, int64_t queries) {
+  return {0, 1, keys.count * queries, 0, 1, queries, keys.first, false};
+}
+
+// What becomes of the product x of a query pixel and a key pixel.
+enum class Result {
+  score,     // x
+  softmax,   // P = exp(x - lse)
+  gradient,  // dS = P (x - delta)
+};
+
+// What one launch of product_kernel does: the products of each query pixel of each line with each key pixel.
+struct Products {
+  Sizes sizes;
+  bool column;
+  int channels;  // of the maps
+  Range span;    // the channels of this launch; the last one makes the result of the sum
+  int64_t first_line, lines;
+  Range queries, keys;  // in each line
+  Result result;
+  const void* query_map;  // [N,H,W,channels]
+  const void* key_map;    // [N,H,W,channels]
+  const void* shift;      // [N,H,W] lse or delta
+  const void* P;          // in Sum<T>, where the result is gradient
+  void* out;              // in T where the result is score, else in Sum<T>
+  WeightLayout layout;    // of P and out
+};
+
+template <class T>
+constexpr int kProductShared = kStageSize<T, kSide, kSide> * sizeof(Sum<T>);
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) product_kernel(Products p) {
+  using S = Sum<T>;
+  unsigned block = block_of_pass(p.column);
+  const unsigned query_tiles = ceil_div(p.queries.count, kSide), key_tiles = ceil_div(p.keys.count, kSide);
+  const Range queries = p.queries.tile(block % query_tiles, kSide);
+  block /= query_tiles;
+  const Range keys = p.keys.tile(block % key_tiles, kSide);
+  const int64_t line_index = block / key_tiles;
+  const Line line = line_of(p.sizes, p.column, p.first_line + line_index);
+
+  const Square<2> square(queries.count, keys.count);
+  S products[8][8];
+  Pixels<T> query_pixels(p.query_map, p.channels, line, queries), key_pixels(p.key_map, p.channels, line, keys);
+  query_pixels.first += p.span.first;
+  key_pixels.first += p.span.first;
+  multiply<T, kSide, kSide>(products, square, query_pixels, key_pixels, p.span.count, shared<S>());
+  if (!square.active) return;
+
+  const S* const P = static_cast<const S*>(p.P);
+  S* const out = static_cast<S*>(p.out);
+  const bool last = p.span.first + p.span.count >= p.channels;
+  const int64_t query_step = p.layout.query_step;
+  const int64_t start = p.layout.line(line_index) + (queries.first + square.a(0)) * query_step;
+  S shifts[8], factors[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int64_t pixel = line.pixel(queries.first + min(square.a(i), queries.count - 1));
+    shifts[i] = 0;
+    factors[i] = 1;
+    if (p.result == Result::gradient) shifts[i] = static_cast<const S*>(p.shift)[pixel];
+    if (p.result == Result::softmax) {
+      const Lse<T> lse = static_cast<const Lse<T>*>(p.shift)[pixel];
+      shifts[i] = static_cast<S>(lse);
+      factors[i] = 1 - rounded_off<T>(lse);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (square.b(j) >= keys.count) continue;
+    const int key = keys.first + square.b(j);
+    const auto for_each = [&](auto&& f) {  // one after the other, so that the loads of a round go together
+      int64_t entry = start + (key - p.layout.first_key) * p.layout.key_step;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int query = queries.first + square.a(i);
+        if (square.a(i) < queries.count && !p.layout.absent(query, key))
+          f(products[i][j], i, p.layout.without_self && key > query ? entry - p.layout.key_step : entry);
+        entry += (i == 3 ? 4 * square.a_step - 3 : 1) * query_step;
+      }
+    };
+    if (p.span.first > 0) for_each([&](S& x, int, int64_t entry) { x += out[entry]; });
+    if (p.result == Result::gradient && last)
+      for_each([&](S& x, int i, int64_t entry) { x = P[entry] * (x - shifts[i]); });
+    if (p.result == Result::softmax && last)
+      for_each([&](S& x, int i, int64_t) {
+        x = p.column && queries.first + square.a(i) == key ? 0 : exp_difference(x, shifts[i]) * factors[i];
+      });
+    if (!std::is_same_v<S, T> && p.result == Result::score)
+      for_each([&](S& x, int, int64_t entry) { static_cast<T*>(p.out)[entry] = device::from_sum<T>(x); });
+    else
+      for_each([&](S& x, int, int64_t entry) { out[entry] = x; });
+  }
+}
+
+// delta [N,H,W] = sum over C of out * grad_out; one warp per pixel
+template <class T>
+__global__ void __launch_bounds__(kThreads) delta_kernel(Backward b, Sum<T>* delta) {
+  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (pixel >= b.sizes.pixels()) return;
+  const T* const out = static_cast<const T*>(b.out) + pixel * b.sizes.C;
+  const T* const grad = static_cast<const T*>(b.grad_out) + pixel * b.sizes.C;
+  Sum<T> sum = 0;
+#pragma unroll 4
+  for (int64_t channel = threadIdx.x % kWarp; channel < b.sizes.C; channel += kWarp)
+    sum += device::to_sum(out[channel]) * device::to_sum(grad[channel]);
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  if (threadIdx.x % kWarp == 0) delta[pixel] = sum;
+}
+
+// What one launch of sum_kernel does: for each target pixel of each line, the sum of the source pixels' channels times
+// their weights.
+struct WeightedSum {
+  Sizes sizes;
+  bool column;
+  int channels;
+  int64_t first_line, lines;
+  Range targets, sources;  // in each line
+  bool targets_see;        // the targets are the queries of the weights, the sources the keys, or the other way round
+  bool wide;               // weights in Sum<T>, not in T
+  const void* weights;
+  WeightLayout layout;
+  const void* values;  // [N,H,W,channels]
+  void* out;           // [N,H,W,channels]
+  void* scratch;       // the same in Sum<T>, or null: holds the sums of the passes before the last in the place of out
+  bool add, last;      // to what the passes before left; no pass comes after
+};
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) sum_kernel(WeightedSum a) {
+  using S = Sum<T>;
+  S* const tile = shared<S>();  // [kSources, kPitch] weights
+  unsigned block = block_of_pass(a.column);
+  const unsigned tiles = ceil_div(a.targets.count, Shape::kTargets);
+  const Range targets = a.targets.tile(block % tiles, Shape::kTargets);
+  block /= tiles;
+  const unsigned spans = ceil_div(a.channels, Shape::kSpan);
+  const int channel = block % spans * Shape::kSpan, channels = a.channels - channel;
+  const int64_t line_index = block / spans;
+  const Line line = line_of(a.sizes, a.column, a.first_line + line_index);
+  const int query_side = a.targets_see ? Shape::kTargets : Shape::kSources;
+  const int key_side = a.targets_see ? Shape::kSources : Shape::kTargets;
+  const auto weight = [&a, start = a.layout.line(line_index)](int query, int key) {
+    const int64_t entry = start + a.layout.entry(query, key);
+    return a.wide ? static_cast<const S*>(a.weights)[entry] : device::to_sum(static_cast<const T*>(a.weights)[entry]);
+  };
+
+  Sums<T, Shape> sums;
+  for (int first = 0; first < a.sources.count; first += Shape::kSources) {
+    const Range sources{a.sources.first + first, min(Shape::kSources, a.sources.count - first)};
+    __syncthreads();  // all have used the weights before
+    const Range queries = a.targets_see ? targets : sources, keys = a.targets_see ? sources : targets;
+    const int query = threadIdx.x % query_side;  // neighbouring queries have neighbouring weights
+#pragma unroll 2
+    for (int key = threadIdx.x / query_side; key < key_side; key += kThreads / query_side) {
+      const bool exists =
+          query < queries.count && key < keys.count && !a.layout.absent(queries.first + query, keys.first + key);
+      tile[a.targets_see ? key * Shape::kPitch + query : query * Shape::kPitch + key] =
+          exists ? weight(queries.first + query, keys.first + key) : 0;
+    }
+    __syncthreads();
+    Pixels<T> values(a.values, a.channels, line, sources);
+    values.first += channel;
+    sums.accumulate(tile, values, targets.count, channels);
+  }
+
+  const int64_t start = line.pixel(targets.first) * a.channels + channel;
+  T* const out = static_cast<T*>(a.out) + start;
+  S* const scratch = static_cast<S*>(a.scratch) + start;
+  sums.for_each(targets.count, channels, line.step * a.channels, [&](S element, int, int64_t offset) {
+    if (a.add) element += a.scratch ? scratch[offset] : device::to_sum(out[offset]);
+    if (a.scratch && !a.last)
+      scratch[offset] = element;
+    else
+      out[offset] = device::from_sum<T>(element);
+  });
+}
+
+// Queues launches until the first that fails.
+struct Queue {
+  void* stream;
+  int error = cudaSuccess;
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, Arguments... arguments) {
+    if (error != cudaSuccess || blocks == 0) return;
+    if (blocks > INT32_MAX) {
+      error = cudaErrorInvalidConfiguration;
+      return;
+    }
+    error = device::launch(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, static_cast<int>(shared_bytes),
+                           stream, arguments...);
+  }
+
+  template <class T>
+  void products(Products p) {
+    const int64_t tiles = static_cast<int64_t>(ceil_div(p.queries.count, kSide)) * ceil_div(p.keys.count, kSide);
+    do {  // zeros where there are no channels
+      p.span.count = std::min(p.channels - p.span.first, kLongestSum<T>);
+      launch(product_kernel<T>, p.lines * tiles, kProductShared<T>, p);
+      p.span.first += p.span.count;
+    } while (p.span.first < p.channels);
+  }
+  template <class T, class Shape>
+  void sum(const WeightedSum& a) {
+    const int64_t spans = ceil_div(a.channels, Shape::kSpan), tiles = ceil_div(a.targets.count, Shape::kTargets);
+    launch(sum_kernel<T, Shape>, a.lines * spans * tiles, Shape::kWeights * sizeof(Sum<T>), a);
+  }
+  template <class T>
+  void sum(WeightedSum a) {
+    const int end = a.sources.first + a.sources.count;
+    for (; a.sources.first < end; a.sources.first += a.sources.count, a.add = true) {
+      a.sources.count = std::min(end - a.sources.first, kLongestSum<T>);
+      a.channels <= kNarrowChannels ? sum<T, Narrow>(a) : sum<T, Wide>(a);
+    }
+  }
+};
+
+template <class T, class Shape>
+int run_forward(const Forward& f, void* stream) {
+  Queue queue{stream};
+  for (const bool column : {true, false})
+    for (int channel = 0; channel == 0 || channel < f.sizes.C; channel += Shape::kSpan)  // lse even without channels
+      queue.launch(forward_kernel<T, Shape>,
+                   lines(f.sizes, column) * ceil_div<int64_t>(column ? f.sizes.H : f.sizes.W, Shape::kTargets),
+                   (kForwardTile<T, Shape> + 3 * Shape::kTargets) * sizeof(Sum<T>), f, column, channel);
+  return queue.error;
+}
+
+template <class T>
+int run_primitive(Primitive primitive, const Sizes& sizes, const void* first, const void* second, void* out,
+                  void* stream) {
+  Queue queue{stream};
+  for (const bool column : {true, false}) {
+    const Range all{0, static_cast<int>(column ? sizes.H : sizes.W)};
+    if (primitive == Primitive::score)
+      queue.products<T>({.sizes = sizes,
+                         .column = column,
+                         .channels = static_cast<int>(sizes.C),
+                         .span = {},
+                         .first_line = 0,
+                         .lines = lines(sizes, column),
+                         .queries = all,
+                         .keys = all,
+                         .result = Result::score,
+                         .query_map = first,
+                         .key_map = second,
+                         .shift = nullptr,
+                         .P = nullptr,
+                         .out = out,
+                         .layout = entries(sizes, column)});
+    else
+      queue.sum<T>({.sizes = sizes,
+                    .column = column,
+                    .channels = static_cast<int>(sizes.C),
+                    .first_line = 0,
+                    .lines = lines(sizes, column),
+                    .targets = all,
+                    .sources = all,
+                    .targets_see = primitive == Primitive::gather,
+                    .wide = false,
+                    .weights = first,
+                    .layout = entries(sizes, column),
+                    .values = second,
+                    .out = out,
+                    .scratch = nullptr,
+                    .add = !column,
+                    .last = !column});
+  }
+  return queue.error;
+}
+
+// How many lines, or else how many keys of one line, have their P and dS in the workspace at a time.
+struct Portion {
+  int64_t lines, keys;
+};
+
+template <class T>
+Portion portion(const Sizes& sizes, bool column) {
+  const int64_t all = lines(sizes, column), length = column ? sizes.H : sizes.W;
+  const int64_t room = kWorkspaceBytes / (2 * sizeof(Sum<T>));  // of each matrix
+  if (length * length > room) return {1, std::max<int64_t>(kSide, room / length / kSide * kSide)};
+  const int64_t rounds = ceil_div(all, room / (length * length));
+  return {rounds == 0 ? 0 : ceil_div(all, rounds), length};  // the rounds alike, so that none has few blocks
+}
+
+// The parts of the workspace.
+template <class T>
+struct Workspace {
+  int64_t pixels, query_channels, matrix;  // sizes in Sum<T>
+  explicit Workspace(const Sizes& s)
+      : pixels(s.pixels()), query_channels(sizeof(T) < sizeof(Sum<T>) ? pixels * s.c : 0), matrix(0) {
+    for (const bool column : {true, false}) {
+      const Portion p = portion<T>(s, column);
+      matrix = std::max(matrix, p.lines * p.keys * (column ? s.H : s.W));
+    }
+  }
+  int64_t bytes() const { return (pixels + 2 * query_channels + 2 * matrix) * sizeof(Sum<T>); }
+};
+
+template <class T>
+int run_backward(const Backward& b, void* stream) {
+  using S = Sum<T>;
+  const Sizes& sizes = b.sizes;
+  const Workspace<T> workspace(sizes);
+  S* const delta = static_cast<S*>(b.workspace);                    // [N,H,W]
+  S* const query_scratch = delta + workspace.pixels;                // [N,H,W,c], for 16-bit dtypes
+  S* const key_scratch = query_scratch + workspace.query_channels;  // [N,H,W,c]
+  S* const P = key_scratch + workspace.query_channels;              // [lines, keys, queries]
+  S* const dS = P + workspace.matrix;                               // [lines, keys, queries]
+  const bool scratch = workspace.query_channels > 0;
+  const int c = static_cast<int>(sizes.c), C = static_cast<int>(sizes.C);
+
+  Queue queue{stream};
+  queue.launch(delta_kernel<T>, ceil_div<int64_t>(sizes.pixels(), kThreads / kWarp), 0, b, delta);
+  for (const bool column : {true, false}) {
+    const int64_t length = column ? sizes.H : sizes.W;
+    const Portion size = portion<T>(sizes, column);
+    for (int64_t first_line = 0; first_line < lines(sizes, column); first_line += size.lines)
+      for (int64_t first_key = 0; first_key < length; first_key += size.keys) {
+        const int64_t line_count = std::min(size.lines, lines(sizes, column) - first_line);
+        const int64_t key_count = std::min(size.keys, length - first_key);
+        const Range keys{static_cast<int>(first_key), static_cast<int>(key_count)};
+        const Range queries{0, static_cast<int>(length)};
+        Products p{.sizes = sizes,
+                   .column = column,
+                   .channels = c,
+                   .span = {},
+                   .first_line = first_line,
+                   .lines = line_count,
+                   .queries = queries,
+                   .keys = keys,
+                   .result = Result::softmax,
+                   .query_map = b.query,
+                   .key_map = b.key,
+                   .shift = b.lse,
+                   .P = nullptr,
+                   .out = P,
+                   .layout = matrices(keys, length)};
+        queue.products<T>(p);
+
+        p.channels = C;
+        p.result = Result::gradient;
+        p.query_map = b.grad_out;
+        p.key_map = b.value;
+        p.shift = delta;
+        p.P = P;
+        p.out = dS;
+        queue.products<T>(p);
+
+        WeightedSum a{.sizes = sizes,
+                      .column = column,
+                      .channels = C,
+                      .first_line = first_line,
+                      .lines = line_count,
+                      .targets = keys,
+                      .sources = queries,
+                      .targets_see = false,
+                      .wide = true,
+                      .weights = P,
+                      .layout = p.layout,
+                      .values = b.grad_out,
+                      .out = b.grad_value,
+                      .scratch = nullptr,
+                      .add = !column,
+                      .last = !column};
+        queue.sum<T>(a);
+
+        a.channels = c;
+        a.weights = dS;
+        a.values = b.query;
+        a.out = b.grad_key;
+        a.scratch = scratch ? key_scratch : nullptr;
+        queue.sum<T>(a);
+
+        a.targets = queries;
+        a.sources = keys;
+        a.targets_see = true;
+        a.values = b.key;
+        a.out = b.grad_query;
+        a.scratch = scratch ? query_scratch : nullptr;
+        a.add = !column || first_key > 0;
+        a.last = !column && first_key + key_count == length;
+        queue.sum<T>(a);
+      }
+  }
+  return queue.error;
+}
+
+}  // namespace
+
+int forward(const Forward& arguments, void* stream) {
+  return dispatch(arguments.dtype, [&](auto element) {
+    using T = decltype(element);
+    return arguments.sizes.C <= kNarrowChannels ? run_forward<T, Narrow>(arguments, stream)
+                                                : run_forward<T, Widest>(arguments, stream);
+  });
+}
+
+int backward(const Backward& arguments, void* stream) {
+  return dispatch(arguments.dtype, [&](auto element) { return run_backward<decltype(element)>(arguments, stream); });
+}
+
+int primitive(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second, void* out,
+              void* stream) {
+  return dispatch(dtype, [&](auto element) {
+    return run_primitive<decltype(element)>(primitive, sizes, first, second, out, stream);
+  });
+}
+
+int64_t backward_workspace(Dtype dtype, const Sizes& sizes) {
+  return dispatch(dtype, [&](auto element) { return Workspace<decltype(element)>(sizes).bytes(); });
+}
+
+}  // namespace cc_attention::general

@@ -1,0 +1,392 @@
+// The attention's backward on tensor cores (bf16, fp16, tf32; sm_80 and later).
+//
+// Like the forward, a pass over the columns and one over the rows; a block has a whole line, a warp 16 of its queries.
+// Every gradient is the sum of what a pixel's column and its row give: the columns' pass writes, the rows' pass adds,
+// no atomics. With P = exp(S - lse), S = Q K^T:
+//
+//     dV = P^T dO      dP = dO V^T      dS = P (dP - delta), delta = rowsum(dO O)      dQ = dS K      dK = dS^T Q
+//
+// P, and then dS in its place, is a tile of shared memory in the line's storage type: each warp writes the rows of its
+// queries and reads, for the transposed products, the columns of some keys. A line of more keys than that tile has is
+// taken in blocks of keys. All else streams through a ring of pairs of tiles, one by keys and one by queries, of 128
+// bytes of channels: first K and Q for the scores, then V and dO, whose chunks give a part of dP and all of their
+// channels of dV, then K and Q again for dQ and dK. The columns' parts of dQ and dK are kept in float32, for they
+// cancel: dS sums to 0 over a criss-cross.
+#include "tensor_core.h"
+
+namespace cc_attention::tensor_core {
+namespace {
+
+// Operands of the kernel; T is the storage type.
+template <class T>
+struct Gradients {
+  const T* query;        // [N,H,W,c]
+  const T* key;          // [N,H,W,c]
+  const T* value;        // [N,H,W,C]
+  const T* out;          // [N,H,W,C]
+  const Lse<T>* lse;     // [N,H,W]
+  const T* grad_out;     // [N,H,W,C]
+  T* grad_query;         // [N,H,W,c]
+  T* grad_key;           // [N,H,W,c]
+  T* grad_value;         // [N,H,W,C]
+  float* partial_query;  // [N,H,W,c], the gradient itself where T is float
+  float* partial_key;    // [N,H,W,c], likewise
+  float* delta;          // [N,H,W]
+  Sizes sizes;
+};
+
+constexpr int kUnitTiles = 4;  // 16 x 8 results of a transposed product that a warp computes at a time
+
+template <class T>
+__device__ __forceinline__ void multiply_unit(float (&results)[kUnitTiles][4], const uint32_t (&left)[4],
+                                              const unsigned char* right, int lane) {
+#pragma unroll
+  for (int j = 0; j < kUnitTiles; j += 2) {
+    uint32_t b[4];
+    load_right_transposed<T>(b, right + j * 8 * kSize<T>, kPitch, lane);
+    multiply_pair<T>(results[j], results[j + 1], left, b);
+  }
+}
+
+// results += A B for 16 rows of A at `weights` and 32 columns of B at `right`, over `length` columns of A.
+template <class T>
+__device__ __forceinline__ void multiply(float (&results)[kUnitTiles][4], const unsigned char* weights, int pitch,
+                                         const unsigned char* right, int length) {
+  const int lane = device::lane();
+#pragma unroll 1
+  for (int k = 0; k < length; k += kStep<T>) {
+    uint32_t a[4];
+    load_left_results<T>(a, weights + k * kSize<T>, pitch, lane);
+    multiply_unit<T>(results, a, right + k * kPitch, lane);
+  }
+}
+
+// results += A^T B for 16 columns of A at `weights` and 32 columns of B at `right`, over `length` rows of A.
+template <class T>
+__device__ __forceinline__ void multiply_transposed(float (&results)[kUnitTiles][4], const unsigned char* weights,
+                                                    int pitch, const unsigned char* right, int length) {
+  const int lane = device::lane();
+#pragma unroll 1
+  for (int k = 0; k < length; k += kStep<T>) {
+    uint32_t a[4];
+    load_left_transposed<T>(a, weights + k * pitch, pitch, lane);
+    multiply_unit<T>(results, a, right + k * kPitch, lane);
+  }
+}
+
+// Writes old + results: to `result`, or to `partial` where more is to be added.
+template <class T, class Partial, int tiles>
+__device__ __forceinline__ void write_sum(const Place& place, const float (&results)[tiles][4],
+                                          const Runs<Partial, tiles>& old, Partial* partial, T* result, bool complete) {
+#pragma unroll
+  for (int j = 0; j < tiles; j += 2)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Vec4<float> run = place.run_of(results[j], results[j + 1], half);
+      const Vec4<float> before = widen(old.at[j / 2][half]);
+      for (int i = 0; i < 4; ++i) run.at[i] += before.at[i];
+      if (complete) {
+        if (Vec4<T>* to = place.run(result, j, half)) *to = narrow<T>(run);
+      } else {
+        if (Vec4<Partial>* to = place.run(partial, j, half)) *to = narrow<Partial>(run);
+      }
+    }
+}
+
+// Two neighbouring elements of the tile of weights.
+template <class T>
+__device__ __forceinline__ void store_pair(unsigned char* to, float first, float second) {
+  if constexpr (std::is_same_v<T, float>) {
+    const uint32_t words[2] = {device::round_tf32(first), device::round_tf32(second)};
+    memcpy(__builtin_assume_aligned(to, 8), words, 8);
+  } else {
+    const uint32_t word = device::pack<T>(first, second);
+    memcpy(__builtin_assume_aligned(to, 4), &word, 4);
+  }
+}
+template <class T>
+__device__ __forceinline__ void load_pair(float (&pair)[2], const unsigned char* from) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T at[2];
+  };
+  const Pair stored = *reinterpret_cast<const Pair*>(from);
+  for (int i = 0; i < 2; ++i) pair[i] = device::to_sum(stored.at[i]);
+}
+
+// rowsum(dO O) of a warp's 16 queries, by pieces of 16 bytes, so that both are read as they lie in memory.
+template <class T>
+struct Delta {
+  static constexpr int kRowsAtOnce = kWarp / kRowPieces;
+  static constexpr int kPerPiece = 16 / kSize<T>;
+  float sums[kTile / kRowsAtOnce] = {};  // of row kRowsAtOnce * i + lane / kRowPieces, the lane's pieces
+
+  // grads: the tile of dO from channel `channel` on, at the warp's rows.
+  __device__ __forceinline__ void add(const unsigned char* grads, const T* out, const Line& line, int first_row,
+                                      int channel, int channels) {
+    struct alignas(16) Piece {
+      T at[kPerPiece];
+    };
+    const int lane = device::lane();
+    const int piece = lane % kRowPieces;
+    const int from = channel + piece * kPerPiece;
+#pragma unroll
+    for (int i = 0; i < kTile / kRowsAtOnce; ++i) {
+      const int row = kRowsAtOnce * i + lane / kRowPieces;
+      if (first_row + row >= line.length || from >= channels) continue;
+      const Piece o = *reinterpret_cast<const Piece*>(out + line.pixel(first_row + row) * channels + from);
+      const Piece grad = *reinterpret_cast<const Piece*>(grads + row * kPitch + piece * 16);
+      for (int k = 0; k < kPerPiece; ++k) sums[i] = fmaf(device::to_sum(o.at[k]), device::to_sum(grad.at[k]), sums[i]);
+    }
+  }
+
+  // Writes delta [N,H,W] at the warp's queries; the warp may read it after this.
+  __device__ __forceinline__ void write(float* delta, const Line& line, int first_row) {
+    const int lane = device::lane();
+#pragma unroll
+    for (int i = 0; i < kTile / kRowsAtOnce; ++i) {
+      for (int other = 1; other < kRowPieces; other *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], other);
+      const int row = first_row + kRowsAtOnce * i + lane / kRowPieces;
+      if (lane % kRowPieces == 0 && row < line.length) delta[line.pixel(row)] = sums[i];
+    }
+    __syncwarp();
+  }
+};
+
+// What is to be copied next into the ring.
+struct Item {
+  int first_key = 0, part = 0, channel = 0, stage = 0;
+};
+
+// key_tiles: of 16 keys, a block of keys; warps: the most that a block has, and with it the longest line.
+template <class T, int key_tiles, int warps, int blocks_per_processor>
+__global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
+    backward_kernel(const Gradients<T> a, bool column, int stages) {
+#if CC_TENSOR_CORES
+  constexpr int keys = key_tiles * kTile;
+  constexpr int weights_pitch = keys * kSize<T> + 16;
+  constexpr int chunk_tiles = kChunk<T> / 8;  // 16 x 8 results of a chunk of channels
+  constexpr int chunk_units = chunk_tiles / kUnitTiles;
+
+  // The rows' pass takes the images from the last to the first, which the columns' pass has left in the cache.
+  const Line line = line_of(a.sizes, column, column ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  const int block_warps = blockDim.x / kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int queries = block_warps * kTile;
+  const int first_row = warp * kTile;
+  const int c = static_cast<int>(a.sizes.c), C = static_cast<int>(a.sizes.C);
+
+  unsigned char* weights = device::dynamic_shared();  // [queries] rows of `keys`: P, then dS
+  unsigned char* ring = weights + queries * weights_pitch;
+  const int item_bytes = (keys + queries) * kPitch;  // a tile by keys, then one by queries
+  // The place of the lane's results j, of row lane.row + 8 * half, in that tile.
+  const auto weights_of = [&](const Lane& lane, int j, int half) {
+    return weights + (first_row + lane.row + 8 * half) * weights_pitch + (8 * j + 2 * lane.pair) * kSize<T>;
+  };
+
+  // The items that stream through the ring for each block of keys: K and Q, V and dO, K and Q.
+  Item next;
+  const auto start_item = [&] {
+    const bool values = next.part == 1;
+    const int channels = values ? C : c;
+    if (next.first_key < line.length) {
+      unsigned char* to = ring + next.stage * item_bytes;
+      copy_rows(to, values ? a.value : a.key, line, next.first_key, keys, next.channel, channels);
+      copy_rows(to + keys * kPitch, values ? a.grad_out : a.query, line, 0, queries, next.channel, channels);
+      device::commit_copies();
+    }
+    next.stage = stages - 1 - next.stage;
+    next.channel += kChunk<T>;
+    if (next.channel < channels) return;
+    next.channel = 0;
+    next.part = next.part == 2 ? 0 : next.part + 1;
+    if (next.part == 0) next.first_key += keys;
+  };
+  if (stages == 2) start_item();
+  // Waits for the next item, starts the one after it, and returns its tile by keys; that by queries follows.
+  const auto take_item = [&]() -> const unsigned char* {
+    if (stages == 1) {
+      __syncthreads();  // the one before it is read
+      start_item();
+    }
+    device::wait_for_copies<0>();
+    __syncthreads();  // it is there for all, and the one before it is read
+    if (stages == 2) start_item();
+    return ring + next.stage * item_bytes;  // of two stages, the next but one has that of this one
+  };
+
+#pragma unroll 1
+  for (int first_key = 0; first_key < line.length; first_key += keys) {
+    const bool first_block = first_key == 0, last_block = first_key + keys >= line.length;
+    const int keys_left = line.length - first_key;
+    const int live_tiles = keys_left < keys ? (keys_left + kTile - 1) / kTile : key_tiles;
+
+    float scores[2 * key_tiles][4] = {};
+#pragma unroll 1
+    for (int channel = 0; channel < c; channel += kChunk<T>) {
+      const unsigned char* by_keys = take_item();
+      multiply_rows<T, key_tiles>(scores, by_keys + (keys + first_row) * kPitch, by_keys, steps_from<T>(channel, c));
+    }
+    const Lane lane = this_lane();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + lane.row + 8 * half;
+      const float base = row < line.length ? static_cast<float>(a.lse[line.pixel(row)]) * kLog2e : INFINITY;
+#pragma unroll
+      for (int j = 0; j < 2 * key_tiles; ++j) {
+        float p[2];
+        for (int i = 0; i < 2; ++i) {
+          const int k = first_key + 8 * j + 2 * lane.pair + i;
+          const bool seen = k < line.length && !(column && k == row);
+          p[i] = seen ? device::exp2_approximate(fmaf(scores[j][2 * half + i], kLog2e, -base)) : 0.f;
+        }
+        store_pair<T>(weights_of(lane, j, half), p[0], p[1]);
+      }
+    }
+
+    float grad_weights[2 * key_tiles][4] = {};  // dP
+    Delta<T> new_delta;
+#pragma unroll 1
+    for (int channel = 0; channel < C; channel += kChunk<T>) {
+      const unsigned char* by_keys = take_item();
+      const unsigned char* grads = by_keys + keys * kPitch;
+      if (column && first_block) new_delta.add(grads + first_row * kPitch, a.out, line, first_row, channel, C);
+      multiply_rows<T, key_tiles>(grad_weights, grads + first_row * kPitch, by_keys, steps_from<T>(channel, C));
+#pragma unroll 1
+      for (int unit = warp; unit < live_tiles * chunk_units; unit += block_warps) {
+        const bool second = unit >= live_tiles;
+        const int tile = (second ? unit - live_tiles : unit) * kTile, from = second ? kUnitTiles * 8 : 0;
+        const Place place = {line, first_key + tile, channel + from, C};
+        Runs<T, kUnitTiles> columns_part;
+        if (!column) columns_part.read(place, a.grad_value);
+        float results[kUnitTiles][4] = {};
+        multiply_transposed<T>(results, weights + tile * kSize<T>, weights_pitch, grads + from * kSize<T>, queries);
+        write_sum(place, results, columns_part, a.grad_value, a.grad_value, true);
+      }
+    }
+    if (column && first_block) new_delta.write(a.delta, line, first_row);
+
+#pragma unroll 1
+    for (int channel = 0; channel < c; channel += kChunk<T>) {
+      const unsigned char* by_keys = take_item();
+      if (channel == 0) {  // now no warp reads P any more
+        const Lane lane = this_lane();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = first_row + lane.row + 8 * half;
+          const float delta = row < line.length ? a.delta[line.pixel(row)] : 0.f;
+#pragma unroll
+          for (int j = 0; j < 2 * key_tiles; ++j) {
+            const float* dp = &grad_weights[j][2 * half];
+            float p[2];
+            load_pair<T>(p, weights_of(lane, j, half));
+            store_pair<T>(weights_of(lane, j, half), p[0] * (dp[0] - delta), p[1] * (dp[1] - delta));
+          }
+        }
+        __syncthreads();
+      }
+#pragma unroll 1
+      for (int from = 0; from < kChunk<T>; from += kUnitTiles * 8) {
+        const Place place = {line, first_row, channel + from, c};
+        Runs<float, kUnitTiles> before;
+        if (!column || !first_block) before.read(place, a.partial_query);
+        float results[kUnitTiles][4] = {};
+        multiply<T>(results, weights + first_row * weights_pitch, weights_pitch, by_keys + from * kSize<T>, keys);
+        write_sum(place, results, before, a.partial_query, a.grad_query, !column && last_block);
+      }
+#pragma unroll 1
+      for (int unit = warp; unit < live_tiles * chunk_units; unit += block_warps) {
+        const bool second = unit >= live_tiles;
+        const int tile = (second ? unit - live_tiles : unit) * kTile, from = second ? kUnitTiles * 8 : 0;
+        const Place place = {line, first_key + tile, channel + from, c};
+        Runs<float, kUnitTiles> before;
+        if (!column) before.read(place, a.partial_key);
+        float results[kUnitTiles][4] = {};
+        multiply_transposed<T>(results, weights + tile * kSize<T>, weights_pitch,
+                               by_keys + keys * kPitch + from * kSize<T>, queries);
+        write_sum(place, results, before, a.partial_key, a.grad_key, !column);
+      }
+    }
+  }
+#endif
+}
+
+// What a pass over lines of this length takes: a kernel of the first column that fits, and its block.
+int block_warps(int64_t length) { return static_cast<int>((length + kTile - 1) / kTile); }
+int key_tiles_for(int64_t length) { return length <= 64 ? 4 : length <= 112 ? 7 : length <= 144 ? 9 : 6; }
+
+int shared_bytes(Dtype dtype, int64_t length, int stages) {
+  const int queries = block_warps(length) * kTile, keys = key_tiles_for(length) * kTile;
+  const int weights_pitch = keys * static_cast<int>(element_size(dtype)) + 16;
+  return queries * weights_pitch + stages * (keys + queries) * kPitch;
+}
+
+template <class T>
+cudaError_t run(const Backward& b, const Device& device, void* stream) {
+  Gradients<T> a = {
+      static_cast<const T*>(b.query), static_cast<const T*>(b.key),      static_cast<const T*>(b.value),
+      static_cast<const T*>(b.out),   static_cast<const Lse<T>*>(b.lse), static_cast<const T*>(b.grad_out),
+      static_cast<T*>(b.grad_query),  static_cast<T*>(b.grad_key),       static_cast<T*>(b.grad_value)};
+  a.sizes = b.sizes;
+  float* workspace = static_cast<float*>(b.workspace);
+  if constexpr (std::is_same_v<T, float>) {
+    a.partial_query = a.grad_query;
+    a.partial_key = a.grad_key;
+  } else {
+    a.partial_query = workspace;
+    a.partial_key = workspace += b.sizes.pixels() * b.sizes.c;
+    workspace += b.sizes.pixels() * b.sizes.c;
+  }
+  a.delta = workspace;
+
+  for (const bool column : {true, false}) {
+    const int64_t length = column ? b.sizes.H : b.sizes.W;
+    const int stages = shared_bytes(b.dtype, length, 2) <= device.shared_memory ? 2 : 1;
+    const auto launch = [&](auto kernel) {
+      return device::launch(kernel, dim3(static_cast<unsigned>(lines(b.sizes, column))), block_warps(length) * kWarp,
+                            shared_bytes(b.dtype, length, stages), stream, a, column, stages);
+    };
+    cudaError_t error;
+    switch (key_tiles_for(length)) {
+      case 4:
+        error = launch(backward_kernel<T, 4, 4, 2>);
+        break;
+      case 7:
+        error = launch(backward_kernel<T, 7, 7, 2>);
+        break;
+      case 9:
+        error = launch(backward_kernel<T, 9, 9, 1>);
+        break;
+      default:
+        error = launch(backward_kernel<T, 6, 17, 1>);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+bool serves(const Backward& b, const Device& device) {
+  return fits(b.dtype, b.sizes, device,
+              {b.query, b.key, b.value, b.out, b.grad_out, b.grad_query, b.grad_key, b.grad_value, b.workspace}) &&
+         shared_bytes(b.dtype, b.sizes.H, 1) <= device.shared_memory &&
+         shared_bytes(b.dtype, b.sizes.W, 1) <= device.shared_memory;
+}
+
+int backward(const Backward& b, const Device& device, void* stream) {
+  switch (b.dtype) {
+    case Dtype::bfloat16:
+      return run<bfloat16>(b, device, stream);
+    case Dtype::float16:
+      return run<float16>(b, device, stream);
+    default:
+      return run<float>(b, device, stream);
+  }
+}
+
+// Partial gradients of query and key, where they are not of float32 themselves, and delta.
+int64_t backward_workspace(Dtype dtype, const Sizes& sizes) {
+  return sizes.pixels() * (dtype == Dtype::float32 ? 1 : 2 * sizes.c + 1) * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace cc_attention::tensor_core

@@ -1,0 +1,200 @@
+// The attention's forward on tensor cores (bf16, fp16, tf32; sm_80 and later).
+//
+// A row or a column is a small attention problem: the columns' pass, without the pixel itself, writes its result and
+// its log-sum-exp; the rows' pass merges its own with them, in place. A block has a line and up to 16 queries for each
+// of its warps. It computes the scores against all keys of the line once; their exponentials stay in registers, in the
+// line's storage type, as the left operand of the products with the values, which stream through a ring of tiles, 128
+// bytes of channels at a time. Key and query arrive through tiles of the same ring.
+#include "tensor_core.h"
+
+namespace cc_attention::tensor_core {
+namespace {
+
+// key_tiles: of 16 keys, the longest line; warps: the most that a block has.
+template <class T, int key_tiles, int warps, int blocks_per_processor>
+__global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
+    forward_kernel(const T* __restrict__ query,  // [N,H,W,c]
+                   const T* __restrict__ key,    // [N,H,W,c]
+                   const T* __restrict__ value,  // [N,H,W,C]
+                   T* out,                       // [N,H,W,C]
+                   Lse<T>* lse,                  // [N,H,W]
+                   Sizes sizes, bool column, int stages) {
+#if CC_TENSOR_CORES
+  constexpr int keys = key_tiles * kTile;
+  constexpr int tiles = kChunk<T> / 8;  // 16 x 8 results of a chunk of channels
+  constexpr int steps = keys / kStep<T>;
+  unsigned char* ring = device::dynamic_shared();  // [stages] tiles of `keys` rows
+  const auto stage = [&](int i) { return ring + i % stages * keys * kPitch; };
+
+  // The rows' pass takes the images from the last to the first, whose values the columns' pass has left in the cache.
+  const Line line = line_of(sizes, column, column ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  const Lane lane = this_lane();
+  const int warp = threadIdx.x / kWarp;
+  const int block_queries = blockDim.x / kWarp * kTile;
+  const int first_query = blockIdx.y * block_queries;
+  const int rows[2] = {first_query + warp * kTile + lane.row, first_query + warp * kTile + lane.row + 8};
+
+  float column_lse[2] = {-INFINITY, -INFINITY};
+  if (!column)
+    for (int half = 0; half < 2; ++half)
+      if (rows[half] < line.length) column_lse[half] = static_cast<float>(lse[line.pixel(rows[half])]);
+
+  const int chunks = static_cast<int>((sizes.C + kChunk<T> - 1) / kChunk<T>);
+  const auto start_values = [&](int chunk) {
+    if (chunk < chunks) copy_rows(stage(chunk), value, line, 0, keys, chunk * kChunk<T>, static_cast<int>(sizes.C));
+    device::commit_copies();  // an empty group too, so that the number of younger groups tells which have arrived
+  };
+
+  // Keys and queries take the last two tiles of the ring, the first values already the one before them.
+  float scores[2 * key_tiles][4] = {};
+  for (int channel = 0; channel < sizes.c; channel += kChunk<T>) {
+    if (channel > 0) __syncthreads();  // the tiles are read
+    copy_rows(stage(stages - 1), query, line, first_query, block_queries, channel, static_cast<int>(sizes.c));
+    copy_rows(stage(stages - 2), key, line, 0, keys, channel, static_cast<int>(sizes.c));
+    device::commit_copies();
+    if (channel == 0 && stages == 3) {
+      start_values(0);
+      device::wait_for_copies<1>();
+    } else {
+      device::wait_for_copies<0>();
+    }
+    __syncthreads();
+    multiply_rows<T, key_tiles>(scores, stage(stages - 1) + warp * kTile * kPitch, stage(stages - 2),
+                                steps_from<T>(channel, static_cast<int>(sizes.c)));
+  }
+  __syncthreads();  // the tiles are read
+  if (stages == 2) start_values(0);
+  if (stages == 3) start_values(1);
+
+  // Softmax over the line, with base 2 because the hardware has it.
+  float largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int j = 0; j < 2 * key_tiles; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int k = 8 * j + 2 * lane.pair + i % 2;
+      if (k >= line.length || (column && k == rows[i / 2])) scores[j][i] = -INFINITY;
+      largest[i / 2] = fmaxf(largest[i / 2], scores[j][i]);
+    }
+  float base[2], sum[2] = {0.f, 0.f};
+  for (int half = 0; half < 2; ++half) {
+    for (const int other : {1, 2})
+      largest[half] = fmaxf(largest[half], __shfl_xor_sync(kAllLanes, largest[half], other));
+    base[half] = largest[half] == -INFINITY ? 0.f : largest[half] * kLog2e;
+  }
+  uint32_t weights[steps][4];
+#pragma unroll
+  for (int j = 0; j < 2 * key_tiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scores[j][i] = device::exp2_approximate(fmaf(scores[j][i], kLog2e, -base[i / 2]));
+      sum[i / 2] += scores[j][i];
+    }
+    keep_as_left<T>(weights, j, scores[j]);
+  }
+  float weight[2], column_weight[2];  // of the line's sum of values, and of the columns' result
+  for (int half = 0; half < 2; ++half) {
+    for (const int other : {1, 2}) sum[half] += __shfl_xor_sync(kAllLanes, sum[half], other);
+    float total = largest[half] + logf(sum[half]);  // -inf where the line has no key, in a column of one pixel
+    weight[half] = sum[half] > 0.f ? 1.f / sum[half] : 0.f;
+    column_weight[half] = 0.f;
+    if (!column) {  // never empty
+      const float top = fmaxf(total, column_lse[half]);
+      const float here = expf(total - top), there = expf(column_lse[half] - top);
+      weight[half] *= here / (here + there);
+      column_weight[half] = there / (here + there);
+      total = top + logf(here + there);
+    }
+    if (lane.pair == 0 && rows[half] < line.length) lse[line.pixel(rows[half])] = total;
+  }
+
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    if (stages == 3)
+      device::wait_for_copies<1>();
+    else
+      device::wait_for_copies<0>();
+    __syncthreads();  // this chunk is there for all, and the one before it is read
+    start_values(chunk + stages - 1);
+
+    const Place place = {line, first_query + warp * kTile, chunk * kChunk<T>, static_cast<int>(sizes.C)};
+    Runs<T, tiles> columns_result;
+    if (!column) columns_result.read(place, out);
+
+    float results[tiles][4] = {};
+    const unsigned char* values = stage(chunk);
+#pragma unroll
+    for (int step = 0; step < steps; ++step)
+#pragma unroll
+      for (int j = 0; j < tiles; j += 2) {
+        uint32_t b[4];
+        load_right_transposed<T>(b, values + step * kStep<T> * kPitch + j * 8 * kSize<T>, kPitch, lane.index);
+        multiply_pair<T>(results[j], results[j + 1], weights[step], b);
+      }
+
+#pragma unroll
+    for (int j = 0; j < tiles; j += 2)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Vec4<float> run = place.run_of(results[j], results[j + 1], half);
+        const Vec4<float> old = widen(columns_result.at[j / 2][half]);
+        for (int i = 0; i < 4; ++i) run.at[i] = weight[half] * run.at[i] + column_weight[half] * old.at[i];
+        if (Vec4<T>* to = place.run(out, j, half)) *to = narrow<T>(run);
+      }
+  }
+  device::wait_for_copies<0>();  // the empty groups
+#endif
+}
+
+template <class T, int key_tiles, int warps, int blocks_per_processor>
+cudaError_t launch_pass(const Forward& a, const Device& device, bool column, void* stream) {
+  const int length = static_cast<int>(column ? a.sizes.H : a.sizes.W);
+  const int query_tiles = (length + kTile - 1) / kTile;
+  const int blocks = (query_tiles + warps - 1) / warps;
+  const int block_warps = (query_tiles + blocks - 1) / blocks;
+  const int stage_bytes = key_tiles * kTile * kPitch;
+  const int stages = 3 * stage_bytes <= device.shared_memory ? 3 : 2;
+  const dim3 grid(static_cast<unsigned>(lines(a.sizes, column)), blocks);
+  return device::launch(forward_kernel<T, key_tiles, warps, blocks_per_processor>, grid, block_warps * kWarp,
+                        stages * stage_bytes, stream, static_cast<const T*>(a.query), static_cast<const T*>(a.key),
+                        static_cast<const T*>(a.value), static_cast<T*>(a.out), static_cast<Lse<T>*>(a.lse), a.sizes,
+                        column, stages);
+}
+
+template <class T>
+cudaError_t run(const Forward& a, const Device& device, void* stream) {
+  for (const bool column : {true, false}) {
+    const int64_t length = column ? a.sizes.H : a.sizes.W;
+    cudaError_t error;
+    if (length <= 64)
+      error = launch_pass<T, 4, 4, 4>(a, device, column, stream);
+    else if (length <= 112)
+      error = launch_pass<T, 7, 7, 2>(a, device, column, stream);
+    else if (length <= 144)
+      error = launch_pass<T, 9, 9, 1>(a, device, column, stream);
+    else
+      // Not nine warps of tf32: a multiprocessor's four parts take as many warps each, and ten or more leave each
+      // thread too few registers.
+      error = launch_pass<T, 17, sizeof(T) == 4 ? 8 : 9, 1>(a, device, column, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+bool serves(const Forward& a, const Device& device) {
+  return fits(a.dtype, a.sizes, device, {a.query, a.key, a.value, a.out});
+}
+
+int forward(const Forward& a, const Device& device, void* stream) {
+  switch (a.dtype) {
+    case Dtype::bfloat16:
+      return run<bfloat16>(a, device, stream);
+    case Dtype::float16:
+      return run<float16>(a, device, stream);
+    default:
+      return run<float>(a, device, stream);
+  }
+}
+
+}  // namespace cc_attention::tensor_core

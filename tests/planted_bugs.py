@@ -1,0 +1,258 @@
+"""Plants bugs into the CUDA kernels, one at a time, and reports which of them the emulator's tests catch.
+
+    python tests/planted_bugs.py [NAME ...]      all of them take minutes; exit status 1 if one is not caught
+
+Each is what a slip of the pen would leave: a barrier, a wait, a mask or a tail check dropped, a transposition swapped, a
+buffer taken too early. "Caught" means that the results of one of CASES are wrong, or differ between orders of threads, or
+that the emulator itself objects.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # run as a script, outside pytest
+
+from emulator import CSRC, SCHEDULES, Emulator, build  # noqa: E402
+from test_attention_kernels import BF16, F32, Backend, check, run, sample  # noqa: E402
+
+FORWARD, BACKWARD = "cuda/tensor_core_forward.cu", "cuda/tensor_core_backward.cu"
+COMMON, GENERAL, LINE = "cuda/tensor_core.h", "cuda/general.cu", "cuda/line.h"
+
+
+@dataclass
+class Bug:
+    name: str
+    file: str
+    right: str  # occurs once in the file
+    wrong: str
+
+    def plant(self) -> dict[str, str]:
+        text = (CSRC / self.file).read_text()
+        assert text.count(self.right) == 1, f"{self.name}: {text.count(self.right)} times in {self.file}"
+        return {self.file: text.replace(self.right, self.wrong)}
+
+
+BUGS: list[Bug] = [
+    # The forward on tensor cores
+    Bug(
+        "forward: scores without a wait",
+        FORWARD,
+        "      device::wait_for_copies<1>();\n    } else {\n      device::wait_for_copies<0>();\n",
+        "    } else {\n",
+    ),
+    Bug(
+        "forward: scores without a barrier",
+        FORWARD,
+        "    __syncthreads();\n    multiply_rows",
+        "    multiply_rows",
+    ),
+    Bug("forward: next channels too early", FORWARD, "    if (channel > 0) __syncthreads();", "    ;"),
+    Bug(
+        "forward: values over keys",
+        FORWARD,
+        "  __syncthreads();  // the tiles are read\n  if (stages == 2)",
+        "  if (stages == 2)",
+    ),
+    Bug(
+        "forward: one wait too few",
+        FORWARD,
+        "    if (stages == 3)\n      device::wait_for_copies<1>();",
+        "    if (stages == 3)\n      device::wait_for_copies<2>();",
+    ),
+    Bug(
+        "forward: one wait too few of two tiles",
+        FORWARD,
+        "    else\n      device::wait_for_copies<0>();",
+        "    else\n      device::wait_for_copies<1>();",
+    ),
+    Bug(
+        "forward: values without a barrier",
+        FORWARD,
+        "    __syncthreads();  // this chunk is there for all",
+        "    // this chunk is there for all",
+    ),
+    Bug(
+        "forward: ring overtakes",
+        FORWARD,
+        "    __syncthreads();  // this chunk is there for all, and the one before it is read\n"
+        "    start_values(chunk + stages - 1);",
+        "    start_values(chunk + stages - 1);\n    __syncthreads();",
+    ),
+    Bug(
+        "forward: no empty groups",
+        FORWARD,
+        "    device::commit_copies();  // an",
+        "    if (chunk < chunks) device::commit_copies();  // an",
+    ),
+    Bug("forward: a key too many", FORWARD, "k >= line.length ||", "k > line.length ||"),
+    Bug("forward: self twice", FORWARD, "(column && k == rows[i / 2])", "false"),
+    Bug("forward: empty column", FORWARD, "largest[half] == -INFINITY ? 0.f : largest", "largest"),
+    Bug("forward: no merge", FORWARD, "      weight[half] *= here / (here + there);\n", ""),
+    Bug(
+        "forward: lse beyond the line",
+        FORWARD,
+        "lane.pair == 0 && rows[half] < line.length",
+        "lane.pair == 0",
+    ),
+    # What both directions use
+    Bug(
+        "copies: channels beyond the end", COMMON, "row < line.length && from < channels", "row < line.length"
+    ),
+    Bug("copies: rows beyond the end", COMMON, "row < line.length && from < channels", "from < channels"),
+    Bug(
+        "operands: right one swapped",
+        COMMON,
+        "operands, tile + lane % 16 * pitch + lane / 16 * 16",
+        "operands, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16",
+    ),
+    Bug(
+        "operands: left one swapped",
+        COMMON,
+        "operand, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16",
+        "operand, tile + lane % 16 * pitch + lane / 16 * 16",
+    ),
+    Bug(
+        "operands: order of tf32",
+        COMMON,
+        "word + i % 2 * pitch + i / 2 * 32",
+        "word + i % 2 * 4 * pitch + i / 2 * 32",
+    ),
+    Bug(
+        "operands: tf32 not rounded",
+        COMMON,
+        "device::round_tf32(results[i % 2 * 2 + i / 2])",
+        "std::bit_cast<uint32_t>(results[i % 2 * 2 + i / 2])",
+    ),
+    Bug("results: beyond the line", COMMON, "pixel >= line.length || first >= channels", "first >= channels"),
+    Bug(
+        "results: beyond the channels",
+        COMMON,
+        "pixel >= line.length || first >= channels",
+        "pixel >= line.length",
+    ),
+    Bug(
+        "results: lanes not swapped",
+        COMMON,
+        "got[i] = __shfl_xor_sync(kAllLanes, sent[i], 1)",
+        "got[i] = sent[i]",
+    ),
+    # The backward on tensor cores
+    Bug(
+        "backward: items without a wait",
+        BACKWARD,
+        "    device::wait_for_copies<0>();\n    __syncthreads();",
+        "    __syncthreads();",
+    ),
+    Bug(
+        "backward: items without a barrier",
+        BACKWARD,
+        "    __syncthreads();  // it is there for all",
+        "    // it is there for all",
+    ),
+    Bug(
+        "backward: one tile overwritten",
+        BACKWARD,
+        "      __syncthreads();  // the one before it is read\n",
+        "",
+    ),
+    Bug(
+        "backward: ring overtakes",
+        BACKWARD,
+        "    __syncthreads();  // it is there for all, and the one before it is read\n"
+        "    if (stages == 2) start_item();",
+        "    if (stages == 2) start_item();\n    __syncthreads();",
+    ),
+    Bug(
+        "backward: dS without a barrier",
+        BACKWARD,
+        "        __syncthreads();\n      }\n#pragma unroll 1\n      for (int from",
+        "      }\n#pragma unroll 1\n      for (int from",
+    ),
+    Bug("backward: delta without a barrier", BACKWARD, "    __syncwarp();\n", ""),
+    Bug("backward: self twice", BACKWARD, " && !(column && k == row)", ""),
+    Bug("backward: a key too many", BACKWARD, "k < line.length && !", "k <= line.length && !"),
+    Bug(
+        "backward: dQ of one block of keys",
+        BACKWARD,
+        "if (!column || !first_block) before.read",
+        "if (!column) before.read",
+    ),
+    Bug(
+        "backward: dQ rounded too early",
+        BACKWARD,
+        "a.grad_query, !column && last_block",
+        "a.grad_query, !column",
+    ),
+    Bug(
+        "backward: dV of the rows alone", BACKWARD, "if (!column) columns_part.read(place, a.grad_value);", ""
+    ),
+    Bug(
+        "backward: the wrong tile",
+        BACKWARD,
+        "return ring + next.stage",
+        "return ring + (stages - 1 - next.stage)",
+    ),
+    Bug("backward: no delta", BACKWARD, "p[1] * (dp[1] - delta)", "p[1] * dp[1]"),
+    Bug(
+        "backward: P not transposed",
+        BACKWARD,
+        "a, weights + k * pitch, pitch, lane",
+        "a, weights + k * kSize<T>, pitch, lane",
+    ),
+]
+
+# Shape, dtype, settings: both widths of elements, several chunks of channels, tails, a line of several blocks of keys.
+CASES = [
+    ((1, 64, 264, 7, 33), BF16, {}),
+    ((2, 72, 40, 7, 18), F32, {"tf32": True}),
+    ((1, 8, 72, 3, 150), BF16, {}),
+    ((1, 8, 16, 1, 9), BF16, {}),
+    ((1, 8, 72, 3, 70), BF16, {"shared_memory": 40 * 1024}),
+    ((2, 5, 9, 20, 33), F32, {"capability": 75}),
+    ((1, 24, 600, 4, 18), BF16, {"capability": 75}),
+]
+
+
+def caught(edits: dict[str, str]) -> str | None:
+    """How the tests catch the edited kernels; None if they do not."""
+    emulator = Emulator(build(edits))
+    backend = Backend("emulator", emulator.forward, emulator.backward)
+    for shape, dtype, settings in CASES:
+        operands = sample(shape, dtype)
+        first = None
+        for schedule in SCHEDULES:
+            try:
+                results, lse = run(backend, operands, schedule=schedule, **settings)
+                if first is None:
+                    check(results, lse, operands, like=torch.float16 if settings.get("tf32") else None)
+                    first = [*results, lse]
+                assert all(torch.equal(a, b) for a, b in zip(first, [*results, lse], strict=True)), (
+                    "not the same bits"
+                )
+            except (RuntimeError, AssertionError) as error:
+                return f"{shape}, schedule {schedule}: {(str(error) or repr(error)).splitlines()[0]}"
+    return None
+
+
+def main(names: list[str]) -> int:
+    if unknown := set(names) - {bug.name for bug in BUGS}:
+        print(f"planted_bugs.py: no such bug: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    chosen = [bug for bug in BUGS if not names or bug.name in names]
+    assert not names or caught({}) is None, "the kernels fail without a bug"
+    missed = 0
+    for bug in chosen:
+        start = time.monotonic()
+        how = caught(bug.plant())
+        missed += how is None
+        print(f"{bug.name:32} {time.monotonic() - start:5.1f} s  {how or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} planted bugs caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

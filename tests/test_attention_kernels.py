@@ -1,0 +1,219 @@
+"""The fused kernels against float64, by themselves: those of the CPU, and those of CUDA on a GPU where there is one and
+in the emulator everywhere. The emulator runs the very .cu files, under many orders of threads (tests/emulator)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulator import COMPILER, SCHEDULES, Emulator, build
+from torch import Tensor
+
+from cc_attention import ops, reference
+
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
+@dataclass
+class Backend:
+    """Kernels of one device, and which of them: tensor cores (with tf32 for float32) or general."""
+
+    name: str
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    device: str = "cpu"
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler here for the emulator")
+    return Emulator(build())
+
+
+def on_device(device: str) -> Backend:
+    operators = torch.ops.cc_attention
+
+    def forward(*operands: Tensor, tf32: bool = False, **_: int) -> tuple[Tensor, Tensor]:
+        return operators.criss_cross_attention(*operands, tf32)
+
+    def backward(
+        query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad: Tensor, **kw: int
+    ):
+        return operators.criss_cross_attention_backward(
+            grad, query, key, value, out, lse, kw.get("tf32", False)
+        )
+
+    return Backend(device, forward, backward, device)
+
+
+@pytest.fixture(params=["cpu", "emulator", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "emulator":
+        emulated = request.getfixturevalue("emulator")
+        return Backend("emulator", emulated.forward, emulated.backward)
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if request.param not in ops.DEVICE_TYPES:
+        pytest.skip(f"cc_attention._C is not built for {request.param}")
+    return on_device(request.param)
+
+
+def sample(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", spread: float = 1.0
+) -> list[Tensor]:
+    """query, key, value and the gradient of out, for shape (N, c, C, H, W).
+
+    spread: standard deviation of the scores.
+    """
+    n, c, channels, h, w = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    scale = (spread**2 / c) ** 0.25
+    return [
+        (factor * torch.randn(n, k, h, w, generator=generator, dtype=F64)).to(device, dtype)
+        for k, factor in ((c, scale), (c, scale), (channels, 1.0), (channels, 1.0))
+    ]
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What one writes in PyTorch, in the dtype of the operands from end to end."""
+    return reference.ca_map(F.softmax(reference.ca_weight(query, key), dim=1), value)
+
+
+def results_of(function: Callable[..., Tensor], operands: list[Tensor]) -> list[Tensor]:
+    """out and the three gradients."""
+    *inputs, grad = operands
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def run(backend: Backend, operands: list[Tensor], **settings: int) -> tuple[list[Tensor], Tensor]:
+    """out and the three gradients; lse."""
+    out, lse = backend.forward(*operands[:3], **settings)
+    return [out, *backend.backward(*operands[:3], out, lse, operands[3], **settings)], lse
+
+
+def check(
+    results: list[Tensor],
+    lse: Tensor,
+    operands: list[Tensor],
+    like: torch.dtype | None = None,
+    peaked: bool = False,
+) -> None:
+    """The error against float64 is at most twice that of plain PyTorch in the same dtype, plus one rounding.
+
+    like: another dtype than the operands' whose precision is meant.
+    peaked: the softmax is nearly one-hot, and in the gradients of query and key almost everything cancels.
+        There the rounding is that of their largest terms: PyTorch, which sums the same products twice, cancels
+        their errors too, and no method that keeps one logarithm for each pixel can.
+    """
+    dtype = operands[0].dtype
+    wide = [t.to(F64) for t in operands]
+    query, key, value, grad = wide
+    exact = results_of(reference.criss_cross_attention, wide)
+    theirs = results_of(plain, [t.to(like or dtype) for t in operands])
+    single = value.shape[2] * value.shape[3] == 1  # a pixel that sees only itself: all of it cancels
+    for name, ours, other, truth in zip(
+        ["out", "grad_query", "grad_key", "grad_value"], results, theirs, exact, strict=True
+    ):
+        assert ours.dtype == dtype and ours.shape == truth.shape
+        if truth.numel() == 0:
+            continue
+        magnitude = truth.abs().max()
+        if (peaked or single) and name in ("grad_query", "grad_key"):
+            grad_weight = reference.ca_weight(grad, value).abs().max()
+            magnitude = magnitude + grad_weight * (key if name == "grad_query" else query).abs().max()
+        rounding = torch.finfo(like or dtype).eps * magnitude
+        if dtype == F64:  # there the truth is rounded as well: about once a summand
+            rounding *= query.shape[1] + sum(value.shape[1:])
+        bound = 2 * (other.to(F64) - truth).abs().max() + rounding
+        error = (ours.to(F64) - truth).abs().max()
+        assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
+    if lse.numel():
+        scores = reference.ca_weight(query, key)
+        tolerance = torch.finfo(like or (F64 if dtype == F64 else F32)).eps * max(
+            1, scores.abs().max().item()
+        )
+        assert lse.dtype == (F32 if dtype in (F16, BF16) else F64)
+        error = (lse - torch.logsumexp(scores, dim=1)).abs().max()
+        assert error <= 4 * tolerance, f"lse: error {error:.2e}, bound {4 * tolerance:.2e}"
+
+
+# (N, c, C, H, W). For the tensor cores: every width of their kernels, tails of keys and channels, more than one chunk of
+# either channels, lines of several blocks of keys and of queries.
+ALIGNED = [
+    (2, 8, 16, 5, 7),
+    (1, 64, 136, 20, 33),
+    (1, 72, 40, 66, 97),
+    (1, 8, 8, 130, 12),
+    (1, 16, 72, 3, 150),
+    (1, 8, 8, 257, 2),
+    (5, 16, 72, 1, 9),
+    (5, 16, 72, 9, 1),
+    (5, 8, 8, 1, 1),
+]
+# What only the general kernels take.
+ODD = [
+    (2, 3, 5, 4, 7),
+    (1, 64, 512, 13, 11),
+    (5, 1, 1, 1, 1),
+    (2, 5, 9, 1, 33),
+    (2, 5, 9, 33, 1),
+    (1, 16, 40, 130, 5),
+    (1, 7, 600, 6, 17),
+    (1, 4, 8, 2, 1030),
+    (0, 4, 4, 3, 3),
+]
+
+
+@pytest.mark.parametrize("shape", ALIGNED + ODD, ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_as_exact_as_pytorch(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    operands = sample(shape, dtype, backend.device)
+    results, lse = run(backend, operands)
+    check(results, lse, operands)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 64, 136, 20, 33), (2, 5, 9, 33, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_large_scores(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """CCNet does not scale its scores: of queries and keys of unit variance they are as large as these."""
+    operands = sample(shape, dtype, backend.device, spread=8.0)
+    results, lse = run(backend, operands)
+    check(results, lse, operands, peaked=True)
+
+
+@pytest.mark.parametrize("shape", ALIGNED, ids=str)
+def test_tf32(backend: Backend, shape: tuple[int, ...]) -> None:
+    """tf32 has float16's ten bits of mantissa, and so has to be as exact as PyTorch in float16."""
+    if backend.name == "cpu":
+        pytest.skip("tf32 is of tensor cores")
+    operands = sample(shape, F32, backend.device)
+    results, lse = run(backend, operands, tf32=True)
+    check(results, lse, operands, like=F16)
+    exact, _ = run(backend, operands)
+    if backend.name == "emulator" and operands[0].shape[1] > 1:
+        assert not torch.equal(results[0], exact[0])  # that is, other kernels served
+
+
+@pytest.mark.parametrize("tensor_cores", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 64, 72, 18, 33), (1, 8, 40, 3, 150)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_same_bits_in_any_order_of_threads(
+    emulator: Emulator, dtype: torch.dtype, shape: tuple[int, ...], tensor_cores: bool
+) -> None:
+    settings = {"tf32": tensor_cores, "capability": 90 if tensor_cores else 75}
+    operands = sample(shape, dtype)
+    backend = Backend("emulator", emulator.forward, emulator.backward)
+    results, lse = run(backend, operands, **settings)
+    for schedule in SCHEDULES[1:]:
+        others, other_lse = run(backend, operands, schedule=schedule, **settings)
+        for name, one, other in zip(
+            ["out", "grad_query", "grad_key", "grad_value", "lse"],
+            [*results, lse],
+            [*others, other_lse],
+            strict=True,
+        ):
+            assert torch.equal(one, other), f"{name} differs under schedule {schedule}"
