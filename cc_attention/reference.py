@@ -147,8 +147,8 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """ca_map(softmax(ca_weight(query, key)), value): a pixel attends to its row and column, to itself once.
 
-    Half-precision inputs are computed in float32, the result is rounded once. In an autocast region inputs are
-    cast to its dtype first.
+    Half-precision inputs are computed in float32, the result is rounded once. In an autocast region inputs
+    are cast to its dtype first.
 
     Args:
         query: [N, c, H, W]

@@ -2,8 +2,9 @@
 
     python tests/kernel_resources.py      measures and writes tests/data/kernel_resources.json
 
-Registers, spills and static shared memory of each kernel and architecture are what the compiler reports; the dynamic shared
-memory of a block is what the launches ask for (in the emulator), by operator, dtype and length of the line.
+Registers, spills and static shared memory of each kernel and architecture are what the compiler reports; the
+dynamic shared memory of a block is what the launches ask for (in the emulator), by operator, dtype and length
+of the line.
 """
 
 import importlib.util
@@ -28,8 +29,9 @@ LENGTHS = (64, 97, 112, 144, 257)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '\w+'.*?(?P<stack>\d+) bytes stack frame, "
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers"
-    r"(?:.*?(?P<shared>\d+) bytes smem)?[^\n]*",
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers"
+    r"(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
 

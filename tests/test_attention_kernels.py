@@ -1,5 +1,5 @@
-"""The fused kernels against float64, by themselves: those of the CPU, and those of CUDA on a GPU where there is one and
-in the emulator everywhere. The emulator runs the very .cu files, under many orders of threads (tests/emulator)."""
+"""The fused kernels against float64: those of the CPU, and those of CUDA on a GPU where there is one, and
+in the emulator everywhere, which runs the very .cu files under many orders of threads (tests/emulator)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,18 +61,19 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def sample(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", spread: float = 1.0
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", spread: float = 1.0, offset: float = 0.0
 ) -> list[Tensor]:
     """query, key, value and the gradient of out, for shape (N, c, C, H, W).
 
     spread: standard deviation of the scores.
+    offset: added to the query and taken from the key, so that all scores lie far below zero.
     """
     n, c, channels, h, w = shape
     generator = torch.Generator().manual_seed(sum(shape))
     scale = (spread**2 / c) ** 0.25
     return [
-        (factor * torch.randn(n, k, h, w, generator=generator, dtype=F64)).to(device, dtype)
-        for k, factor in ((c, scale), (c, scale), (channels, 1.0), (channels, 1.0))
+        (factor * torch.randn(n, k, h, w, generator=generator, dtype=F64) + mean).to(device, dtype)
+        for k, factor, mean in ((c, scale, offset), (c, scale, -offset), (channels, 1, 0), (channels, 1, 0))
     ]
 
 
@@ -106,8 +107,8 @@ def check(
 
     like: another dtype than the operands' whose precision is meant.
     peaked: the softmax is nearly one-hot, and in the gradients of query and key almost everything cancels.
-        There the rounding is that of their largest terms: PyTorch, which sums the same products twice, cancels
-        their errors too, and no method that keeps one logarithm for each pixel can.
+        There the rounding is that of their largest terms: PyTorch, which sums the same products twice,
+        cancels their errors too, and no method that keeps one logarithm for each pixel can.
     """
     dtype = operands[0].dtype
     wide = [t.to(F64) for t in operands]
@@ -141,8 +142,8 @@ def check(
         assert error <= 4 * tolerance, f"lse: error {error:.2e}, bound {4 * tolerance:.2e}"
 
 
-# (N, c, C, H, W). For the tensor cores: every width of their kernels, tails of keys and channels, more than one chunk of
-# either channels, lines of several blocks of keys and of queries.
+# (N, c, C, H, W). For the tensor cores: every width of their kernels, tails of keys and channels, more than
+# one chunk of either channels, lines of several blocks of keys and of queries.
 ALIGNED = [
     (2, 8, 16, 5, 7),
     (1, 64, 136, 20, 33),
@@ -181,6 +182,16 @@ def test_as_exact_as_pytorch(backend: Backend, dtype: torch.dtype, shape: tuple[
 def test_large_scores(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """CCNet does not scale its scores: of queries and keys of unit variance they are as large as these."""
     operands = sample(shape, dtype, backend.device, spread=8.0)
+    results, lse = run(backend, operands)
+    check(results, lse, operands, peaked=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 8, 16, 3, 150), (2, 5, 9, 33, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_scores_far_below_zero(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """What pads a line has a score of 0, whose exponential would then overflow the sums."""
+    operands = sample(shape, dtype, backend.device, offset=6.0)
+    assert reference.ca_weight(*operands[:2]).max() < -100
     results, lse = run(backend, operands)
     check(results, lse, operands, peaked=True)
 

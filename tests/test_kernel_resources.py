@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every architecture and take what the committed table says (tests/kernel_resources.py)."""
+"""The CUDA kernels compile for every architecture and take what the table of kernel_resources.py says."""
 
 import json
 

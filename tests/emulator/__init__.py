@@ -90,6 +90,8 @@ def build(
     texts |= edits
     own = [HERE / name for name in ("emulator.h", "emulator_device.h", "emulator.cpp")]
     flags = ["-std=c++20", "-march=native", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", *flags]
+    if "gcc version" in compiler_version():
+        flags.append("-fno-gnu-unique")  # or libraries loaded later would share variables of the first
     flags += ["-DCC_EMULATOR", f"-I{HERE}", "-include", "emulator.h"]
     included = [text for name, text in sorted(texts.items()) if name.endswith(".h")]
     common = digest(compiler_version(), *flags, *included, *(path.read_text() for path in own))

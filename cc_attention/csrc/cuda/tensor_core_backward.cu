@@ -139,7 +139,7 @@ struct Delta {
     }
   }
 
-  // Writes delta [N,H,W] at the warp's queries; the warp may read it after this.
+  // Writes delta [N,H,W] at the warp's queries.
   __device__ __forceinline__ void write(float* delta, const Line& line, int first_row) {
     const int lane = device::lane();
 #pragma unroll
@@ -148,7 +148,6 @@ struct Delta {
       const int row = first_row + kRowsAtOnce * i + lane / kRowPieces;
       if (lane % kRowPieces == 0 && row < line.length) delta[line.pixel(row)] = sums[i];
     }
-    __syncwarp();
   }
 };
 
