@@ -32,7 +32,9 @@ class CrissCrossAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W]"""
+        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last"""
+        # The operator's layout, once for the three projections; nothing to do where the network runs in it.
+        x = x.contiguous(memory_format=torch.channels_last)
         attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
         return torch.addcmul(x, self.gamma, attention)  # one pass over memory instead of two
 
@@ -58,7 +60,7 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
         self.recurrence = recurrence
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W]"""
+        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last unless recurrence is 0"""
         for _ in range(self.recurrence):
             x = super().forward(x)
         return x

@@ -124,7 +124,7 @@ __device__ __forceinline__ void load_right_transposed(uint32_t (&operands)[4], c
   }
 }
 
-// d[2i], d[2i + 1] += left times the two right operands.
+// first, second += left times the one and the other right operand.
 template <class T>
 __device__ __forceinline__ void multiply_pair(float (&first)[4], float (&second)[4], const uint32_t (&left)[4],
                                               const uint32_t (&right)[4]) {
