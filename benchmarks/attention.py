@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -563,24 +564,26 @@ def plot(report: dict[str, Any], path: str) -> None:
     picture = Image.new("RGB", (2 * column, 60 + height * ((len(panels) + 1) // 2)), "white")
     draw = ImageDraw.Draw(picture)
     about = report["machine"]
-    draw.text((16, 10), "Criss-cross attention: milliseconds, less is better", ink, bold)
     draw.text(
-        (16, 34), f"{about['name']}, PyTorch {about['torch']}; dashed: the floor of this machine", ink, plain
+        (16, 10), "Criss-cross attention: milliseconds on a logarithmic scale, less is better", ink, bold
     )
+    text = "dashed: the floor, at the rate of PyTorch's own products"
+    draw.text((16, 34), f"{about['name']}, PyTorch {about['torch']}; {text}", ink, plain)
     for index, (heading, floor, bars) in enumerate(panels):
         x, y = column * (index % 2), 60 + height * (index // 2)
         draw.text((x + 16, y + 12), heading, ink, bold)
-        longest = max(ms for _, _, ms in bars)
+        times = [floor, *(ms for _, _, ms in bars)]
+        low, high = math.log(min(times) / 2), math.log(max(times))
         top = y + 42
         for row, (kind, family, ms) in enumerate(bars):
             middle = top + bar * row + bar // 2
-            end = x + left + max(round(scale * ms / longest), 1)
+            end = x + left + round(scale * (math.log(ms) - low) / (high - low))
             draw.text((x + left - 8, middle), kind, ink, plain, anchor="rm")
             draw.rectangle((x + left, middle - 8, end, middle + 8), colours[family])
-            draw.text((end + 6, middle), f"{ms:.3g}", ink, plain, anchor="lm")
+            draw.text((end + 6, middle), f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}", ink, plain, anchor="lm")
         bottom = top + bar * len(bars)
         draw.line((x + left, top, x + left, bottom), pale)
-        at = x + left + round(scale * floor / longest)
+        at = x + left + round(scale * (math.log(floor) - low) / (high - low))
         for dash in range(top, bottom, 8):
             draw.line((at, dash, at, dash + 4), ink)
     with replacing(path) as temporary:
