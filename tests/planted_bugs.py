@@ -121,8 +121,8 @@ BUGS: list[Bug] = [
     Bug(
         "operands: order of tf32",
         COMMON,
-        "word + i % 2 * pitch + i / 2 * 32",
-        "word + i % 2 * 4 * pitch + i / 2 * 32",
+        "operands[i] = word_at(word + i % 2 * pitch + i / 2 * 32)",
+        "operands[i] = word_at(word + i % 2 * 4 * pitch + i / 2 * 32)",
     ),
     Bug(
         "operands: tf32 not rounded",

@@ -1,6 +1,8 @@
 """The CUDA kernels compile for every architecture and take what the table of kernel_resources.py says."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import emulator
 import kernel_resources
@@ -52,3 +54,12 @@ def test_blocks_ask_for_the_shared_memory_of_the_table() -> None:
         block = EXPECTED["shared_memory"][operator]["112"]
         assert 2 * (block + 1024) <= 228 * 1024  # two blocks in a multiprocessor of sm_90
         assert block <= 99 * 1024  # one in that of sm_86, sm_89 and sm_120
+
+
+@pytest.mark.parametrize("source", ["tensor_core_forward.cu", "tensor_core_backward.cu"])
+def test_shared_memory_is_not_read_byte_by_byte(nvcc: str, source: str, tmp_path: Path) -> None:
+    """As it would be at an address whose alignment the compiler cannot see: right, and several times slower."""
+    path = kernel_resources.ROOT / "cc_attention/csrc/cuda" / source
+    ptx = tmp_path / "kernels.ptx"
+    subprocess.run([nvcc, "-O3", "-std=c++20", "-arch=sm_80", "-ptx", path, "-o", ptx], check=True)
+    assert "ldmatrix" in ptx.read_text() and "ld.shared.u8" not in ptx.read_text()

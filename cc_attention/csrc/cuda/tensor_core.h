@@ -71,6 +71,13 @@ __device__ __forceinline__ void round_words(uint32_t (&words)[4]) {
   }
 }
 
+// Of an address that the compiler cannot see to be a multiple of 4; it would load byte by byte.
+__device__ __forceinline__ uint32_t word_at(const unsigned char* address) {
+  uint32_t word;
+  memcpy(&word, __builtin_assume_aligned(address, 4), sizeof word);
+  return word;
+}
+
 // The 16 x kStep left operand at `tile`, whose rows are the operand's.
 template <class T>
 __device__ __forceinline__ void load_left(uint32_t (&operand)[4], const unsigned char* tile, int pitch, int lane) {
@@ -91,7 +98,7 @@ __device__ __forceinline__ void load_left_transposed(uint32_t (&operand)[4], con
                                                      int lane) {
   if constexpr (std::is_same_v<T, float>) {
     const unsigned char* word = tile + 2 * (lane % 4) * pitch + lane / 4 * 4;
-    for (int i = 0; i < 4; ++i) memcpy(&operand[i], word + i / 2 * pitch + i % 2 * 32, 4);
+    for (int i = 0; i < 4; ++i) operand[i] = word_at(word + i / 2 * pitch + i % 2 * 32);
     round_words<T>(operand);
   } else {
     device::load_matrices_transposed(operand, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16);
@@ -104,7 +111,7 @@ __device__ __forceinline__ void load_left_results(uint32_t (&operand)[4], const 
                                                   int lane) {
   if constexpr (std::is_same_v<T, float>) {
     const unsigned char* words = tile + lane / 4 * pitch + lane % 4 * 8;
-    for (int i = 0; i < 4; ++i) memcpy(&operand[i], words + i % 2 * 8 * pitch + i / 2 * 4, 4);
+    for (int i = 0; i < 4; ++i) operand[i] = word_at(words + i % 2 * 8 * pitch + i / 2 * 4);
     round_words<T>(operand);
   } else {
     load_left<T>(operand, tile, pitch, lane);
@@ -117,7 +124,7 @@ __device__ __forceinline__ void load_right_transposed(uint32_t (&operands)[4], c
                                                       int lane) {
   if constexpr (std::is_same_v<T, float>) {
     const unsigned char* word = tile + 2 * (lane % 4) * pitch + lane / 4 * 4;
-    for (int i = 0; i < 4; ++i) memcpy(&operands[i], word + i % 2 * pitch + i / 2 * 32, 4);
+    for (int i = 0; i < 4; ++i) operands[i] = word_at(word + i % 2 * pitch + i / 2 * 32);
     round_words<T>(operands);
   } else {
     device::load_matrices_transposed(operands, tile + lane % 16 * pitch + lane / 16 * 16);
