@@ -58,7 +58,7 @@ def test_blocks_ask_for_the_shared_memory_of_the_table() -> None:
 
 @pytest.mark.parametrize("source", ["tensor_core_forward.cu", "tensor_core_backward.cu"])
 def test_shared_memory_is_not_read_byte_by_byte(nvcc: str, source: str, tmp_path: Path) -> None:
-    """As it would be at an address whose alignment the compiler cannot see: right, and several times slower."""
+    """As from an address whose alignment the compiler cannot see: right, and several times slower."""
     path = kernel_resources.ROOT / "cc_attention/csrc/cuda" / source
     ptx = tmp_path / "kernels.ptx"
     subprocess.run([nvcc, "-O3", "-std=c++20", "-arch=sm_80", "-ptx", path, "-o", ptx], check=True)
