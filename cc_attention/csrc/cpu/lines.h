@@ -99,9 +99,7 @@ template <typename T>
 Ahead chunk_after(const T* first, const T* second, int64_t channels, int64_t begin, const Line& line) {
   const int64_t next = begin + kChunk < channels ? begin + kChunk : line.next * channels;
   const int64_t offset = line.first * channels + next, size = sizeof(T);
-  return {{reinterpret_cast<const char*>(first + offset), reinterpret_cast<const char*>(second + offset)},
-          line.step * channels * size,
-          std::min(kChunk, channels) * size};
+  return {first + offset, second + offset, line.step * channels * size, std::min(kChunk, channels) * size};
 }
 
 template <typename Body>
@@ -116,9 +114,13 @@ void line_scores(const T* a, const T* b, int64_t channels, const Line& line, Wor
   for_each_chunk(channels, [&](int64_t begin, int64_t width) {
     load(b, channels, begin, width, line, w.rows.data());
     transpose(w.n, width, w.rows.data(), kChunk, w.columns.data(), w.row);
-    load(a, channels, begin, width, line, w.rows.data());
-    multiply(w.n, w.padded, width, w.rows_matrix(), w.columns.data(), w.row, out, w.row,
-             begin == 0 ? nullptr : w.ones.data(), chunk_after(a, b, channels, begin, line));
+    Strided<S> factors = w.rows_matrix();
+    if constexpr (std::is_same_v<T, S>)
+      factors = {a + line.first * channels + begin, line.step * channels, 1};
+    else
+      load(a, channels, begin, width, line, w.rows.data());
+    multiply(w.n, w.padded, width, factors, {w.columns.data(), w.row}, out, w.row, begin == 0 ? nullptr : w.ones.data(),
+             chunk_after(a, b, channels, begin, line));
   });
 }
 
@@ -127,9 +129,13 @@ template <typename T, typename S>
 void line_sums(const Strided<S>& weights, const T* map, int64_t channels, const Line& line, Workspace<S>& w, T* out,
                const S* scale) {
   for_each_chunk(channels, [&](int64_t begin, int64_t width) {
-    load(map, channels, begin, width, line, w.rows.data());
-    multiply(w.n, width, w.n, weights, w.rows.data(), kChunk, out + line.first * channels + begin, line.step * channels,
-             scale, chunk_after(map, static_cast<const T*>(out), channels, begin, line));
+    const int64_t offset = line.first * channels + begin, row = line.step * channels;
+    Panel<S> panel = {w.rows.data(), kChunk};
+    if constexpr (std::is_same_v<T, S>)
+      if (width == kChunk) panel = {map + offset, row, w.rows.data(), kChunk};
+    if (panel.copy == nullptr) load(map, channels, begin, width, line, w.rows.data());
+    multiply(w.n, width, w.n, weights, panel, out + offset, row, scale,
+             chunk_after(map, static_cast<const T*>(out), channels, begin, line));
   });
 }
 
@@ -145,9 +151,10 @@ void line_softmax(const Line& line, Workspace<S>& w, L* lse, S* row_sum) {
     S* scores = &w.scores[i * w.row];
     std::fill(scores + w.n, scores + w.padded, kNone);
     if (line.column) scores[i] = kNone;
+    const auto larger = [](const Vector<S>& a, const Vector<S>& b) { return a > b ? a : b; };
     Vector<S> maxima = vector_at(scores);
-    for (int64_t j = 1; j < vectors; ++j) maxima = vector_at(scores, j) > maxima ? vector_at(scores, j) : maxima;
-    const S maximum = reduce<S>(maxima, [](S a, S b) { return a > b ? a : b; });
+    for (int64_t j = 1; j < vectors; ++j) maxima = larger(vector_at(scores, j), maxima);
+    const S maximum = reduce<S>(maxima, larger);
     w.maximum[i] = line.column ? std::max(maximum, static_cast<S>(lse[line.pixel(i)])) : maximum;
   }
   for (int64_t i = 0; i < w.n; ++i) {
@@ -158,7 +165,7 @@ void line_softmax(const Line& line, Workspace<S>& w, L* lse, S* row_sum) {
       exponential(power);
       sums += power;
     }
-    w.sum[i] = reduce<S>(sums, [](S a, S b) { return a + b; });
+    w.sum[i] = reduce<S>(sums, [](const Vector<S>& a, const Vector<S>& b) { return a + b; });
   }
   for (int64_t i = 0; i < w.n; ++i) {
     const int64_t pixel = line.pixel(i);

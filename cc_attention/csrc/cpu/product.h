@@ -63,18 +63,44 @@ Strided<S> transposed(const Strided<S>& a) {
   return {a.data, a.column, a.row};
 }
 
-// Memory that later products read or write: for every row of this product, `size` bytes at each of two places. It is
-// only prefetched, so it need not exist.
+// The most products in one sum.
+constexpr int64_t kLongestSum = 128;
+
+// Memory that later products read or write, for every row of this one. It is only prefetched, so it need not exist.
 struct Ahead {
-  const char* places[2];
-  int64_t row, size;  // bytes
+  const char* data;              // of the first row
+  int64_t row;                   // bytes from a row to the next
+  int64_t offsets[kLongestSum];  // of what to prefetch at each step of a tile's sum, from the tile's first row
+
+  // `size` bytes at each of two places.
+  Ahead(const void* first, const void* second, int64_t row, int64_t size)
+      : data(static_cast<const char*>(first)), row(row), offsets() {
+    const int64_t second_offset = static_cast<const char*>(second) - data;
+    int64_t step = 0;
+    for (int64_t i = 0; i < kTileRows; ++i)
+      for (int64_t byte = 0; byte < size && step + 2 <= kLongestSum; byte += 64)
+        for (const int64_t place : {int64_t(0), second_offset}) offsets[step++] = place + i * row + byte;
+  }
+};
+
+// The second factor of a product, from which every tile of the product reads all rows.
+template <typename S>
+struct Panel {
+  const S* data;
+  int64_t row;
+  S* copy;  // if not null, the first tile also copies the rows to here, close together, and the others read the copy
+  int64_t copy_row;
+
+  Panel at(int64_t k, int64_t column) const {
+    return {data + k * row + column, row, copy == nullptr ? nullptr : copy + k * copy_row + column, copy_row};
+  }
 };
 
 // out[i, :] = scale[i] * out[i, :] + sum over k of a[i, k] * b[k, :]; without a scale, out is not read.
-// Prefetches a row's memory ahead at a time, as all of it at once would be more than a core can have under way.
-template <typename S, int kRows, int kVectors>
-void multiply_tile(int64_t depth, const Strided<S>& a, const S* b, int64_t b_row, S* out, int64_t out_row,
-                   const S* scale, const Ahead& ahead) {
+// Prefetches at every step, as all of it at once would be more than a core can have under way.
+template <typename S, int kRows, int kVectors, bool kCopy>
+void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S* out, int64_t out_row, const S* scale,
+                   const char* ahead, const int64_t* ahead_offsets) {
   Vector<S> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -82,20 +108,24 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const S* b, int64_t b_row
     for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<S>{};
   const S* a_column = a.data;
   const int64_t a_row = a.row, a_step = a.column;
-  int64_t k = 0;
+  const S* b = panel.data;
+  S* copy = panel.copy;
+  const int64_t b_row = panel.row, copy_row = panel.copy_row;
 #pragma GCC unroll 1
-  for (int part = 0; part < kRows; ++part) {
-    for (int64_t byte = 0; byte < ahead.size; byte += 64)
-      for (const char* place : ahead.places) __builtin_prefetch(place + part * ahead.row + byte, 0, 2);
-    for (const int64_t end = depth * (part + 1) / kRows; k < end; ++k, a_column += a_step, b += b_row) {
-      Vector<S> b_vectors[kVectors];
+  for (int64_t k = 0; k < depth; ++k, a_column += a_step, b += b_row) {
+    __builtin_prefetch(ahead + ahead_offsets[k], 0, 2);
+    Vector<S> b_vectors[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) b_vectors[v] = vector_at(b, v);
+    for (int v = 0; v < kVectors; ++v) b_vectors[v] = vector_at(b, v);
+    if constexpr (kCopy) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[i][v] += a_column[i * a_row] * b_vectors[v];
+      for (int v = 0; v < kVectors; ++v) vector_at(copy, v) = b_vectors[v];
+      copy += copy_row;
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += a_column[i * a_row] * b_vectors[v];
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -108,7 +138,7 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const S* b, int64_t b_row
 
 // The products in one sum, since a sum of sums is more exact than one long sum: few for the shortest lines, where the
 // additional sums cost little and no other error covers theirs; otherwise as many as hide the time they take.
-inline int64_t depth_of_sums(int64_t rows) { return rows <= 16 ? 8 : 128; }
+inline int64_t depth_of_sums(int64_t rows) { return rows <= 16 ? 8 : kLongestSum; }
 
 template <typename S>
 constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};
@@ -126,27 +156,31 @@ void convert(const From* from, To* to, int64_t count) {
 // The same as multiply_tile for whole matrices: a [rows, depth], b [depth, columns padded to full vectors],
 // out [rows, columns] of any storage type. What is not full vectors of the summing type passes through a tile of those.
 template <typename T, typename S = Sum<T>>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a, const S* b, int64_t b_row, T* out,
+void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a, const Panel<S>& b, T* out,
               int64_t out_row, const S* scale, const Ahead& ahead) {
   constexpr int64_t kTileColumns = kTileVectors * kLanes<S>;
   const int64_t tiles = ceil_div(rows, kTileRows), block = depth_of_sums(rows);
+  const int64_t tile_size = tiles == 0 ? 0 : rows / tiles, larger_tiles = rows - tiles * tile_size;
+  const Panel<S> copied = {b.copy, b.copy_row, nullptr, 0};
   for (int64_t column = 0; column < columns; column += kTileColumns) {
     const int64_t width = std::min(kTileColumns, columns - column);
     with_constant<kTileVectors>(ceil_div(width, kLanes<S>), [&](auto vectors) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t begin = tile * rows / tiles, end = (tile + 1) * rows / tiles;
+        const int64_t begin = tile * tile_size + std::min(tile, larger_tiles);
         const Strided<S> a_tile = {a.data + begin * a.row, a.row, a.column};
         T* out_tile = out + begin * out_row + column;
         const S* tile_scale = scale == nullptr ? nullptr : scale + begin;
-        const Ahead tile_ahead = {{ahead.places[0] + begin * ahead.row, ahead.places[1] + begin * ahead.row},
-                                  ahead.row,
-                                  column == 0 ? ahead.size : 0};
-        with_constant<kTileRows>(end - begin, [&](auto tile_rows) {
+        const bool copy = tile == 0 && b.copy != nullptr;
+        const Panel<S>& panel = tile == 0 || b.copy == nullptr ? b : copied;
+        with_constant<kTileRows>(tile_size + (tile < larger_tiles), [&](auto tile_rows) {
           const auto run = [&](S* sums, int64_t sums_row) {
-            for (int64_t k = 0; k < depth; k += block)
-              multiply_tile<S, tile_rows(), vectors()>(
-                  std::min(block, depth - k), {a_tile.data + k * a.column, a.row, a.column}, b + k * b_row + column,
-                  b_row, sums, sums_row, k == 0 ? tile_scale : kOnes<S>, tile_ahead);
+            const auto run_tile = [&](auto copy) {
+              for (int64_t k = 0; k < depth; k += block)
+                multiply_tile<S, tile_rows(), vectors(), copy()>(
+                    std::min(block, depth - k), {a_tile.data + k * a.column, a.row, a.column}, panel.at(k, column),
+                    sums, sums_row, k == 0 ? tile_scale : kOnes<S>, ahead.data + begin * ahead.row, ahead.offsets);
+            };
+            copy ? run_tile(std::true_type()) : run_tile(std::false_type());
           };
           if constexpr (std::is_same_v<T, S>) {
             if (width == vectors * kLanes<S>) return run(out_tile, out_row);
@@ -189,14 +223,19 @@ void transpose(int64_t rows, int64_t columns, const S* from, int64_t from_row, S
                        std::make_index_sequence<kLanes<S>>());
 }
 
-// Combines the lanes of a vector in pairs.
+// Combines the lanes of a vector in pairs, lane i with lane i + kHalf, until one is left.
+template <typename S, int64_t kHalf = kLanes<S> / 2, typename Combine, size_t... kLane>
+S reduce(const Vector<S>& vector, const Combine& combine, std::index_sequence<kLane...> lanes) {
+  const Vector<S> combined = combine(vector, __builtin_shufflevector(vector, vector, (kLane ^ kHalf)...));
+  if constexpr (kHalf == 1)
+    return combined[0];
+  else
+    return reduce<S, kHalf / 2>(combined, combine, lanes);
+}
+
 template <typename S, typename Combine>
 S reduce(const Vector<S>& vector, const Combine& combine) {
-  S lanes[kLanes<S>];
-  vector_at(lanes) = vector;
-  for (int64_t half = kLanes<S> / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
-  return lanes[0];
+  return reduce<S>(vector, combine, std::make_index_sequence<kLanes<S>>());
 }
 
 // x = exp(x) for x that the exponential does not overflow, to 2 units in the last place, or 0 where it is subnormal:
