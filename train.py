@@ -10,33 +10,40 @@ on one machine or many. See --help for all flags and README.md for the published
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import sys
-import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-from dataset import CSDataSet, DataError
-from engine import checkpoint, distributed, loader, schedule
+from dataset import IMG_MEAN, CSDataSet, DataError
+from dataset.labels import TRAIN_LABELS
+from engine import apex, checkpoint, distributed, loader, schedule, signals
+from engine.ema import WeightAverage
+from engine.evaluation import evaluate
+from engine.inference import predict_sliding
+from engine.metrics import mean_iou
+from engine.step import PRECISIONS, Stepper
+from engine.training import Intervals, Run, Task
 from loss import CriterionDSN, CriterionOhemDSN
-from loss.criterion import AUXILIARY_WEIGHT
-from networks import MODELS, CheckpointError, load_weights, match_weights, synchronise
-from networks.abn import BACKENDS
+from loss.criterion import upsample
+from networks import MODELS, CheckpointError, load_weights, match_weights, synchronise, train_mode
 from networks.resnet import DEPTHS
 from utils import args as flags
-from utils.files import check_writable, replacing
-from utils.logger import RunLog
+from utils.files import check_writable
+from utils.palette import colored, make_palette
 
 #: Of which the features at 1/8 size are 2 x 2, enough for the statistics of a batch of one.
 SMALLEST_CROP = 9
 #: What ends a run with exit status 2.
 INPUT_ERRORS = (flags.UsageError, DataError, CheckpointError)
-#: The flags that decide what a run computes: it is resumed with the same ones only.
+#: The flags that decide what a run computes: it is resumed with the same ones, or with --change-recipe.
 RECIPE = (
-    "model backbone recurrence num_classes ignore_label dropout abn input_size batch_size random_mirror "
-    "random_scale random_seed learning_rate momentum power weight_decay num_steps ohem ohem_thres ohem_keep"
+    "model backbone recurrence num_classes ignore_label dropout abn backend input_size batch_size "
+    "random_mirror random_scale random_seed learning_rate momentum power weight_decay num_steps ohem "
+    "ohem_thres ohem_keep class_weights freeze_bn ema amp channels_last compile fused_sgd grad_accum"
 ).split()
 
 
@@ -70,10 +77,11 @@ def get_parser() -> argparse.ArgumentParser:
     net("--dropout", type=flags.fraction, default=0.1, help="channel dropout of both heads")
     net(
         "--abn",
-        choices=BACKENDS,
+        choices=("torch", "inplace"),
         default="torch",
         help="activated batch norm: torch's, or the inplace-abn package's",
     )
+    net("--freeze-bn", action="store_true", help="normalise by the checkpoint's statistics, and keep them")
     net(
         "--restore-from",
         metavar="FILE",
@@ -99,15 +107,62 @@ def get_parser() -> argparse.ArgumentParser:
     recipe("--ohem-thres", type=flags.fraction, default=0.7, help="keep pixels of at most this probability")
     recipe("--ohem-keep", type=flags.count, default=100000, help="pixels to keep at least, for each process")
     recipe(
+        "--class-weights",
+        type=flags.numbers,
+        metavar="W,W",
+        help="how much the pixels of each class count; all the same without it",
+    )
+    recipe(
+        "--ema",
+        type=flags.number(float, 0, 1 - 1e-9),
+        metavar="DECAY",
+        help="also keep the moving average of the weights, such as 0.9999",
+    )
+    recipe(
         "--random-seed", type=flags.count, default=12345, help="of weights, order, augmentation and dropout"
+    )
+    speed = parser.add_argument_group("speed").add_argument
+    speed("--amp", choices=sorted(PRECISIONS), help="mixed precision")
+    speed("--channels-last", action="store_true", help="the layout [N, h, w, C], which tensor cores want")
+    speed("--compile", action="store_true", help="compile the network with torch.compile")
+    speed("--fused-sgd", action="store_true", help="update all weights in one kernel")
+    speed(
+        "--grad-accum",
+        type=flags.positive_int,
+        default=1,
+        metavar="N",
+        help="compute each batch in N parts, one after the other, where memory is short",
+    )
+    speed(
+        "--backend",
+        choices=("torch", "apex"),
+        default="torch",
+        help="of optimizer, data parallelism, synchronised batch norm: torch, or NVIDIA's apex (tag 25.05)",
     )
     run = parser.add_argument_group("run").add_argument
     run("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
     run("--nproc", type=flags.positive_int, metavar="N", help="run N processes on the CPU")
+    run("--deterministic", action="store_true", help="the same bits each time on GPUs too, more slowly")
     run("--snapshot-dir", default="snapshots", help="where snapshots, states and the log go")
     run(
         "--save-pred-every", type=flags.positive_int, default=10000, metavar="STEPS", help="between snapshots"
     )
+    run(
+        "--save-state-every",
+        type=flags.positive_int,
+        default=1000,
+        metavar="STEPS",
+        help="between the states that a run can be resumed from",
+    )
+    run("--keep-states", type=flags.positive_int, default=2, metavar="N", help="newest states to keep")
+    run(
+        "--val-every",
+        type=flags.count,
+        default=0,
+        metavar="STEPS",
+        help="between validations, whose best weights are kept; 0 is never",
+    )
+    run("--val-list", help="as --data-list, for the validation; without it the layout's val split")
     run(
         "--print-frequency",
         type=flags.positive_int,
@@ -121,6 +176,7 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue from the newest state in --snapshot-dir, if there is one",
     )
+    run("--change-recipe", action="store_true", help="resume with other flags than the run had so far")
     # torch.distributed.launch passes it; the environment says the same.
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -143,17 +199,32 @@ def check(args: argparse.Namespace, processes: int, device: torch.device) -> Non
     Raises:
         flags.UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
     """
-    if args.batch_size % processes:
+    if args.batch_size % (processes * args.grad_accum):
+        by = f"{processes} processes" + (f" in {args.grad_accum} parts each" if args.grad_accum > 1 else "")
         raise flags.UsageError(
-            f"--batch-size {args.batch_size}: can't be shared by {processes} processes; "
-            f"give a multiple of {processes}"
+            f"--batch-size {args.batch_size}: can't be shared by {by}; "
+            f"give a multiple of {processes * args.grad_accum}"
         )
     if args.start_iters >= args.num_steps:
         raise flags.UsageError(
             f"--start-iters {args.start_iters}: must be less than --num-steps {args.num_steps}"
         )
+    if args.class_weights and len(args.class_weights) != args.num_classes:
+        raise flags.UsageError(
+            f"--class-weights: has {len(args.class_weights)} weights; give one for each of the "
+            f"{args.num_classes} classes"
+        )
     if args.abn == "inplace":
         require_inplace_abn(processes, device)
+    if args.backend == "apex":
+        apex.require(device.type)
+        for flag in ("channels_last", "compile", "fused_sgd"):
+            if getattr(args, flag):
+                raise flags.UsageError(
+                    f"--{flag.replace('_', '-')}: not with --backend apex; leave out one of the two"
+                )
+    if args.amp == "fp16" and device.type == "cpu":
+        raise flags.UsageError("--amp fp16: is for GPUs; give --amp bf16")
     if min(args.input_size) < SMALLEST_CROP:
         raise flags.UsageError(
             f"--input-size {args.input_size[0]},{args.input_size[1]}: leaves one row or column of features; "
@@ -166,6 +237,8 @@ def check(args: argparse.Namespace, processes: int, device: torch.device) -> Non
     else:
         print("no --restore-from: training from random weights", flush=True)
     print(make_dataset(args).check(), flush=True)
+    if args.val_every:
+        print(make_val_dataset(args).check(), flush=True)
     check_writable("--snapshot-dir", args.snapshot_dir)
 
 
@@ -195,20 +268,55 @@ def make_dataset(args: argparse.Namespace) -> CSDataSet:
     )
 
 
+def make_val_dataset(args: argparse.Namespace) -> CSDataSet:
+    if args.data_list and not args.val_list:
+        raise flags.UsageError(
+            "--val-every: with --data-list it needs --val-list, the pictures to validate on"
+        )
+    return CSDataSet(
+        args.data_dir,
+        args.val_list,
+        crop_size=None,
+        scale=False,
+        mirror=False,
+        ignore_label=args.ignore_label,
+        num_classes=args.num_classes,
+        split="val",
+    )
+
+
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
     return MODELS[args.model](
         args.num_classes,
         recurrence=args.recurrence,
         backbone=args.backbone,
         dropout=args.dropout,
-        abn=args.abn,
+        abn="apex" if args.backend == "apex" and args.abn == "torch" else args.abn,
     )
 
 
 def make_criterion(args: argparse.Namespace) -> CriterionDSN:
+    class_weights = torch.tensor(args.class_weights) if args.class_weights else None
     if args.ohem:
-        return CriterionOhemDSN(args.ignore_label, args.ohem_thres, args.ohem_keep)
-    return CriterionDSN(args.ignore_label)
+        return CriterionOhemDSN(args.ignore_label, args.ohem_thres, args.ohem_keep, class_weights)
+    return CriterionDSN(args.ignore_label, class_weights)
+
+
+def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    options = {"lr": args.learning_rate, "momentum": args.momentum, "weight_decay": args.weight_decay}
+    if args.backend == "apex":
+        return apex.optimizer(model.parameters(), **options)
+    return torch.optim.SGD(model.parameters(), **options, fused=args.fused_sgd or None)
+
+
+def make_parallel(
+    args: argparse.Namespace, model: torch.nn.Module, world: distributed.World
+) -> torch.nn.Module:
+    if args.backend == "apex":
+        parallel = apex.data_parallel(model) if world.size > 1 else model
+    else:
+        parallel = world.data_parallel(model, all_used=args.recurrence > 0)
+    return torch.compile(parallel) if args.compile else parallel
 
 
 def seed_of(*numbers: int) -> int:
@@ -218,115 +326,99 @@ def seed_of(*numbers: int) -> int:
 
 def train(args: argparse.Namespace, world: distributed.World) -> None:
     """Train one process's share of every batch; rank 0 writes the log and the snapshots."""
-    torch.backends.cudnn.benchmark = True
-    dataset = make_dataset(args)
-    torch.manual_seed(seed_of(args.random_seed))
-    model = make_model(args)
-    if args.restore_from:
-        load_weights(model, args.restore_from, args.not_restore_last)
-    model.to(world.device).train()
-    synchronise(model, world)
-    criterion = make_criterion(args)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+    with signals.stop_request() as stop, contextlib.ExitStack() as held:
+        world.on_main(lambda: held.enter_context(checkpoint.locked(args.snapshot_dir)))
+        torch.backends.cudnn.benchmark = not args.deterministic
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        dataset = make_dataset(args)
+        torch.manual_seed(seed_of(args.random_seed))
+        model = make_model(args)
+        if args.restore_from:
+            load_weights(model, args.restore_from, args.not_restore_last)
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        model.to(world.device, memory_format=layout)
+        average = WeightAverage(model, args.ema) if args.ema is not None else None
+        synchronise(model, world)
+        train_mode(model, args.freeze_bn)
+        optimizer = make_optimizer(args, model)
+        stepper = Stepper(
+            model,
+            make_parallel(args, model, world),
+            make_criterion(args).to(world.device),
+            optimizer,
+            world,
+            precision=args.amp,
+            accumulate=args.grad_accum,
+            memory_format=layout,
+        )
+        run = Run(
+            args.snapshot_dir,
+            world,
+            stop,
+            make_task(args, world, dataset, model),
+            model,
+            optimizer,
+            stepper,
+            average,
+            args.num_steps,
+            Intervals(args.print_frequency, args.save_pred_every, args.save_state_every, args.val_every),
+            args.keep_states,
+            recipe={name: getattr(args, name) for name in RECIPE} | {"data": dataset.digest()},
+            arguments=vars(args),
+        )
+        if args.resume or distributed.is_restarted():
+            run.restore(args.change_recipe)
+        run.train(args.start_iters)
+
+
+def make_task(
+    args: argparse.Namespace, world: distributed.World, dataset: CSDataSet, model: torch.nn.Module
+) -> Task:
+    colors = make_palette([label.color for label in TRAIN_LABELS])
+
+    def batches(steps: range) -> Iterator[loader.Batch | Exception]:
+        return loader.train_batches(
+            dataset,
+            DataError,
+            seed=args.random_seed,
+            batch_size=args.batch_size,
+            steps=steps,
+            rank=world.rank,
+            processes=world.size,
+            workers=args.num_workers,
+            pin_memory=world.device.type == "cuda",
+        )
+
+    def validate(model: torch.nn.Module, interrupted: Callable[[], Exception | None]) -> float:
+        model.eval()
+        result = evaluate(
+            lambda images: predict_sliding(model, images, args.input_size, args.num_classes),
+            make_val_dataset(args),
+            DataError,
+            world,
+            args.num_classes,
+            args.ignore_label,
+            workers=args.num_workers,
+            interrupted=interrupted,
+        )
+        return mean_iou(result.confusion)
+
+    def example(image: torch.Tensor, label: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
+        picture = (image.permute(1, 2, 0).numpy() + IMG_MEAN)[..., ::-1].round().clip(0, 255).astype(np.uint8)
+        prediction = upsample(logits[None].detach(), label.shape)[0].argmax(0).cpu().numpy()
+        return np.hstack([picture, colored(label.numpy(), colors), colored(prediction, colors)])
+
+    return Task(
+        batches,
+        learning_rate=lambda step: schedule.poly_lr(args.learning_rate, step, args.num_steps, args.power),
+        # Of dropout: another one for each process.
+        seed=lambda step: seed_of(args.random_seed, step, world.rank),
+        train_mode=lambda: train_mode(model, args.freeze_bn),
+        validate=validate,
+        example=example,
     )
-
-    recipe = {name: getattr(args, name) for name in RECIPE} | {"data": dataset.digest()}
-    start = args.start_iters
-    # Rank 0 decides for all: the others may see another state of a shared disk.
-    state = world.gather(
-        checkpoint.newest_state(args.snapshot_dir) if args.resume and world.is_main else None
-    )[0]
-    if state is not None:
-        unseen = None if os.path.exists(state.path) else state.path
-        if unseen := world.first(unseen):
-            raise flags.UsageError(f"--snapshot-dir: {unseen} is not on every machine; share the directory")
-        checkpoint.restore(state, model, optimizer, recipe)
-        start = state.step
-        if start >= args.num_steps:
-            if world.is_main:
-                print(f"{state.path}: the run is finished, all {args.num_steps} steps are done", flush=True)
-            return
-    if world.is_main:
-        if state is not None:
-            print(f"{state.path}: continuing after step {start}", flush=True)
-        elif earlier := checkpoint.set_aside(args.snapshot_dir):
-            print(f"{args.snapshot_dir}: states and log of an earlier run are now in {earlier}", flush=True)
-        with replacing(os.path.join(args.snapshot_dir, "args.json")) as path, open(path, "w") as file:
-            json.dump(vars(args), file, indent=2)
-        log = RunLog(args.snapshot_dir, start, args.num_steps, args.batch_size)
-    parallel = world.data_parallel(model, all_used=args.recurrence > 0)
-
-    def save(step: int) -> None:
-        if world.is_main:
-            path = checkpoint.save(args.snapshot_dir, step, model, optimizer, recipe)
-            print(f"saved {path}", flush=True)
-
-    batches = loader.train_batches(
-        dataset,
-        DataError,
-        seed=args.random_seed,
-        batch_size=args.batch_size,
-        steps=range(start, args.num_steps),
-        rank=world.rank,
-        processes=world.size,
-        workers=args.num_workers,
-        pin_memory=world.device.type == "cuda",
-    )
-    waited = 0.0
-    for step in range(start + 1, args.num_steps + 1):
-        lr = schedule.poly_lr(args.learning_rate, step - 1, args.num_steps, args.power)
-        schedule.set_lr(optimizer, lr)
-        before = time.monotonic()
-        batch = next(batches)
-        waited += time.monotonic() - before
-        # A picture that one process can't use ends the run for all, after the same step.
-        error = world.first(batch if isinstance(batch, Exception) else None)
-        if error is not None:
-            if step - 1 > start:
-                save(step - 1)
-            world.barrier()  # a launcher may end rank 0 as soon as another one is gone
-            raise error
-
-        # Dropout is a function of (seed, step, rank), so that a resumed run needs no random state.
-        torch.manual_seed(seed_of(args.random_seed, step, world.rank))
-        images = batch.images.to(world.device, non_blocking=True)
-        labels = batch.labels.to(world.device, non_blocking=True)
-        main_loss, auxiliary_loss = criterion.parts(parallel(images), labels)
-        loss = main_loss + AUXILIARY_WEIGHT * auxiliary_loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-        last = step == args.num_steps
-        log_due, save_due = step % args.print_frequency == 0 or last, step % args.save_pred_every == 0 or last
-        if log_due or save_due:
-            losses = torch.stack([loss, main_loss, auxiliary_loss]).detach()
-            world.all_reduce(losses)
-            mean_loss, mean_main, mean_auxiliary = (losses / world.size).tolist()
-            if not np.isfinite(mean_loss):
-                raise RuntimeError(
-                    f"the loss is {mean_loss} at step {step}; lower --learning-rate, or look at the samples: "
-                    f"{'; '.join(batch.records)}"
-                )
-        if log_due:
-            records = [record for share in world.gather(batch.records) for record in share]
-            if world.is_main:
-                log.write(
-                    step,
-                    mean_loss,
-                    lr,
-                    main_loss=mean_main,
-                    auxiliary_loss=mean_auxiliary,
-                    data_seconds=round(waited, 4),
-                    epoch=step * args.batch_size // len(dataset),
-                    samples=records,
-                )
-            waited = 0.0
-        if save_due:
-            save(step)
-    if world.is_main:
-        log.close()
 
 
 if __name__ == "__main__":

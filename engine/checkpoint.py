@@ -1,24 +1,41 @@
-"""Snapshots of a run, and the states that it continues from."""
+"""Snapshots of a run, the states that it continues from, and the lock on their directory."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import pickle
+import socket
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from utils.args import UsageError
-from utils.files import replacing
+from utils.files import replacing, temporary_name
 
 #: What a run leaves beside snapshots and states.
-RUN_FILES = ("args.json", "log.jsonl", "tensorboard")
-#: States kept beside the snapshots: the newest, and one to fall back to.
-KEPT_STATES = 2
+RUN_FILES = ("args.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
+LOCK = ".lock"
+
+
+class Validation(NamedTuple):
+    """What the validations so far have given; steps count from 1, 0 is none."""
+
+    step: int = 0  # of the newest
+    best_step: int = 0
+    best_mean_iou: float = -1.0
+
+    def with_score(self, step: int, mean_iou: float) -> Validation:
+        if mean_iou > self.best_mean_iou:
+            return Validation(step, step, mean_iou)
+        return self._replace(step=step)
 
 
 class State(NamedTuple):
@@ -27,46 +44,85 @@ class State(NamedTuple):
     step: int
     path: str
     recipe: dict[str, Any]
+    validation: Validation
 
 
-def snapshot_path(directory: str, step: int) -> str:
-    return os.path.join(directory, f"CS_scenes_{step}.pth")
+@contextlib.contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Keep other runs out of `directory`; the lock goes when this process goes, however it ends.
+
+    Raises:
+        UsageError: another run has it.
+    """
+    # A lock of the process and not of the file (flock): helper processes that outlive a killed run do not
+    # hold it.
+    with open(os.path.join(directory, LOCK), "a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UsageError(
+                    f"--snapshot-dir {directory}: another run writes there ({file.read().strip()}); wait for "
+                    "its end, or name another folder"
+                ) from None
+            print(
+                f"{directory}: can't be locked here ({error.strerror}): see that no other run uses it",
+                flush=True,
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
-def save(
-    directory: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: dict[str, Any]
-) -> str:
-    """Write the snapshot of `step` (a plain state dict) and the state for resuming; returns the snapshot's
-    path.
+def snapshot_path(directory: str, name: int | str) -> str:
+    return os.path.join(directory, f"CS_scenes_{name}.pth")
+
+
+def save_snapshot(directory: str, name: int | str, weights: Mapping[str, Tensor]) -> str:
+    """Write a plain state dict for other programs; returns its path. `name`: the step, or what it is."""
+    with replacing(snapshot_path(directory, name)) as path, open(path, "wb") as file:
+        torch.save(dict(weights), file)
+    return snapshot_path(directory, name)
+
+
+def state_path(directory: str, step: int) -> str:
+    return os.path.join(directory, f"state_{step}.pt")
+
+
+def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
+    """Write a state, and delete all but the newest `keep` of its directory.
 
     The state's JSON file is written last: its size and checksum say that the state is whole.
+
+    Args:
+        parts: state dicts by name.
     """
-    weights = model.state_dict()
-    with replacing(snapshot_path(directory, step)) as path:
-        torch.save(weights, path)
-    state = os.path.join(directory, f"state_{step}.pt")
-    with replacing(state) as path:
-        torch.save({"model": weights, "optimizer": optimizer.state_dict()}, path)
-    with replacing(_description(state)) as path, open(path, "w", encoding="utf-8") as file:
-        json.dump(
-            {"step": step, "size": os.path.getsize(state), "sha256": _sha256(state), "recipe": recipe}, file
-        )
-    described = [path for path in _states(directory) if os.path.exists(_description(path))]
-    for old in described[KEPT_STATES:]:
+    with replacing(state.path) as path, open(path, "wb") as file:
+        torch.save(dict(parts), file)
+    _describe(state, os.path.getsize(state.path), _sha256(state.path))
+    described = [path for path in _states(os.path.dirname(state.path)) if os.path.exists(_description(path))]
+    for old in described[keep:]:
         # The description first: what it describes is whole as long as it is there.
         os.unlink(_description(old))
         os.unlink(old)
-    return snapshot_path(directory, step)
+
+
+def note_validation(state: State) -> None:
+    """Write what `state.validation` is now; the state itself is saved."""
+    description = _read_description(state.path)
+    _describe(state, description["size"], description["sha256"])
 
 
 def newest_state(directory: str) -> State | None:
     """The newest complete state in `directory`; damaged ones are renamed, with a line saying so."""
     for path in _states(directory):
         try:
-            with open(_description(path), encoding="utf-8") as file:
-                description = json.load(file)
+            description = _read_description(path)
             whole = description["size"] == os.path.getsize(path) and description["sha256"] == _sha256(path)
-            state = State(int(description["step"]), path, dict(description["recipe"]))
+            validation = Validation(**description.get("validation", {}))
+            state = State(int(description["step"]), path, dict(description["recipe"]), validation)
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
         if whole:
@@ -78,27 +134,53 @@ def newest_state(directory: str) -> State | None:
     return None
 
 
-def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: dict[str, Any]) -> None:
-    """Load `state` into `model` and `optimizer`.
+def check_recipe(state: State, recipe: Mapping[str, Any]) -> None:
+    """See that a run with `recipe` may continue from `state`.
 
     Raises:
-        UsageError: the state is of a run with another recipe.
+        UsageError: it would be another run.
     """
     for flag, value in recipe.items():
         # Through JSON, as the recipe on disk went: tuples become lists.
         if flag in state.recipe and state.recipe[flag] != json.loads(json.dumps(value)):
-            if flag == "data":
-                raise UsageError(
-                    f"--data-dir, --data-list: not the pictures of the run of {state.path}; resume with the "
-                    "same, or start anew in another --snapshot-dir"
-                )
-            raise UsageError(
-                f"--{flag.replace('_', '-')}: is {value} here and {state.recipe[flag]} in the run of "
-                f"{state.path}; resume with the same, or start anew in another --snapshot-dir"
+            what = (
+                "--data-dir, --data-list: not the pictures"
+                if flag == "data"
+                else f"--{flag.replace('_', '-')}: is {value} here and {state.recipe[flag]} in those"
             )
-    content = torch.load(state.path, map_location="cpu", weights_only=True)
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
+            raise UsageError(
+                f"{what} of the run of {state.path}; resume with the same, add --change-recipe, or start "
+                "anew in another --snapshot-dir"
+            )
+
+
+def load(state: State, parts: Mapping[str, Any]) -> None:
+    """Load `state` into `parts`, which have load_state_dict; a new moving average starts from the weights.
+
+    The optimizer's own options (learning rate, weight decay) stay what they are.
+
+    Raises:
+        UsageError: the file is no state of this network, or would run code when unpickled (none of it runs).
+    """
+    try:
+        content = torch.load(state.path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{state.path}: not a state of plain tensors (refused without running anything in it); remove it"
+        ) from error
+    options = [{**group, "params": None} for group in parts["optimizer"].param_groups]
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(
+                content["model"] if name == "average" and name not in content else content[name]
+            )
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{state.path}: not a state of this network; give the flags of its run, or start anew in another "
+            "--snapshot-dir"
+        ) from error
+    for group, own in zip(parts["optimizer"].param_groups, options, strict=True):
+        group.update({name: value for name, value in own.items() if name != "params"})
 
 
 def set_aside(directory: str) -> str | None:
@@ -116,6 +198,13 @@ def set_aside(directory: str) -> str | None:
     return target
 
 
+def remove_leftovers(directory: str) -> None:
+    """Delete what a killed run had half written. Only while the directory is `locked`."""
+    for name in ("state_*", "CS_scenes_*", *RUN_FILES):
+        for path in glob.glob(temporary_name(os.path.join(glob.escape(directory), name), "*")):
+            os.unlink(path)
+
+
 def _states(directory: str) -> list[str]:
     """The paths of all states, newest first; those that lack their description too."""
     paths = glob.glob(os.path.join(glob.escape(directory), "state_*.pt"))
@@ -125,6 +214,17 @@ def _states(directory: str) -> list[str]:
 
 def _description(state: str) -> str:
     return state.removesuffix(".pt") + ".json"
+
+
+def _describe(state: State, size: int, sha256: str) -> None:
+    with replacing(_description(state.path)) as path, open(path, "w", encoding="utf-8") as file:
+        content = {"step": state.step, "size": size, "sha256": sha256, "recipe": state.recipe}
+        json.dump({**content, "validation": state.validation._asdict()}, file)
+
+
+def _read_description(state: str) -> dict[str, Any]:
+    with open(_description(state), encoding="utf-8") as file:
+        return json.load(file)
 
 
 def _sha256(path: str) -> str:

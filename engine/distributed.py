@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -19,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.args import UsageError
+from engine.signals import IMPATIENCE, SIGNALS
+from utils.args import RunError, UsageError
 
-#: Set for the processes that `launch` starts; what the parent has checked they need not check again.
+#: Set for the processes that `launch` starts, to its process id; what the parent has checked they need not
+#: check again.
 LAUNCHED = "CCNET_LAUNCHED"
 #: A filter of the warning that cc_attention gives where its library was not built.
 OPERATOR_MISSING = "ignore:the compiled criss-cross attention is missing"
@@ -65,6 +68,18 @@ class World:
             return None
         return next(found for found in self.gather(value) if found is not None)
 
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do `action` on rank 0 while the others wait; a UsageError or RunError of it is raised on all."""
+        failure = None
+        if self.is_main:
+            try:
+                action()
+            except (UsageError, RunError) as error:
+                failure = error
+        if failure := self.first(failure):
+            self.barrier()  # a launcher may end rank 0 as soon as another one is gone
+            raise failure
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self._control)
@@ -73,6 +88,7 @@ class World:
         """`model` with gradients averaged over the processes; `all_used`: the loss uses every parameter."""
         if self.size == 1:
             return model
+        # Buckets of 25 MB, torch's default, are all-reduced while the layers before them still compute.
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
@@ -80,6 +96,11 @@ class World:
             gradient_as_bucket_view=True,
             find_unused_parameters=not all_used,
         )
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, which then is the cause to speak of."""
+    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
 
 
 def run(
@@ -111,6 +132,13 @@ def run(
 def is_launched() -> bool:
     """Whether this process has siblings that somebody started: `launch`, torchrun or a scheduler."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_restarted() -> bool:
+    """Whether torchrun or Slurm has started this run again after a failure or a requeue."""
+    return any(
+        int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
 
 
 def is_checked_elsewhere() -> bool:
@@ -172,6 +200,9 @@ def launch(processes: int) -> int:
 
     Returns:
         0 when all ended well, 2 when the first to fail met wrong input, 1 when it failed otherwise.
+
+    Raises:
+        RunError: one was killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -181,13 +212,13 @@ def launch(processes: int) -> int:
         "LOCAL_WORLD_SIZE": processes,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        LAUNCHED: 1,
+        LAUNCHED: os.getpid(),
         # This process has said it already, if it is so.
         "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), OPERATOR_MISSING])),
     }
     if "OMP_NUM_THREADS" not in os.environ:
         shared["OMP_NUM_THREADS"] = max(1, torch.get_num_threads() // processes)
-    children = []
+    children: list[subprocess.Popen] = []
     for rank in range(processes):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
         environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
@@ -202,36 +233,58 @@ def launch(processes: int) -> int:
 
 
 def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
-    """Wait for all; once one has failed the others get SIGTERM, and `grace` seconds to end by themselves."""
+    """Wait for all; once one has failed the others get SIGTERM, and `grace` seconds to end by themselves.
+
+    SIGTERM and SIGINT go on to all; a later SIGINT kills them.
+    """
+    asked = float("inf")
+
+    def alive() -> list[subprocess.Popen]:
+        return [child for child in children if child.poll() is None]
 
     def forward(number: int, _frame: object) -> None:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
+        nonlocal asked
+        if number == signal.SIGINT and time.monotonic() - asked > IMPATIENCE:
+            number = signal.SIGKILL
+        asked = min(asked, time.monotonic())
+        for child in alive():
+            child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        deadline, status = float("inf"), 0
-        while any(child.poll() is None for child in children):
-            failed = [child.returncode for child in children if child.returncode]
-            if failed and not status:
-                status = failed[0]
+        deadline = float("inf")
+        failed: list[subprocess.Popen] = []
+        while alive() and time.monotonic() < deadline:
+            if not failed and (failed := [child for child in children if child.returncode]):
                 # Ranks that agreed on the same end (a damaged picture) come to it by themselves.
-                deadline = time.monotonic() + (grace if status == 2 else 3.0)
-            if time.monotonic() > deadline:
-                forward(signal.SIGTERM, None)
-                deadline = float("inf")
-                grace_end = time.monotonic() + 5.0
-                while any(child.poll() is None for child in children) and time.monotonic() < grace_end:
-                    time.sleep(0.05)
-                break
+                deadline = time.monotonic() + (grace if failed[0].returncode == 2 else 3.0)
             time.sleep(0.05)
-        failed = [child.poll() for child in children if child.poll()]
-        status = status or (failed[0] if failed else 0)
-        return status if status in (0, 2) else 1
+        forward(signal.SIGTERM, None)
+        end = time.monotonic() + 5.0
+        while alive() and time.monotonic() < end:
+            time.sleep(0.05)
+        failed = failed or [child for child in children if child.returncode]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    # Where one was killed the others fail after it, for want of it.
+    killed = [child for child in failed if child.returncode < 0]
+    if killed:
+        raise RunError(
+            f"process {children.index(killed[0])} of {len(children)} was killed by "
+            f"{signal.Signals(-killed[0].returncode).name} (for want of memory, perhaps), and the others "
+            "ended with it; what is complete is kept: run it again, train.py with --resume"
+        )
+    return 0 if not failed else 2 if failed[0].returncode == 2 else 1
+
+
+def _end_with_parent() -> None:
+    """Have the system send this process SIGTERM when `launch`, which would do it, is killed itself."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(os.environ[LAUNCHED]):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -240,11 +293,14 @@ def world(devices: Sequence[torch.device], agreed: tuple[type[Exception], ...]) 
 
     Args:
         devices: the device of each local rank.
-        agreed: errors that all processes raise together; local rank 0 speaks for the others.
+        agreed: errors that all processes raise together, as every RunError; local rank 0 speaks for the
+            others.
 
     Raises:
         UsageError: not as many GPUs as processes on this machine.
     """
+    if LAUNCHED in os.environ:
+        _end_with_parent()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = devices[0]
@@ -262,13 +318,16 @@ def world(devices: Sequence[torch.device], agreed: tuple[type[Exception], ...]) 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:
         yield World(rank, size, device)
-    except agreed as error:
-        error.silent = local_rank > 0  # type: ignore[attr-defined]  # see utils.args.exit_status
-        dist.destroy_process_group()
-        raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, (*agreed, RunError)):
+            error.silent = local_rank > 0  # type: ignore[attr-defined]  # see utils.args.exit_status
+            dist.destroy_process_group()
+            raise
         # The others wait in a collective for this process: an orderly end would wait for them.
-        traceback.print_exc()
+        if _is_lost_connection(error):
+            print(f"process {rank} of {size}: lost the connection to another process", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()

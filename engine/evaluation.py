@@ -38,6 +38,7 @@ def evaluate(
     batch_size: int = 1,
     workers: int = 0,
     keep: Keep | None = None,
+    interrupted: Callable[[], Exception | None] = lambda: None,
 ) -> Result:
     """Predict every picture of `source` once and score the predictions.
 
@@ -51,6 +52,7 @@ def evaluate(
         batch_size: pictures of equal size that are predicted together.
         workers: processes that read pictures.
         keep: gets every prediction.
+        interrupted: asked now and then; an error that it gives is raised on every process.
     """
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=world.device)
     statistics = []
@@ -74,7 +76,7 @@ def evaluate(
                         keep(picture.name, prediction)
         except errors as found:
             error = found
-        error = world.first(error)
+        error = world.first(interrupted() or error)
         if error is not None:
             raise error
         if world.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from engine import signals
+from utils.args import RunError
 
 #: Keeps the random streams of the order and of the augmentation apart.
 ORDER, AUGMENTATION = 0, 1
@@ -72,10 +76,11 @@ def _collate(samples: list[Any]) -> Batch | Exception:
     return Batch(images, labels, [sample.record() for sample in samples])
 
 
-def _limit_threads(_worker: int) -> None:
+def _set_up_worker(_worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)
+    signals.ignore_interrupts()
 
 
 def train_batches(
@@ -97,20 +102,40 @@ def train_batches(
         workers: processes that read pictures; 0 reads in this one.
 
     Yields:
-        A batch, or the error of the first of its samples that can't be used.
+        A batch, or the error of the first of its samples that can't be used, or a RunError when a worker
+        died.
     """
     share = batch_size // processes
     starts = [step * batch_size + rank * share for step in steps]
-    return iter(
+    batches = iter(
         DataLoader(
             SampleStream(source, seed, errors),
             batch_sampler=[list(range(start, start + share)) for start in starts],
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
-            worker_init_fn=_limit_threads,
+            worker_init_fn=_set_up_worker,
         )
     )
+    # The DataLoader's own handler raises wherever the process is when a worker dies, in the midst of an
+    # update too. Without it the next batch fails, within seconds.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return _until_a_worker_dies(batches)
+
+
+def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            yield RunError(
+                "a process that reads pictures was killed (for want of memory, perhaps: --num-workers says "
+                "how many there are); --resume continues"
+            )
 
 
 class PictureSource(Protocol):
@@ -143,16 +168,15 @@ def evaluation_pictures(
     source: PictureSource, errors: type[Exception], instances: bool, rank: int, processes: int, workers: int
 ) -> Iterator[Any]:
     """Every `processes`-th picture from the `rank`-th on: all processes together have each picture once."""
-    return iter(
-        DataLoader(
-            _Pictures(source, instances, errors),
-            sampler=range(rank, len(source), processes),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_limit_threads,
-        )
+    pictures = DataLoader(
+        _Pictures(source, instances, errors),
+        sampler=range(rank, len(source), processes),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_set_up_worker,
     )
+    return _until_a_worker_dies(iter(pictures))
 
 
 def _unchanged(picture: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loss.ohem import OhemCrossEntropy2d, cross_entropy
+from loss.ohem import OhemCrossEntropy2d, Total, total_cross_entropy
 
 AUXILIARY_WEIGHT = 0.4
 
@@ -26,26 +27,35 @@ class CriterionDSN(nn.Module):
 
     Args:
         ignore_index: label of the pixels that do not count.
+        class_weights: [C] how much a pixel of each class counts; all the same without it.
     """
 
-    def __init__(self, ignore_index: int = 255):
+    #: Of the main head and of the auxiliary one.
+    head_weights = (1.0, AUXILIARY_WEIGHT)
+    class_weights: Tensor | None
+
+    def __init__(self, ignore_index: int = 255, class_weights: Tensor | None = None):
         super().__init__()
         self.ignore_index = ignore_index
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, outputs: Sequence[Tensor], target: Tensor) -> Tensor:
         """[logits, dsn_logits] or [logits], each [N, C, H, W], and target int [N, h, w] -> scalar."""
-        main, *auxiliary = self.parts(outputs, target)
-        return main + AUXILIARY_WEIGHT * sum(auxiliary) if auxiliary else main
+        means = [total.mean() for total in self.totals(outputs, target)]
+        return torch.stack([w * mean for w, mean in zip(self.head_weights, means, strict=False)]).sum()
 
-    def parts(self, outputs: Sequence[Tensor], target: Tensor) -> list[Tensor]:
-        """The loss of each head by itself, unweighted."""
+    def totals(self, outputs: Sequence[Tensor], target: Tensor) -> list[Total]:
+        """What each head's mean is made of, unweighted."""
         target = target.long()
         logits = [upsample(output, target.shape[1:]) for output in outputs]
-        auxiliary = [cross_entropy(output, target, self.ignore_index) for output in logits[1:]]
-        return [self.main_loss(logits[0], target), *auxiliary]
+        auxiliary = [
+            total_cross_entropy(output, target, self.ignore_index, self.class_weights)
+            for output in logits[1:]
+        ]
+        return [self.main_total(logits[0], target), *auxiliary]
 
-    def main_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(logits, target, self.ignore_index)
+    def main_total(self, logits: Tensor, target: Tensor) -> Total:
+        return total_cross_entropy(logits, target, self.ignore_index, self.class_weights)
 
 
 class CriterionOhemDSN(CriterionDSN):
@@ -53,11 +63,18 @@ class CriterionOhemDSN(CriterionDSN):
 
     Args:
         ignore_index, thresh, min_kept: see OhemCrossEntropy2d.
+        class_weights: see CriterionDSN.
     """
 
-    def __init__(self, ignore_index: int = 255, thresh: float = 0.7, min_kept: int = 100000):
-        super().__init__(ignore_index)
+    def __init__(
+        self,
+        ignore_index: int = 255,
+        thresh: float = 0.7,
+        min_kept: int = 100000,
+        class_weights: Tensor | None = None,
+    ):
+        super().__init__(ignore_index, class_weights)
         self.ohem = OhemCrossEntropy2d(ignore_index, thresh, min_kept)
 
-    def main_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self.ohem(logits, target)
+    def main_total(self, logits: Tensor, target: Tensor) -> Total:
+        return super().main_total(logits, self.ohem.hard_target(logits, target))

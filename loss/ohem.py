@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def cross_entropy(logits: Tensor, target: Tensor, ignore_label: int) -> Tensor:
-    """Mean cross entropy over the pixels that are not `ignore_label`; of none it is 0, with zero gradients.
+class Total(NamedTuple):
+    """A mean in two scalars: the sum over the pixels, and how much these count together."""
 
-    logits [N, C, h, w], target int [N, h, w] -> scalar
+    loss: Tensor
+    weight: Tensor
+
+    def mean(self) -> Tensor:
+        """Of no pixels it is 0, with zero gradients."""
+        return self.loss / self.weight.where(self.weight > 0, 1)
+
+
+def total_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_label: int, class_weights: Tensor | None = None
+) -> Total:
+    """Cross entropy over the pixels that are not `ignore_label`.
+
+    logits [N, C, h, w], target int [N, h, w], class_weights [C]
     """
-    total = F.cross_entropy(logits, target, ignore_index=ignore_label, reduction="sum")
-    return total / (target != ignore_label).sum().clamp(min=1)
+    # CUDA sums in an order of chance inside cross_entropy.
+    loss = F.cross_entropy(logits, target, class_weights, ignore_index=ignore_label, reduction="none").sum()
+    kept = target != ignore_label
+    if class_weights is None:
+        return Total(loss, kept.sum().to(loss.dtype))
+    return Total(loss, class_weights[target.where(kept, 0)].where(kept, 0).sum())
 
 
 class OhemCrossEntropy2d(nn.Module):
@@ -41,7 +60,7 @@ class OhemCrossEntropy2d(nn.Module):
     def forward(self, predict: Tensor, target: Tensor) -> Tensor:
         """logits [N, C, h, w], target int [N, h, w] -> scalar; 0 and zero gradients where nothing is kept."""
         target = target.long()
-        return cross_entropy(predict, self.hard_target(predict, target), self.ignore_label)
+        return total_cross_entropy(predict, self.hard_target(predict, target), self.ignore_label).mean()
 
     @torch.no_grad()
     def hard_target(self, predict: Tensor, target: Tensor) -> Tensor:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from networks.abn import ABN, synchronise
+from networks.abn import ABN, synchronise, train_mode
 from networks.ccnet import Seg_Model
 from networks.weights import CheckpointError, load_weights, match_weights
 
 MODELS: dict[str, type[nn.Module]] = {"ccnet": Seg_Model}
 
-__all__ = ["ABN", "MODELS", "CheckpointError", "Seg_Model", "load_weights", "match_weights", "synchronise"]
+__all__ = [
+    "ABN",
+    "MODELS",
+    "CheckpointError",
+    "Seg_Model",
+    "load_weights",
+    "match_weights",
+    "synchronise",
+    "train_mode",
+]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BACKENDS = ("torch", "inplace")
+BACKENDS = ("torch", "inplace", "apex")
 
 
 class StatisticsGroup(Protocol):
@@ -33,7 +33,8 @@ class ABN(nn.Module):
     Args:
         channels: number of channels C.
         activation: "identity", or "leaky_relu" with slope 0.01.
-        backend: "torch", or "inplace" for the inplace_abn package, which overwrites its input to save memory.
+        backend: "torch"; "inplace" for the inplace_abn package, which overwrites its input to save memory;
+            "apex" for NVIDIA's kernels where statistics are shared by several processes, torch's elsewhere.
 
     Shape: [N, C, ...] -> the same.
     """
@@ -55,6 +56,8 @@ class ABN(nn.Module):
             raise ValueError(f"ABN: backend is one of {', '.join(BACKENDS)}, not {backend!r}")
         if backend == "inplace":
             import inplace_abn  # noqa: F401  (fails here, at construction, where the package is missing)
+        if backend == "apex":
+            import apex.parallel.optimized_sync_batchnorm_kernel  # noqa: F401  (likewise)
         self.activation = activation
         self.backend = backend
         self.eps = eps
@@ -72,7 +75,10 @@ class ABN(nn.Module):
             return self._forward_inplace(x)
         weight = torch.where(self.weight >= 0, self.weight, -self.weight) + self.eps
         if self.training and self.group is not None:
-            y = _synchronised_batch_norm(
+            # apex has kernels for these two types only.
+            by_apex = self.backend == "apex" and x.dtype in (torch.float32, torch.float16)
+            batch_norm = _apex_batch_norm if by_apex else _synchronised_batch_norm
+            y = batch_norm(
                 x, weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum, self.group
             )
         else:
@@ -119,6 +125,25 @@ def synchronise(model: nn.Module, group: StatisticsGroup | None) -> None:
     for module in model.modules():
         if isinstance(module, ABN):
             module.group = group if group is not None and group.size > 1 else None
+
+
+def train_mode(model: nn.Module, keep_statistics: bool) -> None:
+    """Set `model` to training; `keep_statistics`: every ABN still normalises by its running ones."""
+    model.train()
+    for module in model.modules():
+        if keep_statistics and isinstance(module, ABN):
+            module.eval()
+
+
+def _apex_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):
+    from apex.parallel.optimized_sync_batchnorm_kernel import SyncBatchnormFunction
+
+    # The function puts new storage into the statistics that it gets; ours has to stay, state dicts share it.
+    mean, variance = running_mean.clone(), running_var.clone()
+    y = SyncBatchnormFunction.apply(x, None, weight, bias, mean, variance, eps, True, momentum, group.group)
+    running_mean.copy_(mean)
+    running_var.copy_(variance)
+    return y
 
 
 def _synchronised_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):

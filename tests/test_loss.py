@@ -81,7 +81,8 @@ def test_criterion_is_main_plus_auxiliary(classes):
     losses = [F.cross_entropy(x, labels, ignore_index=255) for x in big]
     criterion = CriterionDSN()
     torch.testing.assert_close(criterion(outputs, labels), losses[0] + 0.4 * losses[1])
-    torch.testing.assert_close(torch.stack(criterion.parts(outputs, labels)), torch.stack(losses))
+    parts = [total.mean() for total in criterion.totals(outputs, labels)]
+    torch.testing.assert_close(torch.stack(parts), torch.stack(losses))
     torch.testing.assert_close(criterion(outputs[:1], labels.to(torch.uint8)), losses[0])
     mined = CriterionOhemDSN(thresh=0.4, min_kept=500)
     main = OhemCrossEntropy2d(255, 0.4, 500)(big[0], labels)

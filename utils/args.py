@@ -12,6 +12,10 @@ class UsageError(ValueError):
     """Wrong usage or input: one line that names the flag or file, what is wrong and what to do."""
 
 
+class RunError(RuntimeError):
+    """What ends a run through no fault of the input: one line that says what happened and what to do."""
+
+
 def boolean(text: str) -> bool:
     if text.lower() in ("1", "true", "yes", "y", "t", "on"):
         return True
@@ -68,16 +72,18 @@ def numbers(text: str) -> list[float]:
 
 
 def exit_status(main: Callable[[], int | None], input_errors: tuple[type[Exception], ...]) -> int:
-    """Run `main` and return its status, 0 when it has none, 2 after one of `input_errors`.
+    """Run `main` and return its status: 0 when it has none, 2 after an input error, 1 after a RunError.
 
     The error's message is the last line on standard error. Anything else that goes wrong keeps its traceback
     and ends in 1, as Python does.
     """
     try:
         return main() or 0
-    except input_errors as error:
+    except Exception as error:
+        if not isinstance(error, (*input_errors, RunError)):
+            raise
         sys.stdout.flush()
         # Where the processes of a run come to the same error together, one of a machine speaks.
         if not getattr(error, "silent", False):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, input_errors) else 1

@@ -10,15 +10,20 @@ from collections.abc import Iterator
 from utils.args import UsageError
 
 
+def temporary_name(path: str, process: int | str) -> str:
+    """The name under which a process writes `path`."""
+    folder, name = os.path.split(path)
+    # The ending stays last: writers such as Pillow choose the format by it.
+    return os.path.join(folder, f".writing-{process}-{name}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
     """Yield a temporary name beside `path`; on success rename it to `path`, on failure remove it.
 
     The content is on disk before the rename, so that a power cut leaves the old file or the new one.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    # The ending stays last: writers such as Pillow choose the format by it.
-    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
+    temporary = temporary_name(os.path.abspath(path), os.getpid())
     try:
         yield temporary
         with open(temporary, "rb") as file:

@@ -1,4 +1,4 @@
-"""Progress of a training run: a line on the screen, a JSON line in log.jsonl, scalars for TensorBoard."""
+"""Progress of a training run: on the screen, in log.jsonl, and as curves and pictures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from tensorboardX import SummaryWriter
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from utils.files import replacing
 
 
 class RunLog:
     """The log of one run; entries of a resumed run continue those up to the step that it continues from.
+
+    Everything is written at once, so that whatever the disk refuses is an OSError here. (SummaryWriter writes
+    from a thread; where that fails, the run waits for it for ever.)
 
     Args:
         directory: where log.jsonl and the TensorBoard events go.
@@ -29,7 +35,11 @@ class RunLog:
         path = os.path.join(directory, "log.jsonl")
         self._keep_until(path, start)
         self._file = open(path, "a", encoding="utf-8")
-        self._scalars = SummaryWriter(os.path.join(directory, "tensorboard"), purge_step=start + 1)
+        events = os.path.join(directory, "tensorboard")
+        os.makedirs(events, exist_ok=True)
+        self._events = EventsWriter(os.path.join(events, "events"), f".{os.getpid()}")
+        # TensorBoard then hides what an earlier process wrote after `start`.
+        self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
         self._last_step, self._last_time = start, time.monotonic()
         self._first_step, self._first_time = start, self._last_time
 
@@ -52,7 +62,7 @@ class RunLog:
             return 0
 
     def write(self, step: int, loss: float, lr: float, **more: Any) -> None:
-        """Log `step` (from 1) with its loss and learning rate; numbers among `more` become scalars too."""
+        """Log `step` (from 1) with its loss and learning rate; numbers among `more` become curves too."""
         now = time.monotonic()
         seconds = max(now - self._last_time, 1e-9)
         rate = (step - self._last_step) * self.samples_per_step / seconds
@@ -63,7 +73,8 @@ class RunLog:
         self._file.flush()
         for name, value in entry.items():
             if name != "step" and isinstance(value, (int, float)):
-                self._scalars.add_scalar(f"train/{name}", value, step)
+                self._add(step, summary.scalar(f"train/{name}", value))
+        self._events.flush()
         print(
             f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.3e}  {rate:.2f} images/s  "
             f"{timedelta(seconds=round(left))} left",
@@ -71,6 +82,23 @@ class RunLog:
         )
         self._last_step, self._last_time = step, now
 
+    def score(self, step: int, mean_iou: float, best: bool) -> None:
+        """Log what the validation after `step` gave."""
+        self._add(step, summary.scalar("val/mean_iou", mean_iou))
+        self._events.flush()
+        print(
+            f"step {step}/{self.steps}  mean IoU {mean_iou:.4f}{', the best so far' if best else ''}",
+            flush=True,
+        )
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Show a picture, uint8 [h, w, 3] RGB, in TensorBoard."""
+        self._add(step, summary.image(name, picture, dataformats="HWC"))
+        self._events.flush()
+
+    def _add(self, step: int, content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+
     def close(self) -> None:
         self._file.close()
-        self._scalars.close()
+        self._events.close()

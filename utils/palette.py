@@ -49,6 +49,11 @@ def _generated_color(number: int) -> tuple[int, int, int]:
     return channels[0], channels[1], channels[2]
 
 
+def colored(indices: np.ndarray, palette: Sequence[int]) -> np.ndarray:
+    """The picture that a palette makes of class indices: [h, w] in 0..255 -> uint8 [h, w, 3] RGB."""
+    return np.array(palette, np.uint8).reshape(256, 3)[indices]
+
+
 def save_indexed_png(path: str | os.PathLike[str], indices: np.ndarray, palette: Sequence[int]) -> None:
     """Write class indices as a mode P PNG file, whole or not at all.
 

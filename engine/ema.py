@@ -1,0 +1,60 @@
+"""The moving average of a network's weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Exponential moving average of weights and running statistics.
+
+    average <- d * average + (1 - d) * weights after each step, with d = min(decay, (1 + step) / (10 + step)):
+    the first steps of a short run are not held back by where it started.
+
+    Args:
+        model: on its device; the average starts there.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self._weights = _weights(model)
+        self._average = {name: value.clone() for name, value in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step`, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self._average.values()), list(self._weights.values()), 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in self._average.items():
+            value.copy_(state[name])
+
+    @contextlib.contextmanager
+    def in_model(self) -> Iterator[None]:
+        """While it is entered the model has the average for its weights."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, value in self._weights.items():
+            mine = self._average[name].clone()
+            self._average[name].copy_(value)
+            value.copy_(mine)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in model.state_dict().items()}
