@@ -82,9 +82,20 @@ def snapshot_path(directory: str, name: int | str) -> str:
 
 def save_snapshot(directory: str, name: int | str, weights: Mapping[str, Tensor]) -> str:
     """Write a plain state dict for other programs; returns its path. `name`: the step, or what it is."""
-    with replacing(snapshot_path(directory, name)) as path, open(path, "wb") as file:
-        torch.save(dict(weights), file)
+    _write(snapshot_path(directory, name), dict(weights))
     return snapshot_path(directory, name)
+
+
+def _write(path: str, content: Any) -> None:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # What the disk refuses leaves torch with a file that is too short, of which it complains instead.
+            if isinstance(error.__context__, OSError):
+                error.__context__.filename = path
+                raise error.__context__ from None
+            raise
 
 
 def state_path(directory: str, step: int) -> str:
@@ -99,8 +110,7 @@ def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
     Args:
         parts: state dicts by name.
     """
-    with replacing(state.path) as path, open(path, "wb") as file:
-        torch.save(dict(parts), file)
+    _write(state.path, dict(parts))
     _describe(state, os.path.getsize(state.path), _sha256(state.path))
     described = [path for path in _states(os.path.dirname(state.path)) if os.path.exists(_description(path))]
     for old in described[keep:]:
@@ -155,9 +165,10 @@ def check_recipe(state: State, recipe: Mapping[str, Any]) -> None:
 
 
 def load(state: State, parts: Mapping[str, Any]) -> None:
-    """Load `state` into `parts`, which have load_state_dict; a new moving average starts from the weights.
+    """Load `state` into `parts`, which have load_state_dict.
 
-    The optimizer's own options (learning rate, weight decay) stay what they are.
+    The optimizer's own options (learning rate, weight decay) stay what they are; a moving average that the
+    state lacks starts from its weights.
 
     Raises:
         UsageError: the file is no state of this network, or would run code when unpickled (none of it runs).
@@ -171,9 +182,11 @@ def load(state: State, parts: Mapping[str, Any]) -> None:
     options = [{**group, "params": None} for group in parts["optimizer"].param_groups]
     try:
         for name, part in parts.items():
-            part.load_state_dict(
-                content["model"] if name == "average" and name not in content else content[name]
-            )
+            saved = content[name] if name in ("model", "optimizer") else content.get(name)
+            if saved:
+                part.load_state_dict(saved)
+            elif name == "average":
+                part.load_state_dict(content["model"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{state.path}: not a state of this network; give the flags of its run, or start anew in another "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import os
 import signal
 import socket
@@ -89,10 +90,13 @@ class World:
         if self.size == 1:
             return model
         # Buckets of 25 MB, torch's default, are all-reduced while the layers before them still compute.
+        # Synchronised batch norm keeps the buffers equal. (The older name gives a warning on newer torch.)
+        options = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # synchronised batch norm keeps them equal
+            **{buffers: False},
             gradient_as_bucket_view=True,
             find_unused_parameters=not all_used,
         )
@@ -100,7 +104,9 @@ class World:
 
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone, which then is the cause to speak of."""
-    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
+    # Gloo says it in a plain RuntimeError.
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def run(

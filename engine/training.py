@@ -128,14 +128,16 @@ class Run:
     def train(self, start: int) -> None:
         """Take the steps after `start`, where there is no state to continue from; else those after it."""
         start = self.state.step if self.state is not None else start
-        finished = start >= self.steps
-        if finished and not self._due(start, self.intervals.validation, self.validation.step):
+        interrupted = self.state is not None and self._due(
+            start, self.intervals.validation, self.validation.step
+        )
+        if start >= self.steps and not interrupted:
             self._say(f"{self.directory}: the run is finished, all {self.steps} steps are done")
             return
         with contextlib.ExitStack() as held:
             self._on_main(lambda: held.enter_context(contextlib.closing(self._open_log(start))))
-            if self._due(start, self.intervals.validation, self.validation.step):
-                self._validate(start)  # it was interrupted
+            if interrupted:
+                self._validate(start)
             self._take_steps(start)
 
     def _open_log(self, start: int) -> RunLog:
@@ -211,14 +213,12 @@ class Run:
             try:
                 action()
             except OSError as error:
-                kept = (
-                    f"after step {self.state.step}"
-                    if self.state is not None
-                    else "of this run: there is none"
-                )
+                then = "start it again: it had no state yet"
+                if self.state is not None:
+                    then = f"--resume continues after step {self.state.step}"
                 raise RunError(
-                    f"{error.filename or self.directory}: can't be written ({error.strerror or error}); "
-                    f"make room, then --resume continues from the newest state, {kept}"
+                    f"{error.filename or self.directory}: can't be written ({error.strerror or error}); make "
+                    f"room, then {then}"
                 ) from error
 
         self.world.on_main(guarded)

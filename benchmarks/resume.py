@@ -1,0 +1,135 @@
+"""How much later a resumed run begins its first step than a fresh one.
+
+    python -m benchmarks.resume [--rounds N] [--out JSON]
+
+From the start of `python train.py` to the end of its first step, in turns: step 1 of a fresh run, and step
+50 001 of a run resumed from its state on disk. 60 000 steps, 2975 training images in a list (a few small ones
+under many names), CCNet on ResNet-101, batch 2 of 33x33, on the CPU. Both do the same but for the state:
+finding it, its checksum, loading it. Exit status 1 where that takes more than 2 seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from benchmarks import measure
+from dataset import CSDataSet, mini
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, DONE, IMAGES = 60_000, 50_000, 2975
+#: Seconds that a resumed run may begin later than a fresh one.
+BAR = 2.0
+#: Seconds; what takes longer hangs.
+LIMIT = 300.0
+FLAGS = f"--gpu cpu --num-workers 1 --batch-size 2 --input-size 33,33 --num-steps {STEPS} --print-frequency 1"
+
+
+def write_images(folder: Path) -> list[str]:
+    """A data set of IMAGES pairs; the flags that name it."""
+    mini.write(folder, 8, 1, (64, 128), seed=0)
+    pairs = CSDataSet(str(folder), split="train").pairs
+    lines = []
+    for number in range(IMAGES):
+        pair = pairs[number % len(pairs)]
+        names = f"{number}_leftImg8bit.png", f"{number}_gtFine_labelIds.png"
+        for old, new in zip((pair.image, pair.label), names, strict=True):
+            os.link(folder / old, folder / new)
+        lines.append("\t".join(names) + "\n")
+    (folder / "train.lst").write_text("".join(lines))
+    return ["--data-dir", str(folder), "--data-list", str(folder / "train.lst")]
+
+
+def seconds_until(step: int, flags: list[str], snapshots: Path, file: str | None = None) -> float:
+    """From the start of train.py until it has done `step` and, if asked for, written `file`; then it is killed.
+
+    Raises:
+        RuntimeError: it has not, LIMIT after its start.
+    """
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *FLAGS.split(), *flags, "--snapshot-dir", str(snapshots)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # One thread: several wait for each other on a busy machine.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    timer = threading.Timer(LIMIT, process.kill)
+    timer.start()
+    assert process.stdout is not None
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(f"step {step}/"):
+                seconds = time.perf_counter() - begin
+                while file and not (snapshots / file).exists() and process.poll() is None:
+                    time.sleep(0.01)
+                return seconds
+    finally:
+        timer.cancel()
+        os.killpg(process.pid, signal.SIGKILL)  # with what reads pictures for it
+        process.wait()
+        process.stdout.close()
+    raise RuntimeError(f"train.py did not do step {step}:\n{''.join(lines[-5:])}")
+
+
+def measured(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each fresh and each resumed start."""
+    images = write_images(folder / "data")
+    old, new = folder / "old", folder / "new"
+    # Step 50 000 alone makes the state: the weights are those of one step, their number and form those of all.
+    begin = ["--start-iters", str(DONE - 1), "--save-state-every", str(DONE), "--save-pred-every", str(STEPS)]
+    seconds_until(DONE, [*images, *begin], old, file=f"state_{DONE}.json")
+    times: dict[str, list[float]] = {"fresh": [], "resumed": []}
+    for _ in range(rounds):
+        times["fresh"].append(seconds_until(1, images, new))
+        shutil.rmtree(new)
+        times["resumed"].append(seconds_until(DONE + 1, [*images, "--resume"], old))
+        print("fresh {:.2f} s, resumed {:.2f} s".format(*(each[-1] for each in times.values())), flush=True)
+    return times
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.resume",
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="of a fresh and a resumed start")
+    parser.add_argument("--out", help="write the results to this JSON file too")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        times = measured(Path(folder), args.rounds)
+    fresh, resumed = (measure.quartiles(each)["median"] for each in times.values())
+    report = {
+        "machine": measure.machine("cpu") | {"threads": 1},
+        "setting": f"train.py {FLAGS}, {IMAGES} images, the state of step {DONE}",
+        "seconds": {name: measure.quartiles(each) | {"all": each} for name, each in times.items()},
+        "later": resumed - fresh,
+        "ratio": resumed / fresh,
+        "bar": BAR,
+    }
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+    print(
+        f"median of {args.rounds}: fresh {fresh:.2f} s, resumed {resumed:.2f} s, ratio "
+        f"{resumed / fresh:.2f}, {resumed - fresh:.2f} s later (at most {BAR:.0f} s)"
+    )
+    return int(resumed - fresh > BAR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
