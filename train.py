@@ -216,6 +216,10 @@ def check(args: argparse.Namespace, processes: int, device: torch.device) -> Non
         )
     if args.abn == "inplace":
         require_inplace_abn(processes, device)
+        if args.amp:
+            raise flags.UsageError(
+                f"--amp {args.amp}: the inplace-abn package takes float32 alone; use --abn torch"
+            )
     if args.backend == "apex":
         apex.require(device.type)
         for flag in ("channels_last", "compile", "fused_sgd"):

@@ -92,11 +92,12 @@ class World:
         # Buckets of 25 MB, torch's default, are all-reduced while the layers before them still compute.
         # Synchronised batch norm keeps the buffers equal. (The older name gives a warning on newer torch.)
         options = inspect.signature(DistributedDataParallel).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        buffers: dict[str, Any] = {name: False}
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            **{buffers: False},
+            **buffers,
             gradient_as_bucket_view=True,
             find_unused_parameters=not all_used,
         )

@@ -27,6 +27,8 @@ def total_cross_entropy(
 
     logits [N, C, h, w], target int [N, h, w], class_weights [C]
     """
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.dtype)
     # CUDA sums in an order of chance inside cross_entropy.
     loss = F.cross_entropy(logits, target, class_weights, ignore_index=ignore_label, reduction="none").sum()
     kept = target != ignore_label

@@ -58,7 +58,7 @@ class Seg_Model(ResNet):
         recurrence: how often the attention is applied (R of the paper); 0 leaves it out.
         backbone: "resnet101" or "resnet50".
         dropout: probability of both heads' channel dropout.
-        abn: backend of the activated batch norm, "torch" or "inplace" (networks/abn.py).
+        abn: backend of the activated batch norm, "torch", "inplace" or "apex" (networks/abn.py).
 
     Raises:
         ValueError: an argument out of range.

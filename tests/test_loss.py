@@ -89,7 +89,22 @@ def test_criterion_is_main_plus_auxiliary(classes):
     torch.testing.assert_close(mined(outputs, labels), main + 0.4 * losses[1])
 
 
-@pytest.mark.parametrize("criterion", [CriterionDSN(), CriterionOhemDSN()])
+@pytest.mark.parametrize("ohem", [False, True])
+def test_class_weights_are_those_of_a_weighted_mean(ohem):
+    outputs = [made(65, 81, seed=seed, dtype=torch.float64)[0] for seed in (1, 2)]
+    _, labels = made(65, 81)
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0], dtype=torch.float64)
+    criterion = CriterionOhemDSN(255, 0.4, 500, class_weights=weights) if ohem else CriterionDSN(255, weights)
+    target = OhemCrossEntropy2d(255, 0.4, 500).hard_target(outputs[0], labels) if ohem else labels
+    expected = F.cross_entropy(outputs[0], target, weights, ignore_index=255)
+    expected = expected + 0.4 * F.cross_entropy(outputs[1], labels, weights, ignore_index=255)
+    torch.testing.assert_close(criterion(outputs, labels), expected)
+    assert not criterion.state_dict()
+
+
+@pytest.mark.parametrize(
+    "criterion", [CriterionDSN(), CriterionOhemDSN(), CriterionDSN(255, torch.rand(4) + 0.1)]
+)
 def test_nothing_to_keep_gives_zero_and_zero_gradients(criterion):
     outputs = [torch.randn(1, 4, 5, 5, requires_grad=True) for _ in range(2)]
     loss = criterion(outputs, torch.full((1, 33, 33), 255))

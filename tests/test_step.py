@@ -1,4 +1,4 @@
-"""A training step: the same for any number of processes, in parts, in mixed precision, and undone when not finite."""
+"""A training step: for any number of processes, in parts, in mixed precision, undone when not finite."""
 
 from __future__ import annotations
 
