@@ -31,8 +31,8 @@ if [ $# = 0 ]; then
     device=(--gpu "${GPU:-$([ "$gpus" = 0 ] && echo cpu || echo 0)}")
     "$PYTHON" -m dataset.mini "$data"
     "$PYTHON" train.py --data-dir "$data" --random-mirror --random-scale "${network[@]}" --input-size 97,97 \
-        --batch-size 4 --num-steps $steps --num-workers 1 --print-frequency 20 --snapshot-dir "$snapshots" --resume \
-        "${device[@]}"
+        --batch-size 4 --num-steps $steps --num-workers 1 --print-frequency 20 --save-state-every 50 \
+        --snapshot-dir "$snapshots" --resume "${device[@]}"
     "$PYTHON" evaluate.py --data-dir "$data" --restore-from "$snapshots/CS_scenes_$steps.pth" "${network[@]}" --whole \
         "${device[@]}"
     exit

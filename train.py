@@ -411,7 +411,7 @@ def make_task(
 
     def example(image: torch.Tensor, label: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
         picture = (image.permute(1, 2, 0).numpy() + IMG_MEAN)[..., ::-1].round().clip(0, 255).astype(np.uint8)
-        prediction = upsample(logits[None].detach(), label.shape)[0].argmax(0).cpu().numpy()
+        prediction = upsample(logits[None], label.shape)[0].argmax(0).cpu().numpy()
         return np.hstack([picture, colored(label.numpy(), colors), colored(prediction, colors)])
 
     return Task(

@@ -5,7 +5,8 @@
 From the start of `python train.py` to the end of its first step, in turns: step 1 of a fresh run, and step
 50 001 of a run resumed from its state on disk. 60 000 steps, 2975 training images in a list (a few small ones
 under many names), CCNet on ResNet-101, batch 2 of 33x33, on the CPU. Both do the same but for the state:
-finding it, its checksum, loading it. Exit status 1 where that takes more than 2 seconds.
+its checksum, and loading it; the system still has the file in memory. Exit status 1 where that takes more
+than 2 seconds.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def write_images(folder: Path) -> list[str]:
 
 
 def seconds_until(step: int, flags: list[str], snapshots: Path, file: str | None = None) -> float:
-    """From the start of train.py until it has done `step` and, if asked for, written `file`; then it is killed.
+    """From the start of train.py to the end of `step`; then, or once it has written `file`, it is killed.
 
     Raises:
-        RuntimeError: it has not, LIMIT after its start.
+        RuntimeError: it ended before, or had not come so far after LIMIT.
     """
     begin = time.perf_counter()
     process = subprocess.Popen(
@@ -90,7 +91,7 @@ def measured(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of each fresh and each resumed start."""
     images = write_images(folder / "data")
     old, new = folder / "old", folder / "new"
-    # Step 50 000 alone makes the state: the weights are those of one step, their number and form those of all.
+    # Of one step, the last one before the state; its size is that of all.
     begin = ["--start-iters", str(DONE - 1), "--save-state-every", str(DONE), "--save-pred-every", str(STEPS)]
     seconds_until(DONE, [*images, *begin], old, file=f"state_{DONE}.json")
     times: dict[str, list[float]] = {"fresh": [], "resumed": []}

@@ -149,7 +149,7 @@ class Stepper:
             own = shares if part == 1 else own + shares
         common = own.clone()
         self.world.all_reduce(common)
-        return common, own, outputs
+        return common, own, [output.detach() for output in outputs]
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or self.world.size == 1:

@@ -180,7 +180,9 @@ class Run:
                 self._due(step, interval) for interval in (self.intervals.snapshot, self.intervals.validation)
             )
             if snapshot:
-                self._save_snapshot(step, batch, report)
+                self._save_snapshot(step)
+            if snapshot or validate:
+                self._show(step, batch, report)
             if snapshot or validate or self._due(step, self.intervals.state):
                 self._save_state(step)
             if validate:
@@ -231,19 +233,23 @@ class Run:
         self._on_main(lambda: checkpoint.save(state, parts, self.keep_states))
         self.state = state
 
-    def _save_snapshot(self, step: int, batch: Batch, report: Report) -> None:
+    def _save_snapshot(self, step: int) -> None:
         def save() -> None:
             path = checkpoint.save_snapshot(self.directory, step, self.model.state_dict())
             self._say(f"saved {path}")
             if self.average is not None:
                 checkpoint.save_snapshot(self.directory, f"{step}_ema", self.average.state_dict())
-            self.log.picture(
-                step,
-                "train/image_label_prediction",
-                self.task.example(batch.images[-1], batch.labels[-1], report.outputs[0][-1]),
-            )
 
         self._on_main(save)
+
+    def _show(self, step: int, batch: Batch, report: Report) -> None:
+        """The last sample of the batch, its label and its prediction, for TensorBoard."""
+
+        def show() -> None:
+            picture = self.task.example(batch.images[-1], batch.labels[-1], report.outputs[0][-1])
+            self.log.picture(step, "train/image_label_prediction", picture)
+
+        self._on_main(show)
 
     def _validate(self, step: int) -> None:
         """Score the weights after `step` and keep them if they are the best; the state of `step` is saved."""
