@@ -86,16 +86,20 @@ def save_snapshot(directory: str, name: int | str, weights: Mapping[str, Tensor]
     return snapshot_path(directory, name)
 
 
-def _write(path: str, content: Any) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            # What the disk refuses leaves torch with a file that is too short, of which it complains instead.
-            if isinstance(error.__context__, OSError):
-                error.__context__.filename = path
-                raise error.__context__ from None
-            raise
+def _write(path: str, content: Any) -> tuple[int, str]:
+    """torch.save, whole or not at all; returns size and checksum of the file."""
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                # What the disk refuses leaves torch with a file that is too short, of which it complains
+                # instead.
+                if isinstance(error.__context__, OSError):
+                    error.__context__.filename = path
+                    raise error.__context__ from None
+                raise
+        return os.path.getsize(temporary), _sha256(temporary)
 
 
 def state_path(directory: str, step: int) -> str:
@@ -110,8 +114,7 @@ def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
     Args:
         parts: state dicts by name.
     """
-    _write(state.path, dict(parts))
-    _describe(state, os.path.getsize(state.path), _sha256(state.path))
+    _describe(state, *_write(state.path, dict(parts)))
     described = [path for path in _states(os.path.dirname(state.path)) if os.path.exists(_description(path))]
     for old in described[keep:]:
         # The description first: what it describes is whole as long as it is there.
@@ -126,21 +129,27 @@ def note_validation(state: State) -> None:
 
 
 def newest_state(directory: str) -> State | None:
-    """The newest complete state in `directory`; damaged ones are renamed, with a line saying so."""
+    """The newest complete state in `directory`.
+
+    A damaged one is renamed, one whose description was never written removed, with a line saying so.
+    """
     for path in _states(directory):
         try:
             description = _read_description(path)
             whole = description["size"] == os.path.getsize(path) and description["sha256"] == _sha256(path)
             validation = Validation(**description.get("validation", {}))
             state = State(int(description["step"]), path, dict(description["recipe"]), validation)
+        except FileNotFoundError:
+            print(f"{path}: incomplete, removed", flush=True)
+            os.unlink(path)
+            continue
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
         if whole:
             return state
-        print(f"{path}: incomplete or damaged, passed over", flush=True)
+        print(f"{path}: damaged, passed over", flush=True)
         for part in (path, _description(path)):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(part, os.path.join(directory, "damaged_" + os.path.basename(part)))
+            os.replace(part, os.path.join(directory, "damaged_" + os.path.basename(part)))
     return None
 
 

@@ -99,7 +99,10 @@ def test_damaged_state_is_passed_over_with_a_line(tmp_path, parts, damage, capsy
     else:
         description.write_text("{")
     assert checkpoint.newest_state(str(tmp_path)).step == 1
-    assert "state_2.pt: incomplete or damaged" in capsys.readouterr().out
+    said = "incomplete, removed" if damage == "undescribed" else "damaged, passed over"
+    assert f"state_2.pt: {said}" in capsys.readouterr().out
+    left = [path.name for path in tmp_path.glob("*state_2*")]
+    assert sorted(left) == ([] if damage == "undescribed" else ["damaged_state_2.json", "damaged_state_2.pt"])
     # It is out of the way of the run that goes on: neither counted nor in the way of a deletion.
     for step in (2, 3, 4):
         save(tmp_path, step, parts)
