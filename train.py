@@ -185,12 +185,13 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = get_parser().parse_args()
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    return distributed.run(
-        devices,
-        check=lambda: check(args, distributed.processes(devices), devices[0]),
-        body=lambda world: train(args, world),
-        agreed=INPUT_ERRORS,
-    )
+    with signals.stop_request() as stop:
+        return distributed.run(
+            devices,
+            check=lambda: check(args, distributed.processes(devices), devices[0]),
+            body=lambda world: train(args, world, stop),
+            agreed=INPUT_ERRORS,
+        )
 
 
 def check(args: argparse.Namespace, processes: int, device: torch.device) -> None:
@@ -328,9 +329,9 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def train(args: argparse.Namespace, world: distributed.World) -> None:
+def train(args: argparse.Namespace, world: distributed.World, stop: signals.StopRequest) -> None:
     """Train one process's share of every batch; rank 0 writes the log and the snapshots."""
-    with signals.stop_request() as stop, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
         world.on_main(lambda: held.enter_context(checkpoint.locked(args.snapshot_dir)))
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
@@ -372,7 +373,8 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
             recipe={name: getattr(args, name) for name in RECIPE} | {"data": dataset.digest()},
             arguments=vars(args),
         )
-        if args.resume or distributed.is_restarted():
+        # Restarts are counted on each machine by itself.
+        if world.first(args.resume or distributed.is_restarted() or None):
             run.restore(args.change_recipe)
         run.train(args.start_iters)
 
@@ -381,6 +383,7 @@ def make_task(
     args: argparse.Namespace, world: distributed.World, dataset: CSDataSet, model: torch.nn.Module
 ) -> Task:
     colors = make_palette([label.color for label in TRAIN_LABELS])
+    val_dataset = make_val_dataset(args) if args.val_every else None
 
     def batches(steps: range) -> Iterator[loader.Batch | Exception]:
         return loader.train_batches(
@@ -396,10 +399,11 @@ def make_task(
         )
 
     def validate(model: torch.nn.Module, interrupted: Callable[[], Exception | None]) -> float:
+        assert val_dataset is not None
         model.eval()
         result = evaluate(
             lambda images: predict_sliding(model, images, args.input_size, args.num_classes),
-            make_val_dataset(args),
+            val_dataset,
             DataError,
             world,
             args.num_classes,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.args import UsageError
+from utils.args import RunError, UsageError
 from utils.files import replacing, temporary_name
 
 #: What a run leaves beside snapshots and states.
@@ -31,6 +31,11 @@ class Validation(NamedTuple):
     step: int = 0  # of the newest
     best_step: int = 0
     best_mean_iou: float = -1.0
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Validation:
+        kinds = {"step": int, "best_step": int, "best_mean_iou": float}
+        return cls(**{name: kinds[name](value) for name, value in fields.items()})
 
     def with_score(self, step: int, mean_iou: float) -> Validation:
         if mean_iou > self.best_mean_iou:
@@ -54,26 +59,31 @@ def locked(directory: str) -> Iterator[None]:
     Raises:
         UsageError: another run has it.
     """
-    # A lock of the process and not of the file (flock): helper processes that outlive a killed run do not
-    # hold it.
-    with open(os.path.join(directory, LOCK), "a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                raise UsageError(
-                    f"--snapshot-dir {directory}: another run writes there ({file.read().strip()}); wait for "
-                    "its end, or name another folder"
-                ) from None
-            print(
-                f"{directory}: can't be locked here ({error.strerror}): see that no other run uses it",
-                flush=True,
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    path = os.path.join(directory, LOCK)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UsageError(f"--snapshot-dir {directory}: can't be locked ({error.strerror})") from error
+    try:
+        # A lock of the process and not of the file (flock): helper processes that outlive a killed run do not
+        # hold it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            owner = os.read(file, 200).decode(errors="replace").strip()
+            os.close(file)
+            raise UsageError(
+                f"--snapshot-dir {directory}: another run writes there ({owner}); wait for its end, or name "
+                "another folder"
+            ) from None
+        print(f"{directory}: has no locks ({error.strerror}): see that no other run uses it", flush=True)
+    try:
+        with contextlib.suppress(OSError):  # a full disk
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+    finally:
+        os.close(file)
 
 
 def snapshot_path(directory: str, name: int | str) -> str:
@@ -120,6 +130,9 @@ def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
         # The description first: what it describes is whole as long as it is there.
         os.unlink(_description(old))
         os.unlink(old)
+    for path in _states(os.path.dirname(state.path)):
+        if _step_of(path) < state.step and not os.path.exists(_description(path)):
+            os.unlink(path)  # of a save, or of a deletion, that was killed
 
 
 def note_validation(state: State) -> None:
@@ -131,19 +144,23 @@ def note_validation(state: State) -> None:
 def newest_state(directory: str) -> State | None:
     """The newest complete state in `directory`.
 
-    A damaged one is renamed, one whose description was never written removed, with a line saying so.
+    A damaged one is renamed, one without its description passed over, with a line saying so.
+
+    Raises:
+        RunError: the disk can't be read.
     """
     for path in _states(directory):
         try:
             description = _read_description(path)
             whole = description["size"] == os.path.getsize(path) and description["sha256"] == _sha256(path)
-            validation = Validation(**description.get("validation", {}))
+            validation = Validation.read(description.get("validation", {}))
             state = State(int(description["step"]), path, dict(description["recipe"]), validation)
         except FileNotFoundError:
-            print(f"{path}: incomplete, removed", flush=True)
-            os.unlink(path)
+            print(f"{path}: incomplete, passed over", flush=True)
             continue
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError as error:
+            raise RunError(f"{path}: can't be read ({error.strerror}); see to the disk") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             whole = False
         if whole:
             return state
@@ -188,6 +205,8 @@ def load(state: State, parts: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{state.path}: not a state of plain tensors (refused without running anything in it); remove it"
         ) from error
+    except Exception as error:  # what is no checkpoint can fail in any way while it is unpickled
+        raise UsageError(f"{state.path}: not a state of a training run; remove it") from error
     options = [{**group, "params": None} for group in parts["optimizer"].param_groups]
     try:
         for name, part in parts.items():
@@ -196,7 +215,7 @@ def load(state: State, parts: Mapping[str, Any]) -> None:
                 part.load_state_dict(saved)
             elif name == "average":
                 part.load_state_dict(content["model"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # nor need its entries be what load_state_dict expects
         raise UsageError(
             f"{state.path}: not a state of this network; give the flags of its run, or start anew in another "
             "--snapshot-dir"
@@ -230,8 +249,13 @@ def remove_leftovers(directory: str) -> None:
 def _states(directory: str) -> list[str]:
     """The paths of all states, newest first; those that lack their description too."""
     paths = glob.glob(os.path.join(glob.escape(directory), "state_*.pt"))
-    steps = {path: os.path.basename(path)[len("state_") : -len(".pt")] for path in paths}
-    return sorted((path for path in paths if steps[path].isdigit()), key=lambda path: -int(steps[path]))
+    return sorted((path for path in paths if _step_of(path) >= 0), key=_step_of, reverse=True)
+
+
+def _step_of(state: str) -> int:
+    """The step in a state's name, -1 where there is none."""
+    step = os.path.basename(state)[len("state_") : -len(".pt")]
+    return int(step) if step.isdecimal() else -1
 
 
 def _description(state: str) -> str:

@@ -263,8 +263,8 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
         failed: list[subprocess.Popen] = []
         while alive() and time.monotonic() < deadline:
             if not failed and (failed := [child for child in children if child.returncode]):
-                # Ranks that agreed on the same end (a damaged picture) come to it by themselves.
-                deadline = time.monotonic() + (grace if failed[0].returncode == 2 else 3.0)
+                # Those that agreed on the same end (a damaged picture) come to it by themselves.
+                deadline = time.monotonic() + (3.0 if failed[0].returncode < 0 else grace)
             time.sleep(0.05)
         forward(signal.SIGTERM, None)
         end = time.monotonic() + 5.0
@@ -276,6 +276,8 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
             signal.signal(number, handler)
     # Where one was killed the others fail after it, for want of it.
     killed = [child for child in failed if child.returncode < 0]
+    if killed and asked < float("inf"):
+        raise RunError("ended by a signal while it was starting")
     if killed:
         raise RunError(
             f"process {children.index(killed[0])} of {len(children)} was killed by "
@@ -332,7 +334,13 @@ def world(devices: Sequence[torch.device], agreed: tuple[type[Exception], ...]) 
             raise
         # The others wait in a collective for this process: an orderly end would wait for them.
         if _is_lost_connection(error):
-            print(f"process {rank} of {size}: lost the connection to another process", file=sys.stderr)
+            reason = str(error).strip().splitlines()[:1]
+            print(
+                f"process {rank} of {size}: lost the connection to another process",
+                *reason,
+                sep=": ",
+                file=sys.stderr,
+            )
         else:
             traceback.print_exc()
         sys.stderr.flush()

@@ -106,17 +106,32 @@ def train_batches(
         died.
     """
     share = batch_size // processes
-    starts = [step * batch_size + rank * share for step in steps]
-    batches = iter(
+    return _loaded(
         DataLoader(
             SampleStream(source, seed, errors),
-            batch_sampler=[list(range(start, start + share)) for start in starts],
+            batch_sampler=_Shares(steps, batch_size, rank * share, share),
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
             worker_init_fn=_set_up_worker,
         )
     )
+
+
+class _Shares:
+    """The numbers of a process's samples, step by step."""
+
+    def __init__(self, steps: range, batch_size: int, offset: int, share: int):
+        self.starts = (step * batch_size + offset for step in steps)
+        self.share = share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, start + self.share))
+
+
+def _loaded(loader: DataLoader) -> Iterator[Any]:
+    batches = iter(loader)
     # The DataLoader's own handler raises wherever the process is when a worker dies, in the midst of an
     # update too. Without it the next batch fails, within seconds.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -130,11 +145,11 @@ def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            if not str(error).startswith(("DataLoader worker", "Pin memory thread")):
                 raise
             yield RunError(
                 "a process that reads pictures was killed (for want of memory, perhaps: --num-workers says "
-                "how many there are); --resume continues"
+                "how many there are); run it again, train.py with --resume"
             )
 
 
@@ -176,7 +191,7 @@ def evaluation_pictures(
         collate_fn=_unchanged,
         worker_init_fn=_set_up_worker,
     )
-    return _until_a_worker_dies(iter(pictures))
+    return _loaded(pictures)
 
 
 def _unchanged(picture: Any) -> Any:

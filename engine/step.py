@@ -118,8 +118,11 @@ class Stepper:
             torch._foreach_copy_(self._statistics, self._statistics_before)
             self.optimizer.zero_grad()
             raise self._diverged(number, loss, norm_value, bool(own.isfinite().all()), records)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if overflow:
+            self.scaler.update(scale * self.scaler.get_backoff_factor())
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         return Report(loss, losses, norm_value, scale, outputs)
 
     def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
@@ -141,9 +144,9 @@ class Stepper:
                 self.world.all_reduce(weight)
                 # This process's share of the mean over all.
                 shares = torch.stack([total.loss for total in totals]) / weight.where(weight > 0, 1)
-                head_weights = shares.new_tensor(self.criterion.head_weights[: len(totals)])
+                weighted = [w * share for w, share in zip(self.criterion.head_weights, shares, strict=False)]
                 # The data-parallel wrapper divides by the number of processes.
-                loss = (shares * head_weights).sum() * (self.world.size / self.accumulate)
+                loss = torch.stack(weighted).sum() * (self.world.size / self.accumulate)
                 self.scaler.scale(loss).backward()
             shares = shares.detach() / self.accumulate
             own = shares if part == 1 else own + shares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import time
@@ -104,8 +105,8 @@ class Run:
         self.state: State | None = None  # the newest that is saved
         self.validation = Validation()
 
-    def restore(self, change_recipe: bool) -> bool:
-        """Go to the newest state, if there is one; returns whether there is.
+    def restore(self, change_recipe: bool) -> None:
+        """Go to the newest state, if there is one.
 
         Args:
             change_recipe: whether the state may be of a run with another recipe.
@@ -114,16 +115,17 @@ class Run:
             UsageError: it is and may not, or it can't be used.
         """
         # Rank 0 decides for all: the others may see another state of a shared disk.
-        state = self.world.gather(checkpoint.newest_state(self.directory) if self.world.is_main else None)[0]
+        found: list[State | None] = []
+        self.world.on_main(lambda: found.append(checkpoint.newest_state(self.directory)))
+        state = self.world.gather(found[0] if found else None)[0]
         if state is None:
-            return False
+            return
         if unseen := self.world.first(None if os.path.exists(state.path) else state.path):
             raise UsageError(f"--snapshot-dir: {unseen} is not on every machine; share the directory")
         if not change_recipe:
             checkpoint.check_recipe(state, self.recipe)
         checkpoint.load(state, self.parts)
         self.state, self.validation = state, state.validation
-        return True
 
     def train(self, start: int) -> None:
         """Take the steps after `start`, where there is no state to continue from; else those after it."""
@@ -152,6 +154,8 @@ class Run:
         return self.log
 
     def _take_steps(self, start: int) -> None:
+        if start >= self.steps:
+            return
         batches = self.task.batches(range(start, self.steps))
         waited = 0.0
         for step in range(start + 1, self.steps + 1):
@@ -279,7 +283,7 @@ class Run:
                 report.loss,
                 lr,
                 **dict(zip(names, report.parts, strict=False)),
-                gradient_norm=report.gradient_norm,
+                gradient_norm=report.gradient_norm if math.isfinite(report.gradient_norm) else None,
                 **more,
                 data_seconds=round(waited, 4),
                 memory_mb=round(_peak_memory(self.world.device) / 2**20),

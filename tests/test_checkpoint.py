@@ -99,10 +99,11 @@ def test_damaged_state_is_passed_over_with_a_line(tmp_path, parts, damage, capsy
     else:
         description.write_text("{")
     assert checkpoint.newest_state(str(tmp_path)).step == 1
-    said = "incomplete, removed" if damage == "undescribed" else "damaged, passed over"
+    said = "incomplete, passed over" if damage == "undescribed" else "damaged, passed over"
     assert f"state_2.pt: {said}" in capsys.readouterr().out
     left = [path.name for path in tmp_path.glob("*state_2*")]
-    assert sorted(left) == ([] if damage == "undescribed" else ["damaged_state_2.json", "damaged_state_2.pt"])
+    damaged = ["damaged_state_2.json", "damaged_state_2.pt"]
+    assert sorted(left) == (["state_2.pt"] if damage == "undescribed" else damaged)
     # It is out of the way of the run that goes on: neither counted nor in the way of a deletion.
     for step in (2, 3, 4):
         save(tmp_path, step, parts)
@@ -115,6 +116,7 @@ def test_state_without_description_does_not_stop_later_saves(tmp_path, parts):
     for step in (2, 3, 4):
         save(tmp_path, step, parts)
     assert checkpoint.newest_state(str(tmp_path)).step == 4
+    assert not (tmp_path / "state_1.pt").exists()
 
 
 def test_no_state(tmp_path):
@@ -163,6 +165,14 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
+def test_file_that_is_no_state_is_refused(tmp_path, parts, content):
+    state = save(tmp_path, 1, parts)
+    (tmp_path / "state_1.pt").write_bytes(content)
+    with pytest.raises(UsageError, match="state_1.pt: not a state"):
+        checkpoint.load(state, parts)
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])

@@ -78,8 +78,8 @@ class Exploding(Small):
         return outputs
 
 
-def made(model, **options) -> Stepper:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def made(model, fused: bool = False, **options) -> Stepper:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
     return Stepper(model, model, CriterionDSN(), optimizer, World(0, 1, torch.device("cpu")), **options)
 
 
@@ -113,13 +113,15 @@ def test_bfloat16_is_close_and_not_the_same():
     assert reports[0].loss != reports[1].loss == pytest.approx(reports[0].loss, rel=2e-2)
 
 
-def test_overflow_of_float16_skips_the_step_and_halves_the_scale():
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflow_of_float16_skips_the_step_and_halves_the_scale(fused):
     model = Exploding()
     before = model.weight.detach().clone()
-    stepper = made(model, precision="fp16")
+    stepper = made(model, fused, precision="fp16")
     report = stepper.step(1, *samples())
     assert torch.equal(model.weight, before) and model.mean != 0
     assert stepper.scaler.get_scale() == report.scale / 2
+    assert not stepper.optimizer.state  # the fused one would begin with a momentum of chance
     stepper.scaler.update(0.5)
     with pytest.raises(Diverged):
         stepper.step(2, *samples())

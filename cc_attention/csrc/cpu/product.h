@@ -75,7 +75,7 @@ struct Ahead {
   // `size` bytes at each of two places.
   Ahead(const void* first, const void* second, int64_t row, int64_t size)
       : data(static_cast<const char*>(first)), row(row), offsets() {
-    const int64_t second_offset = static_cast<const char*>(second) - data;
+    const int64_t second_offset = reinterpret_cast<intptr_t>(second) - reinterpret_cast<intptr_t>(first);
     int64_t step = 0;
     for (int64_t i = 0; i < kTileRows; ++i)
       for (int64_t byte = 0; byte < size && step + 2 <= kLongestSum; byte += 64)
@@ -174,9 +174,9 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a,
         const Panel<S>& panel = tile == 0 || b.copy == nullptr ? b : copied;
         with_constant<kTileRows>(tile_size + (tile < larger_tiles), [&](auto tile_rows) {
           const auto run = [&](S* sums, int64_t sums_row) {
-            const auto run_tile = [&](auto copy) {
+            const auto run_tile = [&](auto copying) {
               for (int64_t k = 0; k < depth; k += block)
-                multiply_tile<S, tile_rows(), vectors(), copy()>(
+                multiply_tile<S, tile_rows(), vectors(), copying()>(
                     std::min(block, depth - k), {a_tile.data + k * a.column, a.row, a.column}, panel.at(k, column),
                     sums, sums_row, k == 0 ? tile_scale : kOnes<S>, ahead.data + begin * ahead.row, ahead.offsets);
             };
