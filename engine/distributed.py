@@ -249,13 +249,15 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
     def alive() -> list[subprocess.Popen]:
         return [child for child in children if child.poll() is None]
 
-    def forward(number: int, _frame: object) -> None:
-        nonlocal asked
-        if number == signal.SIGINT and time.monotonic() - asked > IMPATIENCE:
-            number = signal.SIGKILL
-        asked = min(asked, time.monotonic())
+    def send(number: int) -> None:
         for child in alive():
             child.send_signal(number)
+
+    def forward(number: int, _frame: object) -> None:
+        nonlocal asked
+        impatient = number == signal.SIGINT and time.monotonic() - asked > IMPATIENCE
+        asked = min(asked, time.monotonic())
+        send(signal.SIGKILL if impatient else number)
 
     previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
@@ -266,7 +268,7 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
                 # Those that agreed on the same end (a damaged picture) come to it by themselves.
                 deadline = time.monotonic() + (3.0 if failed[0].returncode < 0 else grace)
             time.sleep(0.05)
-        forward(signal.SIGTERM, None)
+        send(signal.SIGTERM)
         end = time.monotonic() + 5.0
         while alive() and time.monotonic() < end:
             time.sleep(0.05)
@@ -334,7 +336,7 @@ def world(devices: Sequence[torch.device], agreed: tuple[type[Exception], ...]) 
             raise
         # The others wait in a collective for this process: an orderly end would wait for them.
         if _is_lost_connection(error):
-            reason = str(error).strip().splitlines()[:1]
+            reason = [line[:200] for line in str(error).strip().splitlines()[:1]]
             print(
                 f"process {rank} of {size}: lost the connection to another process",
                 *reason,

@@ -137,8 +137,8 @@ class TestSignals:
     def test_validation_is_given_up_and_done_again(self, data, tmp_path):
         flags = [*CPU, "--input-size", "33,33", "--num-steps", 1, "--val-every", 1]
         many = tmp_path / "many"
-        for number in range(12):
-            write_pair(many, "val", number, (64, 96))
+        for number in range(10):
+            write_pair(many, "val", number, (48, 64))
         (many / "leftImg8bit/train").symlink_to(data / "leftImg8bit/train")
         (many / "gtFine/train").symlink_to(data / "gtFine/train")
         with Training(many, tmp_path / "run", *flags) as run:
