@@ -185,13 +185,12 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = get_parser().parse_args()
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    with signals.stop_request() as stop:
-        return distributed.run(
-            devices,
-            check=lambda: check(args, distributed.processes(devices), devices[0]),
-            body=lambda world: train(args, world, stop),
-            agreed=INPUT_ERRORS,
-        )
+    return distributed.run(
+        devices,
+        check=lambda: check(args, distributed.processes(devices), devices[0]),
+        body=lambda world: train(args, world),
+        agreed=INPUT_ERRORS,
+    )
 
 
 def check(args: argparse.Namespace, processes: int, device: torch.device) -> None:
@@ -329,9 +328,11 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def train(args: argparse.Namespace, world: distributed.World, stop: signals.StopRequest) -> None:
+def train(args: argparse.Namespace, world: distributed.World) -> None:
     """Train one process's share of every batch; rank 0 writes the log and the snapshots."""
     with contextlib.ExitStack() as held:
+        # Not earlier: a process that waits for one that never comes has to end at the first signal.
+        stop = held.enter_context(signals.stop_request())
         world.on_main(lambda: held.enter_context(checkpoint.locked(args.snapshot_dir)))
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
