@@ -90,6 +90,10 @@ class World:
         if self.size == 1:
             return model
         # Buckets of 25 MB, torch's default, are all-reduced while the layers before them still compute.
+        # A run's first step has other buckets than those after it. Three or more processes add up in another
+        # order then, and a resumed run would round otherwise. Looking for unused weights keeps the first ones.
+        exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        keep_buckets = exact and self.size > 2
         # Synchronised batch norm keeps the buffers equal. (The older name gives a warning on newer torch.)
         options = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
@@ -99,7 +103,7 @@ class World:
             device_ids=[self.device] if self.device.type == "cuda" else None,
             **buffers,
             gradient_as_bucket_view=True,
-            find_unused_parameters=not all_used,
+            find_unused_parameters=not all_used or keep_buckets,
         )
 
 

@@ -100,6 +100,20 @@ class TestTraining:
         ]
         assert logs[0] == logs[1]
 
+    def test_resume_of_three_processes_is_exact_too(self, trained, tmp_path):
+        """Three numbers have several sums: their order must not depend on where a run began."""
+        folder, _, _ = trained
+        flags = ["--data-dir", folder / "data", *TRAIN[2:], "--nproc", 3, "--batch-size", 3, "--num-steps", 4]
+        flags += ["--save-state-every", 2, "--snapshot-dir"]
+        done = run("train.py", *flags, tmp_path / "whole")
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "resumed").mkdir()
+        for name in ("state_2.pt", "state_2.json"):
+            os.link(tmp_path / "whole" / name, tmp_path / "resumed" / name)
+        done = run("train.py", *flags, tmp_path / "resumed", "--resume")
+        assert done.returncode == 0 and "continuing after step 2" in done.stdout, done.stderr
+        assert same_weights(*(tmp_path / name / "CS_scenes_4.pth" for name in ("whole", "resumed")))
+
     def test_resume_of_a_finished_run_says_so(self, trained):
         folder, _, arguments = trained
         done = run("train.py", *arguments, "--snapshot-dir", folder / "snapshots", "--resume")
