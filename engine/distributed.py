@@ -89,9 +89,9 @@ class World:
         """`model` with gradients averaged over the processes; `all_used`: the loss uses every parameter."""
         if self.size == 1:
             return model
-        # Buckets of 25 MB, torch's default, are all-reduced while the layers before them still compute.
-        # A run's first step has other buckets than those after it. Three or more processes add up in another
-        # order then, and a resumed run would round otherwise. Looking for unused weights keeps the first ones.
+        # Buckets of 25 MB, torch's default, are all-reduced while the layers before them still compute. The
+        # first step of a run has others; three or more processes then add up in another order, and a resumed
+        # run would round otherwise. Looking for unused weights keeps the first ones.
         exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         keep_buckets = exact and self.size > 2
         # Synchronised batch norm keeps the buffers equal. (The older name gives a warning on newer torch.)
