@@ -2,31 +2,34 @@
 
     python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0 --recurrence 2
 
-Writes result.txt and outputs/ beside the checkpoint. See --help for all flags.
+Writes result.txt, scores.txt, confusion.png and outputs/ beside the checkpoint; with --split test, which has
+no labels, the archive that the benchmark's server takes. See --help for all flags.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 
+import numpy as np
 import torch
 
 from dataset import CSDataSet, DataError
-from dataset.labels import CLASS_NAMES, LABELS, NUM_CLASSES, TRAIN_LABELS
-from engine import distributed
-from engine.evaluation import Result, evaluate
-from engine.inference import predict_multiscale
-from engine.metrics import CityscapesEvaluation, format_table, iou_per_class, mean_iou
+from dataset.labels import LABELS, choose_table
+from engine import distributed, report
+from engine.evaluation import Keep, evaluate
+from engine.inference import predict_classes
+from engine.metrics import CityscapesEvaluation
 from networks import MODELS, CheckpointError, load_weights, match_weights
 from networks.resnet import DEPTHS
 from utils import args as flags
-from utils.files import check_writable, replacing
-from utils.palette import make_palette, save_indexed_png
+from utils.files import check_writable
+from utils.palette import make_palette, save_grey_png, save_indexed_png
+from utils.submission import write_archive
 
+#: The split without labels, and what its predictions are gathered in.
+TEST, SUBMISSION = "test", "submission"
 #: What ends the command with exit status 2.
 INPUT_ERRORS = (flags.UsageError, DataError, CheckpointError)
 
@@ -41,8 +44,14 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help="data set in the Cityscapes layout, or what --data-list is relative to",
     )
-    add("--data-list", help="file of 'image<TAB>label' lines; without it the layout's val split")
-    add("--num-classes", type=flags.classes, default=NUM_CLASSES, help="number of train ids")
+    add("--data-list", help="file of 'image<TAB>label' lines; without it the layout's --split")
+    add(
+        "--split",
+        default="val",
+        help="folder of the layout; test has no labels, and makes an archive to submit",
+    )
+    add("--classes", metavar="TABLE", help="what the labels of another data set mean: docs/own_data.md")
+    add("--num-classes", type=flags.classes, help="number of train ids; those of --classes, or 19")
     add("--ignore-label", type=flags.label, default=255, help="train id of void pixels")
     add("--model", choices=sorted(MODELS), default="ccnet", help="network")
     add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone")
@@ -71,8 +80,14 @@ def get_parser() -> argparse.ArgumentParser:
         default=1,
         help="pictures of a size at once, for each process",
     )
+    add(
+        "--tile-batch",
+        type=flags.positive_int,
+        metavar="N",
+        help="tiles at once, for each process; 4 on a GPU and 1 on the CPU without it",
+    )
     add("--num-workers", type=flags.count, default=2, help="processes that read pictures, for each process")
-    add("--output-dir", help="where result.txt and outputs/ go; without it beside the checkpoint")
+    add("--output-dir", help="where the results go; without it beside the checkpoint")
     add("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
     add("--nproc", type=flags.positive_int, metavar="N", help="run N processes on the CPU")
     # torch.distributed.launch passes it; the environment says the same.
@@ -82,6 +97,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = get_parser().parse_args()
+    _, args.num_classes = choose_table(args.classes, args.num_classes)
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
     devices = distributed.choose_devices(args.gpu, args.nproc)
@@ -104,12 +120,15 @@ def check(args: argparse.Namespace) -> None:
         print("no --restore-from: evaluating random weights", flush=True)
     dataset = make_dataset(args)
     print(dataset.check(instances=wants_official_scores(args, dataset)), flush=True)
+    if args.split == TEST:
+        check_writable("--output-dir", os.path.join(args.output_dir, SUBMISSION))
     check_writable("--output-dir", os.path.join(args.output_dir, "outputs"))
     check_writable("--output-dir", args.output_dir or ".")
-    if os.path.isdir(os.path.join(args.output_dir, "result.txt")):
-        raise flags.UsageError(
-            f"--output-dir {args.output_dir}: result.txt is a folder there; name another folder"
-        )
+    for name in (f"{SUBMISSION}.zip",) if args.split == TEST else report.FILES:
+        if os.path.isdir(os.path.join(args.output_dir, name)):
+            raise flags.UsageError(
+                f"--output-dir {args.output_dir}: {name} is a folder there; name another folder"
+            )
 
 
 def make_dataset(args: argparse.Namespace) -> CSDataSet:
@@ -121,13 +140,15 @@ def make_dataset(args: argparse.Namespace) -> CSDataSet:
         mirror=False,
         ignore_label=args.ignore_label,
         num_classes=args.num_classes,
-        split="val",
+        split=args.split,
+        table=choose_table(args.classes, None)[0],
+        labelled=args.split != TEST,
     )
 
 
 def wants_official_scores(args: argparse.Namespace, dataset: CSDataSet) -> bool:
     """Whether the data set has what the official scores need: Cityscapes' classes, label and instance ids."""
-    return args.num_classes == NUM_CLASSES and dataset.has_instances()
+    return dataset.labels.is_cityscapes() and dataset.has_instances()
 
 
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -142,11 +163,11 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
         load_weights(model, args.restore_from, complete=True)
     model.to(world.device).eval()
     dataset = make_dataset(args)
-    palette = make_palette([label.color for label in TRAIN_LABELS])
-    outputs = os.path.join(args.output_dir, "outputs")
+    tile_size = None if args.whole else args.input_size
+    tile_batch = args.tile_batch or (4 if world.device.type == "cuda" else 1)
     result = evaluate(
-        lambda images: predict_multiscale(
-            model, images, args.scales, args.flip, None if args.whole else args.input_size, args.num_classes
+        lambda images: predict_classes(
+            model, images, args.scales, args.flip, tile_size, args.num_classes, tile_batch
         ),
         dataset,
         DataError,
@@ -156,43 +177,40 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
         official=CityscapesEvaluation(LABELS) if wants_official_scores(args, dataset) else None,
         batch_size=args.batch_size,
         workers=args.num_workers,
-        keep=lambda name, prediction: save_indexed_png(
-            os.path.join(outputs, f"{name}.png"), prediction, palette
-        ),
+        keep=keeper(args, dataset),
     )
-    if world.is_main:
-        report(args, result)
+    if args.split == TEST:
+        world.on_main(lambda: submit(args, dataset))
+    elif world.is_main:
+        print(report.write(args.output_dir, result, dataset.labels.names()))
 
 
-def report(args: argparse.Namespace, result: Result) -> None:
-    """Print the table of classes and write result.txt."""
-    iou = iou_per_class(result.confusion).tolist()
-    names = (
-        list(CLASS_NAMES)
-        if args.num_classes == NUM_CLASSES
-        else [f"class {k}" for k in range(args.num_classes)]
-    )
-    scores = {"meanIU": mean_iou(result.confusion), "IU_array": iou}
-    instance_iou = None
-    if result.official is not None:
-        scores.update(result.official)
-        instance_iou = [result.official["classInstScores"][name] for name in names]
-    print(format_table(names, iou, instance_iou))
-    for name in ("averageScoreCategories", "averageScoreInstCategories"):
-        if scores.get(name) is not None:
-            print(f"{name} {scores[name]:.4f}")
-    scores["confusion"] = result.confusion.tolist()
-    path = os.path.join(args.output_dir, "result.txt")
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        # nan is no JSON: what has no score is null.
-        json.dump({name: _without_nan(value) for name, value in scores.items()}, file, allow_nan=False)
-    print(f"mean IoU {scores['meanIU']:.4f}, written to {path}")
+def keeper(args: argparse.Namespace, dataset: CSDataSet) -> Keep:
+    """Writes a prediction as a coloured picture, and for the test split as one of label ids too."""
+    palette = make_palette(dataset.labels.colors())
+    label_ids = dataset.labels.label_ids()
+
+    def keep(name: str, prediction: np.ndarray) -> None:
+        save_indexed_png(os.path.join(args.output_dir, "outputs", f"{name}.png"), prediction, palette)
+        if args.split == TEST:
+            save_grey_png(submitted(args, name), label_ids[prediction])
+
+    return keep
 
 
-def _without_nan(value):
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+def submitted(args: argparse.Namespace, name: str) -> str:
+    """The file of label ids of a picture: the server goes by the beginning, <city>_<sequence>_<frame>."""
+    return os.path.join(args.output_dir, SUBMISSION, f"{name}_labelIds.png")
+
+
+def submit(args: argparse.Namespace, dataset: CSDataSet) -> None:
+    """Check the pictures of label ids, and put them into one archive."""
+    sizes = [
+        (submitted(args, pair.name), size) for pair, size in zip(dataset.pairs, dataset.sizes(), strict=True)
+    ]
+    path = os.path.join(args.output_dir, f"{SUBMISSION}.zip")
+    write_archive(path, sizes, dataset.labels.label_ids())
+    print(f"{path}: {len(sizes)} pictures of label ids, each of its picture's size")
 
 
 if __name__ == "__main__":

@@ -12,21 +12,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-from dataset import IMG_MEAN, CSDataSet, DataError
-from dataset.labels import TRAIN_LABELS
+from dataset import IMG_MEAN, CSDataSet, DataError, cache
+from dataset.labels import choose_table
 from engine import apex, checkpoint, distributed, loader, schedule, signals
 from engine.ema import WeightAverage
 from engine.evaluation import evaluate
-from engine.inference import predict_sliding
+from engine.inference import predict_classes
 from engine.metrics import mean_iou
 from engine.step import PRECISIONS, Stepper
 from engine.training import Intervals, Run, Task
+from engine.transfer import Batch
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
 from networks import MODELS, CheckpointError, load_weights, match_weights, synchronise, train_mode
@@ -59,7 +61,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="data set in the Cityscapes layout, or what --data-list is relative to",
     )
     data("--data-list", help="file of 'image<TAB>label' lines; without it the layout's train split")
-    data("--num-classes", type=flags.classes, default=19, help="number of train ids")
+    data("--classes", metavar="TABLE", help="what the labels of another data set mean: docs/own_data.md")
+    data("--num-classes", type=flags.classes, help="number of train ids; those of --classes, or 19")
     data("--ignore-label", type=flags.label, default=255, help="train id of void pixels")
     data("--input-size", type=flags.size, default=(769, 769), metavar="H,W", help="crop")
     data("--random-mirror", action="store_true", help="mirror half of the samples")
@@ -70,6 +73,15 @@ def get_parser() -> argparse.ArgumentParser:
         default=8,
         help="processes that read pictures, for each training process",
     )
+    data("--cache", choices=("ram", "disk"), help="keep decoded pictures, of 8 MB each, for the next epochs")
+    data(
+        "--cache-gb",
+        type=flags.positive_float,
+        default=32.0,
+        metavar="GB",
+        help="room for them, of all processes of a machine together",
+    )
+    data("--cache-dir", metavar="DIR", help="where --cache disk goes; without it --snapshot-dir")
     net = parser.add_argument_group("network").add_argument
     net("--model", choices=sorted(MODELS), default="ccnet", help="network")
     net("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone")
@@ -184,6 +196,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = get_parser().parse_args()
+    _, args.num_classes = choose_table(args.classes, args.num_classes)
     devices = distributed.choose_devices(args.gpu, args.nproc)
     return distributed.run(
         devices,
@@ -240,10 +253,13 @@ def check(args: argparse.Namespace, processes: int, device: torch.device) -> Non
         print(match_weights(model, args.restore_from, args.not_restore_last)[0], flush=True)
     else:
         print("no --restore-from: training from random weights", flush=True)
-    print(make_dataset(args).check(), flush=True)
+    dataset = make_dataset(args)
+    print(dataset.check(), flush=True)
     if args.val_every:
         print(make_val_dataset(args).check(), flush=True)
     check_writable("--snapshot-dir", args.snapshot_dir)
+    if args.cache:
+        print(check_cache(args, dataset), flush=True)
 
 
 def require_inplace_abn(processes: int, device: torch.device) -> None:
@@ -269,7 +285,42 @@ def make_dataset(args: argparse.Namespace) -> CSDataSet:
         ignore_label=args.ignore_label,
         num_classes=args.num_classes,
         split="train",
+        table=choose_table(args.classes, None)[0],
     )
+
+
+def check_cache(args: argparse.Namespace, dataset: CSDataSet) -> str:
+    """The line that says what --cache will hold.
+
+    Raises:
+        flags.UsageError: --cache-gb is more than there is.
+    """
+    if args.cache == "disk":
+        check_writable("--cache-dir", args.cache_dir or args.snapshot_dir)
+    plan = cache.Plan(dataset.sizes(), int(args.cache_gb * cache.GB))
+    free = cache.room(args.cache, cache_file(args, dataset))
+    if plan.bytes > free:
+        raise flags.UsageError(
+            f"--cache-gb {args.cache_gb:g}: {plan.bytes / cache.GB:.1f} GB for {plan.number} pictures, but "
+            f"{free / cache.GB:.1f} GB are free; give less"
+        )
+    size = f"{plan.bytes / cache.GB:.1f} GB"
+    return f"--cache {args.cache}: room for {plan.number} of {len(dataset)} decoded pictures, {size}"
+
+
+def cache_file(args: argparse.Namespace, dataset: CSDataSet) -> str:
+    """Where --cache disk keeps the pictures."""
+    return dataset.cache_file(args.cache_dir or args.snapshot_dir)
+
+
+def make_cache(args: argparse.Namespace, dataset: CSDataSet, world: distributed.World) -> cache.PictureCache:
+    """The cache of the decoded pictures, the same for all processes of a machine."""
+    machine = platform.node()
+    path = cache_file(args, dataset) if args.cache == "disk" else cache.in_memory()
+    path = next(file for name, file in world.gather((machine, path)) if name == machine)
+    made = cache.PictureCache(path, cache.Plan(dataset.sizes(), int(args.cache_gb * cache.GB)))
+    world.barrier()  # the process that made it has to be there until all have opened it
+    return made
 
 
 def make_val_dataset(args: argparse.Namespace) -> CSDataSet:
@@ -286,6 +337,7 @@ def make_val_dataset(args: argparse.Namespace) -> CSDataSet:
         ignore_label=args.ignore_label,
         num_classes=args.num_classes,
         split="val",
+        table=choose_table(args.classes, None)[0],
     )
 
 
@@ -297,6 +349,10 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
         dropout=args.dropout,
         abn="apex" if args.backend == "apex" and args.abn == "torch" else args.abn,
     )
+
+
+def layout_of(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
 def make_criterion(args: argparse.Namespace) -> CriterionDSN:
@@ -339,12 +395,13 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         dataset = make_dataset(args)
+        if args.cache:
+            dataset.cache = make_cache(args, dataset, world)
         torch.manual_seed(seed_of(args.random_seed))
         model = make_model(args)
         if args.restore_from:
             load_weights(model, args.restore_from, args.not_restore_last)
-        layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        model.to(world.device, memory_format=layout)
+        model.to(world.device, memory_format=layout_of(args))
         average = WeightAverage(model, args.ema) if args.ema is not None else None
         synchronise(model, world)
         train_mode(model, args.freeze_bn)
@@ -357,7 +414,6 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
             world,
             precision=args.amp,
             accumulate=args.grad_accum,
-            memory_format=layout,
         )
         run = Run(
             args.snapshot_dir,
@@ -383,10 +439,10 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
 def make_task(
     args: argparse.Namespace, world: distributed.World, dataset: CSDataSet, model: torch.nn.Module
 ) -> Task:
-    colors = make_palette([label.color for label in TRAIN_LABELS])
+    colors = make_palette(dataset.labels.colors())
     val_dataset = make_val_dataset(args) if args.val_every else None
 
-    def batches(steps: range) -> Iterator[loader.Batch | Exception]:
+    def batches(steps: range) -> Iterator[Batch | Exception]:
         return loader.train_batches(
             dataset,
             DataError,
@@ -396,14 +452,15 @@ def make_task(
             rank=world.rank,
             processes=world.size,
             workers=args.num_workers,
-            pin_memory=world.device.type == "cuda",
+            device=world.device,
+            memory_format=layout_of(args),
         )
 
     def validate(model: torch.nn.Module, interrupted: Callable[[], Exception | None]) -> float:
         assert val_dataset is not None
         model.eval()
         result = evaluate(
-            lambda images: predict_sliding(model, images, args.input_size, args.num_classes),
+            lambda images: predict_classes(model, images, [1.0], False, args.input_size, args.num_classes),
             val_dataset,
             DataError,
             world,
@@ -415,9 +472,11 @@ def make_task(
         return mean_iou(result.confusion)
 
     def example(image: torch.Tensor, label: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
-        picture = (image.permute(1, 2, 0).numpy() + IMG_MEAN)[..., ::-1].round().clip(0, 255).astype(np.uint8)
-        prediction = upsample(logits[None], label.shape)[0].argmax(0).cpu().numpy()
-        return np.hstack([picture, colored(label.numpy(), colors), colored(prediction, colors)])
+        pixels = image.permute(1, 2, 0).cpu().numpy() + IMG_MEAN
+        picture = pixels[..., ::-1].round().clip(0, 255).astype(np.uint8)
+        prediction = upsample(logits[None], label.shape)[0].argmax(0)
+        classes = [colored(each.cpu().numpy(), colors) for each in (label, prediction)]
+        return np.hstack([picture, *classes])
 
     return Task(
         batches,

@@ -1,4 +1,4 @@
-"""The Cityscapes loader: pairs of pictures and labels, by list or layout (original: dataset/datasets.py)."""
+"""The loader: pictures and labels by list or layout, augmented or whole (original: dataset/datasets.py)."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import transforms
-from dataset.labels import IGNORE, NUM_CLASSES, train_id_table
-from dataset.pictures import DataError, check_label_mode, read_header, read_image, read_label
+from dataset import layout, transforms
+from dataset.cache import PictureCache, on_disk
+from dataset.labels import IGNORE, ClassTable, LabelReader
+from dataset.layout import LABEL_IDS, Pair, instances_of
+from dataset.pictures import (
+    DataError,
+    Encoded,
+    check_label_mode,
+    decode_image,
+    decode_label,
+    load,
+    read_header,
+)
 
 #: Mean of the training pictures, BGR, 0-255 (of the ImageNet backbone's training).
 IMG_MEAN = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32)
 
-LABEL_IDS = "_labelIds.png"
-LABEL_TRAIN_IDS = "_labelTrainIds.png"
-INSTANCE_IDS = "_instanceIds.png"
-PICTURE = "_leftImg8bit"
-
-
-class Pair(NamedTuple):
-    """A picture and its label, relative to the data directory, and the name that results carry."""
-
-    image: str
-    label: str
-    name: str
-
 
 class Sample(NamedTuple):
-    """One augmented sample: image float32 [3, h, w], label int64 [h, w], and what was done to it."""
+    """One augmented sample, in bytes: the network's device makes floats of them.
+
+    image uint8 [h, w, 3] BGR, label uint8 [h, w] train ids, where in them the picture is (outside of it the
+    network gets 0), and what was done to it.
+    """
 
     image: np.ndarray
     label: np.ndarray
+    content: transforms.Content
     name: str
     augmentation: transforms.Augmentation
 
@@ -52,101 +52,23 @@ class Sample(NamedTuple):
 class Picture(NamedTuple):
     """One whole picture for evaluation.
 
-    image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, and where the data set has them
-    label ids uint8 [h, w] and instance ids int32 [h, w] (else None).
+    image uint8 [h, w, 3] BGR, label uint8 [h, w] train ids (None where there are no labels), and where they
+    are wanted label ids uint8 [h, w] and instance ids uint16 [h, w] (else None).
     """
 
     image: np.ndarray
-    label: np.ndarray
+    label: np.ndarray | None
     name: str
     label_ids: np.ndarray | None
     instance_ids: np.ndarray | None
 
 
-def read_list(root: str, list_path: str) -> list[Pair]:
-    """Read `image<TAB>label` lines, both relative to `root`. Empty lines are skipped.
-
-    Raises:
-        DataError: no such list, a line without exactly two columns, or no line at all.
-    """
-    try:
-        with open(list_path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{list_path}: not a readable list ({error}); check --data-list") from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        # A tab allows spaces in file names; the original's lists have either.
-        columns = [column.strip() for column in line.split("\t")] if "\t" in line else line.split()
-        if len(columns) != 2 or not all(columns):
-            raise DataError(f"{list_path}:{number}: {line.strip()!r} is not 'image<TAB>label'; mend the line")
-        pairs.append((columns[0], columns[1]))
-    if not pairs:
-        raise DataError(f"{list_path}: the list is empty; check --data-list")
-    return _named(pairs)
-
-
-def discover(root: str, split: str) -> list[Pair]:
-    """The pairs of `split` in a directory of Cityscapes' layout, ordered by city and name.
-
-    labelIds serve where there are both kinds of labels.
-
-    Raises:
-        DataError: no such directory, no picture, or pictures without a label (with their number).
-    """
-    if not os.path.isdir(root):
-        raise DataError(f"{root}: no such directory; --data-dir names the folder with leftImg8bit and gtFine")
-    folder = os.path.join(root, "leftImg8bit", split)
-    pairs, missing = [], []
-    for directory, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for file in sorted(files):
-            stem, extension = os.path.splitext(file)
-            if extension.lower() not in (".png", ".jpg", ".jpeg") or not stem.endswith(PICTURE):
-                continue
-            image = os.path.relpath(os.path.join(directory, file), root)
-            city = os.path.relpath(directory, folder)
-            base = os.path.normpath(
-                os.path.join("gtFine", split, city, stem.removesuffix(PICTURE) + "_gtFine")
-            )
-            kinds = [base + kind for kind in (LABEL_IDS, LABEL_TRAIN_IDS)]
-            label = next((kind for kind in kinds if os.path.isfile(os.path.join(root, kind))), None)
-            if label is None:
-                missing.append(kinds[0])
-            else:
-                pairs.append((image, label))
-    if missing:
-        raise DataError(
-            f"{root}: {len(missing)} of {len(missing) + len(pairs)} pictures in leftImg8bit/{split} have no "
-            f"label, the first missing is {missing[0]}; unpack the whole gtFine archive, or name the pairs "
-            "with --data-list"
-        )
-    if not pairs:
-        raise DataError(
-            f"{root}: no picture *{PICTURE}.png below leftImg8bit/{split}; --data-dir names the folder with "
-            "leftImg8bit and gtFine, --data-list other pairs"
-        )
-    return _named(pairs)
-
-
-def _instances_of(label: str) -> str:
-    return label.removesuffix(LABEL_IDS) + INSTANCE_IDS
-
-
-def _named(pairs: Sequence[tuple[str, str]]) -> list[Pair]:
-    """Names are the pictures' own, or their whole paths where the former would clash."""
-    stems = [os.path.splitext(os.path.basename(image))[0].removesuffix(PICTURE) for image, _ in pairs]
-    if len(set(stems)) < len(set(pairs)):
-        stems = [os.path.splitext(os.path.normpath(image))[0].replace(os.sep, "_") for image, _ in pairs]
-    return [Pair(image, label, stem) for (image, label), stem in zip(pairs, stems, strict=True)]
-
-
 class CSDataSet(Dataset):
     """Pictures with labels in the Cityscapes layout, or in any layout by a list.
 
-    Labels named `*_labelIds.png` go through the Cityscapes id table; all others are train ids as they are.
+    Labels named `*_labelTrainIds.png` are train ids as they are. Others go through `table`, if one is given:
+    by their ids, or by their colours where they are colour pictures. Without it those named `*_labelIds.png`
+    go through Cityscapes' table, and all others are train ids too.
 
     Args:
         root: the data directory.
@@ -155,14 +77,19 @@ class CSDataSet(Dataset):
         mean: BGR mean to subtract.
         scale, mirror: whether to scale (0.7 to 2.1) and mirror at random.
         ignore_label: label of void pixels and padding.
-        num_classes: labels of this value or more (other than `ignore_label`) are an error.
+        num_classes: labels of this value or more (other than `ignore_label`) are an error; None for as many
+            as the table has.
         split: "train", "val" or another folder below leftImg8bit, when there is no list.
+        table: what the values of the label pictures mean.
+        labelled: whether there are labels; without them only `picture` and `check` can be called.
+        cache: where decoded pictures are kept, of `sizes()`.
 
     Items: (image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, size (height, width, 3) of
     the picture on disk, name). Their augmentation is drawn from torch's random state.
 
     Raises:
-        DataError: see `read_list` and `discover`; an item raises it for an unreadable or mislabelled file.
+        DataError: see `layout.read_list` and `layout.discover`; an item raises it for an unreadable or
+            mislabelled file.
     """
 
     def __init__(
@@ -174,66 +101,103 @@ class CSDataSet(Dataset):
         scale: bool = True,
         mirror: bool = True,
         ignore_label: int = IGNORE,
-        num_classes: int = NUM_CLASSES,
+        num_classes: int | None = None,
         split: str = "train",
+        table: ClassTable | None = None,
+        labelled: bool = True,
+        cache: PictureCache | None = None,
     ):
-        if not os.path.isdir(root):
-            raise DataError(
-                f"{root}: no such directory; --data-dir names the folder with leftImg8bit and gtFine"
-            )
+        if list_path is None:
+            self.pairs = layout.discover(root, split, labelled)
+        else:
+            if not os.path.isdir(root):
+                layout.check_root(root)
+            self.pairs = layout.read_list(list_path, labelled)
         self.root = root
-        self.pairs = discover(root, split) if list_path is None else read_list(root, list_path)
         self.source = os.path.join(root, "leftImg8bit", split) if list_path is None else list_path
         self.crop_size = crop_size
+        self.mean = np.asarray(mean)
         self.scale = scale
         self.mirror = mirror
-        self.ignore_label = ignore_label
-        self.num_classes = num_classes
-        self._mean = transforms.mean_table(np.asarray(mean))
-        self._train_ids = train_id_table(ignore_label)
-        self._unchanged = np.arange(256, dtype=np.int16)
-        for table in (self._train_ids, self._unchanged):
-            table[(table >= num_classes) & (table != ignore_label)] = -1
+        self.labelled = labelled
+        self.cache = cache
+        self.labels = LabelReader(table, ignore_label, num_classes)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         seed = int(torch.randint(2**63 - 1, ()))
-        image, label = self._read(index)
-        size = np.array(image.shape)
-        sample = self._augmented(index, image, label, np.random.default_rng(seed))
-        return sample.image, sample.label, size, sample.name
+        sample, size = self._augmented(index, np.random.default_rng(seed))
+        image = transforms.subtract_mean(sample.image, self.mean, sample.content)
+        return image, sample.label.astype(np.int64), np.array((*size, 3)), sample.name
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Item `index` with its augmentation drawn from `rng`."""
-        return self._augmented(index, *self._read(index), rng)
+        """Item `index` in bytes, with its augmentation drawn from `rng`."""
+        return self._augmented(index, rng)[0]
+
+    def _augmented(self, index: int, rng: np.random.Generator) -> tuple[Sample, tuple[int, int]]:
+        """A sample, and (height, width) of its picture."""
+        cached = self.cache.get(index) if self.cache is not None else None
+        if cached is not None:
+            size = cached[0].shape[:2]
+        else:
+            encoded = self._load(index)
+            size = encoded[0].height, encoded[0].width
+        crop = size if self.crop_size is None else self.crop_size
+        augmentation = transforms.draw(rng, size, crop, self.scale, self.mirror)
+        if cached is not None:
+            image, label = cached
+        elif self.cache is not None:
+            image, label = self._decode(encoded)
+            self.cache.put(index, image, label)
+        else:
+            # A crop far up spares the decoding of what is below it.
+            image, label = self._decode(encoded, transforms.rows_needed(size, crop, augmentation))
+        image, label, content = transforms.apply(
+            image, label, size, crop, augmentation, self.labels.ignore_label
+        )
+        return Sample(image, label, content, self.pairs[index].name, augmentation), size
 
     def digest(self) -> str:
-        """Tells data sets apart by their lists of pictures and labels, wherever they lie."""
-        return hashlib.sha256(repr(self.pairs).encode()).hexdigest()[:16]
+        """Tells data sets apart by their pairs and the meaning of their labels, wherever they lie."""
+        about = repr(self.pairs) + (repr(self.labels.table.labels) if self.labels.table else "")
+        return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every picture, by their headers."""
+        with ThreadPoolExecutor(8) as pool:
+            headers = pool.map(read_header, (self.path(pair.image) for pair in self.pairs))
+            return [(header.height, header.width) for header in headers]
+
+    def cache_file(self, folder: str) -> str:
+        """The file in `folder` that a cache of these pictures is kept in."""
+        files = [file for pair in self.pairs for file in (pair.image, pair.label)]
+        return on_disk(
+            folder, self.root, files, f"{self.digest()} {self.labels.ignore_label} {self.labels.num_classes}"
+        )
 
     def has_instances(self) -> bool:
         """Whether every label is a labelIds file with an instanceIds file beside it."""
         return all(
-            pair.label.endswith(LABEL_IDS) and os.path.isfile(self.path(_instances_of(pair.label)))
+            pair.label.endswith(LABEL_IDS) and os.path.isfile(self.path(instances_of(pair.label)))
             for pair in self.pairs
         )
 
     def picture(self, index: int, instances: bool) -> Picture:
         """Item `index` whole and unchanged, with label and instance ids if `instances`."""
         pair = self.pairs[index]
-        image, label = self._read(index)
+        if not self.labelled:
+            return Picture(decode_image(load(self.path(pair.image))), None, pair.name, None, None)
+        encoded = self._load(index)
+        image, label = self._decode(encoded)
         label_ids = instance_ids = None
         if instances:
-            path = self.path(_instances_of(pair.label))
-            label_ids, instance_ids = read_label(self.path(pair.label)), read_label(path).astype(np.int32)
+            path = self.path(instances_of(pair.label))
+            label_ids, instance_ids = decode_label(encoded[1]), decode_label(load(path))
             if instance_ids.shape != label_ids.shape:
-                raise DataError(
-                    f"{path}: not of the size of {pair.label}; give the instances of this picture"
-                )
-        image = transforms.subtract_mean(image, self._mean)
-        return Picture(image, label.astype(np.int64), pair.name, label_ids, instance_ids)
+                raise self._other_size(path, pair.label)
+        return Picture(image, label, pair.name, label_ids, instance_ids)
 
     def path(self, relative: str) -> str:
         return os.path.join(self.root, relative)
@@ -249,60 +213,44 @@ class CSDataSet(Dataset):
                 another size than its picture, or a label with an id that is none of the classes.
         """
         with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(partial(self._check_pair, instances=instances), self.pairs):
+            for _ in pool.map(lambda pair: self._check_pair(pair, instances), self.pairs):
                 pass
         folders = len({os.path.dirname(pair.image) for pair in self.pairs})
         count = len(self.pairs)
-        return f"{self.source}: {count} pictures in {folders} folders, each with its label, none missing"
+        labels = "each with its label, none missing" if self.labelled else "none missing"
+        return f"{self.source}: {count} pictures in {folders} folders, {labels}"
 
     def _check_pair(self, pair: Pair, instances: bool) -> None:
-        image, label = (read_header(self.path(name)) for name in (pair.image, pair.label))
-        check_label_mode(self.path(pair.label), label.mode)
+        image = read_header(self.path(pair.image))
+        if not self.labelled:
+            return
+        label = read_header(self.path(pair.label))
+        check_label_mode(self.path(pair.label), label.mode, colors=self.labels.may_be_colors(pair.label))
         if image[:2] != label[:2]:
             raise DataError(
                 f"{self.path(pair.label)}: {label.width}x{label.height} pixels, but its picture {pair.image} "
                 f"has {image.width}x{image.height}; give the label of this picture"
             )
-        self._read_train_ids(pair.label)
+        self.labels.read(load(self.path(pair.label)))
         if instances:
-            path = self.path(_instances_of(pair.label))
+            path = self.path(instances_of(pair.label))
             if read_header(path)[:2] != label[:2]:
-                raise DataError(
-                    f"{path}: not of the size of {pair.label}; give the instances of this picture"
-                )
+                raise self._other_size(path, pair.label)
 
-    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The whole picture uint8 [h, w, 3] and its train ids int16 [h, w]."""
+    def _load(self, index: int) -> tuple[Encoded, Encoded]:
+        """The files of picture and label, of the same size."""
         pair = self.pairs[index]
-        image, label = read_image(self.path(pair.image)), self._read_train_ids(pair.label)
-        if image.shape[:2] != label.shape:
-            raise DataError(
-                f"{self.path(pair.label)}: not of the size of {pair.image}; give the label of this picture"
-            )
+        image, label = load(self.path(pair.image)), load(self.path(pair.label))
+        if (image.height, image.width) != (label.height, label.width):
+            raise DataError(f"{label.path}: not of the size of {pair.image}; give the label of this picture")
         return image, label
 
-    def _read_train_ids(self, relative: str) -> np.ndarray:
-        """The label file `relative` as train ids, int16 [h, w]."""
-        label = read_label(self.path(relative))
-        table = self._train_ids if relative.endswith(LABEL_IDS) else self._unchanged
-        if label.dtype == np.uint8:
-            present = np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256]))
-        else:
-            present = np.unique(label)
-        for value in present.tolist():
-            if not 0 <= value < 256 or table[value] < 0:
-                kind = "label id" if table is self._train_ids else "train id"
-                raise DataError(
-                    f"{self.path(relative)}: {kind} {value} is none of the {self.num_classes} classes nor "
-                    "void; mend the label, or check --num-classes and --ignore-label"
-                )
-        return table[label]
+    @staticmethod
+    def _other_size(path: str, label: str) -> DataError:
+        return DataError(f"{path}: not of the size of {label}; give the instances of this picture")
 
-    def _augmented(
-        self, index: int, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-    ) -> Sample:
-        size = image.shape[:2]
-        crop = size if self.crop_size is None else self.crop_size
-        augmentation = transforms.draw(rng, size, crop, self.scale, self.mirror)
-        image, label = transforms.apply(image, label, crop, augmentation, self._mean, self.ignore_label)
-        return Sample(image, label.astype(np.int64), self.pairs[index].name, augmentation)
+    def _decode(
+        self, encoded: tuple[Encoded, Encoded], rows: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The picture uint8 [h, w, 3] BGR and its train ids uint8 [h, w], at least the first `rows` rows."""
+        return decode_image(encoded[0], rows), self.labels.read(encoded[1], rows)

@@ -1,17 +1,29 @@
-"""The Cityscapes label table: ids, train ids, categories, colours (facts as published with the data set)."""
+"""What the values of label pictures mean: Cityscapes' table (facts as published with it), or one's own.
 
+A table has a row for each kind of label. Several rows may share a train id: they are one class, which has the
+name, the colour and the id of the first of them. Rows of train id 255 are void: neither trained nor scored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import cv2
 import numpy as np
+
+from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
+from dataset.pictures import DataError, Encoded, check_label_mode, decode_label
 
 IGNORE = 255
 
 
 class Label(NamedTuple):
-    """One row of the table. `train_id` is 255 where the class is not trained and not evaluated."""
+    """One row of a table. `train_id` is 255 where the class is not trained and not evaluated."""
 
     name: str
-    id: int
+    id: int  # value in the label pictures; -1 where only the colour tells it
     train_id: int
     category: str
     has_instances: bool
@@ -55,23 +67,268 @@ LABELS = (
     Label("bicycle", 33, 18, "vehicle", True, (119, 11, 32)),
 )
 
-TRAIN_LABELS = tuple(
-    sorted((label for label in LABELS if label.train_id != IGNORE), key=lambda label: label.train_id)
-)
-CLASS_NAMES = tuple(label.name for label in TRAIN_LABELS)
-NUM_CLASSES = len(TRAIN_LABELS)
 
-#: `ID_OF_TRAIN_ID[t]` is the label id of train id t (uint8 [19]).
-ID_OF_TRAIN_ID = np.array([label.id for label in TRAIN_LABELS], dtype=np.uint8)
+class ClassTable:
+    """A table of labels, and the look-ups that it makes.
 
+    Args:
+        labels: the rows.
 
-def train_id_table(ignore_label: int = IGNORE) -> np.ndarray:
-    """Look-up table int16 [256] from label id to train id; -1 marks ids that Cityscapes does not have.
+    Attributes:
+        classes: the first row of each train id, in their order: K of them.
+        names, colors: of the classes.
 
-    The license plate's id -1 is 255 once stored in eight bits, so 255 is ignored as the other void ids are.
+    Raises:
+        ValueError: train ids with gaps, none at all, or an id that two rows have.
     """
-    table = np.full(256, -1, dtype=np.int16)
-    for label in LABELS:
-        table[label.id] = ignore_label if label.train_id == IGNORE else label.train_id
-    table[255] = ignore_label
-    return table
+
+    def __init__(self, labels: Sequence[Label]):
+        self.labels = tuple(labels)
+        first: dict[int, Label] = {}
+        for label in self.labels:
+            first.setdefault(label.train_id, label)
+        first.pop(IGNORE, None)
+        if sorted(first) != list(range(len(first))) or not first:
+            raise ValueError(
+                f"train ids are {sorted(first)}; number the classes 0, 1, 2, ... and give void {IGNORE}"
+            )
+        ids = [label.id for label in self.labels if label.id >= 0]
+        if twice := next((value for value in ids if ids.count(value) > 1), None):
+            raise ValueError(f"id {twice} is in two rows; give each id once")
+        self.classes = tuple(first[train_id] for train_id in range(len(first)))
+        self.names = tuple(label.name for label in self.classes)
+        self.colors = tuple(label.color for label in self.classes)
+
+    def train_ids(self, ignore_label: int = IGNORE) -> np.ndarray:
+        """Look-up int16 [256] from value in a label picture to train id; -1 where no row has the value.
+
+        255 is void in any case: what has no label is often stored so, as Cityscapes' license plate (id -1 in
+        eight bits) is.
+        """
+        table = np.full(256, -1, dtype=np.int16)
+        table[255] = ignore_label
+        for label in self.labels:
+            if label.id >= 0:
+                table[label.id] = ignore_label if label.train_id == IGNORE else label.train_id
+        return table
+
+    def row_of_color(self) -> np.ndarray:
+        """Look-up uint8 [2**24] from R * 65536 + G * 256 + B to the number of the row; 255 where is none.
+
+        Raises:
+            ValueError: two classes have the same colour.
+        """
+        table = np.full(1 << 24, 255, dtype=np.uint8)
+        for number, label in enumerate(self.labels):
+            red, green, blue = label.color
+            key = red << 16 | green << 8 | blue
+            before = table[key]
+            if before == 255:
+                table[key] = number
+            elif self.labels[before].train_id != label.train_id:
+                raise ValueError(
+                    f"{self.labels[before].name} and {label.name} have the same colour; pictures of colours "
+                    "can't tell them apart"
+                )
+        return table
+
+    def label_ids(self) -> np.ndarray:
+        """uint8 [K]: the value of each class in label pictures (its train id where the table has none)."""
+        ids = [number if label.id < 0 else label.id for number, label in enumerate(self.classes)]
+        return np.array(ids, dtype=np.uint8)
+
+
+CITYSCAPES = ClassTable(LABELS)
+NUM_CLASSES = len(CITYSCAPES.classes)
+
+
+class LabelReader:
+    """Makes train ids of label files.
+
+    Args:
+        table: what their values mean; None for Cityscapes' where they are named `*_labelIds.png`, and for
+            train ids otherwise.
+        ignore_label: train id of void pixels.
+        num_classes: how many classes there are; None for as many as the table has.
+    """
+
+    def __init__(
+        self, table: ClassTable | None = None, ignore_label: int = IGNORE, num_classes: int | None = None
+    ):
+        self.table = table
+        self.ignore_label = ignore_label
+        known = table or CITYSCAPES
+        self.num_classes = len(known.classes) if num_classes is None else num_classes
+        self._by_id = self._checked(known.train_ids(ignore_label))
+        self._unchanged = self._checked(np.arange(256, dtype=np.int16))
+        self._row_of_color: np.ndarray | None = None
+
+    def _checked(self, train_ids: np.ndarray) -> np.ndarray:
+        """A look-up with -1 for what is neither a class nor void."""
+        known = (train_ids < self.num_classes) | (train_ids == self.ignore_label)
+        return np.where(known, train_ids, -1)
+
+    def names(self) -> list[str]:
+        """Of the classes."""
+        names = (self.table or CITYSCAPES).names
+        if len(names) == self.num_classes:
+            return list(names)
+        return [f"class {number}" for number in range(self.num_classes)]
+
+    def colors(self) -> list[tuple[int, int, int]]:
+        """RGB of the classes, as many as the table knows."""
+        return list((self.table or CITYSCAPES).colors[: self.num_classes])
+
+    def label_ids(self) -> np.ndarray:
+        """uint8 [K]: the value of each class in pictures of label ids."""
+        known = (self.table or CITYSCAPES).label_ids()
+        return known if len(known) == self.num_classes else np.arange(self.num_classes, dtype=np.uint8)
+
+    def is_cityscapes(self) -> bool:
+        """Whether the classes are those of the benchmark."""
+        return self.table is None and self.num_classes == NUM_CLASSES
+
+    def may_be_colors(self, path: str) -> bool:
+        """Whether a label file may be a picture of colours."""
+        return self.table is not None and not path.endswith((LABEL_IDS, LABEL_TRAIN_IDS))
+
+    def read(self, encoded: Encoded, rows: int | None = None) -> np.ndarray:
+        """The train ids of a label file, uint8 [h, w].
+
+        Args:
+            rows: how many are needed, from the top, and looked at; None for all.
+
+        Raises:
+            DataError: damaged, no label, or with a value that is neither a class nor void.
+        """
+        values = decode_label(encoded, rows)
+        if values.ndim == 3:
+            check_label_mode(encoded.path, "RGB", colors=self.may_be_colors(encoded.path))
+            return self._of_colors(encoded.path, values)
+        as_they_are = encoded.path.endswith(LABEL_TRAIN_IDS) or (
+            self.table is None and not encoded.path.endswith(LABEL_IDS)
+        )
+        train_ids = self._unchanged if as_they_are else self._by_id
+        if values.dtype == np.uint8:
+            present = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
+        else:
+            present = np.unique(values)
+        for value in present.tolist():
+            if not 0 <= value < 256 or train_ids[value] < 0:
+                raise self._unknown(encoded.path, f"{'train' if as_they_are else 'label'} id {value}")
+        return cv2.LUT(values.astype(np.uint8, copy=False), train_ids.astype(np.uint8))
+
+    def _of_colors(self, path: str, colors: np.ndarray) -> np.ndarray:
+        """uint8 [h, w, 3] RGB -> train ids uint8 [h, w]."""
+        assert self.table is not None
+        if self._row_of_color is None:
+            self._row_of_color = self.table.row_of_color()
+        red, green, blue = (channel.astype(np.int32) for channel in cv2.split(colors))
+        rows = self._row_of_color[red << 16 | green << 8 | blue]
+        train_ids = np.full(256, -1, np.int16)
+        train_ids[: len(self.table.labels)] = [label.train_id for label in self.table.labels]
+        train_ids[train_ids == IGNORE] = self.ignore_label
+        train_ids = self._checked(train_ids)
+        unknown = train_ids[rows] < 0
+        if unknown.any():
+            color = ",".join(map(str, colors[unknown][0].tolist()))
+            raise self._unknown(path, f"colour {color}")
+        return cv2.LUT(rows, train_ids.astype(np.uint8))
+
+    def _unknown(self, path: str, what: str) -> DataError:
+        flags = "--classes" if self.table else "--num-classes"
+        return DataError(
+            f"{path}: {what} is none of the {self.num_classes} classes nor void; mend the label, or check "
+            f"{flags} and --ignore-label"
+        )
+
+
+#: The columns of a table's file; the last two may be left out.
+COLUMNS = ("name", "id", "train_id", "color")
+#: Rows that a table can have: each gets a number of eight bits, of which 255 is none.
+MOST_ROWS = 255
+
+
+def read_table(path: str) -> ClassTable:
+    """Read a table from a text file with tab-separated columns.
+
+    The first line names the columns name, id, train_id and color, in any order; further columns are for the
+    reader alone, as are empty lines and those that begin with #. id is the value in the label pictures (0 to
+    255, or - where the label pictures are colours), train_id the number of the class (0, 1, 2, ..., 255 for
+    void), color is R,G,B.
+
+    Raises:
+        DataError: one line that names the file, the line and what is wrong.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [(number, line.rstrip("\r\n")) for number, line in enumerate(file, 1)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable class table ({error}); check --classes") from error
+    rows = [(number, line.split("\t")) for number, line in lines if line.strip() and line[0] != "#"]
+    header = [name.strip() for name in rows[0][1]] if rows else []
+    if missing := [name for name in COLUMNS if name not in header]:
+        raise DataError(
+            f"{path}: the first line has no column {', '.join(missing)}; name the tab-separated columns "
+            f"{', '.join(COLUMNS)}"
+        )
+    labels = []
+    for number, cells in rows[1:]:
+        if len(cells) != len(header):
+            raise DataError(
+                f"{path}:{number}: has {len(cells)} columns, the first line {len(header)}; part them by tabs"
+            )
+        row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+        try:
+            labels.append(_row(row))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
+    try:
+        if len(labels) > MOST_ROWS:
+            raise ValueError(f"has {len(labels)} rows; give at most {MOST_ROWS}")
+        return ClassTable(labels)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable | None, int]:
+    """The table of --classes, if it is given, and how many classes there are.
+
+    Raises:
+        DataError: see `read_table`; or the table has another number of classes.
+    """
+    if path is None:
+        return None, NUM_CLASSES if num_classes is None else num_classes
+    table = read_table(path)
+    if num_classes not in (None, len(table.classes)):
+        raise DataError(
+            f"--num-classes {num_classes}: {path} has {len(table.classes)} classes; leave out --num-classes"
+        )
+    return table, len(table.classes)
+
+
+def _row(row: dict[str, str]) -> Label:
+    if not row["name"]:
+        raise ValueError("has no name; give one")
+    return Label(
+        row["name"],
+        -1 if row["id"] in ("", "-") else _byte("id", row["id"]),
+        _byte("train_id", row["train_id"]),
+        row.get("category", ""),
+        False,
+        _color(row["color"]),
+    )
+
+
+def _byte(column: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,3}", text) or int(text) > 255:
+        raise ValueError(f"{column} {text!r} is not a whole number from 0 to 255")
+    return int(text)
+
+
+def _color(text: str) -> tuple[int, int, int]:
+    channels = text.split(",")
+    if len(channels) != 3:
+        raise ValueError(f"color {text!r} is not R,G,B; give three numbers such as 128,64,128")
+    red, green, blue = (_byte("color", channel.strip()) for channel in channels)
+    return red, green, blue

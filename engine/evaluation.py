@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -13,10 +15,14 @@ from torch import Tensor
 
 from engine.distributed import World
 from engine.loader import PictureSource, evaluation_pictures
-from engine.metrics import CityscapesEvaluation, OfficialScores, confusion_matrix
+from engine.metrics import CityscapesEvaluation, OfficialScores, PictureStatistics, confusion_matrix
+from engine.transfer import subtract_mean
+from utils.args import RunError
 
-#: Called with a picture's name and its prediction, uint8 [h, w].
+#: Called with a picture's name and its prediction, uint8 [h, w]; several at a time, from threads.
 Keep = Callable[[str, np.ndarray], None]
+#: Threads that score and keep predictions while the next picture is predicted, and predictions that may wait.
+THREADS, WAITING = 3, 8
 
 
 class Result(NamedTuple):
@@ -43,44 +49,75 @@ def evaluate(
     """Predict every picture of `source` once and score the predictions.
 
     The result is the same on every process, and for any number of processes: counts are integers, and each
-    picture is predicted by one process alone.
+    picture is predicted by one process alone. While one is predicted, workers decode the next ones, and
+    threads score and keep the last ones.
 
     Args:
-        predict: images [n, 3, h, w] on the world's device -> logits [n, K, h, w].
+        predict: images float32 [n, 3, h, w] on the world's device -> classes uint8 [n, h, w].
         errors: what `source` raises for a file that can't be used; it is raised here, on every process.
         official: computes the official scores from label and instance ids, which `source` then has to have.
         batch_size: pictures of equal size that are predicted together.
         workers: processes that read pictures.
         keep: gets every prediction.
         interrupted: asked now and then; an error that it gives is raised on every process.
+
+    Raises:
+        RunError: `keep` met a full disk, or a worker was killed.
     """
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=world.device)
-    statistics = []
-    pictures = evaluation_pictures(source, errors, official is not None, world.rank, world.size, workers)
+    device = world.device
+    mean = torch.as_tensor(source.mean, dtype=torch.float32, device=device)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    statistics: list[PictureStatistics] = []
+    pictures = evaluation_pictures(
+        source,
+        errors,
+        official is not None,
+        world.rank,
+        world.size,
+        workers,
+        pin_memory=device.type == "cuda",
+    )
     rounds = -(-len(source) // (world.size * batch_size))
     progress = _Progress(len(source))
-    for number in range(1, rounds + 1):
-        group = [picture for _, picture in zip(range(batch_size), pictures, strict=False)]
-        error = next((picture for picture in group if isinstance(picture, Exception)), None)
-        try:
-            for same_size in _by_size([] if error else group):
-                images = torch.from_numpy(np.stack([picture.image for picture in same_size])).to(world.device)
-                predictions = predict(images).argmax(1)
-                for picture, prediction in zip(same_size, predictions, strict=True):
-                    label = torch.from_numpy(picture.label).to(world.device)
-                    confusion += confusion_matrix(label, prediction, num_classes, ignore_label)
-                    prediction = prediction.to(torch.uint8).cpu().numpy()
-                    if official is not None:
-                        statistics.append(_count(official, picture, prediction, errors))
-                    if keep is not None:
-                        keep(picture.name, prediction)
-        except errors as found:
-            error = found
-        error = world.first(interrupted() or error)
-        if error is not None:
-            raise error
-        if world.is_main:
-            progress.show(min(number * world.size * batch_size, len(source)))
+    with ThreadPoolExecutor(THREADS) as threads:
+        waiting: deque[Future] = deque()
+
+        def finish(picture: Any, prediction: np.ndarray) -> PictureStatistics | None:
+            if keep is not None:
+                keep(picture.name, prediction)
+            return None if official is None else _count(official, picture, prediction, errors)
+
+        def collect(most: int) -> None:
+            """Wait until at most so many predictions wait."""
+            while len(waiting) > most:
+                counted = waiting.popleft().result()
+                if counted is not None:
+                    statistics.append(counted)
+
+        for number in range(1, rounds + 1):
+            group = [picture for _, picture in zip(range(batch_size), pictures, strict=False)]
+            error = next((picture for picture in group if isinstance(picture, Exception)), None)
+            try:
+                for same_size in _by_size([] if error else group):
+                    images = torch.stack([picture.image for picture in same_size])
+                    predictions = predict(subtract_mean(images.to(device, non_blocking=True), mean))
+                    for picture, prediction in zip(same_size, predictions, strict=True):
+                        if picture.label is not None:
+                            label = picture.label.to(device, non_blocking=True)
+                            confusion += confusion_matrix(label, prediction, num_classes, ignore_label)
+                        waiting.append(threads.submit(finish, picture, prediction.cpu().numpy()))
+                collect(WAITING if number < rounds else 0)
+            except errors as found:
+                error = found
+            except OSError as found:
+                why = found.strerror or found
+                error = RunError(f"{found.filename}: can't be written ({why}); make room, then run it again")
+            error = world.first(interrupted() or error)
+            if error is not None:
+                threads.shutdown(cancel_futures=True)
+                raise error
+            if world.is_main:
+                progress.show(min(number * world.size * batch_size, len(source)))
     world.all_reduce(confusion)
     confusion = confusion.cpu()
     if official is None:
@@ -88,9 +125,11 @@ def evaluate(
     return Result(confusion, official.scores(world.gather(official.merge(statistics))))
 
 
-def _count(official: CityscapesEvaluation, picture: Any, prediction: np.ndarray, errors: type[Exception]):
+def _count(
+    official: CityscapesEvaluation, picture: Any, prediction: np.ndarray, errors: type[Exception]
+) -> PictureStatistics:
     try:
-        return official.count(picture.label_ids, picture.instance_ids, prediction)
+        return official.count(picture.label_ids.numpy(), picture.instance_ids.numpy(), prediction)
     except ValueError as error:
         raise errors(f"{picture.name}: {error}; mend the label or instance file") from error
 

@@ -1,18 +1,18 @@
-"""The stream of samples: which ones, in what order, with what randomness, for any step of a run."""
+"""From data set to device: which samples, in what order, with what randomness, for any step of a run."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from engine import signals
+from engine.transfer import Batch, Samples, Transfer
 from utils.args import RunError
 
 #: Keeps the random streams of the order and of the augmentation apart.
@@ -22,17 +22,12 @@ ORDER, AUGMENTATION = 0, 1
 class SampleSource(Protocol):
     """What a data set offers to the stream (dataset.CSDataSet does)."""
 
+    @property
+    def mean(self) -> np.ndarray: ...
+
     def __len__(self) -> int: ...
 
     def sample(self, index: int, rng: np.random.Generator) -> Any: ...
-
-
-class Batch(NamedTuple):
-    """images float32 [n, 3, h, w], labels int64 [n, h, w], and one line for each sample."""
-
-    images: Tensor
-    labels: Tensor
-    records: list[str]
 
 
 @lru_cache(maxsize=2)
@@ -67,13 +62,15 @@ class SampleStream(Dataset):
             return error
 
 
-def _collate(samples: list[Any]) -> Batch | Exception:
+def _collate(samples: list[Any]) -> Samples | Exception:
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-    images = torch.from_numpy(np.stack([sample.image for sample in samples]))
-    labels = torch.from_numpy(np.stack([sample.label for sample in samples]))
-    return Batch(images, labels, [sample.record() for sample in samples])
+    # torch's own puts them together in the memory that the worker shares with the training process.
+    images = default_collate([torch.from_numpy(sample.image) for sample in samples])
+    labels = default_collate([torch.from_numpy(sample.label) for sample in samples])
+    contents = torch.tensor([sample.content for sample in samples])
+    return Samples(images, labels, contents, [sample.record() for sample in samples])
 
 
 def _set_up_worker(_worker: int) -> None:
@@ -92,30 +89,33 @@ def train_batches(
     rank: int,
     processes: int,
     workers: int,
-    pin_memory: bool,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[Batch | Exception]:
     """This process's share of every batch of `steps`: rank r of n takes the r-th n-th of the global batch.
 
     Args:
         batch_size: of all processes together; `processes` divides it.
         steps: from 0; a resumed run starts at any step without touching the samples before.
-        workers: processes that read pictures; 0 reads in this one.
+        workers: processes that read pictures, for as long as the steps last; 0 reads in this one.
+        device, memory_format: where and how the network wants its images.
 
     Yields:
         A batch, or the error of the first of its samples that can't be used, or a RunError when a worker
         died.
     """
     share = batch_size // processes
-    return _loaded(
+    loaded = _loaded(
         DataLoader(
             SampleStream(source, seed, errors),
             batch_sampler=_Shares(steps, batch_size, rank * share, share),
             num_workers=workers,
             collate_fn=_collate,
-            pin_memory=pin_memory,
+            pin_memory=device.type == "cuda",
             worker_init_fn=_set_up_worker,
         )
     )
+    return Transfer(source.mean, device, memory_format)(loaded)
 
 
 class _Shares:
@@ -156,6 +156,9 @@ def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
 class PictureSource(Protocol):
     """What a data set offers to the evaluation (dataset.CSDataSet does)."""
 
+    @property
+    def mean(self) -> np.ndarray: ...
+
     def __len__(self) -> int: ...
 
     def picture(self, index: int, instances: bool) -> Any: ...
@@ -174,21 +177,35 @@ class _Pictures(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.source.picture(index, self.instances)
+            picture = self.source.picture(index, self.instances)
         except self.errors as error:
             return error
+        # Tensors go from a worker to this process in shared memory, arrays through a pipe.
+        arrays = {name: value for name, value in picture._asdict().items() if isinstance(value, np.ndarray)}
+        return picture._replace(**{name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 def evaluation_pictures(
-    source: PictureSource, errors: type[Exception], instances: bool, rank: int, processes: int, workers: int
+    source: PictureSource,
+    errors: type[Exception],
+    instances: bool,
+    rank: int,
+    processes: int,
+    workers: int,
+    pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """Every `processes`-th picture from the `rank`-th on: all processes together have each picture once."""
+    """Every `processes`-th picture from the `rank`-th on: all processes together have each picture once.
+
+    Yields:
+        What `source.picture` gives, its arrays as tensors, or its error.
+    """
     pictures = DataLoader(
         _Pictures(source, instances, errors),
         sampler=range(rank, len(source), processes),
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
+        pin_memory=pin_memory,
         worker_init_fn=_set_up_worker,
     )
     return _loaded(pictures)

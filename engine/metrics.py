@@ -300,6 +300,23 @@ def _mean_of_existing(values: Iterable[float | None]) -> float | None:
     return math.fsum(existing) / len(existing) if existing else None
 
 
+def format_confusion(names: Sequence[str], confusion: torch.Tensor) -> str:
+    """A confusion matrix [K, K] as text: of each row's true class, the per cent predicted as each column's.
+
+    Columns are numbered as the rows; a class that occurs in no label has no numbers, and 0 is a dot.
+    """
+    width = max(len(name) for name in names)
+    shares = 100 * confusion.to(torch.float64) / confusion.sum(1, keepdim=True)
+    lines = [
+        "of the pixels of each true class (rows), per cent predicted as each class (columns)",
+        " " * (width + 4) + "".join(f"{number:>6}" for number in range(len(names))),
+    ]
+    for number, (name, row) in enumerate(zip(names, shares.tolist(), strict=True)):
+        cells = ("-" if math.isnan(share) else f"{share:.1f}" if share >= 0.05 else "." for share in row)
+        lines.append(f"{number:>3} {name:<{width}}" + "".join(f"{cell:>6}" for cell in cells))
+    return "\n".join(lines)
+
+
 def format_table(
     names: Sequence[str], iou: Iterable[float | None], instance_iou: Iterable[float | None] | None = None
 ) -> str:

@@ -66,7 +66,6 @@ class Stepper:
         precision: one of PRECISIONS or None for that of the weights. fp16 scales the loss and skips the steps
             that overflow.
         accumulate: parts in which the share of a process is computed, one after the other.
-        memory_format: of the images.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class Stepper:
         world: World,
         precision: str | None = None,
         accumulate: int = 1,
-        memory_format: torch.memory_format = torch.contiguous_format,
     ):
         self.parallel = parallel
         self.criterion = criterion
@@ -86,7 +84,6 @@ class Stepper:
         self.world = world
         self.precision = precision
         self.accumulate = accumulate
-        self.memory_format = memory_format
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         # The forward changes the running statistics before it is known whether the step is sound.
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -96,7 +93,7 @@ class Stepper:
         """Take step `number` with this process's share of the batch.
 
         Args:
-            images, labels: [n, 3, h, w] and [n, h, w], n divisible by `accumulate`.
+            images, labels: [n, 3, h, w] and [n, h, w] on the device, n divisible by `accumulate`.
             records: a line for each sample.
 
         Raises:
@@ -132,8 +129,6 @@ class Stepper:
         for part, (some_images, some_labels) in enumerate(
             zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True), 1
         ):
-            some_images = some_images.to(device, non_blocking=True, memory_format=self.memory_format)
-            some_labels = some_labels.to(device, non_blocking=True)
             with self._synchronised(part == self.accumulate):
                 with torch.autocast(
                     device.type, PRECISIONS.get(self.precision or ""), enabled=self.precision is not None

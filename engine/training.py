@@ -19,9 +19,9 @@ from engine import checkpoint, schedule
 from engine.checkpoint import State, Validation
 from engine.distributed import World
 from engine.ema import WeightAverage
-from engine.loader import Batch
 from engine.signals import StopRequest
 from engine.step import Diverged, Report, Stepper
+from engine.transfer import Batch
 from utils.args import RunError, UsageError
 from utils.files import replacing
 from utils.logger import RunLog

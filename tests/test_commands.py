@@ -16,7 +16,7 @@ from PIL import Image
 
 import evaluate
 import train
-from dataset.labels import TRAIN_LABELS
+from dataset.labels import CITYSCAPES
 from networks import Seg_Model
 from utils import args as flags_of
 
@@ -281,12 +281,12 @@ class TestEvaluation:
         for number, name in enumerate(names):
             picture = Image.open(folder / "outputs" / name)
             assert picture.mode == "P"
-            assert picture.getpalette()[:57] == [value for label in TRAIN_LABELS for value in label.color]
+            assert picture.getpalette()[:57] == [value for color in CITYSCAPES.colors for value in color]
             ids = cv2.imread(
                 str(data / f"gtFine/val/ulm/ulm_000000_{number:06d}_gtFine_labelIds.png"),
                 cv2.IMREAD_GRAYSCALE,
             )
-            for label in TRAIN_LABELS:
+            for label in CITYSCAPES.classes:
                 confusion[label.train_id] += np.bincount(np.asarray(picture)[ids == label.id], minlength=20)
         confusion = confusion[:, :19]
         assert (confusion.sum(0) > 0).sum() > 3  # no result of a constant

@@ -14,8 +14,8 @@ from conftest import write_pair
 from PIL import Image
 
 from dataset import IMG_MEAN, CSDataSet, DataError
-from dataset.labels import CLASS_NAMES, ID_OF_TRAIN_ID, train_id_table
-from dataset.transforms import SCALES, Augmentation, apply, draw, mean_table
+from dataset.labels import CITYSCAPES
+from dataset.transforms import SCALES, Augmentation, apply, draw, rows_needed, subtract_mean
 
 #: The original's table (dataset/datasets.py).
 TRAIN_IDS = {
@@ -38,13 +38,13 @@ TRAIN_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
 
 def test_label_table():
-    table = train_id_table()
+    table = CITYSCAPES.train_ids()
     for label_id in range(34):
         assert table[label_id] == TRAIN_IDS.get(label_id, 255)
     assert (table[34:255] == -1).all() and table[255] == 255
-    assert train_id_table(250)[0] == 250
-    assert [TRAIN_IDS[label_id] for label_id in ID_OF_TRAIN_ID] == list(range(19))
-    assert CLASS_NAMES[0] == "road" and CLASS_NAMES[18] == "bicycle"
+    assert CITYSCAPES.train_ids(250)[0] == 250
+    assert [TRAIN_IDS[label_id] for label_id in CITYSCAPES.label_ids()] == list(range(19))
+    assert CITYSCAPES.names[0] == "road" and CITYSCAPES.names[18] == "bicycle"
 
 
 def augmented_by_the_original(image, label, crop, augmentation):
@@ -62,17 +62,59 @@ def augmented_by_the_original(image, label, crop, augmentation):
     return (image[:, :, ::-1], label[:, ::-1]) if mirror else (image, label)
 
 
+def sampled(image, label, crop, augmentation):
+    """A sample as the loader makes it, of the rows that it needs, in the form of the original."""
+    size = label.shape
+    rows = rows_needed(size, crop, augmentation)
+    image, label, content = apply(image[:rows], label[:rows], size, crop, augmentation, 255)
+    assert image.shape == (*crop, 3) and image.dtype == label.dtype == np.uint8
+    return subtract_mean(image, np.array((104.00698793, 116.66876762, 122.67891434)), content), label
+
+
 @pytest.mark.parametrize("crop", [(33, 49), (90, 40), (200, 220)])
-def test_augmentation_equals_the_originals(crop):
+@pytest.mark.parametrize("size", [(61, 83), (64, 97), (125, 33), (16, 250)])
+def test_augmentation_equals_the_originals(crop, size):
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
-    label = rng.integers(0, 19, (61, 83)).astype(np.int16)
-    table = mean_table(np.array((104.00698793, 116.66876762, 122.67891434)))
-    for number in range(40):
-        augmentation = draw(np.random.default_rng(number), (61, 83), crop, True, True)
-        ours = apply(image, label, crop, augmentation, table, 255)
-        for one, other in zip(ours, augmented_by_the_original(image, label, crop, augmentation), strict=True):
-            assert one.shape[-2:] == crop and np.array_equal(one, other), augmentation
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    label = rng.integers(0, 19, size, dtype=np.uint8)
+    for number in range(60):
+        augmentation = draw(np.random.default_rng(number), size, crop, True, True)
+        ours, theirs = (
+            sampled(image, label, crop, augmentation),
+            augmented_by_the_original(image, label, crop, augmentation),
+        )
+        assert ours[0].shape == (3, *crop) and np.array_equal(ours[1], theirs[1]), augmentation
+        assert np.abs(ours[0] - theirs[0]).max() <= 1.01, augmentation
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_resized_window_equals_the_resized_whole_at_every_border(scale):
+    """Of noise, at corners, edges and between: at most a grey level off, and that seldom."""
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (1024, 2048, 3), dtype=np.uint8)
+    label = rng.integers(0, 34, (1024, 2048), dtype=np.uint8)
+    height, width = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST).shape
+    crop = (257, 769)
+    down, across = height - crop[0], width - crop[1]
+    for top, left in [
+        (0, 0),
+        (0, across),
+        (down, 0),
+        (down, across),
+        (down // 3, across // 2),
+        (1, across - 1),
+    ]:
+        augmentation = Augmentation(scale, top, left, False)
+        ours = sampled(image, label, crop, augmentation)
+        theirs = augmented_by_the_original(image, label, crop, augmentation)
+        assert np.array_equal(ours[1], theirs[1])
+        off = np.abs(ours[0] - theirs[0])
+        assert off.max() <= 1.01 and (off > 0.5).mean() < 0.03
+
+
+def test_a_sample_needs_no_rows_below_its_crop():
+    assert rows_needed((1024, 2048), (769, 769), Augmentation(2.0, 0, 0, False)) < 400
+    assert rows_needed((1024, 2048), (769, 769), Augmentation(0.7, 0, 0, False)) == 1024
 
 
 def test_draws_cover_the_original_range_evenly():
@@ -196,7 +238,12 @@ class TestWrongData:
 
     def test_directory(self, tmp_path):
         self.expect(lambda: CSDataSet(str(tmp_path / "none")), "none: no such directory")
+        self.expect(lambda: CSDataSet(str(tmp_path)), "no folder leftImg8bit", "csDownload")
+        (tmp_path / "leftImg8bit").mkdir()
         self.expect(lambda: CSDataSet(str(tmp_path)), "no picture", "leftImg8bit/train")
+        (tmp_path / "above").mkdir()
+        os.rename(tmp_path / "leftImg8bit", tmp_path / "above" / "leftImg8bit")
+        self.expect(lambda: CSDataSet(str(tmp_path)), f"name {tmp_path / 'above'}")
 
     @pytest.mark.parametrize("line", ["one.png", "a.png b.png c.png", "a.png\t"])
     def test_list_line(self, scenes, line):

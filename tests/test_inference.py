@@ -7,9 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from engine.inference import predict_multiscale, predict_sliding, predict_whole, tile_offsets
+from engine.inference import (
+    _picture,
+    _resized,
+    predict_classes,
+    predict_multiscale,
+    predict_sliding,
+    predict_whole,
+    tile_offsets,
+)
 
 CLASSES = 4
 
@@ -115,7 +126,137 @@ def test_one_scale_without_flip_is_the_plain_prediction():
     torch.testing.assert_close(predict_multiscale(model, image, [1.0], False), predict_whole(model, image))
 
 
-@pytest.mark.parametrize("options", [{"scales": []}, {"scales": [1.0], "tile_size": (33, 33)}])
-def test_wrong_arguments(options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scales": []},
+        {"scales": [1.0], "tile_size": (33, 33)},
+        {"scales": [1.0], "tile_size": (33, 33), "num_classes": CLASSES, "tile_batch": 0},
+    ],
+)
+@pytest.mark.parametrize("predict", [predict_multiscale, predict_classes])
+def test_wrong_arguments(predict, options):
     with pytest.raises(ValueError):
-        predict_multiscale(Model(), torch.randn(1, 3, 64, 64), flip=False, **options)
+        predict(Model(), torch.randn(1, 3, 64, 64), flip=False, **options)
+
+
+@pytest.mark.parametrize("size", [(150, 40), (40, 151), (20, 27), (1, 90), (90, 1), (300, 35)])
+@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((1.0,), True), ((0.5, 1.0, 1.75), True)])
+@pytest.mark.parametrize("tile, tile_batch", [(None, 1), ((33, 41), 1), ((33, 41), 3), ((33, 41), 100)])
+def test_classes_are_the_greatest_of_the_logits(size, scales, flip, tile, tile_batch):
+    model, images = Model(), torch.randn(2, 3, *size)
+    options = {"tile_size": tile, "num_classes": CLASSES, "tile_batch": tile_batch}
+    with torch.inference_mode():
+        classes = predict_classes(model, images, scales, flip, **options)
+        logits = predict_multiscale(model, images, scales, flip, **options)
+    assert classes.dtype == torch.uint8 and logits.shape == (2, CLASSES, *size)
+    assert torch.equal(classes.long(), logits.argmax(1))
+
+
+def test_of_equal_logits_the_lowest_class_wins():
+    classes = predict_classes(
+        lambda image: image.new_zeros(len(image), CLASSES, 5, 5), torch.ones(1, 3, 9, 9), [1.0], True
+    )
+    assert not classes.any()
+
+
+@pytest.mark.parametrize("size", [(60, 130), (130, 60)])
+def test_tiles_are_summed_row_by_row_on_either_axis(size):
+    """One tile overwhelms all others, so that another order of the sum gives other bits."""
+    model, image, tile = Model(), torch.randn(1, 3, *size), (33, 33)
+    image[..., 20:30, 20:30] *= 1e6
+    total, visits = torch.zeros(1, CLASSES, *size), torch.zeros(*size)
+    for top in tile_offsets(size[0], 33, 23):
+        for left in tile_offsets(size[1], 33, 23):
+            window = (..., slice(top, top + 33), slice(left, left + 33))
+            total[window] += predict_whole(model, image[window])
+            visits[window] += 1
+    assert torch.equal(predict_sliding(model, image, tile, CLASSES), total / visits)
+
+
+@pytest.mark.parametrize("size", [(60, 130), (130, 60), (20, 20)])
+@pytest.mark.parametrize("tile_batch", [1, 4, 7, 100])
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_tile_goes_through_the_network_once_in_full_batches(size, tile_batch, flip):
+    model, images, tile = Model(), torch.randn(3, 3, *size, dtype=torch.float64), (33, 33)
+    scales = (1.0, 1.5) if flip else (1.0,)
+    alone = predict_multiscale(model, images, scales, flip, tile, CLASSES)
+    model.sizes.clear()
+    together = predict_multiscale(model, images, scales, flip, tile, CLASSES, tile_batch)
+    torch.testing.assert_close(together, alone)
+
+    expected = []
+    for scale in scales:
+        tiles = 3 * math.prod(len(tile_offsets(round(side * scale), 33, 23)) for side in size)
+        calls = [min(tile_batch, tiles - done) for done in range(0, tiles, tile_batch)]
+        expected += (1 + flip) * calls
+    assert sorted(shape[0] for shape in model.sizes) == sorted(expected)
+    assert {shape[1:] for shape in model.sizes} == {(3, *tile)}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("axis", [2, 3])
+@pytest.mark.parametrize("size", [(9, 14), (1, 6), (7, 1), (1, 1), (30, 23)])
+@pytest.mark.parametrize("target", [(9, 14), (40, 33), (4, 5), (1, 50), (50, 1), (30, 2), (9, 20)])
+def test_resizing_by_bands_is_resizing(size, target, axis, dtype, tolerance):
+    x = torch.randn(2, 3, *size, dtype=dtype)
+    lines = _resized(_picture(x, axis), target)
+    bands = [lines.read(start, min(start + 7, lines.length)) for start in range(0, lines.length, 7)]
+    expected = F.interpolate(x, size=target, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(torch.cat(bands, axis), expected, rtol=0, atol=tolerance)
+
+
+def test_sums_are_precise():
+    image = torch.randn(1, 3, 60, 80)
+    for dtype, expected in [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ]:
+        for tile in (None, (33, 33)):
+            logits = predict_multiscale(Model(), image.to(dtype), [0.5, 1.0], True, tile, CLASSES)
+            assert logits.dtype == expected
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors made in this context held at once."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.held, self.bytes, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.bytes += storage.nbytes()
+        # The count includes what was freed or met twice since the last look, and so is never too small.
+        if self.bytes > self.peak:
+            self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+            self.bytes = sum(size for _, size in self.held.values())
+            self.peak = max(self.peak, self.bytes)
+        return result
+
+
+@pytest.mark.parametrize("size", [(64, 6000), (6000, 64)])
+@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((0.5, 1.0), True)])
+def test_classes_of_a_long_picture_take_the_memory_of_a_band(size, scales, flip):
+    weight, image = torch.randn(19, 3, 1, 1), torch.randn(1, 3, *size)
+    tiles = {"tile_size": (33, 33), "num_classes": 19, "tile_batch": 2}
+
+    def model(image):
+        return F.conv2d(image, weight, stride=8)
+
+    def peak(predict, **options):
+        with torch.inference_mode(), Memory(image, weight) as memory:
+            predict(model, image, scales, flip, **options)
+        return memory.peak
+
+    band, all_logits, classes = 4 * 19 * 33 * 64, 4 * 19 * 64 * 6000, 64 * 6000
+    assert peak(predict_classes, **tiles) < 2 * classes + 6 * band
+    assert peak(predict_multiscale, **tiles) > all_logits > 10 * (2 * classes + 6 * band)
+    # In one piece the network's outputs are held, and bands are longer.
+    assert peak(predict_classes) < all_logits / 2

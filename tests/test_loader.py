@@ -6,15 +6,18 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from dataset import CSDataSet, DataError
 from engine.loader import evaluation_pictures, train_batches
+
+CPU = torch.device("cpu")
 
 
 def records(dataset, batch_size, steps, processes=1, workers=0, seed=3):
     """The records of every global batch, put together from the shares of all processes."""
     shares = [
-        train_batches(dataset, DataError, seed, batch_size, steps, rank, processes, workers, False)
+        train_batches(dataset, DataError, seed, batch_size, steps, rank, processes, workers, CPU)
         for rank in range(processes)
     ]
     return [sum((batch.records for batch in parts), []) for parts in zip(*shares, strict=True)]
@@ -42,7 +45,7 @@ def test_each_epoch_has_every_picture_once_in_its_own_order(dataset):
 
 def test_pixels_are_those_of_the_record(dataset):
     first, second = (
-        next(train_batches(dataset, DataError, 3, 4, range(2, 3), 0, 1, w, False)) for w in (0, 2)
+        next(train_batches(dataset, DataError, 3, 4, range(2, 3), 0, 1, w, CPU)) for w in (0, 2)
     )
     assert first.images.shape == (4, 3, 24, 24) and first.labels.shape == (4, 24, 24)
     assert np.array_equal(first.images, second.images) and np.array_equal(first.labels, second.labels)
@@ -57,7 +60,7 @@ def test_augmentation_varies_over_epochs(dataset):
 def test_unusable_picture_arrives_as_its_error(dataset, scenes, workers):
     for path in (scenes / "leftImg8bit/train/ulm").iterdir():
         path.write_bytes(b"broken")
-    batch = next(train_batches(dataset, DataError, 3, 2, range(1), 0, 1, workers, False))
+    batch = next(train_batches(dataset, DataError, 3, 2, range(1), 0, 1, workers, CPU))
     assert isinstance(batch, DataError) and "not a readable picture" in str(batch)
 
 

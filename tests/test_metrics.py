@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.labels import CLASS_NAMES, ID_OF_TRAIN_ID, LABELS, Label
+from dataset.labels import CITYSCAPES, LABELS, Label
 from engine.metrics import (
     AVERAGE_INSTANCE_SIZE,
     CityscapesEvaluation,
@@ -321,7 +321,7 @@ def test_scores_equal_the_official_evaluation(official, kind, seed):
 def test_train_ids_are_scored_as_their_label_ids(official):
     pictures = made_pictures(5)
     to_train_id = np.zeros(34, dtype=np.int64)
-    to_train_id[ID_OF_TRAIN_ID] = np.arange(19)
+    to_train_id[CITYSCAPES.label_ids()] = np.arange(19)
     evaluation = CityscapesEvaluation(LABELS)
     statistics = [evaluation.count(labels, instances, to_train_id[p]) for labels, instances, p in pictures]
     assert set(np.unique([p for _, _, p in pictures])) == set(EVALUATED)
@@ -332,14 +332,14 @@ def test_mean_iou_over_train_ids_is_the_official_class_average(official):
     """Where only trained classes are predicted, the confusion matrix over train ids tells the same."""
     pictures = made_pictures(6)
     to_train_id = np.full(34, 255)
-    to_train_id[ID_OF_TRAIN_ID] = np.arange(19)
+    to_train_id[CITYSCAPES.label_ids()] = np.arange(19)
     confusion = sum(
         confusion_matrix(torch.from_numpy(to_train_id[labels]), torch.from_numpy(to_train_id[p]), 19)
         for labels, _, p in pictures
     )
     theirs = official(pictures)
     assert mean_iou(confusion) == pytest.approx(theirs["averageScoreClasses"], abs=1e-12)
-    for name, iou in zip(CLASS_NAMES, iou_per_class(confusion).tolist(), strict=True):
+    for name, iou in zip(CITYSCAPES.names, iou_per_class(confusion).tolist(), strict=True):
         assert iou == pytest.approx(theirs["classScores"][name], abs=1e-12)
 
 

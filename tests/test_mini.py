@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.baselines import Baselines, whole_pictures
 from dataset import CSDataSet, mini
-from dataset.labels import CLASS_NAMES, ID_OF_TRAIN_ID, IGNORE, LABELS
+from dataset.labels import CITYSCAPES, IGNORE, LABELS
 from dataset.pictures import read_label
 
 TRAIN, VAL = 32, 16  # the first pictures of the default set
@@ -90,7 +90,7 @@ def test_every_class_and_void_occur_in_both_splits(generated):
         shares = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=256) / sum(
             label.size for label in labels
         )
-        for name, label in zip(CLASS_NAMES, ID_OF_TRAIN_ID, strict=True):
+        for name, label in zip(CITYSCAPES.names, CITYSCAPES.label_ids(), strict=True):
             assert shares[label] > 0.005, (split, name)
             assert sum((ids == label).any() for ids in labels) >= len(labels) / 4, (split, name)
         void = sum(shares[label.id] for label in LABELS if label.train_id == IGNORE)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.labels import TRAIN_LABELS
+from dataset.labels import CITYSCAPES
 from utils.palette import make_palette, save_indexed_png
 
-COLORS = [label.color for label in TRAIN_LABELS]
+COLORS = [label.color for label in CITYSCAPES.classes]
 
 
 def as_colors(palette):

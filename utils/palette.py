@@ -71,3 +71,9 @@ def save_indexed_png(path: str | os.PathLike[str], indices: np.ndarray, palette:
     picture.putpalette(list(palette))
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def save_grey_png(path: str | os.PathLike[str], ids: np.ndarray) -> None:
+    """Write ids, uint8 [h, w], as a PNG file of one channel; as `save_indexed_png` does."""
+    with replacing(path) as temporary:
+        Image.fromarray(ids).save(temporary, format="PNG")

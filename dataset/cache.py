@@ -1,0 +1,158 @@
+"""Decoded pictures and labels, in memory or on a disk, for all processes of a machine."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from dataset.pictures import DataError
+
+#: Of each picture, in the table at the beginning of the file: checksum, and 1 once it is there.
+ENTRY = struct.Struct("<IB3x")
+#: Bytes of a pixel: three of the picture, one of the label.
+PIXEL = 4
+GB = 10**9
+
+
+class Plan:
+    """Which pictures of a data set have a place in a cache, and where: the first ones that fit.
+
+    Args:
+        sizes: (height, width) of every picture.
+        budget: bytes that they may take.
+
+    Attributes:
+        number: of the pictures that have a place.
+        bytes: of all of it.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], budget: int):
+        self.sizes = list(sizes)
+        table = len(self.sizes) * ENTRY.size
+        ends = table + np.cumsum([height * width * PIXEL for height, width in self.sizes], dtype=np.int64)
+        self.number = int(np.searchsorted(ends, budget, "right"))
+        self.starts = [table, *ends.tolist()][: self.number]
+        self.bytes = int(ends[self.number - 1]) if self.number else 0
+
+
+class PictureCache:
+    """One file with a place for each picture that fits into the budget, the first ones of the data set.
+
+    Every process maps the same file. A picture is written by the process that decodes it first, and read by
+    all. It counts as there once its table entry says so, and each process checks the sum of what it reads for
+    the first time: what a killed process, a full disk or a power cut left incomplete is decoded again.
+
+    Since each epoch goes through all pictures once, in an order of its own, any fixed part of them serves as
+    well as another, and nothing is ever replaced.
+
+    Args:
+        path: the file, which is made where there is none; `in_memory` and `on_disk` name one.
+        plan: of the pictures of the data set.
+
+    Raises:
+        DataError: the file can't be opened.
+    """
+
+    def __init__(self, path: str, plan: Plan):
+        self.path = path
+        self.plan = plan
+        self._checked: set[int] = set()
+        self._full = False
+        if not plan.number:
+            return
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            # Sparse: it takes room as it fills.
+            if os.fstat(self._file).st_size < plan.bytes:
+                os.truncate(self._file, plan.bytes)
+            self._map = mmap.mmap(self._file, plan.bytes, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise DataError(f"{path}: no cache there ({error.strerror}); check --cache") from error
+
+    def __reduce__(self) -> tuple:
+        """For data workers that are not forked: they open the file again."""
+        return PictureCache, (self.path, self.plan)
+
+    def get(self, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Picture uint8 [h, w, 3] and label uint8 [h, w], read-only; None where they are not there."""
+        if index >= self.plan.number:
+            return None
+        checksum, there = ENTRY.unpack_from(self._map, index * ENTRY.size)
+        if not there:
+            return None
+        start, (height, width) = self.plan.starts[index], self.plan.sizes[index]
+        size = height * width * PIXEL
+        if index not in self._checked:
+            with memoryview(self._map) as content:
+                if zlib.crc32(content[start : start + size]) != checksum:
+                    return None
+            self._checked.add(index)
+        pixels = np.frombuffer(self._map, np.uint8, size, start)
+        split = height * width * 3
+        return pixels[:split].reshape(height, width, 3), pixels[split:].reshape(height, width)
+
+    def put(self, index: int, image: np.ndarray, label: np.ndarray) -> None:
+        """Keep picture `index`, uint8 [h, w, 3] and [h, w], if it has a place and there is room for it."""
+        if index >= self.plan.number or self._full:
+            return
+        start = self.plan.starts[index]
+        parts = [np.ascontiguousarray(part).reshape(-1).data for part in (image, label)]
+        try:
+            # By system calls: writing to the map where the disk is full would kill the process.
+            _write(self._file, parts[0], start)
+            _write(self._file, parts[1], start + len(parts[0]))
+            checksum = zlib.crc32(parts[1], zlib.crc32(parts[0]))
+            _write(self._file, memoryview(ENTRY.pack(checksum, 1)), index * ENTRY.size)
+        except OSError:
+            self._full = True  # goes on with what there is
+
+
+def _write(file: int, content: memoryview, position: int) -> None:
+    while content:
+        written = os.pwrite(file, content, position)
+        content, position = content[written:], position + written
+
+
+def in_memory() -> str:
+    """Makes an empty file in memory and names it, for this process and others of its user on this machine.
+
+    It is gone with the last process that has it open, however that ends.
+
+    Raises:
+        DataError: this system has no such files.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise DataError("--cache ram: needs Linux; give --cache disk")
+    return f"/proc/{os.getpid()}/fd/{os.memfd_create('ccnet-pictures')}"
+
+
+def on_disk(folder: str, root: str, files: Sequence[str], meaning: str) -> str:
+    """The file in `folder` for these pictures and labels: another one as soon as one of them has changed.
+
+    Args:
+        files: relative to `root`.
+        meaning: what else decides how they are decoded.
+    """
+    digest = hashlib.sha256(meaning.encode())
+    for file in files:
+        path = os.path.join(root, file)
+        about = os.stat(path)
+        digest.update(f"{os.path.abspath(path)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return os.path.join(folder, f"pictures-{digest.hexdigest()[:16]}.cache")
+
+
+def room(kind: str, path: str) -> int:
+    """Bytes that are free: of memory for "ram"; for "disk" where `path` lies, and those that it takes."""
+    if kind == "ram":
+        with open("/proc/meminfo", encoding="ascii") as file:
+            values = dict(line.split(":", 1) for line in file)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    taken = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0
+    return shutil.disk_usage(os.path.dirname(path)).free + taken

@@ -1,0 +1,60 @@
+"""The archive that a benchmark's server takes: checked pictures of label ids in one zip file."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from utils.args import RunError
+from utils.files import replacing
+
+
+def write_archive(
+    path: str, pictures: Iterable[tuple[str, tuple[int, int]]], label_ids: Sequence[int] | np.ndarray
+) -> None:
+    """Put pictures of label ids into a zip file, without folders, once all of them are found right.
+
+    Args:
+        path: the zip file. One of that name is replaced.
+        pictures: files, and (height, width) that each has to have.
+        label_ids: the values that they may hold.
+
+    Raises:
+        RunError: a picture is missing, unreadable, not of one channel of eight bits, of another size, or has
+            other values; or two have the same name.
+    """
+    pictures = list(pictures)
+    allowed = np.zeros(256, bool)
+    allowed[np.asarray(label_ids, np.intp)] = True
+    names = [os.path.basename(file) for file, _ in pictures]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RunError(f"{path}: {twice} would be in it twice; give the pictures other names")
+
+    def check(picture: tuple[str, tuple[int, int]]) -> None:
+        file, size = picture
+        try:
+            with Image.open(file) as opened:
+                mode, ids = opened.mode, np.asarray(opened)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RunError(f"{file}: not a readable prediction ({error}); evaluate again") from error
+        if mode != "L" or ids.shape != size:
+            raise RunError(f"{file}: {mode} of {ids.shape}, expected L of {size}; evaluate again")
+        if not allowed[ids].all():
+            raise RunError(f"{file}: holds {ids[~allowed[ids]][0]}, which is no class's id; evaluate again")
+
+    with ThreadPoolExecutor() as threads:
+        for _ in threads.map(check, pictures):
+            pass
+    with replacing(path) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed
+            for (file, _), name in zip(pictures, names, strict=True):
+                archive.write(file, name)
+        with zipfile.ZipFile(temporary) as archive:
+            if damaged := archive.testzip():
+                raise RunError(f"{path}: {damaged} was not written right; look at the disk")
