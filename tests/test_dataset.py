@@ -13,7 +13,7 @@ import pytest
 from conftest import write_pair
 from PIL import Image
 
-from dataset import IMG_MEAN, CSDataSet, DataError
+from dataset import IMG_MEAN, CSDataSet, DataError, pictures
 from dataset.labels import CITYSCAPES
 from dataset.transforms import SCALES, Augmentation, apply, draw, rows_needed, subtract_mean
 
@@ -190,6 +190,99 @@ def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
         + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )
+
+
+@pytest.fixture(params=["libspng", "OpenCV"])
+def decoder(request, monkeypatch):
+    if request.param == "OpenCV":
+        monkeypatch.setattr(pictures, "pyspng", None)
+    else:
+        pytest.importorskip("pyspng")
+
+
+class TestDecoders:
+    """Both give the same bytes, of the whole and of the first rows."""
+
+    def kinds(self, folder):
+        rng = np.random.default_rng(0)
+        for shape in ((37, 53, 3), (37, 53), (37, 53, 4)):
+            for depth in (np.uint8, np.uint16):
+                yield cv2.imencode(".png", rng.integers(0, np.iinfo(depth).max, shape).astype(depth))[1]
+        yield cv2.imencode(".jpg", rng.integers(0, 255, (37, 53, 3)).astype(np.uint8))[1]
+        transparent = Image.fromarray(rng.integers(0, 4, (37, 53, 3)).astype(np.uint8))
+        transparent.save(folder / "a.png", transparency=(1, 2, 3))
+        yield np.frombuffer((folder / "a.png").read_bytes(), np.uint8)
+
+    def test_images(self, tmp_path, decoder):
+        for number, content in enumerate(self.kinds(tmp_path)):
+            path = tmp_path / str(number)
+            path.write_bytes(content.tobytes())
+            encoded = pictures.load(str(path))
+            assert (encoded.height, encoded.width) == (37, 53)
+            expected = cv2.imdecode(content, cv2.IMREAD_COLOR)
+            assert np.array_equal(pictures.decode_image(encoded), expected)
+            for rows in (1, 20, 37, 99):
+                some = pictures.decode_image(encoded, rows)
+                assert len(some) >= min(rows, 37) and np.array_equal(some, expected[: len(some)])
+
+    def test_labels(self, tmp_path, decoder):
+        ids = np.random.default_rng(1).integers(0, 34, (37, 53))
+        for number, kind in enumerate((np.uint8, np.uint16)):
+            path = tmp_path / f"{number}.png"
+            cv2.imwrite(str(path), ids.astype(kind))
+            for rows in (None, 12):
+                some = pictures.decode_label(pictures.load(str(path)), rows)
+                assert some.dtype == kind and np.array_equal(some, ids[: len(some)]) and len(some) >= 12
+
+    def test_interlaced(self, tmp_path, decoder):
+        """Which can't be decoded from the top."""
+        pixels = np.random.default_rng(2).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+        (tmp_path / "a.png").write_bytes(interlaced_png(pixels))
+        encoded = pictures.load(str(tmp_path / "a.png"))
+        assert np.array_equal(pictures.decode_image(encoded, 2), pixels[:, :, ::-1])
+
+    def test_content_that_is_no_picture(self, tmp_path, decoder):
+        whole = cv2.imencode(".png", np.zeros((9, 13, 3), np.uint8))[1].tobytes()
+        header = whole[12:33]
+        for number, damaged in enumerate(
+            (whole.replace(b"IDAT", b"IDAX"), whole.replace(header, b"abcd" * 5))
+        ):
+            (tmp_path / str(number)).write_bytes(damaged)
+            with pytest.raises(DataError, match=f"{number}: damaged"):
+                pictures.load(str(tmp_path / str(number)))
+        data = zlib.compress(b"no rows at all")
+        chunks = [b"IDAT" + data, b"IEND"]
+        content = whole[:33] + b"".join(
+            struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+            for chunk in chunks
+        )
+        (tmp_path / "short.png").write_bytes(content)
+        encoded = pictures.load(str(tmp_path / "short.png"))
+        with pytest.raises(DataError, match="short.png: not a readable picture"):
+            pictures.decode_image(encoded)
+
+
+def interlaced_png(pixels: np.ndarray) -> bytes:
+    """uint8 [h, w, 3] as a PNG in the seven passes of Adam7."""
+    height, width = pixels.shape[:2]
+    passes = [
+        (0, 8, 0, 8),
+        (0, 8, 4, 8),
+        (4, 8, 0, 4),
+        (0, 4, 2, 4),
+        (2, 4, 0, 2),
+        (0, 2, 1, 2),
+        (1, 2, 0, 1),
+    ]
+    rows = b"".join(
+        b"\0" + row.tobytes()
+        for top, down, left, across in passes
+        for row in pixels[top::down, left::across]
+        if row.size
+    )
+    plain = png(width, height, 8, rows)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 1)
+    return plain[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + plain[33:]
 
 
 def test_linked_city_folders_are_found(scenes):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import CSDataSet, DataError
+from dataset import IMG_MEAN, CSDataSet, DataError, transforms
 from engine.loader import evaluation_pictures, train_batches
 
 CPU = torch.device("cpu")
@@ -44,11 +44,41 @@ def test_each_epoch_has_every_picture_once_in_its_own_order(dataset):
 
 
 def test_pixels_are_those_of_the_record(dataset):
-    first, second = (
-        next(train_batches(dataset, DataError, 3, 4, range(2, 3), 0, 1, w, CPU)) for w in (0, 2)
-    )
+    first, second = (next(train_batches(dataset, DataError, 3, 4, range(2, 3), 0, 1, w, CPU)) for w in (0, 2))
     assert first.images.shape == (4, 3, 24, 24) and first.labels.shape == (4, 24, 24)
     assert np.array_equal(first.images, second.images) and np.array_equal(first.labels, second.labels)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_batches_are_the_samples_minus_the_mean_with_zero_padding(scenes, layout):
+    """Crops that reach over the picture on both sides, mirrored and not: as an item of the data set."""
+    dataset = CSDataSet(str(scenes), crop_size=(56, 80))
+    padded = set()
+    for batch in train_batches(dataset, DataError, 3, 4, range(6), 0, 1, 0, CPU, layout):
+        assert batch.images.dtype == torch.float32 and batch.labels.dtype == torch.int64
+        assert batch.images.is_contiguous(memory_format=layout)
+        for image, label, record in zip(batch.images, batch.labels, batch.records, strict=True):
+            name, scale, crop, mirror = record.split()
+            index = [pair.name for pair in dataset.pairs].index(name)
+            top, left = map(int, crop.removeprefix("crop=").split(","))
+            augmentation = transforms.Augmentation(
+                float(scale.removeprefix("scale=")), top, left, mirror == "mirror=1"
+            )
+            picture = dataset.picture(index, False)
+            pixels, expected, content = transforms.apply(
+                picture.image, picture.label, (48, 64), (56, 80), augmentation, 255
+            )
+            planes = pixels.transpose(2, 0, 1).astype(np.float32) - IMG_MEAN[:, None, None]
+            inside = np.zeros((56, 80), bool)
+            inside[: content.bottom, content.left : content.right] = True
+            assert np.array_equal(image.numpy(), np.where(inside, planes, 0))
+            assert np.array_equal(label, expected) and (expected[~inside] == 255).all()
+            padded |= {
+                ("below", content.bottom < 56),
+                ("left", content.left > 0),
+                ("right", content.right < 80),
+            }
+    assert {("below", True), ("left", True), ("right", True), ("below", False)} <= padded
 
 
 def test_augmentation_varies_over_epochs(dataset):

@@ -1,0 +1,146 @@
+"""The scores of an evaluation beside those of the official one, cityscapesscripts, on the same predictions.
+
+    python -m benchmarks.official_scores --data-dir CS --run FOLDER [--split val] [--out JSON]
+
+FOLDER holds result.txt and outputs/ of evaluate.py. Prints the largest difference between the two over all
+classes and categories and the four averages; exit status 1 where it is above 1e-9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+from dataset import CSDataSet, DataError
+from dataset.labels import CITYSCAPES
+
+#: What both write, under the same names.
+KEYS = (
+    "averageScoreClasses averageScoreInstClasses averageScoreCategories averageScoreInstCategories "
+    "classScores classInstScores categoryScores categoryInstScores"
+).split()
+BAR = 1e-9
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[Any]:
+    """Its module, made to run with this NumPy and silently.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    named = ("CITYSCAPES_DATASET", "CITYSCAPES_RESULTS", "CITYSCAPES_EXPORT_DIR")  # read at import
+    with mock.patch.dict(os.environ):
+        for variable in named:
+            os.environ.pop(variable, None)
+        from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as module
+
+    def in1d(a: Any, b: Any, invert: bool = False) -> np.ndarray:
+        return np.isin(np.ravel(a), b, invert=invert)
+
+    settings = {"evalInstLevelScore": True, "quiet": True, "JSONOutput": False}
+    with contextlib.ExitStack() as held:
+        # NumPy 2.4 has no in1d any more; cityscapesscripts 2.3.0 still calls it.
+        held.enter_context(mock.patch.object(np, "in1d", in1d, create=True))
+        for name, value in settings.items():
+            held.enter_context(mock.patch.object(module.args, name, value))
+        yield module
+
+
+def official_scores(truths: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
+    """What the official evaluation gives for pictures of label ids.
+
+    Args:
+        truths: *_gtFine_labelIds.png, with *_gtFine_instanceIds.png beside them.
+        predictions: of each, a picture of one channel.
+
+    Raises:
+        ImportError: cityscapesscripts is not installed.
+        ValueError: it rejects the pictures.
+    """
+    with _patched() as module:
+        try:
+            return module.evaluateImgLists(list(predictions), list(truths), module.args)
+        except SystemExit as error:  # how it reports every error
+            raise ValueError("the official evaluation rejects the pictures (above)") from error
+
+
+def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """Over all scores; infinity where one has a score or a class that the other has not."""
+    largest = 0.0
+    for key in KEYS:
+        pair = [value if isinstance(value, Mapping) else {key: value} for value in (ours[key], theirs[key])]
+        if pair[0].keys() != pair[1].keys():
+            return math.inf
+        for name, value in pair[0].items():
+            one, other = (math.nan if score is None else score for score in (value, pair[1][name]))
+            if math.isnan(one) and math.isnan(other):
+                continue
+            difference = abs(one - other)
+            largest = max(largest, math.inf if math.isnan(difference) else difference)
+    return largest
+
+
+def compare(data_dir: str, run: str, split: str) -> dict[str, Any]:
+    """Scores of both, and their largest difference.
+
+    Raises:
+        DataError: no such data set, or none with instances.
+    """
+    data = CSDataSet(data_dir, split=split)
+    if not data.has_instances():
+        raise DataError(f"--data-dir {data_dir}: its labels have no instanceIds beside them")
+    ours = json.loads((Path(run) / "result.txt").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        predictions = []
+        for pair in data.pairs:
+            with Image.open(Path(run) / "outputs" / f"{pair.name}.png") as picture:
+                label_ids = CITYSCAPES.label_ids()[np.asarray(picture)]
+            predictions.append(str(Path(folder) / f"{pair.name}.png"))
+            Image.fromarray(label_ids).save(predictions[-1])
+        theirs = official_scores([data.path(pair.label) for pair in data.pairs], predictions)
+    return {
+        "pictures": len(data),
+        "ours": {key: ours[key] for key in KEYS[:4]},
+        "official": {key: theirs[key] for key in KEYS[:4]},
+        "largest_difference": largest_difference(ours, theirs),
+        "bar": BAR,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.official_scores", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--data-dir", required=True, help="data set in the layout of Cityscapes")
+    parser.add_argument("--run", required=True, help="folder with result.txt and outputs/")
+    parser.add_argument("--split", default="val", help="that was evaluated (default: val)")
+    parser.add_argument("--out", help="write the comparison to this JSON file too")
+    args = parser.parse_args(argv)
+    try:
+        report = compare(args.data_dir, args.run, args.split)
+    except (DataError, OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+    for key in KEYS[:4]:
+        print(f"{key:<28} {report['ours'][key]}  official {report['official'][key]}")
+    difference = report["largest_difference"]
+    print(f"{report['pictures']} pictures, largest difference {difference:.1e} (at most {BAR})")
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+    return int(difference > BAR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
