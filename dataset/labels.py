@@ -201,13 +201,14 @@ class LabelReader:
         Raises:
             DataError: damaged, no label, or with a value that is neither a class nor void.
         """
-        values = decode_label(encoded, rows)
+        return self.train_ids(encoded.path, decode_label(encoded, rows))
+
+    def train_ids(self, path: str, values: np.ndarray) -> np.ndarray:
+        """The train ids uint8 [h, w] of what `decode_label` gives for the file `path`."""
         if values.ndim == 3:
-            check_label_mode(encoded.path, "RGB", colors=self.may_be_colors(encoded.path))
-            return self._of_colors(encoded.path, values)
-        as_they_are = encoded.path.endswith(LABEL_TRAIN_IDS) or (
-            self.table is None and not encoded.path.endswith(LABEL_IDS)
-        )
+            check_label_mode(path, "RGB", colors=self.may_be_colors(path))
+            return self._of_colors(path, values)
+        as_they_are = path.endswith(LABEL_TRAIN_IDS) or (self.table is None and not path.endswith(LABEL_IDS))
         train_ids = self._unchanged if as_they_are else self._by_id
         if values.dtype == np.uint8:
             present = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
@@ -215,7 +216,7 @@ class LabelReader:
             present = np.unique(values)
         for value in present.tolist():
             if not 0 <= value < 256 or train_ids[value] < 0:
-                raise self._unknown(encoded.path, f"{'train' if as_they_are else 'label'} id {value}")
+                raise self._unknown(path, f"{'train' if as_they_are else 'label'} id {value}")
         return cv2.LUT(values.astype(np.uint8, copy=False), train_ids.astype(np.uint8))
 
     def _of_colors(self, path: str, colors: np.ndarray) -> np.ndarray:

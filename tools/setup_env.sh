@@ -75,6 +75,14 @@ ccnet_install() { # name of the stamp, pip's arguments
     echo "$digest" >"$stamp"
 }
 
+# Installs the optional decoder of PNG files, once; OpenCV's serves where there is none for this machine.
+ccnet_install_decoder() {
+    if [ -e .venv/ccnet-decoder ]; then return; fi
+    ccnet_pip --only-binary :all: -c constraints.txt pyspng 2>/dev/null ||
+        ccnet_say "no pyspng for this machine: OpenCV decodes the pictures, a little slower"
+    touch .venv/ccnet-decoder
+}
+
 # Takes the CUDA toolkit from the package index where PyTorch is a CUDA build and no nvcc fits it. (Before CUDA 13 the
 # packages did not make up a whole toolkit.) Returns 1 if it cannot be had.
 ccnet_get_toolkit() {
@@ -151,6 +159,7 @@ ccnet_setup() {
     else
         ccnet_make_venv
         ccnet_install run -r requirements.txt
+        ccnet_install_decoder
         if [ "${CCNET_DEV:-0}" = 1 ]; then
             ccnet_install dev -r requirements.txt -r requirements-dev.txt
             ccnet_install scores --no-deps cityscapesscripts

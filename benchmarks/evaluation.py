@@ -1,0 +1,147 @@
+"""How much longer an evaluation takes than the network's forward passes in it.
+
+    python -m benchmarks.evaluation [--device cuda] [--size 1024x2048] [--tile 769,769] [--out JSON]
+
+Generated street scenes with labels and instances are evaluated as evaluate.py does: decoding in workers,
+tiles in batches, class scores summed, the four official scores, a coloured PNG of each prediction. In turns
+with it the same forward passes run alone, on tensors of the same sizes that are on the device already. Exit
+status 1 where the evaluation takes more than 10 % longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from dataset import CSDataSet, DataError, mini
+from dataset.labels import LABELS, NUM_CLASSES
+from engine.distributed import World
+from engine.evaluation import evaluate
+from engine.inference import predict_classes
+from engine.metrics import CityscapesEvaluation
+from networks import MODELS
+from networks.resnet import DEPTHS
+from utils import args as flags
+from utils.palette import make_palette, save_indexed_png
+
+#: Wall time of an evaluation over that of its forward passes, at most.
+BAR = 1.10
+
+
+class Recorded:
+    """A network that notes the sizes of what it is given."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.sizes: list[torch.Size] = []
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        self.sizes.append(images.shape)
+        return self.model(images)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    begin = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Seconds of evaluations and of their forward passes."""
+    device = torch.device(args.device)
+    mini.write(Path(folder) / "data", 1, args.pictures, args.size, seed=0)
+    data = CSDataSet(str(Path(folder) / "data"), split="val", crop_size=None)
+    torch.manual_seed(0)
+    model = MODELS["ccnet"](NUM_CLASSES, recurrence=2, backbone=args.backbone).to(device).eval()
+    recorded = Recorded(model)
+    palette = make_palette(data.labels.colors())
+    os.makedirs(os.path.join(folder, "outputs"))
+
+    def evaluation() -> None:
+        recorded.sizes.clear()
+        evaluate(
+            lambda images: predict_classes(
+                recorded, images, [1.0], False, args.tile, NUM_CLASSES, args.tile_batch
+            ),
+            data,
+            DataError,
+            World(0, 1, device),
+            NUM_CLASSES,
+            255,
+            official=CityscapesEvaluation(LABELS),
+            workers=args.num_workers,
+            keep=lambda name, prediction: save_indexed_png(
+                os.path.join(folder, "outputs", f"{name}.png"), prediction, palette
+            ),
+        )
+
+    @torch.inference_mode()
+    def forward_passes() -> None:
+        for size in recorded.sizes:
+            model(inputs[size])
+
+    evaluation()  # warms up, and notes the sizes
+    inputs = {size: torch.randn(size, device=device) for size in set(recorded.sizes)}
+    forward_passes()
+    times: dict[str, list[float]] = {"forward passes": [], "evaluation": []}
+    for _ in range(args.rounds):
+        times["forward passes"].append(seconds_of(forward_passes, device))
+        times["evaluation"].append(seconds_of(evaluation, device))
+        print("  ".join(f"{name} {several[-1]:.2f} s" for name, several in times.items()), flush=True)
+    median = {name: statistics.median(several) for name, several in times.items()}
+    return {
+        "machine": measure.machine(device.type),
+        "setting": f"{args.pictures} pictures of {args.size[0]}x{args.size[1]}, CCNet on {args.backbone}, "
+        f"tiles of {args.tile[0]}x{args.tile[1]}, {args.tile_batch} at once, {args.num_workers} workers",
+        "seconds": {name: measure.quartiles(several) | {"all": several} for name, several in times.items()},
+        "ratio": median["evaluation"] / median["forward passes"],
+        "bar": BAR,
+    }
+
+
+def size(text: str) -> tuple[int, int]:
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evaluation",
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the network runs")
+    add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="of the network")
+    add("--pictures", type=flags.positive_int, default=6, help="in an evaluation")
+    add("--size", type=size, default="512x1024", metavar="HxW", help="of the pictures")
+    add("--tile", type=flags.size, default="385,385", metavar="H,W", help="tile")
+    add("--tile-batch", type=flags.positive_int, default=1, help="tiles at once")
+    add("--num-workers", type=flags.count, default=1, help="processes that read pictures")
+    add("--rounds", type=flags.positive_int, default=3, help="turns of both")
+    add("--out", help="write the results to this JSON file too")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        report = measured(args, folder)
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+    print(f"{report['setting']}: {report['ratio']:.3f} times the forward passes alone (at most {BAR})")
+    return int(report["ratio"] > BAR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
