@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks import measure
 from dataset import CSDataSet, DataError, mini
 from dataset.labels import LABELS, NUM_CLASSES
+from dataset.layout import instances_of
 from engine.distributed import World
 from engine.evaluation import evaluate
 from engine.inference import predict_classes
@@ -36,6 +37,8 @@ from networks.resnet import DEPTHS
 from utils import args as flags
 from utils.palette import make_palette, save_indexed_png
 
+#: Different pictures.
+SCENES = 3
 #: Wall time of an evaluation over that of its forward passes, at most.
 BAR = 1.10
 
@@ -52,6 +55,17 @@ class Recorded:
         return self.model(images)
 
 
+def write_pictures(folder: Path, number: int, size: tuple[int, int]) -> CSDataSet:
+    """Some street scenes, under as many names as are wanted: large ones take seconds each to draw."""
+    mini.write(folder, 1, min(number, SCENES), size, seed=0)
+    pairs = CSDataSet(str(folder), split="val").pairs
+    for index in range(len(pairs), number):
+        pair = pairs[index % len(pairs)]
+        for file in (pair.image, pair.label, instances_of(pair.label)):
+            os.link(folder / file, folder / file.replace(pair.name, f"{pair.name}{index:04d}"))
+    return CSDataSet(str(folder), split="val", crop_size=None)
+
+
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     run()
@@ -63,8 +77,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Seconds of evaluations and of their forward passes."""
     device = torch.device(args.device)
-    mini.write(Path(folder) / "data", 1, args.pictures, args.size, seed=0)
-    data = CSDataSet(str(Path(folder) / "data"), split="val", crop_size=None)
+    data = write_pictures(Path(folder) / "data", args.pictures, args.size)
     torch.manual_seed(0)
     model = MODELS["ccnet"](NUM_CLASSES, recurrence=2, backbone=args.backbone).to(device).eval()
     recorded = Recorded(model)

@@ -7,10 +7,11 @@ TORCH_CUDA_ARCH_LIST says otherwise), then runs, in the order of their value and
 with a time limit, so that none needs another to succeed:
 
     environment         GPU, driver, clocks, PyTorch
-    tests               the GPU tests of the operator
+    tests               the GPU tests of the operator and of the loader
     attention           benchmarks/attention.py, every peer that needs no compiling, with CUDA graphs
     training            the whole training step: images a second, peak memory, the attention's share of it
     training-bmm        the same with the bmm formulation in place of our attention
+    evaluation          benchmarks/evaluation.py: a whole evaluation beside its forward passes alone
     memcheck            the kernels of every kind under compute-sanitizer, forward and backward
     attention-compiled  the formulations in plain PyTorch under torch.compile, at 8x97x97
     racecheck, initcheck, synccheck   compute-sanitizer's other tools
@@ -145,7 +146,7 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
         ]
     tests = [
         name
-        for name in ("test_cc_attention.py", "test_attention_kernels.py")
+        for name in ("test_cc_attention.py", "test_attention_kernels.py", "test_loader.py")
         if (ROOT / "tests" / name).exists()
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -160,11 +161,14 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
     compiled = (
         "--contenders ours bmm-compiled einsum-compiled --shapes 8x97x97 --dtypes bfloat16 float32".split()
     )
+    evaluation = [*python, "benchmarks.evaluation", "--device", device, "--size", "1024x2048"]
+    evaluation += "--tile 769,769 --tile-batch 4 --num-workers 4 --pictures 32".split()
     return [
         Part("tests", [*python, "pytest", "-v", *(f"tests/{name}" for name in tests), "-k", "cuda"], 100),
         Part("attention", [*attention, *peers, *written("attention")], 150),
         Part("training", own("training"), 90),
         Part("training-bmm", own("training-bmm"), 90),
+        Part("evaluation", [*evaluation, "--out", str(out / "evaluation.json")], 90),
         sanitized("memcheck", 60),
         Part("attention-compiled", [*attention, *compiled, *written("attention-compiled")], 120),
         *(sanitized(tool, 45) for tool in ("racecheck", "initcheck", "synccheck")),

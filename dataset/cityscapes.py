@@ -212,9 +212,12 @@ class CSDataSet(Dataset):
             DataError: naming the first file that is missing, unreadable, truncated, of the wrong kind, of
                 another size than its picture, or a label with an id that is none of the classes.
         """
-        with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(lambda pair: self._check_pair(pair, instances), self.pairs):
-                pass
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                for _ in pool.map(lambda pair: self._check_pair(pair, instances), self.pairs):
+                    pass
+        except DataError as error:
+            raise DataError(f"{error} (python -m dataset.check finds all such files)") from error
         folders = len({os.path.dirname(pair.image) for pair in self.pairs})
         count = len(self.pairs)
         labels = "each with its label, none missing" if self.labelled else "none missing"

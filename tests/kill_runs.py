@@ -219,7 +219,7 @@ class Run:
             before: what was half written before.
         """
         new = self.half_written() - before
-        kill.half_written = sorted(re.sub(r"^\.writing-\d+-", "part of ", name) for name in new)
+        kill.half_written = sorted(re.sub(r"^\.writing-[\d.]+-", "part of ", name) for name in new)
         found = [json.loads(path.read_text()) for path in self.directory.glob("state_*.json")]
         newest: dict[str, Any] = max(found, key=lambda each: each["step"], default={"step": 0})
         kill.state = step = newest["step"]

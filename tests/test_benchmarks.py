@@ -12,9 +12,10 @@ import torch
 from conftest import last_line, run
 from PIL import Image
 
-from benchmarks import attention, gpu_report, measure
+from benchmarks import attention, evaluation, gpu_report, loader, measure
 from benchmarks.attention import Case, Contender
 from benchmarks.gpu_report import Part
+from dataset import CSDataSet
 
 PEERS = [
     contender
@@ -217,3 +218,27 @@ def test_quick_report_on_the_cpu(tmp_path: Path):
     assert 0 < step["attention_seconds"] < step["step_seconds"] and step["images_per_second"] > 0
     page = (tmp_path / "report.md").read_text()
     assert all(heading in page for heading in ("## Parts", "## Tests", "## attention", "## Training step"))
+
+
+class TestLoader:
+    def test_both_ways_give_the_same_samples(self, scenes):
+        dataset = CSDataSet(str(scenes), crop_size=loader.CROP)
+        plain = loader.Plain(dataset)
+        loader.check_same(plain, dataset)
+        plain.mean = plain.mean + 2
+        with pytest.raises(AssertionError):
+            loader.check_same(plain, dataset)
+
+    def test_stages_are_those_of_a_sample(self, scenes):
+        dataset = CSDataSet(str(scenes), crop_size=loader.CROP)
+        times = loader.stages(loader.Plain(dataset), dataset, 1)
+        assert list(times) == ["plain", "ours"] and list(times["plain"]) == list(times["ours"])
+        assert all(value > 0 for stages in times.values() for value in stages.values())
+
+
+def test_evaluation_is_measured_beside_its_forward_passes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = "--backbone resnet50 --pictures 4 --size 32x64 --tile 33,33 --tile-batch 2 --rounds 1"
+    evaluation.main([*arguments.split(), "--out", str(tmp_path / "out.json")])
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["ratio"] > 0.5 and len(report["seconds"]["evaluation"]["all"]) == 1
+    assert "picture 4/4" in capsys.readouterr().out

@@ -209,6 +209,40 @@ class TestTraining:
             assert torch.cosine_similarity(one[name], two[name], 0) > 0.995, name
             assert two[name].norm() == pytest.approx(one[name].norm().item(), rel=0.05), name
 
+    @pytest.mark.parametrize("kind", ["ram", "disk"])
+    def test_cache_changes_nothing(self, trained, tmp_path, kind):
+        folder, _, arguments = trained
+        flags = [
+            "--cache",
+            kind,
+            "--cache-dir",
+            tmp_path,
+            "--num-workers",
+            2,
+            "--snapshot-dir",
+            tmp_path / "run",
+        ]
+        done = run("train.py", *arguments, *flags)
+        assert done.returncode == 0, done.stderr
+        assert f"--cache {kind}: room for 6 of 6 decoded pictures" in done.stdout
+        assert same_weights(tmp_path / "run/CS_scenes_4.pth", folder / "snapshots/CS_scenes_4.pth")
+        assert len(list(tmp_path.glob("pictures-*.cache"))) == (kind == "disk")
+
+    def test_processes_share_a_cache(self, trained, tmp_path):
+        folder, _, _ = trained
+        flags = ["--data-dir", folder / "data", *TRAIN[2:], "--nproc", 2, "--num-steps", 2, "--cache", "ram"]
+        done = run("train.py", *flags, "--print-frequency", 1, "--snapshot-dir", tmp_path)
+        assert done.returncode == 0 and done.stdout.count("decoded pictures") == 1, done.stderr
+        expected = [entry["samples"] for entry in entries(folder / "snapshots")]
+        assert [entry["samples"] for entry in entries(tmp_path)] == expected[:2]
+
+    def test_cache_larger_than_what_is_free(self, trained, tmp_path, monkeypatch, capsys):
+        _, _, arguments = trained
+        monkeypatch.setattr(train.cache, "room", lambda kind, path: 10)
+        flags = ["--cache", "ram", "--snapshot-dir", tmp_path]
+        status, line = called(train, [*arguments, *flags], monkeypatch, capsys)
+        assert status == 2 and "--cache-gb 32" in line and "are free; give less" in line
+
     def test_torchrun(self, trained, tmp_path):
         _, _, arguments = trained
         command = [
@@ -322,6 +356,14 @@ class TestEvaluation:
         assert called(evaluate, arguments, monkeypatch, capsys)[0] == 0
         assert json.loads((tmp_path / "result.txt").read_text()) == result
 
+    @pytest.mark.parametrize("flags", [["--tile-batch", 3], ["--num-workers", 2]])
+    def test_tiles_at_once_and_workers_change_nothing(self, evaluated, tmp_path, flags, monkeypatch, capsys):
+        _, _, arguments, result = evaluated
+        arguments = [*arguments, *SMALL, *flags, "--output-dir", tmp_path]
+        assert called(evaluate, arguments, monkeypatch, capsys)[0] == 0
+        found = json.loads((tmp_path / "result.txt").read_text())
+        assert np.abs(np.subtract(found["confusion"], result["confusion"])).sum() <= 4  # rounding
+
     def test_random_weights(self, trained, tmp_path, monkeypatch, capsys):
         arguments = ["--data-dir", trained[0] / "data", *SMALL, "--whole", "--output-dir", tmp_path]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
@@ -365,6 +407,9 @@ class TestWrongUsage:
             (["--backend", "apex"], ["--backend apex"]),
             (["--val-every", "2", "--val-list", "nowhere.lst"], ["nowhere.lst"]),
             (["--keep-states", "0"], ["--keep-states"]),
+            (["--cache", "tape"], ["--cache", "ram"]),
+            (["--cache", "ram", "--cache-gb", "0"], ["--cache-gb"]),
+            (["--classes", "nowhere.tsv"], ["nowhere.tsv", "--classes"]),
             (["--unknown"], ["--unknown"]),
         ],
     )

@@ -50,11 +50,16 @@ def test_pixels_are_those_of_the_record(dataset):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_batches_are_the_samples_minus_the_mean_with_zero_padding(scenes, layout):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_batches_are_the_samples_minus_the_mean_with_zero_padding(scenes, layout, kind):
     """Crops that reach over the picture on both sides, mirrored and not: as an item of the data set."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     dataset = CSDataSet(str(scenes), crop_size=(56, 80))
     padded = set()
-    for batch in train_batches(dataset, DataError, 3, 4, range(6), 0, 1, 0, CPU, layout):
+    workers = 2 if kind == "cuda" else 0
+    for batch in train_batches(dataset, DataError, 3, 4, range(6), 0, 1, workers, torch.device(kind), layout):
+        batch = batch._replace(images=batch.images.cpu(), labels=batch.labels.cpu())
         assert batch.images.dtype == torch.float32 and batch.labels.dtype == torch.int64
         assert batch.images.is_contiguous(memory_format=layout)
         for image, label, record in zip(batch.images, batch.labels, batch.records, strict=True):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 
 from utils.args import UsageError
 
 
-def temporary_name(path: str, process: int | str) -> str:
-    """The name under which a process writes `path`."""
+def temporary_name(path: str, writer: int | str) -> str:
+    """The name under which a thread of some process writes `path`."""
     folder, name = os.path.split(path)
     # The ending stays last: writers such as Pillow choose the format by it.
-    return os.path.join(folder, f".writing-{process}-{name}")
+    return os.path.join(folder, f".writing-{writer}-{name}")
 
 
 @contextlib.contextmanager
@@ -23,7 +24,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
     The content is on disk before the rename, so that a power cut leaves the old file or the new one.
     """
-    temporary = temporary_name(os.path.abspath(path), os.getpid())
+    temporary = temporary_name(os.path.abspath(path), f"{os.getpid()}.{threading.get_native_id()}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
