@@ -86,7 +86,7 @@ def whole_pictures(root: str, list_path: str | None, split: str, num_classes: in
     data = CSDataSet(root, list_path, None, (0, 0, 0), num_classes=num_classes, split=split)
     for index in range(len(data)):
         picture = data.picture(index, instances=False)
-        yield picture.image.transpose(1, 2, 0), picture.label
+        yield picture.image, picture.label.astype(np.int64)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from dataset.pictures import (
     DataError,
     Encoded,
     check_label_mode,
+    check_size,
     decode_image,
     decode_label,
     load,
@@ -193,10 +194,9 @@ class CSDataSet(Dataset):
         image, label = self._decode(encoded)
         label_ids = instance_ids = None
         if instances:
-            path = self.path(instances_of(pair.label))
-            label_ids, instance_ids = decode_label(encoded[1]), decode_label(load(path))
-            if instance_ids.shape != label_ids.shape:
-                raise self._other_size(path, pair.label)
+            found = load(self.path(instances_of(pair.label)))
+            check_size(found.path, found, pair.label, encoded[1])
+            label_ids, instance_ids = decode_label(encoded[1]), decode_label(found)
         return Picture(image, label, pair.name, label_ids, instance_ids)
 
     def path(self, relative: str) -> str:
@@ -229,28 +229,18 @@ class CSDataSet(Dataset):
             return
         label = read_header(self.path(pair.label))
         check_label_mode(self.path(pair.label), label.mode, colors=self.labels.may_be_colors(pair.label))
-        if image[:2] != label[:2]:
-            raise DataError(
-                f"{self.path(pair.label)}: {label.width}x{label.height} pixels, but its picture {pair.image} "
-                f"has {image.width}x{image.height}; give the label of this picture"
-            )
+        check_size(self.path(pair.label), label, pair.image, image)
         self.labels.read(load(self.path(pair.label)))
         if instances:
             path = self.path(instances_of(pair.label))
-            if read_header(path)[:2] != label[:2]:
-                raise self._other_size(path, pair.label)
+            check_size(path, read_header(path), pair.label, label)
 
     def _load(self, index: int) -> tuple[Encoded, Encoded]:
         """The files of picture and label, of the same size."""
         pair = self.pairs[index]
         image, label = load(self.path(pair.image)), load(self.path(pair.label))
-        if (image.height, image.width) != (label.height, label.width):
-            raise DataError(f"{label.path}: not of the size of {pair.image}; give the label of this picture")
+        check_size(label.path, label, pair.image, image)
         return image, label
-
-    @staticmethod
-    def _other_size(path: str, label: str) -> DataError:
-        return DataError(f"{path}: not of the size of {label}; give the instances of this picture")
 
     def _decode(
         self, encoded: tuple[Encoded, Encoded], rows: int | None = None

@@ -223,7 +223,10 @@ class LabelReader:
         """uint8 [h, w, 3] RGB -> train ids uint8 [h, w]."""
         assert self.table is not None
         if self._row_of_color is None:
-            self._row_of_color = self.table.row_of_color()
+            try:
+                self._row_of_color = self.table.row_of_color()
+            except ValueError as error:
+                raise DataError(f"--classes: {error}, as {path} is; give each class its own") from error
         red, green, blue = (channel.astype(np.int32) for channel in cv2.split(colors))
         rows = self._row_of_color[red << 16 | green << 8 | blue]
         train_ids = np.full(256, -1, np.int16)

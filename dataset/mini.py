@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dataset.command import Parser, whole_number, write_whole
 from dataset.mini_street import City, render
 
 __all__ = ["main", "render", "write"]
@@ -40,13 +41,6 @@ CITIES = {
 
 _COMPLETE, _STARTED = "mini.json", "mini.started.json"
 _SIZES = ((32, 64), (1024, 2048))  # smallest and largest height and width
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write under a temporary name first: a file with its final name is always whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _png(array: np.ndarray) -> bytes:
@@ -94,16 +88,16 @@ def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: in
                 f"{out} is not empty and holds no generated set: name a new or empty folder"
             )
     out.mkdir(parents=True, exist_ok=True)
-    _replace(out / _STARTED, json.dumps(parameters).encode())
+    write_whole(out / _STARTED, json.dumps(parameters).encode())
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
             city, stem, (image, labels, instances) = picture(split, index, size, seed)
             pictures, truth = out / "leftImg8bit" / split / city, out / "gtFine" / split / city
             pictures.mkdir(parents=True, exist_ok=True)
             truth.mkdir(parents=True, exist_ok=True)
-            _replace(pictures / f"{stem}_leftImg8bit.png", _png(image))
-            _replace(truth / f"{stem}_gtFine_labelIds.png", _png(labels))
-            _replace(truth / f"{stem}_gtFine_instanceIds.png", _png(instances))
+            write_whole(pictures / f"{stem}_leftImg8bit.png", _png(image))
+            write_whole(truth / f"{stem}_gtFine_labelIds.png", _png(labels))
+            write_whole(truth / f"{stem}_gtFine_instanceIds.png", _png(instances))
     os.replace(out / _STARTED, out / _COMPLETE)
     return True
 
@@ -118,32 +112,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _whole_number(low: int, high: int):
-    def convert(text: str) -> int:
-        if not re.fullmatch(r"\d{1,12}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"'{text}' does not fit: give a whole number from {low} to {high}"
-            )
-        return int(text)
-
-    return convert
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors take one line, without the usage above them."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = _Parser(prog="python -m dataset.mini", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m dataset.mini", description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="folder to write; new, empty, or the same set")
-    parser.add_argument("--train", type=_whole_number(1, 999_999), default=120, help="pictures to train on")
-    parser.add_argument("--val", type=_whole_number(1, 999_999), default=24, help="pictures to validate on")
+    parser.add_argument("--train", type=whole_number(1, 999_999), default=120, help="pictures to train on")
+    parser.add_argument("--val", type=whole_number(1, 999_999), default=24, help="pictures to validate on")
     parser.add_argument("--size", type=_size, default=(128, 256), help="HEIGHTxWIDTH of the pictures")
     parser.add_argument(
-        "--seed", type=_whole_number(0, 2**31 - 1), default=0, help="another seed, another set"
+        "--seed", type=whole_number(0, 2**31 - 1), default=0, help="another seed, another set"
     )
     args = parser.parse_args(argv)
     what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"

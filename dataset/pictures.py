@@ -86,7 +86,8 @@ def load(path: str) -> Encoded:
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the data set and the list") from error
+        why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
+        raise DataError(f"{path}: {why}; check the data set and the list") from error
     if content.startswith(PNG_SIGNATURE) and not _png_is_whole(content):
         raise DataError(f"{path}: damaged or truncated picture; copy it again")
     if content.startswith(JPEG_SIGNATURE) and b"\xff\xd9" not in content[-1024:]:
@@ -126,7 +127,8 @@ def decode_label(encoded: Encoded, rows: int | None = None) -> np.ndarray:
     Raises:
         DataError: damaged, or a picture with transparency.
     """
-    label = _decode_png(encoded, GREY, rows)
+    # Of the whole, OpenCV is as fast, and other threads run meanwhile.
+    label = None if rows is None else _decode_png(encoded, GREY, rows)
     if label is not None:
         return label
     label = _decode(encoded, cv2.IMREAD_UNCHANGED)
@@ -146,6 +148,15 @@ def check_label_mode(path: str, mode: str, colors: bool) -> None:
         raise DataError(
             f"{path}: a label has one channel of ids, this is a {mode} picture; name the ids' file"
             + ("" if colors or mode != "RGB" else ", or say with --classes what its colours are")
+        )
+
+
+def check_size(path: str, picture: Header | Encoded, other: str, expected: Header | Encoded) -> None:
+    """Raises DataError where the picture in `path` is not of the size of the one that it belongs to."""
+    sizes = [f"{each.width}x{each.height}" for each in (picture, expected)]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"{path}: {sizes[0]} pixels, but {other} has {sizes[1]}; give the one that belongs to it"
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.baselines import Baselines, whole_pictures
 from dataset import CSDataSet, mini
 from dataset.labels import CITYSCAPES, IGNORE, LABELS
-from dataset.pictures import read_label
+from dataset.pictures import decode_label, load
 
 TRAIN, VAL = 32, 16  # the first pictures of the default set
 BY_ID = {label.id: label for label in LABELS}
@@ -75,7 +75,7 @@ def test_layout_and_names(generated):
 
 def test_labels_and_instances_agree(generated):
     for path in generated.rglob("*_labelIds.png"):
-        labels = read_label(str(path))
+        labels = decode_label(load(str(path)))
         instances = cv2.imread(str(path).replace("labelIds", "instanceIds"), cv2.IMREAD_UNCHANGED)
         assert (labels.dtype, instances.dtype) == (np.uint8, np.uint16)
         assert set(np.unique(labels)) <= set(BY_ID)
@@ -86,7 +86,9 @@ def test_labels_and_instances_agree(generated):
 
 def test_every_class_and_void_occur_in_both_splits(generated):
     for split in ("train", "val"):
-        labels = [read_label(str(path)) for path in (generated / "gtFine" / split).rglob("*_labelIds.png")]
+        labels = [
+            decode_label(load(str(path))) for path in (generated / "gtFine" / split).rglob("*_labelIds.png")
+        ]
         shares = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=256) / sum(
             label.size for label in labels
         )
