@@ -120,6 +120,11 @@ def _write(file: int, content: memoryview, position: int) -> None:
         content, position = content[written:], position + written
 
 
+def _require_memory_files() -> None:
+    if not hasattr(os, "memfd_create"):
+        raise DataError("--cache ram: needs Linux; give --cache disk")
+
+
 def in_memory() -> str:
     """Makes an empty file in memory and names it, for this process and others of its user on this machine.
 
@@ -128,8 +133,7 @@ def in_memory() -> str:
     Raises:
         DataError: this system has no such files.
     """
-    if not hasattr(os, "memfd_create"):
-        raise DataError("--cache ram: needs Linux; give --cache disk")
+    _require_memory_files()
     return f"/proc/{os.getpid()}/fd/{os.memfd_create('ccnet-pictures')}"
 
 
@@ -143,7 +147,10 @@ def on_disk(folder: str, root: str, files: Sequence[str], meaning: str) -> str:
     digest = hashlib.sha256(meaning.encode())
     for file in files:
         path = os.path.join(root, file)
-        about = os.stat(path)
+        try:
+            about = os.stat(path)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; check the data set and the list") from error
         digest.update(f"{os.path.abspath(path)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
     return os.path.join(folder, f"pictures-{digest.hexdigest()[:16]}.cache")
 
@@ -151,6 +158,7 @@ def on_disk(folder: str, root: str, files: Sequence[str], meaning: str) -> str:
 def room(kind: str, path: str) -> int:
     """Bytes that are free: of memory for "ram"; for "disk" where `path` lies, and those that it takes."""
     if kind == "ram":
+        _require_memory_files()
         with open("/proc/meminfo", encoding="ascii") as file:
             values = dict(line.split(":", 1) for line in file)
         return int(values["MemAvailable"].split()[0]) * 1024

@@ -87,8 +87,8 @@ def check_root(root: str) -> None:
                 raise DataError(f"{root}: {problem}, but {name} in it has; name {os.path.join(root, name)}")
     raise DataError(
         f"{root}: {problem}; --data-dir names the folder in which leftImg8bit_trainvaltest.zip and "
-        "gtFine_trainvaltest.zip were unpacked (csDownload of the package cityscapesscripts gets both), or "
-        "that --data-list is relative to"
+        "gtFine_trainvaltest.zip were unpacked (csDownload of the package cityscapesscripts gets both; "
+        "python -m dataset.check looks them over), or that --data-list is relative to"
     )
 
 

@@ -121,22 +121,31 @@ def test_flip_of_a_flipped_picture_gives_the_flipped_logits():
     assert not torch.allclose(plain, predict_multiscale(model, image, [0.5, 1.0], False, **options))
 
 
+@pytest.mark.parametrize("size", [(130, 60), (60, 130)])
+def test_flip_is_the_prediction_of_the_mirrored_picture(size):
+    # Tiles of a mirrored picture are not the mirrored tiles: the last one of each axis is moved.
+    model, image, tile = Model(), torch.randn(1, 3, *size), (33, 33)
+    mirrored = predict_sliding(model, image.flip(3), tile, CLASSES).flip(3)
+    expected = (predict_sliding(model, image, tile, CLASSES) + mirrored) / 2
+    assert torch.equal(predict_multiscale(model, image, [1.0], True, tile, CLASSES), expected)
+
+
 def test_one_scale_without_flip_is_the_plain_prediction():
     model, image = Model(), torch.randn(1, 3, 64, 96)
     torch.testing.assert_close(predict_multiscale(model, image, [1.0], False), predict_whole(model, image))
 
 
 @pytest.mark.parametrize(
-    "options",
+    "name, options",
     [
-        {"scales": []},
-        {"scales": [1.0], "tile_size": (33, 33)},
-        {"scales": [1.0], "tile_size": (33, 33), "num_classes": CLASSES, "tile_batch": 0},
+        ("scales", {"scales": []}),
+        ("num_classes", {"scales": [1.0], "tile_size": (33, 33)}),
+        ("tile_batch", {"scales": [1.0], "tile_size": (33, 33), "num_classes": CLASSES, "tile_batch": 0}),
     ],
 )
 @pytest.mark.parametrize("predict", [predict_multiscale, predict_classes])
-def test_wrong_arguments(predict, options):
-    with pytest.raises(ValueError):
+def test_wrong_arguments(predict, name, options):
+    with pytest.raises(ValueError, match=f"^{name}: .*$"):
         predict(Model(), torch.randn(1, 3, 64, 64), flip=False, **options)
 
 
