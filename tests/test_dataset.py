@@ -112,6 +112,20 @@ def test_resized_window_equals_the_resized_whole_at_every_border(scale):
         assert off.max() <= 1.01 and (off > 0.5).mean() < 0.03
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_last_line_is_there_however_sizes_are_rounded(scale):
+    """Halves are rounded to the even neighbour: the window's may go down where the whole's goes up."""
+    for height in (61, 62, 63, 64, 125, 127):
+        image = np.random.default_rng(height).integers(0, 256, (height, 65, 3), dtype=np.uint8)
+        label = image[:, :, 0] % 19
+        whole = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST).shape
+        for crop in ((5, 7), (8, 9), (12, 12)):
+            augmentation = Augmentation(scale, whole[0] - crop[0], whole[1] - crop[1], False)
+            ours = sampled(image, label, crop, augmentation)
+            theirs = augmented_by_the_original(image, label, crop, augmentation)
+            assert np.array_equal(ours[1], theirs[1]) and np.abs(ours[0] - theirs[0]).max() <= 1.01
+
+
 def test_a_sample_needs_no_rows_below_its_crop():
     assert rows_needed((1024, 2048), (769, 769), Augmentation(2.0, 0, 0, False)) < 400
     assert rows_needed((1024, 2048), (769, 769), Augmentation(0.7, 0, 0, False)) == 1024

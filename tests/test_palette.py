@@ -1,6 +1,7 @@
 """Palettes and palette pictures."""
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dataset.labels import CITYSCAPES
+from utils.files import replacing
 from utils.palette import make_palette, save_indexed_png
 
 COLORS = [label.color for label in CITYSCAPES.classes]
@@ -65,6 +67,19 @@ def test_saving_replaces_an_older_picture(tmp_path):
         save_indexed_png(path, np.full((4, 4), value, dtype=np.uint8), make_palette(COLORS))
     with Image.open(path) as picture:
         assert np.unique(np.array(picture)).tolist() == [5]
+
+
+def test_two_threads_may_write_the_same_picture(tmp_path):
+    path = tmp_path / "a.png"
+    other = threading.Thread(
+        target=save_indexed_png, args=(path, np.zeros((4, 4), dtype=np.uint8), make_palette(COLORS))
+    )
+    with replacing(path) as temporary:
+        Path(temporary).write_bytes(b"the last one stays")
+        other.start()
+        other.join()
+        assert Image.open(path).size == (4, 4)
+    assert path.read_bytes() == b"the last one stays" and os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("failing", ["save", "replace"])
