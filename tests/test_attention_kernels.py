@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cc_attention import ops, reference
 
+#: In which the channels are summed for the error of plain PyTorch.
+ORDERS = 8
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 
@@ -90,6 +92,30 @@ def results_of(function: Callable[..., Tensor], operands: list[Tensor]) -> list[
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
+def plain_errors(operands: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
+    """The largest error of plain PyTorch for out and the gradients, over several orders of the channels.
+
+    One order alone is a matter of luck, and of the processor, whose library sums in an order of its own: on
+    small maps the error of a gradient differs by up to three times.
+    """
+    query, key, value, grad = operands
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for number in range(ORDERS):
+        few, many = (
+            torch.randperm(t.shape[1], generator=generator) if number else torch.arange(t.shape[1])
+            for t in (query, value)
+        )
+        back, forth = few.argsort().to(query.device), many.argsort().to(query.device)
+        shuffled = [
+            t[:, order.to(t.device)] for t, order in zip(operands, (few, few, many, many), strict=True)
+        ]
+        out, *grads = results_of(plain, shuffled)
+        results = [out[:, forth], grads[0][:, back], grads[1][:, back], grads[2][:, forth]]
+        errors.append([(t.to(F64) - truth).abs().max() for t, truth in zip(results, exact, strict=True)])
+    return [torch.stack(several).max() for several in zip(*errors, strict=True)]
+
+
 def run(backend: Backend, operands: list[Tensor], **settings: int) -> tuple[list[Tensor], Tensor]:
     """out and the three gradients; lse."""
     out, lse = backend.forward(*operands[:3], **settings)
@@ -103,7 +129,7 @@ def check(
     like: torch.dtype | None = None,
     peaked: bool = False,
 ) -> None:
-    """The error against float64 is at most twice that of plain PyTorch in the same dtype, plus one rounding.
+    """The error against float64 is at most twice `plain_errors` in the same dtype, plus one rounding.
 
     like: another dtype than the operands' whose precision is meant.
     peaked: the softmax is nearly one-hot, and in the gradients of query and key almost everything cancels.
@@ -114,7 +140,7 @@ def check(
     wide = [t.to(F64) for t in operands]
     query, key, value, grad = wide
     exact = results_of(reference.criss_cross_attention, wide)
-    theirs = results_of(plain, [t.to(like or dtype) for t in operands])
+    theirs = plain_errors([t.to(like or dtype) for t in operands], exact) if value.numel() else [query] * 4
     single = value.shape[2] * value.shape[3] == 1  # a pixel that sees only itself: all of it cancels
     for name, ours, other, truth in zip(
         ["out", "grad_query", "grad_key", "grad_value"], results, theirs, exact, strict=True
@@ -129,7 +155,7 @@ def check(
         rounding = torch.finfo(like or dtype).eps * magnitude
         if dtype == F64:  # there the truth is rounded as well: about once a summand
             rounding *= query.shape[1] + sum(value.shape[1:])
-        bound = 2 * (other.to(F64) - truth).abs().max() + rounding
+        bound = 2 * other + rounding
         error = (ours.to(F64) - truth).abs().max()
         assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
     if lse.numel():
