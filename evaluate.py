@@ -84,7 +84,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--tile-batch",
         type=flags.positive_int,
         metavar="N",
-        help="tiles at once, for each process; 4 on a GPU and 1 on the CPU without it",
+        help="tiles at once, for each process; without it 4 on a GPU, 1 on the CPU, or --batch-size if more",
     )
     add("--num-workers", type=flags.count, default=2, help="processes that read pictures, for each process")
     add("--output-dir", help="where the results go; without it beside the checkpoint")
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
     model.to(world.device).eval()
     dataset = make_dataset(args)
     tile_size = None if args.whole else args.input_size
-    tile_batch = args.tile_batch or (4 if world.device.type == "cuda" else 1)
+    tile_batch = args.tile_batch or max(args.batch_size, 4 if world.device.type == "cuda" else 1)
     result = evaluate(
         lambda images: predict_classes(
             model, images, args.scales, args.flip, tile_size, args.num_classes, tile_batch

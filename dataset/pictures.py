@@ -17,6 +17,9 @@ try:  # optional: libspng decodes a PNG about a quarter faster than OpenCV, and 
 except ImportError:
     pyspng = None
 
+# Pillow takes 180 million pixels for an attack; a data set is its user's own, and may have such pictures.
+Image.MAX_IMAGE_PIXELS = None
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8"
 #: Colour types of a PNG header.
@@ -139,7 +142,7 @@ def decode_label(encoded: Encoded, rows: int | None = None) -> np.ndarray:
     # OpenCV looks palettes up; Pillow, slower, gives the indices.
     with Image.open(io.BytesIO(encoded.content)) as picture:
         check_label_mode(encoded.path, picture.mode, colors=True)
-        return np.asarray(picture)
+        return np.array(picture)
 
 
 def check_label_mode(path: str, mode: str, colors: bool) -> None:
