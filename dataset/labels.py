@@ -318,7 +318,7 @@ def _row(row: dict[str, str]) -> Label:
         row["name"],
         -1 if row["id"] in ("", "-") else _byte("id", row["id"]),
         _byte("train_id", row["train_id"]),
-        row.get("category", ""),
+        "",
         False,
         _color(row["color"]),
     )

@@ -276,6 +276,11 @@ class TestDecoders:
             pictures.decode_image(encoded)
 
 
+def test_header_of_a_picture_of_two_hundred_million_pixels(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(20_000, 10_000, 8, b""))
+    assert pictures.read_header(str(tmp_path / "a.png"))[:2] == (10_000, 20_000)
+
+
 def interlaced_png(pixels: np.ndarray) -> bytes:
     """uint8 [h, w, 3] as a PNG in the seven passes of Adam7."""
     height, width = pixels.shape[:2]
