@@ -18,7 +18,7 @@ import torch
 from dataset import CSDataSet, DataError
 from dataset.labels import LABELS, choose_table
 from engine import distributed, report
-from engine.evaluation import Keep, evaluate
+from engine.evaluation import Keep, evaluate, unwritable
 from engine.inference import predict_classes
 from engine.metrics import CityscapesEvaluation
 from networks import MODELS, CheckpointError, load_weights, match_weights
@@ -121,6 +121,9 @@ def check(args: argparse.Namespace) -> None:
     dataset = make_dataset(args)
     print(dataset.check(instances=wants_official_scores(args, dataset)), flush=True)
     if args.split == TEST:
+        names = [pair.name for pair in dataset.pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise DataError(f"{dataset.source}: {twice} is in it twice; name each picture once")
         check_writable("--output-dir", os.path.join(args.output_dir, SUBMISSION))
     check_writable("--output-dir", os.path.join(args.output_dir, "outputs"))
     check_writable("--output-dir", args.output_dir or ".")
@@ -179,10 +182,19 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
         workers=args.num_workers,
         keep=keeper(args, dataset),
     )
-    if args.split == TEST:
-        world.on_main(lambda: submit(args, dataset))
-    elif world.is_main:
-        print(report.write(args.output_dir, result, dataset.labels.names()))
+
+    def finish() -> None:
+        try:
+            if args.split == TEST:
+                submit(args, dataset)
+            else:
+                print(report.write(args.output_dir, result, dataset.labels.names()))
+        except OSError as error:
+            raise unwritable(error) from error
+        except DataError as error:  # a picture that is gone by now
+            raise flags.UsageError(str(error)) from error
+
+    world.on_main(finish)
 
 
 def keeper(args: argparse.Namespace, dataset: CSDataSet) -> Keep:

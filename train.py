@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 
@@ -76,7 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
     data("--cache", choices=("ram", "disk"), help="keep decoded pictures, of 8 MB each, for the next epochs")
     data(
         "--cache-gb",
-        type=flags.positive_float,
+        type=flags.number(float, 0, 1e6, open_low=True),
         default=32.0,
         metavar="GB",
         help="room for them, of all processes of a machine together",
@@ -315,11 +314,18 @@ def cache_file(args: argparse.Namespace, dataset: CSDataSet) -> str:
 
 def make_cache(args: argparse.Namespace, dataset: CSDataSet, world: distributed.World) -> cache.PictureCache:
     """The cache of the decoded pictures, the same for all processes of a machine."""
-    machine = platform.node()
+    made, failure = None, None
     path = cache_file(args, dataset) if args.cache == "disk" else cache.in_memory()
+    machine = cache.machine()
     path = next(file for name, file in world.gather((machine, path)) if name == machine)
-    made = cache.PictureCache(path, cache.Plan(dataset.sizes(), int(args.cache_gb * cache.GB)))
-    world.barrier()  # the process that made it has to be there until all have opened it
+    try:
+        made = cache.PictureCache(path, cache.Plan(dataset.sizes(), int(args.cache_gb * cache.GB)))
+    except DataError as error:
+        failure = error
+    # The process that made it is there until all have opened it.
+    if failure := world.first(failure):
+        raise failure
+    assert made is not None
     return made
 
 

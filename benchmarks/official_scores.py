@@ -103,6 +103,8 @@ def compare(data_dir: str, run: str, split: str) -> dict[str, Any]:
     if not data.has_instances():
         raise DataError(f"--data-dir {data_dir}: its labels have no instanceIds beside them")
     ours = json.loads((Path(run) / "result.txt").read_text())
+    if any(key not in ours for key in KEYS):
+        raise DataError(f"{run}/result.txt: has no official scores; evaluate a data set with instances")
     with tempfile.TemporaryDirectory() as folder:
         predictions = []
         for pair in data.pairs:

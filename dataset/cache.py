@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import mmap
 import os
+import platform
 import shutil
 import struct
 import zlib
@@ -70,8 +72,10 @@ class PictureCache:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             # Sparse: it takes room as it fills.
+            fcntl.flock(self._file, fcntl.LOCK_EX)  # or another run, with less room, could cut it again
             if os.fstat(self._file).st_size < plan.bytes:
                 os.truncate(self._file, plan.bytes)
+            fcntl.flock(self._file, fcntl.LOCK_UN)
             self._map = mmap.mmap(self._file, plan.bytes, prot=mmap.PROT_READ)
         except OSError as error:
             raise DataError(f"{path}: no cache there ({error.strerror}); check --cache") from error
@@ -102,6 +106,8 @@ class PictureCache:
         """Keep picture `index`, uint8 [h, w, 3] and [h, w], if it has a place and there is room for it."""
         if index >= self.plan.number or self._full:
             return
+        if image.shape[:2] != self.plan.sizes[index]:
+            return  # the file is another one by now
         start = self.plan.starts[index]
         parts = [np.ascontiguousarray(part).reshape(-1).data for part in (image, label)]
         try:
@@ -118,6 +124,15 @@ def _write(file: int, content: memoryview, position: int) -> None:
     while content:
         written = os.pwrite(file, content, position)
         content, position = content[written:], position + written
+
+
+def machine() -> str:
+    """Tells this machine from others, those of the same name too where the system numbers its starts."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return platform.node() + file.read()
+    except OSError:
+        return platform.node()
 
 
 def _require_memory_files() -> None:

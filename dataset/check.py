@@ -108,6 +108,10 @@ def _has_ids(pair: Pair) -> bool:
 
 def check_instances(path: str, instances: np.ndarray, ids: np.ndarray) -> None:
     """Raises DataError where instance ids [h, w] belong to other labels than the label ids [h, w] say."""
+    if instances.ndim != 2:
+        raise DataError(
+            f"{path}: instances have one channel of ids, this is a picture of colours; copy it again"
+        )
     values = instances.astype(np.int64)
     of_label = np.where(values < SINGLE, values, values // SINGLE)
     wrong = of_label != ids
@@ -239,7 +243,7 @@ def splits_of(args: argparse.Namespace, labels: LabelReader) -> Iterator[Split]:
     """
     root, workers = args.root, args.num_workers
     if args.data_list:
-        pairs = layout.read_list(args.data_list)
+        pairs = layout.read_list(root, args.data_list)
         yield split_of(args.data_list, root, pairs, labels, workers)
         return
     layout.check_root(root)
@@ -254,7 +258,8 @@ def splits_of(args: argparse.Namespace, labels: LabelReader) -> Iterator[Split]:
         found = layout.scan(root, name)
         files = [*(pair.image for pair in found.pairs), *found.without_label]
         official = official_cities(name, {os.path.basename(os.path.dirname(file)) for file in files})
-        if name == "test" and (official or not found.pairs):
+        unlabelled = not os.path.isdir(os.path.join(root, "gtFine", name)) and name not in ("train", "val")
+        if unlabelled or (name == "test" and official):
             # The benchmark keeps its labels: what gtFine/test has is void alone.
             found = layout.scan(root, name, labelled=False)
         problems = [
@@ -380,6 +385,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for flag in ("plot", "json"):
         folder = os.path.dirname(getattr(args, flag) or "") or "."
+        named = getattr(args, flag)
+        if named and os.path.isdir(named):
+            parser.error(f"--{flag} {named}: is a folder; name a file")
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
             parser.error(
                 f"--{flag} {getattr(args, flag)}: {folder} is no folder that can be written to; name another"

@@ -113,7 +113,7 @@ class CSDataSet(Dataset):
         else:
             if not os.path.isdir(root):
                 layout.check_root(root)
-            self.pairs = layout.read_list(list_path, labelled)
+            self.pairs = layout.read_list(root, list_path, labelled)
         self.root = root
         self.source = os.path.join(root, "leftImg8bit", split) if list_path is None else list_path
         self.crop_size = crop_size
@@ -233,7 +233,9 @@ class CSDataSet(Dataset):
         self.labels.read(load(self.path(pair.label)))
         if instances:
             path = self.path(instances_of(pair.label))
-            check_size(path, read_header(path), pair.label, label)
+            header = read_header(path)
+            check_label_mode(path, header.mode, colors=False)
+            check_size(path, header, pair.label, label)
 
     def _load(self, index: int) -> tuple[Encoded, Encoded]:
         """The files of picture and label, of the same size."""

@@ -93,7 +93,8 @@ class ClassTable:
                 f"train ids are {sorted(first)}; number the classes 0, 1, 2, ... and give void {IGNORE}"
             )
         ids = [label.id for label in self.labels if label.id >= 0]
-        if twice := next((value for value in ids if ids.count(value) > 1), None):
+        twice = next((value for value in ids if ids.count(value) > 1), None)
+        if twice is not None:
             raise ValueError(f"id {twice} is in two rows; give each id once")
         self.classes = tuple(first[train_id] for train_id in range(len(first)))
         self.names = tuple(label.name for label in self.classes)
@@ -133,9 +134,9 @@ class ClassTable:
         return table
 
     def label_ids(self) -> np.ndarray:
-        """uint8 [K]: the value of each class in label pictures (its train id where the table has none)."""
-        ids = [number if label.id < 0 else label.id for number, label in enumerate(self.classes)]
-        return np.array(ids, dtype=np.uint8)
+        """uint8 [K]: the value of each class in label pictures; train ids where a class has none."""
+        ids = [label.id for label in self.classes]
+        return np.array(ids if min(ids) >= 0 else range(len(ids)), dtype=np.uint8)
 
 
 CITYSCAPES = ClassTable(LABELS)

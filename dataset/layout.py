@@ -40,8 +40,8 @@ def instances_of(label: str) -> str:
     return label.removesuffix(LABEL_IDS) + INSTANCE_IDS
 
 
-def read_list(list_path: str, labelled: bool = True) -> list[Pair]:
-    """Read `image<TAB>label` lines, both relative to the data directory. Empty lines are skipped.
+def read_list(root: str, list_path: str, labelled: bool = True) -> list[Pair]:
+    """Read `image<TAB>label` lines, both relative to `root`. Empty lines are skipped.
 
     Args:
         labelled: whether labels are wanted; otherwise lines may also hold the picture alone.
@@ -50,7 +50,7 @@ def read_list(list_path: str, labelled: bool = True) -> list[Pair]:
         DataError: no such list, a line of other columns, or no line at all.
     """
     try:
-        with open(list_path, encoding="utf-8") as file:
+        with open(list_path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{list_path}: not a readable list ({error}); check --data-list") from error
@@ -60,6 +60,8 @@ def read_list(list_path: str, labelled: bool = True) -> list[Pair]:
             continue
         # A tab allows spaces in file names; the original's lists have either.
         columns = [column.strip() for column in line.split("\t")] if "\t" in line else line.split()
+        if not labelled and os.path.isfile(os.path.join(root, line.strip())):
+            columns = [line.strip()]
         where = f"{list_path}:{number}: {line.strip()!r}"
         if labelled and len(columns) == 1:
             raise DataError(
@@ -189,4 +191,6 @@ def _named(pairs: Sequence[tuple[str, str]]) -> list[Pair]:
     stems = [os.path.splitext(os.path.basename(image))[0].removesuffix(PICTURE) for image, _ in pairs]
     if len(set(stems)) < len(set(pairs)):
         stems = [os.path.splitext(os.path.normpath(image))[0].replace(os.sep, "_") for image, _ in pairs]
+    if len(set(stems)) < len(set(pairs)):
+        stems = [f"{stem}_{number}" for number, stem in enumerate(stems)]
     return [Pair(image, label, stem) for (image, label), stem in zip(pairs, stems, strict=True)]

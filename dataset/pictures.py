@@ -25,7 +25,7 @@ JPEG_SIGNATURE = b"\xff\xd8"
 #: Colour types of a PNG header.
 GREY, RGB = 0, 2
 #: Pillow's modes of one-channel pictures whose values are ids.
-LABEL_MODES = ("L", "P", "I;16", "I")
+LABEL_MODES = ("1", "L", "P", "I;16", "I")
 
 
 class DataError(ValueError):
@@ -62,7 +62,7 @@ def _is_truncated(path: str) -> bool:
     """Whether a PNG or JPEG lacks its closing marker near the end (other formats are left to the decoder)."""
     with open(path, "rb") as file:
         start = file.read(8)
-        file.seek(-min(1024, os.path.getsize(path)), os.SEEK_END)
+        file.seek(-min(65536, os.path.getsize(path)), os.SEEK_END)
         end = file.read()
     if start == PNG_SIGNATURE:
         return b"IEND" not in end
@@ -93,7 +93,8 @@ def load(path: str) -> Encoded:
         raise DataError(f"{path}: {why}; check the data set and the list") from error
     if content.startswith(PNG_SIGNATURE) and not _png_is_whole(content):
         raise DataError(f"{path}: damaged or truncated picture; copy it again")
-    if content.startswith(JPEG_SIGNATURE) and b"\xff\xd9" not in content[-1024:]:
+    # Cameras write more behind the end.
+    if content.startswith(JPEG_SIGNATURE) and b"\xff\xd9" not in content[-65536:]:
         raise DataError(f"{path}: truncated picture; copy it again")
     if content.startswith(PNG_SIGNATURE):
         width, height = struct.unpack(">II", content[16:24])

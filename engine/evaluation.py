@@ -99,7 +99,9 @@ def evaluate(
             error = next((picture for picture in group if isinstance(picture, Exception)), None)
             try:
                 for same_size in _by_size([] if error else group):
-                    images = torch.stack([picture.image for picture in same_size])
+                    several = [picture.image for picture in same_size]
+                    # One stays in the pinned memory that it came in.
+                    images = several[0][None] if len(several) == 1 else torch.stack(several)
                     predictions = predict(subtract_mean(images.to(device, non_blocking=True), mean))
                     for picture, prediction in zip(same_size, predictions, strict=True):
                         if picture.label is not None:
@@ -110,8 +112,7 @@ def evaluate(
             except errors as found:
                 error = found
             except OSError as found:
-                why = found.strerror or found
-                error = RunError(f"{found.filename}: can't be written ({why}); make room, then run it again")
+                error = unwritable(found)
             error = world.first(interrupted() or error)
             if error is not None:
                 threads.shutdown(cancel_futures=True)
@@ -123,6 +124,12 @@ def evaluate(
     if official is None:
         return Result(confusion, None)
     return Result(confusion, official.scores(world.gather(official.merge(statistics))))
+
+
+def unwritable(error: OSError) -> RunError:
+    """What ends a command when a result can't be written."""
+    what = error.filename or "the results"
+    return RunError(f"{what}: can't be written ({error.strerror or error}); make room, then run it again")
 
 
 def _count(

@@ -78,9 +78,11 @@ ccnet_install() { # name of the stamp, pip's arguments
 # Installs the optional decoder of PNG files, once; OpenCV's serves where there is none for this machine.
 ccnet_install_decoder() {
     if [ -e .venv/ccnet-decoder ]; then return; fi
-    ccnet_pip --only-binary :all: -c constraints.txt pyspng 2>/dev/null ||
-        ccnet_say "no pyspng for this machine: OpenCV decodes the pictures, a little slower"
-    touch .venv/ccnet-decoder
+    if ccnet_pip --only-binary :all: -c constraints.txt pyspng 2>/dev/null; then
+        touch .venv/ccnet-decoder
+    else
+        ccnet_say "pyspng can't be had: OpenCV decodes the pictures, a little slower (tried again next time)"
+    fi
 }
 
 # Takes the CUDA toolkit from the package index where PyTorch is a CUDA build and no nvcc fits it. (Before CUDA 13 the
