@@ -73,6 +73,13 @@ def test_damaged_picture_is_decoded_again(path):
     assert PictureCache(path, plan).get(1) is not None
 
 
+def test_picture_that_has_grown_does_not_touch_its_neighbour(path):
+    cached = PictureCache(path, Plan(SIZES, 10**6))
+    cached.put(1, *contents(1, SIZES))
+    cached.put(0, *contents(0, [(20, 20)]))
+    assert cached.get(0) is None and np.array_equal(cached.get(1)[0], contents(1, SIZES)[0])
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which root alone may")
 def test_full_disk_only_ends_the_filling(tmp_path):
     mounted = subprocess.run(

@@ -195,6 +195,7 @@ BROKEN: dict[str, tuple[Callable, str, str]] = {
     "table with a gap": (table_of(COLUMNS, "a 0 1 1,2,3"), "table", "number the classes"),
     "table without an id that occurs": (table_of(COLUMNS, "a 7 0 1,2,3"), "labelIds.png", "--classes"),
     "instances of another size": (write(INSTANCES, np.zeros((48, 32), np.uint16)), INSTANCES, "32x48 pix"),
+    "instances of colours": (write(INSTANCES, np.zeros((48, 64, 3), np.uint8)), INSTANCES, "channel of ids"),
     "instances cut short": (cut(INSTANCES, 0.6), INSTANCES, "truncated"),
     "instances of no class": (change_ids(INSTANCES, 60001), NAME, "60001"),
 }  # fmt: skip
@@ -309,6 +310,13 @@ def test_test_split_needs_no_labels(healthy, capsys):
     shutil.rmtree(healthy / "gtFine/val")
     assert checked(healthy, capsys)[0] == 2
     assert checked(healthy, capsys, "--split", "train", "--split", "test")[0] == 0
+
+
+def test_folder_that_has_no_labels_by_nature(healthy, capsys):
+    write_pair(healthy, "demoVideo", 1, (48, 64))
+    shutil.rmtree(healthy / "gtFine/demoVideo")
+    status, output, _ = checked(healthy, capsys)
+    assert status == 0 and "demoVideo: 1 pictures" in output
 
 
 def test_frequencies_equal_a_count(healthy, tmp_path, capsys):

@@ -328,6 +328,30 @@ def test_names_of_equal_pictures_in_several_folders_differ(tmp_path):
     assert [pair.name for pair in dataset.pairs] == ["a_1", "b_1"]
 
 
+def test_names_differ_whatever_the_paths(tmp_path):
+    lines = ["x/y_z.png l.png", "x_y/z.png l.png", "a.png l.png", "a.jpg l.png"]
+    (tmp_path / "list").write_text("\ufeff" + "\n".join(lines))
+    names = [pair.name for pair in CSDataSet(str(tmp_path), str(tmp_path / "list")).pairs]
+    assert len(set(names)) == 4 and names[0].startswith("x")
+
+
+def test_list_of_pictures_alone_may_have_spaces_in_their_names(tmp_path):
+    (tmp_path / "a b.png").touch()
+    (tmp_path / "list").write_text("a b.png\n")
+    (pair,) = CSDataSet(str(tmp_path), str(tmp_path / "list"), labelled=False).pairs
+    assert pair.image == "a b.png"
+
+
+def test_jpeg_with_more_behind_its_end(scenes):
+    path = scenes / "a.jpg"
+    assert cv2.imwrite(str(path), np.zeros((48, 64, 3), np.uint8))
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    (scenes / "list").write_text(f"a.jpg\t{label_of(scenes).relative_to(scenes)}\n")
+    dataset = CSDataSet(str(scenes), str(scenes / "list"))
+    dataset.check()
+    assert dataset[0][0].shape == (3, 769, 769)
+
+
 def label_of(scenes, number=0):
     return scenes / f"gtFine/train/ulm/ulm_000000_{number:06d}_gtFine_labelIds.png"
 

@@ -255,6 +255,35 @@ class TestTestSplit:
         assert status == 0
         self.check(tmp_path / "out", output)
 
+    def test_picture_that_is_in_the_list_twice(self, unlabelled, tmp_path, monkeypatch, capsys):
+        listing = tmp_path / "test.lst"
+        listing.write_text("leftImg8bit/test/ulm/ulm_000000_000001_leftImg8bit.png\n" * 2)
+        arguments = [
+            "--data-dir",
+            unlabelled,
+            "--data-list",
+            listing,
+            *SMALL,
+            "--output-dir",
+            tmp_path / "out",
+        ]
+        status, _, line = run([*arguments, "--split", "test"], monkeypatch, capsys)
+        assert status == 2 and "test.lst: ulm_000000_000001 is in it twice" in line
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("failing", ["write", "keep"])
+    def test_full_disk_is_one_line(self, unlabelled, tmp_path, monkeypatch, capsys, failing):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        if failing == "write":
+            monkeypatch.setattr(command, "write_archive", full)
+        else:
+            monkeypatch.setattr(command, "save_indexed_png", full)
+        arguments = ["--data-dir", unlabelled, "--split", "test", *SMALL, "--output-dir", tmp_path / "out"]
+        status, _, line = run(arguments, monkeypatch, capsys)
+        assert status == 1 and "the results: can't be written (No space left on device)" in line
+
 
 def test_class_table_names_colours_and_reads_the_labels_of_another_set(tmp_path, monkeypatch, capsys):
     """A set of one's own with labels of colours: a list and a table are all that it takes."""

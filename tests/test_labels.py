@@ -52,6 +52,7 @@ def test_columns_in_another_order_and_more_of_them(tmp_path):
         (HEADER + "a\t0\t1\t1,2,3\n", "number the classes 0, 1, 2"),
         (HEADER + "a\t0\t255\t1,2,3\n", "number the classes"),
         (HEADER + "a\t4\t0\t1,2,3\nb\t4\t1\t1,2,4\n", "id 4 is in two rows"),
+        (HEADER + "a\t0\t0\t1,2,3\nb\t0\t1\t1,2,4\n", "id 0 is in two rows"),
         (HEADER + "".join(f"a\t-\t{k % 255}\t{k // 256},{k % 256},1\n" for k in range(300)), "300 rows"),
     ],
 )
@@ -112,6 +113,19 @@ def test_colours_equal_those_of_two_classes_are_refused():
     with pytest.raises(ValueError, match="a and b have the same colour"):
         ClassTable(rows).row_of_color()
     assert ClassTable([rows[0], rows[0]._replace(name="c")]).row_of_color()[0x010203] == 0
+
+
+def test_ids_of_predictions_are_never_those_of_another_class():
+    rows = [Label("a", -1, 0, "", False, (1, 1, 1)), Label("b", 0, 1, "", False, (2, 2, 2))]
+    assert ClassTable(rows).label_ids().tolist() == [0, 1]
+
+
+def test_labels_of_one_bit(tmp_path):
+    Image.fromarray(np.array([[0, 1, 1], [1, 0, 0]], bool)).save(tmp_path / "a.png")
+    assert LabelReader().read(load(str(tmp_path / "a.png"))).tolist() == [[0, 1, 1], [1, 0, 0]]
+    Image.new("RGB", (3, 2)).save(tmp_path / "b.png")
+    (tmp_path / "list").write_text("b.png\ta.png\n")
+    assert "1 pictures" in CSDataSet(str(tmp_path), str(tmp_path / "list")).check()
 
 
 def test_names_and_colours_of_what_no_table_knows():
