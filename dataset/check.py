@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -142,8 +143,11 @@ def _look(pair: Pair) -> Looked:
 def look_at_all(root: str, pairs: Sequence[Pair], labels: LabelReader, workers: int) -> Iterator[Looked]:
     """What each pair's files are like, in the order of the pairs, with a bar of the progress."""
     progress = _Progress(len(pairs))
-    # Not threads, which would wait for each other: the decoder holds Python's lock.
-    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(root, labels)) as pool:
+    # Not threads, which would wait for each other: the decoder holds Python's lock. And not forks of this process:
+    # one that has used OpenCV's threads leaves a copy without them, which would wait for them for ever.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dataset.check"])
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(root, labels)) as pool:
         try:
             for done, looked in enumerate(pool.map(_look, pairs, chunksize=4), 1):
                 progress.show(done)

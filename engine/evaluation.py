@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +16,7 @@ from engine.loader import PictureSource, evaluation_pictures
 from engine.metrics import CityscapesEvaluation, OfficialScores, PictureStatistics, confusion_matrix
 from engine.transfer import subtract_mean
 from utils.args import RunError
+from utils.progress import Progress
 
 #: Called with a picture's name and its prediction, uint8 [h, w]; several at a time, from threads.
 Keep = Callable[[str, np.ndarray], None]
@@ -78,7 +77,7 @@ def evaluate(
         pin_memory=device.type == "cuda",
     )
     rounds = -(-len(source) // (world.size * batch_size))
-    progress = _Progress(len(source))
+    progress = Progress(len(source))
     with ThreadPoolExecutor(THREADS) as threads:
         waiting: deque[Future] = deque()
 
@@ -145,21 +144,3 @@ def _by_size(pictures: list[Any]) -> Iterator[list[Any]]:
     sizes = dict.fromkeys(picture.image.shape for picture in pictures)
     for size in sizes:
         yield [picture for picture in pictures if picture.image.shape == size]
-
-
-class _Progress:
-    """A line at most every few seconds, and one at the end."""
-
-    def __init__(self, total: int, interval: float = 5.0):
-        self.total = total
-        self.interval = interval
-        self.start = self.last = time.monotonic()
-
-    def show(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.last < self.interval and done < self.total:
-            return
-        self.last = now
-        rate = done / max(now - self.start, 1e-9)
-        left = timedelta(seconds=round((self.total - done) / rate))
-        print(f"picture {done}/{self.total}  {rate:.2f} pictures/s  {left} left", flush=True)

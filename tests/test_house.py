@@ -14,6 +14,12 @@ PACKAGES = {"cc_attention", "dataset", "engine", "loss", "networks", "utils"}
 #: Each package, and the siblings that it may import. Commands, tests, benchmarks import what they like.
 ALLOWED = {"networks": {"cc_attention"}, "engine": {"utils"}}
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+COMMANDS = [
+    ROOT / "train.py",
+    ROOT / "evaluate.py",
+    ROOT / "setup.py",
+    *sorted((ROOT / "tools").glob("*.py")),
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -43,9 +49,7 @@ def test_one_file_knows_torch_distributed():
     assert users == {ROOT / "engine/distributed.py"}
 
 
-@pytest.mark.parametrize(
-    "path", [*SOURCES, ROOT / "train.py", ROOT / "evaluate.py", ROOT / "setup.py"], ids=str
-)
+@pytest.mark.parametrize("path", [*SOURCES, *COMMANDS], ids=str)
 def test_nothing_evaluates_text_or_unpickles_code(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
@@ -66,7 +70,7 @@ def test_the_warning_that_launched_processes_leave_out_is_the_one_given():
 def test_every_python_file_says_what_it_is_for():
     files = [
         *SOURCES,
-        *ROOT.glob("*.py"),
+        *COMMANDS,
         *(ROOT / "tests").glob("*.py"),
         *(ROOT / "benchmarks").glob("*.py"),
     ]

@@ -1,0 +1,165 @@
+"""What the tools share: the network of a checkpoint, the flags that name it, the way they end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dataset import DataError
+from dataset.labels import LabelReader, choose_table
+from engine.distributed import choose_devices
+from networks import MODELS, CheckpointError, Seg_Model, load_weights
+from networks.resnet import DEPTHS
+from networks.weights import read_state_dict
+from utils import args as flags
+from utils.args import UsageError
+
+INPUT_ERRORS = (UsageError, DataError, CheckpointError)
+RECIPE = "args.json"  # train.py writes it beside the checkpoints
+CLASSIFIER = "head.bottleneck.3.weight"
+
+
+class Network(NamedTuple):
+    """A network ready to predict, and what is known of it."""
+
+    model: Seg_Model  # in evaluation mode, on `device`
+    device: torch.device
+    path: str
+    backbone: str
+    recurrence: int
+    num_classes: int
+    labels: LabelReader  # names and colours of the classes
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults; an error takes one line and ends in status 2."""
+
+    def __init__(self, tool: str, doc: str | None):
+        summary, _, rest = (doc or "").partition("\n\n")
+        super().__init__(
+            prog=f"python -m tools.{tool}",
+            description=summary,
+            epilog=rest,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """--restore-from, and what the checkpoint does not say by itself."""
+    add = parser.add_argument
+    add("--restore-from", metavar="FILE", required=True, help="checkpoint")
+    add(
+        "--classes",
+        metavar="TABLE",
+        help="names and colours of another data set's classes (docs/own_data.md); without it those of the "
+        "checkpoint's run, or Cityscapes'",
+    )
+    add(
+        "--recurrence",
+        type=flags.count,
+        help="how often the attention is applied; without it as in the checkpoint's run, or 2",
+    )
+    add("--gpu", metavar="ID", help="a GPU's number, or cpu; without it the first GPU, or the CPU")
+
+
+def choose_device(gpu: str | None) -> torch.device:
+    """Raises UsageError where --gpu names no GPU of this machine, or several."""
+    devices = choose_devices(gpu, None)
+    if gpu is not None and len(devices) > 1:
+        raise UsageError(f"--gpu {gpu}: this command runs on one; give one number, or cpu")
+    return devices[0]
+
+
+def recipe_of(checkpoint: str) -> dict[str, Any]:
+    """The flags of the run that wrote a checkpoint, from the file beside it; empty where there is none."""
+    path = os.path.join(os.path.dirname(checkpoint), RECIPE)
+    try:
+        with open(path) as file:
+            recipe = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: can't be read ({error}); mend it or take it away") from error
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def backbone_of(path: str, state: Mapping[str, Tensor]) -> str:
+    """The backbone of a CCNet state dict, by the blocks of its stages.
+
+    Raises:
+        CheckpointError: none of ours.
+    """
+    stages = re.compile(r"layer(\d)\.(\d+)\.")
+    blocks = [0] * 4
+    for name in state:
+        if (match := stages.match(name)) and 1 <= int(match[1]) <= 4:
+            blocks[int(match[1]) - 1] = max(blocks[int(match[1]) - 1], int(match[2]) + 1)
+    for backbone, depths in DEPTHS.items():
+        if list(depths) == blocks:
+            return backbone
+    raise CheckpointError(
+        f"{path}: its stages have {blocks} blocks, which is none of {', '.join(sorted(DEPTHS))}; "
+        "name a checkpoint of CCNet (python -m tools.convert makes one of other releases')"
+    )
+
+
+def open_network(args: argparse.Namespace) -> Network:
+    """The network that the flags of `add_network_flags` ask for.
+
+    Backbone and number of classes are the checkpoint's own; recurrence and class table those of the run that
+    wrote it, where args.json lies beside it and no flag says otherwise.
+
+    Raises:
+        UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
+    """
+    device = choose_device(args.gpu)
+    path = args.restore_from
+    state = read_state_dict(path)
+    if CLASSIFIER not in state:
+        raise CheckpointError(
+            f"{path}: has no {CLASSIFIER}, so it is no checkpoint of CCNet; name one, or make one of another "
+            "release's with python -m tools.convert"
+        )
+    backbone = backbone_of(path, state)
+    num_classes = state[CLASSIFIER].shape[0]
+    recipe = recipe_of(path)
+    table_path = args.classes or _table_of(recipe, num_classes)
+    table, _ = choose_table(table_path, None)
+    if table is not None and len(table.classes) != num_classes:
+        raise UsageError(
+            f"--classes {table_path}: has {len(table.classes)} classes and {path} {num_classes}; "
+            "name the table that it was trained with"
+        )
+    recurrence = args.recurrence
+    if recurrence is None:
+        recurrence = recipe.get("recurrence", 2)
+    model = MODELS["ccnet"](num_classes, recurrence=recurrence, backbone=backbone)
+    load_weights(model, path, complete=True)
+    model.to(device).eval()
+    labels = LabelReader(table, num_classes=num_classes)
+    return Network(model, device, path, backbone, recurrence, num_classes, labels)
+
+
+def _table_of(recipe: Mapping[str, Any], num_classes: int) -> str | None:
+    """The run's class table, if it is still where it was and fits; a moved one is no reason to refuse."""
+    path = recipe.get("classes")
+    if not isinstance(path, str) or not os.path.isfile(path):
+        return None
+    table, _ = choose_table(path, None)
+    return path if table is not None and len(table.classes) == num_classes else None
+
+
+def end(main: Callable[[], int | None]) -> None:
+    """Run a tool's main and exit: 0, 2 with one line for wrong input, 1 for anything else."""
+    sys.exit(flags.exit_status(main, INPUT_ERRORS))
