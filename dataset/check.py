@@ -143,8 +143,8 @@ def _look(pair: Pair) -> Looked:
 def look_at_all(root: str, pairs: Sequence[Pair], labels: LabelReader, workers: int) -> Iterator[Looked]:
     """What each pair's files are like, in the order of the pairs, with a bar of the progress."""
     progress = _Progress(len(pairs))
-    # Not threads, which would wait for each other: the decoder holds Python's lock. And not forks of this process:
-    # one that has used OpenCV's threads leaves a copy without them, which would wait for them for ever.
+    # Not threads, which would wait for each other: the decoder holds Python's lock. And not forks of this
+    # process: where it has had threads, a copy without them can wait for one for ever.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dataset.check"])
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(root, labels)) as pool:

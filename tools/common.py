@@ -16,7 +16,7 @@ from torch import Tensor
 from dataset import DataError
 from dataset.labels import LabelReader, choose_table
 from engine.distributed import choose_devices
-from networks import MODELS, CheckpointError, Seg_Model, load_weights
+from networks import CheckpointError, Seg_Model, load_weights
 from networks.resnet import DEPTHS
 from networks.weights import read_state_dict
 from utils import args as flags
@@ -144,7 +144,7 @@ def open_network(args: argparse.Namespace) -> Network:
     recurrence = args.recurrence
     if recurrence is None:
         recurrence = recipe.get("recurrence", 2)
-    model = MODELS["ccnet"](num_classes, recurrence=recurrence, backbone=backbone)
+    model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone)
     load_weights(model, path, complete=True)
     model.to(device).eval()
     labels = LabelReader(table, num_classes=num_classes)
