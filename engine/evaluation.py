@@ -65,7 +65,7 @@ def evaluate(
     """
     device = world.device
     mean = torch.as_tensor(source.mean, dtype=torch.float32, device=device)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     statistics: list[PictureStatistics] = []
     pictures = evaluation_pictures(
         source,
@@ -81,17 +81,28 @@ def evaluate(
     with ThreadPoolExecutor(THREADS) as threads:
         waiting: deque[Future] = deque()
 
-        def finish(picture: Any, prediction: np.ndarray) -> PictureStatistics | None:
+        def finish(
+            picture: Any, arrived: Callable[[], Tensor], index: int
+        ) -> tuple[Tensor | None, PictureStatistics | None]:
+            """Keep and score prediction `index` of those that arrive."""
+            prediction = arrived()[index]
             if keep is not None:
-                keep(picture.name, prediction)
-            return None if official is None else _count(official, picture, prediction, errors)
+                keep(picture.name, prediction.numpy())
+            counted = None
+            if picture.label is not None:
+                counted = confusion_matrix(picture.label, prediction, num_classes, ignore_label)
+            if official is None:
+                return counted, None
+            return counted, _count(official, picture, prediction.numpy(), errors)
 
         def collect(most: int) -> None:
             """Wait until at most so many predictions wait."""
             while len(waiting) > most:
-                counted = waiting.popleft().result()
+                counted, of_picture = waiting.popleft().result()
                 if counted is not None:
-                    statistics.append(counted)
+                    confusion.add_(counted)
+                if of_picture is not None:
+                    statistics.append(of_picture)
 
         for number in range(1, rounds + 1):
             group = [picture for _, picture in zip(range(batch_size), pictures, strict=False)]
@@ -102,11 +113,10 @@ def evaluate(
                     # One stays in the pinned memory that it came in.
                     images = several[0][None] if len(several) == 1 else torch.stack(several)
                     predictions = predict(subtract_mean(images.to(device, non_blocking=True), mean))
-                    for picture, prediction in zip(same_size, predictions, strict=True):
-                        if picture.label is not None:
-                            label = picture.label.to(device, non_blocking=True)
-                            confusion += confusion_matrix(label, prediction, num_classes, ignore_label)
-                        waiting.append(threads.submit(finish, picture, prediction.cpu().numpy()))
+                    # The threads wait for the device; this one gives it the next picture meanwhile.
+                    arrived = _to_host(predictions)
+                    for index, picture in enumerate(same_size):
+                        waiting.append(threads.submit(finish, picture, arrived, index))
                 collect(WAITING if number < rounds else 0)
             except errors as found:
                 error = found
@@ -118,6 +128,7 @@ def evaluate(
                 raise error
             if world.is_main:
                 progress.show(min(number * world.size * batch_size, len(source)))
+    confusion = confusion.to(device)
     world.all_reduce(confusion)
     confusion = confusion.cpu()
     if official is None:
@@ -129,6 +140,22 @@ def unwritable(error: OSError) -> RunError:
     """What ends a command when a result can't be written."""
     what = error.filename or "the results"
     return RunError(f"{what}: can't be written ({error.strerror or error}); make room, then run it again")
+
+
+def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy to the host's memory; what is returned waits until the copy is there, and gives it."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event(blocking=True)
+    there.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait
 
 
 def _count(

@@ -33,6 +33,8 @@ SHAPES = [
     (1, 3, 0, 4, 5),
 ]
 TINY = [s for s in SHAPES if math.prod(s[3:]) < 30]
+#: As many pictures where errors are compared: of a few elements the largest error is a matter of luck.
+MANY = 32
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -155,6 +157,8 @@ def test_compiled_is_as_exact_as_pytorch(
 ) -> None:
     """The error against float64 is at most twice plain PyTorch's in the same dtype, plus one rounding."""
     for shape in SHAPES:
+        if shape in TINY:
+            shape = (shape[0] * MANY, *shape[1:])
         query, key, value, weight = (layout(t) for t in sample(shape, compiled, dtype))
         inputs = {
             "ca_weight": [query, key],
