@@ -1,11 +1,13 @@
 """Criss-cross attention (CCNet, arXiv 1811.11721) for PyTorch."""
 
+from cc_attention.maps import attention_maps
 from cc_attention.module import CrissCrossAttention, RecurrentCrissCrossAttention
 from cc_attention.ops import ca_map, ca_weight, criss_cross_attention
 
 __all__ = [
     "CrissCrossAttention",
     "RecurrentCrissCrossAttention",
+    "attention_maps",
     "ca_map",
     "ca_weight",
     "criss_cross_attention",

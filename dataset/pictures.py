@@ -122,6 +122,15 @@ def decode_image(encoded: Encoded, rows: int | None = None) -> np.ndarray:
     return _decode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
+def decode_upright(encoded: Encoded) -> np.ndarray:
+    """As `decode_image`, but turned the way up that the camera noted: for pictures without labels.
+
+    Raises:
+        DataError: damaged or no picture.
+    """
+    return _decode(encoded, cv2.IMREAD_COLOR)
+
+
 def decode_label(encoded: Encoded, rows: int | None = None) -> np.ndarray:
     """The label's ids as integers [h, w]; of palette pictures the indices, of colours uint8 [h, w, 3] RGB.
 

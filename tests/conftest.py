@@ -66,9 +66,10 @@ def fill(model: torch.nn.Module, seed: int = 0) -> None:
 def run(
     script: str, *arguments: object, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """A script of the project in a process of its own, with its output as text."""
+    """A script of the project, or a module by its name, in a process of its own, with its output as text."""
+    what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [sys.executable, *what, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -86,3 +87,15 @@ def mean_of(output: str) -> float:
     found = re.search(r"mean IoU ([0-9.]+)", output)
     assert found, output
     return float(found.group(1))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CCNet of ResNet-50 and 19 classes with random weights."""
+    from networks import Seg_Model
+
+    model = Seg_Model(19, backbone="resnet50")
+    fill(model)
+    path = tmp_path_factory.mktemp("network") / "CS_scenes_7.pth"
+    torch.save(model.state_dict(), path)
+    return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from dataset import DataError
 from dataset.labels import LabelReader, choose_table
 from engine.distributed import choose_devices
 from networks import CheckpointError, Seg_Model, load_weights
-from networks.resnet import DEPTHS
+from networks.variants import DEPTHS, blocks_of, variant_of
 from networks.weights import read_state_dict
 from utils import args as flags
 from utils.args import UsageError
@@ -100,16 +99,12 @@ def backbone_of(path: str, state: Mapping[str, Tensor]) -> str:
     Raises:
         CheckpointError: none of ours.
     """
-    stages = re.compile(r"layer(\d)\.(\d+)\.")
-    blocks = [0] * 4
-    for name in state:
-        if (match := stages.match(name)) and 1 <= int(match[1]) <= 4:
-            blocks[int(match[1]) - 1] = max(blocks[int(match[1]) - 1], int(match[2]) + 1)
+    blocks = blocks_of(state)
     for backbone, depths in DEPTHS.items():
-        if list(depths) == blocks:
+        if depths == blocks:
             return backbone
     raise CheckpointError(
-        f"{path}: its stages have {blocks} blocks, which is none of {', '.join(sorted(DEPTHS))}; "
+        f"{path}: its stages have {list(blocks)} blocks, which is none of {', '.join(sorted(DEPTHS))}; "
         "name a checkpoint of CCNet (python -m tools.convert makes one of other releases')"
     )
 
@@ -144,8 +139,8 @@ def open_network(args: argparse.Namespace) -> Network:
     recurrence = args.recurrence
     if recurrence is None:
         recurrence = recipe.get("recurrence", 2)
-    model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone)
-    load_weights(model, path, complete=True)
+    model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone, variant=variant_of(state))
+    load_weights(model, path, complete=True, state=state)
     model.to(device).eval()
     labels = LabelReader(table, num_classes=num_classes)
     return Network(model, device, path, backbone, recurrence, num_classes, labels)

@@ -1,0 +1,88 @@
+"""Look at what pixels attend to.
+
+    python -m tools.attention PICTURE --restore-from CKPT [--pixel ROW,COLUMN ...] [--out DIR]
+
+The figure of the paper, for any checkpoint and any pixel: the picture with a cross, and the attention after
+each recurrence. After one it is the softmax over the pixel's row and column; after two the exact product of
+both, by which every pixel of the picture is reached. For each pixel DIR gets a figure, NAME_ROW_COLUMN.png,
+and the weights, NAME_ROW_COLUMN.npy: float32 [R, H, W], at the head's resolution, each map adding up to 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import cv2
+import numpy as np
+import torch
+
+from dataset import IMG_MEAN
+from dataset.pictures import decode_upright, load
+from engine.transfer import subtract_mean
+from networks.attention import picture_attention
+from tools import common
+from utils.args import UsageError
+from utils.attention_figure import draw_attention
+from utils.files import check_writable, replacing
+
+
+def pixel(text: str) -> tuple[int, int]:
+    """'row,column'"""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no pixel; give row,column such as 120,340")
+    return int(parts[0]), int(parts[1])
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = common.Parser("attention", __doc__)
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="PICTURE", help="picture files")
+    add(
+        "--pixel",
+        type=pixel,
+        action="append",
+        dest="pixels",
+        metavar="ROW,COLUMN",
+        help="counted from 0 at the top left; may be given several times; without it the middle",
+    )
+    add("--out", default="attention", metavar="DIR", help="folder of the results (default: %(default)s)")
+    common.add_network_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    pictures = [(path, decode_upright(load(path))) for path in args.pictures]
+    for path, picture in pictures:
+        height, width = picture.shape[:2]
+        for row, column in args.pixels or []:
+            if row >= height or column >= width:
+                raise UsageError(
+                    f"--pixel {row},{column}: {path} has {height} rows and {width} columns, from 0; "
+                    "give a pixel in it"
+                )
+    network = common.open_network(args)
+    if network.recurrence == 0:
+        raise UsageError("--recurrence 0: leaves the attention out; give 1 or more")
+    check_writable("--out", args.out)
+    mean = torch.tensor(IMG_MEAN, device=network.device)
+    for path, picture in pictures:
+        height, width = picture.shape[:2]
+        pixels = args.pixels or [(height // 2, width // 2)]
+        image = subtract_mean(torch.from_numpy(picture)[None].to(network.device), mean)
+        maps = picture_attention(network.model, image, pixels).cpu().numpy()
+        name = os.path.splitext(os.path.basename(path))[0]
+        shown = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+        for number, (row, column) in enumerate(pixels):
+            stem = os.path.join(args.out, f"{name}_{row}_{column}")
+            with replacing(f"{stem}.npy") as temporary:
+                np.save(temporary, maps[:, number])
+            with replacing(f"{stem}.png") as temporary:
+                draw_attention(shown, (row, column), maps[:, number]).save(temporary)
+            print(f"{stem}.png and .npy: {'x'.join(map(str, maps[:, number].shape))}", flush=True)
+
+
+if __name__ == "__main__":
+    common.end(main)

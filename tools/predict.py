@@ -1,0 +1,278 @@
+"""Predict pictures, folders, lists, videos and cameras.
+
+    python -m tools.predict INPUT [INPUT ...] --restore-from CKPT [--out DIR]
+
+An input is a picture, a folder (with all below it), a list (.txt or .lst, a path in each line), a video, or
+camera:0. DIR gets, under the name and the subfolder that the input has:
+
+    overlay/        the classes' colours over the picture (JPEG; of a video, a video)
+    color/          the classes' colours: PNG with a palette, values are train ids (of a video, a video)
+    labelIds/       the ids of the class table: PNG (of a video, one for each frame)
+    probabilities/  with --save probabilities: float16 [K, h, w], .npy
+    sheet.jpg       a look at up to 24 of them, with the legend
+
+Pictures may have any size. One larger than the tile, --input-size, is predicted by tiles, as by evaluate.py.
+What can't be read is left out and named at the end; the exit status is then 2. A camera runs until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset import IMG_MEAN, DataError
+from dataset.pictures import decode_upright, load
+from engine.evaluation import unwritable
+from engine.inference import predict_classes, predict_multiscale
+from engine.transfer import subtract_mean
+from tools import common
+from tools.sources import PictureFile, Video, find, frames
+from utils import args as flags
+from utils.args import RunError
+from utils.files import check_writable, replacing
+from utils.palette import colored, make_palette, save_grey_png, save_indexed_png
+from utils.progress import Progress
+from utils.sheet import Sheet, overlay
+
+OVERLAY, COLOR, LABEL_IDS, PROBABILITIES = KINDS = ("overlay", "color", "labelIds", "probabilities")
+SHEET = "sheet.jpg"
+#: Pictures that are read ahead, and results that may wait to be written; threads for each.
+AHEAD, THREADS = 4, 3
+
+
+class Prediction(NamedTuple):
+    """classes uint8 [h, w]; probabilities float16 [K, h, w] where they are asked for."""
+
+    classes: np.ndarray
+    probabilities: np.ndarray | None
+
+
+def kinds(text: str) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in text.split(","))
+    if unknown := [kind for kind in chosen if kind not in KINDS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(KINDS)}")
+    return chosen
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = common.Parser("predict", __doc__)
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="picture, folder, list, video or camera:N")
+    add("--out", default="predictions", metavar="DIR", help="folder of the results (default: %(default)s)")
+    add(
+        "--save",
+        type=kinds,
+        default=(OVERLAY, COLOR, LABEL_IDS),
+        metavar="KIND,KIND",
+        help=f"of {', '.join(KINDS)} (default: the first three)",
+    )
+    add("--opacity", type=flags.fraction, default=0.5, help="of an overlay's colours (default: %(default)s)")
+    add(
+        "--input-size",
+        type=flags.size,
+        default=(769, 769),
+        metavar="H,W",
+        help="tile (default: 769,769); a picture that fits into it is predicted in one piece",
+    )
+    add("--whole", action="store_true", help="larger pictures in one piece too")
+    add(
+        "--scales",
+        type=flags.numbers,
+        default=[1.0],
+        metavar="S,S",
+        help="average the predictions at these scales",
+    )
+    add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
+    add("--frames", type=flags.positive_int, metavar="N", help="at most N frames of a video or camera")
+    common.add_network_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    pictures, videos = find(args.inputs, leave_out=os.path.realpath(args.out))
+    network = common.open_network(args)
+    check_writable("--out", args.out)
+    sheet = Sheet(network.labels.names(), make_palette(network.labels.colors()))
+    work = Work(args, network, sheet)
+    unreadable: list[str] = []
+    try:
+        if pictures:
+            work.predict_pictures(pictures, unreadable)
+        for video in videos:
+            try:
+                work.predict_video(video)
+            except DataError as error:
+                unreadable.append(str(error))
+        done = work.done
+        if done:
+            path = os.path.join(args.out, SHEET)
+            with replacing(path) as temporary:
+                sheet.draw().save(temporary, quality=90)
+            print(f"{args.out}: {done} pictures ({', '.join(args.save)}), {SHEET} shows some of them")
+    except OSError as error:
+        raise unwritable(error) from error
+    if unreadable:
+        for line in unreadable[:-1]:
+            print(line, file=sys.stderr)
+        several = f" ({len(unreadable)} inputs were left out)" if len(unreadable) > 1 else ""
+        raise DataError(unreadable[-1] + several)
+    return 0
+
+
+class Work:
+    """Predicts with a network, and writes what the flags ask for."""
+
+    def __init__(self, args: argparse.Namespace, network: common.Network, sheet: Sheet):
+        self.args = args
+        self.network = network
+        self.sheet = sheet
+        self.palette = make_palette(network.labels.colors())
+        self.label_ids = network.labels.label_ids()
+        self.mean = torch.tensor(IMG_MEAN, device=network.device)
+        self.done = 0
+
+    def predict_pictures(self, pictures: list[PictureFile], unreadable: list[str]) -> None:
+        """Files are read ahead and results written behind, in threads, while the network is at work."""
+        progress = Progress(len(pictures))
+
+        def read(source: PictureFile) -> np.ndarray | DataError:
+            try:
+                return decode_upright(load(source.path))
+            except DataError as error:
+                return error
+
+        with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
+            written: deque[Future] = deque()
+            for number, (source, picture) in enumerate(_ahead(readers, read, pictures), 1):
+                if isinstance(picture, DataError):
+                    unreadable.append(str(picture))
+                else:
+                    prediction = self.predict(picture)
+                    laid_over = self._show(source.name, picture, prediction)
+                    written.append(writers.submit(self._write, source.name, laid_over, prediction))
+                while len(written) > AHEAD:
+                    written.popleft().result()
+                progress.show(number)
+            for future in written:
+                future.result()
+
+    def predict_video(self, video: Video) -> None:
+        rate, total, pictures = frames(video, self.args.frames)
+        progress = Progress(total, "frame")
+        with contextlib.ExitStack() as stack:
+            films = {
+                kind: stack.enter_context(Film(os.path.join(self.args.out, kind, f"{video.name}.mp4"), rate))
+                for kind in (OVERLAY, COLOR)
+                if kind in self.args.save
+            }
+            # A camera has no end of its own: what is there when it is interrupted is the result.
+            ends = contextlib.suppress(KeyboardInterrupt) if video.is_camera else contextlib.nullcontext()
+            with ends, contextlib.closing(pictures):  # type: ignore[type-var]
+                for number, picture in enumerate(pictures, 1):
+                    prediction = self.predict(picture)
+                    name = f"{video.name}/{number:06d}"
+                    laid_over = self._show(name, picture, prediction)
+                    if OVERLAY in films:
+                        films[OVERLAY].add(laid_over)
+                    if COLOR in films:
+                        films[COLOR].add(colored(prediction.classes, self.palette))
+                    self._write_values(name, prediction)
+                    progress.show(number)
+
+    @torch.inference_mode()
+    def predict(self, picture: np.ndarray) -> Prediction:
+        """picture: uint8 [h, w, 3] BGR, of any size."""
+        args, network = self.args, self.network
+        image = subtract_mean(torch.from_numpy(picture)[None].to(network.device), self.mean)
+        fits = all(side <= tile for side, tile in zip(picture.shape[:2], args.input_size, strict=True))
+        tile = None if args.whole or fits else args.input_size
+        options = (args.scales, args.flip, tile, network.num_classes)
+        if PROBABILITIES not in args.save:
+            return Prediction(predict_classes(network.model, image, *options)[0].cpu().numpy(), None)
+        logits = predict_multiscale(network.model, image, *options)[0]
+        probabilities = logits.softmax(0).to(torch.float16)
+        return Prediction(logits.argmax(0).to(torch.uint8).cpu().numpy(), probabilities.cpu().numpy())
+
+    def _show(self, name: str, picture: np.ndarray, prediction: Prediction) -> np.ndarray:
+        """Add the picture to the sheet; returns its overlay, uint8 [h, w, 3] RGB."""
+        self.done += 1
+        shown = picture[..., ::-1]
+        laid_over = overlay(shown, prediction.classes, self.palette, self.args.opacity)
+        self.sheet.add(name, shown, laid_over, prediction.classes)
+        return laid_over
+
+    def _write(self, name: str, laid_over: np.ndarray, prediction: Prediction) -> None:
+        """All that is asked for of a picture."""
+        if OVERLAY in self.args.save:
+            with replacing(self._path(OVERLAY, f"{name}.jpg")) as temporary:
+                Image.fromarray(laid_over).save(temporary, quality=92)
+        if COLOR in self.args.save:
+            save_indexed_png(self._path(COLOR, f"{name}.png"), prediction.classes, self.palette)
+        self._write_values(name, prediction)
+
+    def _write_values(self, name: str, prediction: Prediction) -> None:
+        """What is no picture to look at."""
+        if LABEL_IDS in self.args.save:
+            save_grey_png(self._path(LABEL_IDS, f"{name}.png"), self.label_ids[prediction.classes])
+        if prediction.probabilities is not None:
+            with replacing(self._path(PROBABILITIES, f"{name}.npy")) as temporary:
+                np.save(temporary, prediction.probabilities)
+
+    def _path(self, kind: str, name: str) -> str:
+        path = os.path.join(self.args.out, kind, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
+
+
+class Film(contextlib.ExitStack):
+    """A video file that has its name only when it is whole; its size is that of the first frame."""
+
+    def __init__(self, path: str, rate: float):
+        super().__init__()
+        self.path = path
+        self.rate = rate
+        self._writer: cv2.VideoWriter | None = None
+
+    def add(self, frame: np.ndarray) -> None:
+        """frame: uint8 [h, w, 3] RGB."""
+        if self._writer is None:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            temporary = self.enter_context(replacing(self.path))
+            size = frame.shape[1], frame.shape[0]
+            self._writer = cv2.VideoWriter(temporary, cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
+            self.callback(self._writer.release)
+            if not self._writer.isOpened():
+                raise RunError(f"{self.path}: OpenCV can't write this video; leave its kind out of --save")
+        self._writer.write(np.ascontiguousarray(frame[..., ::-1]))
+
+
+def _ahead(
+    threads: ThreadPoolExecutor,
+    read: Callable[[PictureFile], np.ndarray | DataError],
+    sources: list[PictureFile],
+) -> Iterator[tuple[PictureFile, np.ndarray | DataError]]:
+    """Each source with what was read of it, a few ahead."""
+    waiting: deque[tuple[PictureFile, Future]] = deque()
+    for source in sources:
+        waiting.append((source, threads.submit(read, source)))
+        if len(waiting) > AHEAD:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
+
+
+if __name__ == "__main__":
+    common.end(main)

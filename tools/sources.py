@@ -1,0 +1,167 @@
+"""Where pictures come from: files, folders, lists, videos, a camera."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from dataset import DataError
+from utils.args import UsageError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+LISTS = (".txt", ".lst")
+CAMERA = "camera:"
+
+
+class PictureFile(NamedTuple):
+    """A picture's file, and the name of its results: a path below their folder, without an ending."""
+
+    path: str
+    name: str
+
+
+class Video(NamedTuple):
+    """A video's file or the number of a camera, and the name of its results."""
+
+    path: str | int
+    name: str
+
+    @property
+    def is_camera(self) -> bool:
+        return isinstance(self.path, int)
+
+
+def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list[Video]]:
+    """What the command line names: pictures, videos, folders of pictures, lists of pictures, cameras.
+
+    Pictures of a folder keep their place in it, those of a list theirs beside the list; a list has a path in
+    each line, and anything after a tab is left alone, so that lists of a data set serve too.
+
+    Args:
+        inputs: paths, and camera:N.
+        leave_out: the folder of the results, whose pictures are none of a folder's that it lies in.
+
+    Raises:
+        UsageError: one that is missing, or of a kind that is not read.
+    """
+    pictures: list[PictureFile] = []
+    videos: list[Video] = []
+    for text in inputs:
+        if text.startswith(CAMERA):
+            number = text.removeprefix(CAMERA)
+            if not number.isdecimal():
+                raise UsageError(f"{text}: a camera has a number; give camera:0")
+            videos.append(Video(int(number), f"camera{number}"))
+        elif os.path.isdir(text):
+            found = list(_walk(text, leave_out))
+            if not found:
+                raise UsageError(f"{text}: no pictures in it ({' '.join(PICTURES)}); name another folder")
+            pictures += found
+        elif not os.path.exists(text):
+            raise UsageError(
+                f"{text}: no such file or folder; name a picture, video, folder, list or camera:0"
+            )
+        elif text.lower().endswith(LISTS):
+            pictures += _listed(text)
+        elif text.lower().endswith(VIDEOS):
+            videos.append(Video(text, _stem(os.path.basename(text))))
+        else:
+            # Whatever its name: the decoder says if it is none.
+            pictures.append(PictureFile(text, _stem(os.path.basename(text))))
+    return _distinct(pictures), _distinct(videos)
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def _walk(folder: str, leave_out: str) -> Iterator[PictureFile]:
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != leave_out
+        )
+        for name in sorted(files):
+            if name.lower().endswith(PICTURES) and not name.startswith("."):
+                path = os.path.join(root, name)
+                yield PictureFile(path, _stem(os.path.relpath(path, folder)))
+
+
+def _listed(path: str) -> list[PictureFile]:
+    folder = os.path.dirname(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.rstrip("\n").split("\t")[0].strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: can't be read as a list of pictures ({error}); check the file") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        picture = os.path.join(folder, line)
+        if not os.path.isfile(picture):
+            raise UsageError(f"{path}, line {number}: {picture} is no file; correct the path")
+        name = os.path.relpath(picture, folder or ".")
+        if name.startswith(os.pardir):  # results stay in their folder
+            name = os.path.basename(picture)
+        found.append(PictureFile(picture, _stem(name)))
+    if not found:
+        raise UsageError(f"{path}: names no picture; give a line for each")
+    return found
+
+
+def _distinct(found: list) -> list:
+    """The same, with the endings in names that would be equal, and a number where that does not help."""
+    times = Counter(each.name for each in found)
+    renamed = [
+        each._replace(name=each.name + os.path.splitext(str(each.path))[1]) if times[each.name] > 1 else each
+        for each in found
+    ]
+    seen: Counter[str] = Counter()
+    result = []
+    for each in renamed:
+        seen[each.name] += 1
+        number = seen[each.name]
+        result.append(each if number == 1 else each._replace(name=f"{each.name}_{number}"))
+    return result
+
+
+def frames(video: Video, most: int | None) -> tuple[float, int | None, Iterator[np.ndarray]]:
+    """Frames a second, how many there are (None where nobody knows), and the frames, uint8 [h, w, 3] BGR.
+
+    Raises:
+        DataError: a video or a camera that can't be opened or has no frame.
+    """
+    capture = cv2.VideoCapture(video.path)
+    if not capture.isOpened():
+        what = f"{CAMERA}{video.path}" if video.is_camera else video.path
+        raise DataError(f"{what}: can't be opened; check the device or the file")
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    if not 1 <= rate <= 1000:
+        rate = 25.0
+    number = None if video.is_camera else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) or None
+    if most is not None:
+        number = most if number is None else min(most, number)
+
+    def read() -> Iterator[np.ndarray]:
+        done = 0
+        try:
+            while most is None or done < most:
+                there, frame = capture.read()
+                if not there:
+                    break
+                done += 1
+                yield frame
+        finally:
+            capture.release()
+        if done == 0:
+            raise DataError(f"{video.path}: no frame could be read; check the file or the device")
+
+    return rate, number, read()
