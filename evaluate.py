@@ -23,6 +23,8 @@ from engine.inference import predict_classes
 from engine.metrics import CityscapesEvaluation
 from networks import MODELS, CheckpointError, load_weights, match_weights
 from networks.resnet import DEPTHS
+from networks.variants import variant_of
+from networks.weights import read_state_dict
 from utils import args as flags
 from utils.files import check_writable
 from utils.palette import make_palette, save_grey_png, save_indexed_png
@@ -30,6 +32,11 @@ from utils.submission import write_archive
 
 #: The split without labels, and what its predictions are gathered in.
 TEST, SUBMISSION = "test", "submission"
+#: Of the flags: what was evaluated, and how.
+DESCRIPTION = (
+    "data_dir", "data_list", "split", "classes", "num_classes", "ignore_label", "model", "backbone",
+    "recurrence", "restore_from", "input_size", "whole", "scales", "flip",
+)  # fmt: skip
 #: What ends the command with exit status 2.
 INPUT_ERRORS = (flags.UsageError, DataError, CheckpointError)
 
@@ -112,10 +119,11 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         flags.UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
     """
+    weights = read_state_dict(args.restore_from) if args.restore_from else None
     with torch.device("meta"):
-        model = make_model(args)
-    if args.restore_from:
-        print(match_weights(model, args.restore_from, complete=True)[0], flush=True)
+        model = make_model(args, weights)
+    if weights:
+        print(match_weights(model, args.restore_from, complete=True, state=weights)[0], flush=True)
     else:
         print("no --restore-from: evaluating random weights", flush=True)
     dataset = make_dataset(args)
@@ -154,16 +162,29 @@ def wants_official_scores(args: argparse.Namespace, dataset: CSDataSet) -> bool:
     return dataset.labels.is_cityscapes() and dataset.has_instances()
 
 
-def make_model(args: argparse.Namespace) -> torch.nn.Module:
-    return MODELS[args.model](args.num_classes, recurrence=args.recurrence, backbone=args.backbone)
+def make_model(args: argparse.Namespace, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
+    """The network, in the variant that `weights` are of."""
+    return MODELS[args.model](
+        args.num_classes,
+        recurrence=args.recurrence,
+        backbone=args.backbone,
+        variant=variant_of(weights or {}),
+    )
+
+
+def restore(args: argparse.Namespace) -> torch.nn.Module:
+    """The network with the checkpoint's weights, random ones where there is none."""
+    weights = read_state_dict(args.restore_from) if args.restore_from else None
+    model = make_model(args, weights)
+    if weights:
+        load_weights(model, args.restore_from, complete=True, state=weights)
+    return model
 
 
 def run(args: argparse.Namespace, world: distributed.World) -> None:
     """Evaluate one process's share of the pictures; rank 0 prints and writes the result."""
     torch.manual_seed(0)  # the same random weights on all processes, where there is no checkpoint
-    model = make_model(args)
-    if args.restore_from:
-        load_weights(model, args.restore_from, complete=True)
+    model = restore(args)
     model.to(world.device).eval()
     dataset = make_dataset(args)
     tile_size = None if args.whole else args.input_size
@@ -188,7 +209,14 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
             if args.split == TEST:
                 submit(args, dataset)
             else:
-                print(report.write(args.output_dir, result, dataset.labels.names()))
+                print(
+                    report.write(
+                        args.output_dir,
+                        result,
+                        dataset.labels.names(),
+                        {name: getattr(args, name) for name in DESCRIPTION},
+                    )
+                )
         except OSError as error:
             raise unwritable(error) from error
         except DataError as error:  # a picture that is gone by now

@@ -5,8 +5,9 @@
 #   ./run_local.sh CS                          the published recipe on Cityscapes in CS, on every visible GPU
 #   ./run_local.sh CS ccnet 60000 769,769 1    the same with model, steps, input size and OHEM (1 or 0)
 #
-# Settings by environment: IMAGENET, the backbone's weights (dataset/resnet101-imagenet.pth where that is); SNAPSHOT_DIR,
-# where the run goes (snapshots, and snapshots/mini); GPU, ids such as 0,1,2,3, or cpu (as many GPUs as divide the batch).
+# Settings by environment: IMAGENET, the backbone's weights (dataset/resnet101-imagenet.pth where that is; torchvision
+# downloads that library's); SNAPSHOT_DIR, where the run goes (snapshots, and snapshots/mini); GPU, ids such as
+# 0,1,2,3, or cpu (as many GPUs as divide the batch).
 set -euo pipefail
 invoked_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -45,10 +46,15 @@ for ids in 0 0,1 0,1,2,3 0,1,2,3,4,5,6,7; do # what divides the batch of 8
     if [ -z "${GPU:-}" ] && [ "$gpus" -gt "$count" ]; then device=(--gpu "$ids"); fi
 done
 imagenet=dataset/resnet101-imagenet.pth
-if [ -n "${IMAGENET:-}" ]; then imagenet=$(absolute "$IMAGENET"); fi
+case "${IMAGENET:-}" in
+"") ;;
+torchvision* | timm:*) imagenet=$IMAGENET ;; # a library's, to be downloaded
+*) imagenet=$(absolute "$IMAGENET") ;;
+esac
 restore=(--restore-from "$imagenet")
 if [ ! -e "$imagenet" ] && [ -z "${IMAGENET:-}" ]; then
-    echo "run_local.sh: $imagenet is not there: training from random weights, far below the published scores" >&2
+    echo "run_local.sh: $imagenet is not there: training from random weights, far below the published scores;" \
+        "IMAGENET=torchvision downloads others" >&2
     restore=()
 fi
 "$PYTHON" train.py --data-dir "$data" --model "$model" --random-mirror --random-scale "${restore[@]}" \

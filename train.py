@@ -14,6 +14,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,9 +31,13 @@ from engine.training import Intervals, Run, Task
 from engine.transfer import Batch
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
-from networks import MODELS, CheckpointError, load_weights, match_weights, synchronise, train_mode
+from networks import MODELS, CheckpointError, Seg_Model, load_weights, match_weights, synchronise, train_mode
+from networks.attention import picture_attention
+from networks.pretrained import read_weights
 from networks.resnet import DEPTHS
+from networks.variants import variant_of
 from utils import args as flags
+from utils.attention_figure import draw_attention
 from utils.files import check_writable
 from utils.palette import colored, make_palette
 
@@ -96,7 +101,8 @@ def get_parser() -> argparse.ArgumentParser:
     net(
         "--restore-from",
         metavar="FILE",
-        help="weights to start from, ImageNet's or CCNet's; random ones without it",
+        help="weights to start from, ImageNet's or CCNet's; torchvision, or timm:NAME, downloads those of a "
+        "library; random ones without it",
     )
     net(
         "--not-restore-last",
@@ -246,10 +252,12 @@ def check(args: argparse.Namespace, processes: int, device: torch.device) -> Non
             f"--input-size {args.input_size[0]},{args.input_size[1]}: leaves one row or column of features; "
             f"give at least {SMALLEST_CROP},{SMALLEST_CROP}"
         )
+    # A library's weights are downloaded here, once on each machine: the processes find them on the disk.
+    weights = read_start(args)
     with torch.device("meta"):
-        model = make_model(args)
-    if args.restore_from:
-        print(match_weights(model, args.restore_from, args.not_restore_last)[0], flush=True)
+        model = make_model(args, weights)
+    if weights:
+        print(match_weights(model, args.restore_from, args.not_restore_last, state=weights)[0], flush=True)
     else:
         print("no --restore-from: training from random weights", flush=True)
     dataset = make_dataset(args)
@@ -347,13 +355,29 @@ def make_val_dataset(args: argparse.Namespace) -> CSDataSet:
     )
 
 
-def make_model(args: argparse.Namespace) -> torch.nn.Module:
+def read_start(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
+    """The weights of --restore-from, None without it."""
+    return read_weights(args.restore_from, IMG_MEAN.tolist(), args.backbone) if args.restore_from else None
+
+
+def make_start(args: argparse.Namespace) -> torch.nn.Module:
+    """The network with the weights that it starts from."""
+    weights = read_start(args)
+    model = make_model(args, weights)
+    if weights:
+        load_weights(model, args.restore_from, args.not_restore_last, state=weights)
+    return model
+
+
+def make_model(args: argparse.Namespace, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
+    """The network, in the variant that `weights` are of."""
     return MODELS[args.model](
         args.num_classes,
         recurrence=args.recurrence,
         backbone=args.backbone,
         dropout=args.dropout,
         abn="apex" if args.backend == "apex" and args.abn == "torch" else args.abn,
+        variant=variant_of(weights or {}),
     )
 
 
@@ -382,7 +406,7 @@ def make_parallel(
         parallel = apex.data_parallel(model) if world.size > 1 else model
     else:
         parallel = world.data_parallel(model, all_used=args.recurrence > 0)
-    return torch.compile(parallel) if args.compile else parallel
+    return cast(torch.nn.Module, torch.compile(parallel)) if args.compile else parallel
 
 
 def seed_of(*numbers: int) -> int:
@@ -404,10 +428,8 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
         if args.cache:
             dataset.cache = make_cache(args, dataset, world)
         torch.manual_seed(seed_of(args.random_seed))
-        model = make_model(args)
-        if args.restore_from:
-            load_weights(model, args.restore_from, args.not_restore_last)
-        model.to(world.device, memory_format=layout_of(args))
+        model = make_start(args)
+        model.to(world.device).to(memory_format=layout_of(args))
         average = WeightAverage(model, args.ema) if args.ema is not None else None
         synchronise(model, world)
         train_mode(model, args.freeze_bn)
@@ -477,12 +499,18 @@ def make_task(
         )
         return mean_iou(result.confusion)
 
-    def example(image: torch.Tensor, label: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
+    def examples(image: torch.Tensor, label: torch.Tensor, logits: torch.Tensor) -> dict[str, np.ndarray]:
         pixels = image.permute(1, 2, 0).cpu().numpy() + IMG_MEAN
         picture = pixels[..., ::-1].round().clip(0, 255).astype(np.uint8)
         prediction = upsample(logits[None], label.shape)[0].argmax(0)
         classes = [colored(each.cpu().numpy(), colors) for each in (label, prediction)]
-        return np.hstack([picture, *classes])
+        shown = {"train/image_label_prediction": np.hstack([picture, *classes])}
+        if isinstance(model, Seg_Model) and args.recurrence:
+            middle = label.shape[0] // 2, label.shape[1] // 2
+            model.eval()
+            maps = picture_attention(model, image[None], [middle])[:, 0].cpu().numpy()
+            shown["train/attention"] = np.array(draw_attention(picture, middle, maps))
+        return shown
 
     return Task(
         batches,
@@ -491,7 +519,7 @@ def make_task(
         seed=lambda step: seed_of(args.random_seed, step, world.rank),
         train_mode=lambda: train_mode(model, args.freeze_bn),
         validate=validate,
-        example=example,
+        examples=examples,
     )
 
 

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import re
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from utils.environment import machine
+
+__all__ = ["machine"]
 
 Run = Callable[[], object]
 Mark = float | torch.cuda.Event
 
 SLICE = {"cpu": 0.2, "cuda": 0.05}  # seconds that a contender runs for in a turn
 LONG = 10.0  # seconds; a run that takes longer is done once after its warm-up, and has no turns
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What a result depends on besides the code: device, PyTorch, threads, what else ran, and the date."""
-    about: dict[str, Any] = {
-        "device": device,
-        "name": _processor(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],  # processes that ran or waited during the last minute
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    if device == "cuda":
-        gpu = torch.cuda.get_device_properties(0)
-        about |= {
-            "name": gpu.name,
-            "cuda": torch.version.cuda,
-            "capability": f"{gpu.major}.{gpu.minor}",
-            "multiprocessors": gpu.multi_processor_count,
-            "memory_bytes": gpu.total_memory,
-            "l2_bytes": gpu.L2_cache_size,
-        }
-    return about
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def mark(device: str) -> Mark:

@@ -21,7 +21,7 @@ from utils.args import RunError, UsageError
 from utils.files import replacing, temporary_name
 
 #: What a run leaves beside snapshots and states.
-RUN_FILES = ("args.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
+RUN_FILES = ("args.json", "environment.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
 LOCK = ".lock"
 
 

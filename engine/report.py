@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.evaluation import Result
@@ -17,11 +17,12 @@ from utils.heat_map import draw_heat_map
 FILES = RESULT, SCORES, CONFUSION = "result.txt", "scores.txt", "confusion.png"
 
 
-def write(folder: str, result: Result, names: Sequence[str]) -> str:
+def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[str, Any]) -> str:
     """Write FILES into `folder`.
 
     Args:
         names: of the K classes.
+        arguments: what was evaluated and how, noted beside the scores.
 
     Returns:
         The table of classes and the averages, to print.
@@ -36,7 +37,7 @@ def write(folder: str, result: Result, names: Sequence[str]) -> str:
     for name in ("averageScoreCategories", "averageScoreInstCategories"):
         if scores.get(name) is not None:
             lines.append(f"{name} {scores[name]:.4f}")
-    scores |= {"classes": list(names), "confusion": result.confusion.tolist()}
+    scores |= {"classes": list(names), "confusion": result.confusion.tolist(), "arguments": dict(arguments)}
     # nan is no JSON: what has no score is null.
     content = json.dumps({name: _without_nan(value) for name, value in scores.items()}, allow_nan=False)
     _write_text(os.path.join(folder, RESULT), content)

@@ -23,6 +23,7 @@ from engine.signals import StopRequest
 from engine.step import Diverged, Report, Stepper
 from engine.transfer import Batch
 from utils.args import RunError, UsageError
+from utils.environment import commit, machine
 from utils.files import replacing
 from utils.logger import RunLog
 
@@ -44,7 +45,8 @@ class Task(NamedTuple):
     seed: (step from 1) -> of its dropout on this process.
     train_mode: sets the network to training.
     validate: (network, error that ends it early) -> mean IoU over all processes.
-    example: (image, label, outputs) of a sample -> what TensorBoard shows of it, uint8 [h, w, 3] RGB.
+    examples: (image, label, outputs) of a sample -> what TensorBoard shows of it: names, uint8 [h, w, 3] RGB.
+        May set the network to evaluation.
     """
 
     batches: Callable[[range], Iterator[Batch | Exception]]
@@ -52,7 +54,7 @@ class Task(NamedTuple):
     seed: Callable[[int], int]
     train_mode: Callable[[], object]
     validate: Callable[[nn.Module, Callable[[], Exception | None]], float]
-    example: Callable[[Tensor, Tensor, Tensor], np.ndarray]
+    examples: Callable[[Tensor, Tensor, Tensor], dict[str, np.ndarray]]
 
 
 class Run:
@@ -150,8 +152,21 @@ class Run:
         checkpoint.remove_leftovers(self.directory)
         with replacing(os.path.join(self.directory, "args.json")) as path, open(path, "w") as file:
             json.dump(dict(self.arguments), file, indent=2)
+        self._note_environment(start)
         self.log = RunLog(self.directory, start, self.steps, self.arguments["batch_size"])
         return self.log
+
+    def _note_environment(self, start: int) -> None:
+        """Note in environment.json on what this start of the run runs, beside those before it."""
+        path = os.path.join(self.directory, "environment.json")
+        try:
+            with open(path) as file:
+                starts = json.load(file)
+        except (OSError, ValueError):
+            starts = []
+        about = machine(self.world.device.type) | {"processes": self.world.size, "commit": commit()}
+        with replacing(path) as temporary, open(temporary, "w") as file:
+            json.dump([*starts, {"step": start, **about}], file, indent=2)
 
     def _take_steps(self, start: int) -> None:
         if start >= self.steps:
@@ -247,13 +262,15 @@ class Run:
         self._on_main(save)
 
     def _show(self, step: int, batch: Batch, report: Report) -> None:
-        """The last sample of the batch, its label and its prediction, for TensorBoard."""
+        """What there is to see of the last sample of the batch, for TensorBoard."""
 
         def show() -> None:
-            picture = self.task.example(batch.images[-1], batch.labels[-1], report.outputs[0][-1])
-            self.log.picture(step, "train/image_label_prediction", picture)
+            pictures = self.task.examples(batch.images[-1], batch.labels[-1], report.outputs[0][-1])
+            for name, picture in pictures.items():
+                self.log.picture(step, name, picture)
 
         self._on_main(show)
+        self.task.train_mode()
 
     def _validate(self, step: int) -> None:
         """Score the weights after `step` and keep them if they are the best; the state of `step` is saved."""

@@ -32,7 +32,7 @@ class ABN(nn.Module):
 
     Args:
         channels: number of channels C.
-        activation: "identity", or "leaky_relu" with slope 0.01.
+        activation: "identity", "relu", or "leaky_relu" with slope 0.01.
         backend: "torch"; "inplace" for the inplace_abn package, which overwrites its input to save memory;
             "apex" for NVIDIA's kernels where statistics are shared by several processes, torch's elsewhere.
 
@@ -50,8 +50,8 @@ class ABN(nn.Module):
         momentum: float = 0.1,
     ):
         super().__init__()
-        if activation not in ("identity", "leaky_relu"):
-            raise ValueError(f"ABN: activation is 'identity' or 'leaky_relu', not {activation!r}")
+        if activation not in ("identity", "relu", "leaky_relu"):
+            raise ValueError(f"ABN: activation is 'identity', 'relu' or 'leaky_relu', not {activation!r}")
         if backend not in BACKENDS:
             raise ValueError(f"ABN: backend is one of {', '.join(BACKENDS)}, not {backend!r}")
         if backend == "inplace":
@@ -92,6 +92,8 @@ class ABN(nn.Module):
                 self.momentum,
                 self.eps,
             )
+        if self.activation == "relu":
+            return F.relu(y)
         return F.leaky_relu(y, self.slope) if self.activation == "leaky_relu" else y
 
     def _forward_inplace(self, x: Tensor) -> Tensor:
@@ -102,14 +104,17 @@ class ABN(nn.Module):
             "training": self.training,
             "momentum": self.momentum,
             "eps": self.eps,
-            "activation": self.activation,
+            # It computes its input from its output, which no ReLU allows: that one follows, with its memory.
+            "activation": "identity" if self.activation == "relu" else self.activation,
             "activation_param": self.slope,
         }
         if self.training and self.group is not None:
             # The group is named: the package's default is no longer recognised by today's torch and would
             # silently leave the statistics unsynchronised.
-            return functions.inplace_abn_sync(*arguments, group=self.group.group, **options)
-        return functions.inplace_abn(*arguments, **options)
+            y = functions.inplace_abn_sync(*arguments, group=self.group.group, **options)
+        else:
+            y = functions.inplace_abn(*arguments, **options)
+        return F.relu(y) if self.activation == "relu" else y
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Written by inplace_abn >= 1.1.0 and by torch's batch norm, read by nothing: optional on load.

@@ -28,16 +28,15 @@ class RCCAHead(nn.Module):
         channels: int = 512,
         dropout: float = 0.1,
         backend: str = "torch",
+        activation: str = "leaky_relu",
     ):
         super().__init__()
-        self.conva = nn.Sequential(
-            convolution(in_channels, channels, 3), ABN(channels, "leaky_relu", backend)
-        )
+        self.conva = nn.Sequential(convolution(in_channels, channels, 3), ABN(channels, activation, backend))
         self.cca = RecurrentCrissCrossAttention(channels, recurrence)
-        self.convb = nn.Sequential(convolution(channels, channels, 3), ABN(channels, "leaky_relu", backend))
+        self.convb = nn.Sequential(convolution(channels, channels, 3), ABN(channels, activation, backend))
         self.bottleneck = nn.Sequential(
             convolution(in_channels + channels, channels, 3),
-            ABN(channels, "leaky_relu", backend),
+            ABN(channels, activation, backend),
             nn.Dropout2d(dropout),
             nn.Conv2d(channels, num_classes, 1),
         )
@@ -59,6 +58,7 @@ class Seg_Model(ResNet):
         backbone: "resnet101" or "resnet50".
         dropout: probability of both heads' channel dropout.
         abn: backend of the activated batch norm, "torch", "inplace" or "apex" (networks/abn.py).
+        variant: "ccnet", or the network of another release, "mmseg" or "torchvision" (networks/variants.py).
 
     Raises:
         ValueError: an argument out of range.
@@ -74,16 +74,20 @@ class Seg_Model(ResNet):
         backbone: str = "resnet101",
         dropout: float = 0.1,
         abn: str = "torch",
+        variant: str = "ccnet",
     ):
-        super().__init__(backbone, abn)
+        super().__init__(backbone, abn, variant)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-        self.head = RCCAHead(2048, num_classes, recurrence, dropout=dropout, backend=abn)
+        activation, dsn_channels = self.variant.activation, self.variant.dsn_channels
+        self.head = RCCAHead(
+            2048, num_classes, recurrence, dropout=dropout, backend=abn, activation=activation
+        )
         self.dsn = nn.Sequential(
-            nn.Conv2d(1024, 512, 3, padding=1),
-            ABN(512, "leaky_relu", abn),
+            nn.Conv2d(1024, dsn_channels, 3, padding=1),
+            ABN(dsn_channels, activation, abn),
             nn.Dropout2d(dropout),
-            nn.Conv2d(512, num_classes, 1),
+            nn.Conv2d(dsn_channels, num_classes, 1),
         )
         self.criterion = criterion
         if pretrained_model is not None:

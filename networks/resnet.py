@@ -1,14 +1,15 @@
-"""Dilated ResNet backbone with a deep stem, output stride 8 (original: networks/ccnet.py)."""
+"""Dilated ResNet backbone, output stride 8 (original, with a deep stem: networks/ccnet.py)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks.abn import ABN
+from networks.variants import DEPTHS, VARIANTS
 
-#: Bottleneck blocks in each of the four layers.
-DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+__all__ = ["DEPTHS", "Bottleneck", "ResNet", "convolution"]
 
 
 def convolution(
@@ -55,40 +56,57 @@ class ResNet(nn.Module):
     """images [N, 3, h, w] -> (layer3 [N, 1024, H, W], layer4 [N, 2048, H, W]), H = ceil(h / 8) up to
     rounding.
 
-    layer3 and layer4 keep the resolution and dilate by 2 and 4 instead, in every block.
+    layer3 and layer4 keep the resolution and dilate by 2 and 4 instead; stem, pool and the dilation of their
+    first blocks are those of `variant` (networks/variants.py).
     """
 
-    def __init__(self, depth: str = "resnet101", backend: str = "torch"):
+    def __init__(self, depth: str = "resnet101", backend: str = "torch", variant: str = "ccnet"):
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"backbone is one of {', '.join(sorted(DEPTHS))}, not {depth!r}")
-        self.conv1 = convolution(3, 64, 3, stride=2)
-        self.bn1 = ABN(64, "identity", backend)
-        self.conv2 = convolution(64, 64, 3)
-        self.bn2 = ABN(64, "identity", backend)
-        self.conv3 = convolution(64, 128, 3)
-        self.bn3 = ABN(128, "identity", backend)
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is one of {', '.join(sorted(VARIANTS))}, not {variant!r}")
+        self.variant = VARIANTS[variant]
+        self.shift: Tensor | None
+        self.register_buffer("shift", torch.zeros(3) if self.variant.shift else None)
+        stem = self.variant.stem
+        self.conv1 = convolution(3, stem[0], self.variant.kernel, stride=2)
+        self.bn1 = ABN(stem[0], "identity", backend)
+        if len(stem) == 3:
+            self.conv2 = convolution(stem[0], stem[1], 3)
+            self.bn2 = ABN(stem[1], "identity", backend)
+            self.conv3 = convolution(stem[1], stem[2], 3)
+            self.bn3 = ABN(stem[2], "identity", backend)
         blocks = DEPTHS[depth]
-        self.layer1 = self._layer(128, 64, blocks[0], 1, 1, backend)
-        self.layer2 = self._layer(256, 128, blocks[1], 2, 1, backend)
-        self.layer3 = self._layer(512, 256, blocks[2], 1, 2, backend)
-        self.layer4 = self._layer(1024, 512, blocks[3], 1, 4, backend)
+        first = (1, 2) if self.variant.contract_dilation else (2, 4)
+        self.layer1 = self._layer(stem[-1], 64, blocks[0], 1, 1, 1, backend)
+        self.layer2 = self._layer(256, 128, blocks[1], 2, 1, 1, backend)
+        self.layer3 = self._layer(512, 256, blocks[2], 1, first[0], 2, backend)
+        self.layer4 = self._layer(1024, 512, blocks[3], 1, first[1], 4, backend)
 
     @staticmethod
     def _layer(
-        in_channels: int, planes: int, blocks: int, stride: int, dilation: int, backend: str
+        in_channels: int,
+        planes: int,
+        blocks: int,
+        stride: int,
+        first_dilation: int,
+        dilation: int,
+        backend: str,
     ) -> nn.Sequential:
         out_channels = planes * Bottleneck.expansion
-        first = Bottleneck(in_channels, planes, stride, dilation, backend)
+        first = Bottleneck(in_channels, planes, stride, first_dilation, backend)
         rest = [Bottleneck(out_channels, planes, 1, dilation, backend) for _ in range(blocks - 1)]
         return nn.Sequential(first, *rest)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.relu(self.bn1(self.conv1(images)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(x)))
-        # ceil_mode: 1024 x 2048 pictures give 129 x 257 features, as the released checkpoints were trained
-        # with.
-        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=True)
+        x = images if self.shift is None else images + self.shift.view(3, 1, 1)
+        x = F.relu(self.bn1(self.conv1(x)))
+        if len(self.variant.stem) == 3:
+            x = F.relu(self.bn2(self.conv2(x)))
+            x = F.relu(self.bn3(self.conv3(x)))
+        # CCNet's ceil_mode: 1024 x 2048 pictures give 129 x 257 features, as its released checkpoints were
+        # trained with.
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=self.variant.ceil_mode)
         x = self.layer3(self.layer2(self.layer1(x)))
         return x, self.layer4(x)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 #: The two layers whose shape depends on the number of classes.
 CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
+#: What only weights that come from another program have: how its pictures differ.
+SHIFT = "shift"
 #: What an ImageNet backbone lacks, and may.
 HEADS = ("head.", "dsn.")
 
@@ -67,10 +69,15 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def match_weights(
-    model: nn.Module, path: str | os.PathLike, fresh_classifiers: bool = False, complete: bool = False
+    model: nn.Module,
+    path: str | os.PathLike,
+    fresh_classifiers: bool = False,
+    complete: bool = False,
+    state: Mapping[str, Tensor] | None = None,
 ) -> tuple[LoadReport, dict[str, Tensor]]:
     """What `load_weights` would do, and the entries that it would load; `model` may be on the meta device."""
-    state = {k: v for k, v in read_state_dict(path).items() if not k.endswith("num_batches_tracked")}
+    state = read_state_dict(path) if state is None else state
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     own = model.state_dict()
     fresh = {name for name in own if fresh_classifiers and name.startswith(CLASSIFIERS)}
     loaded = {name: state[name] for name in own if name in state and name not in fresh}
@@ -78,12 +85,17 @@ def match_weights(
     left_over = [name for name in state if name not in loaded]
     if not loaded:
         raise CheckpointError(
-            f"{path}: none of its {len(state)} entries belongs to this network; check the file"
+            f"{path}: none of its {len(state)} entries belongs to this network; check the file, or convert "
+            "another program's with python -m tools.convert"
         )
     for name, value in loaded.items():
         if own[name].shape != value.shape:
             raise CheckpointError(_shape_mismatch(path, name, own[name], value))
     missing = [name for name in new if name not in fresh and (complete or not name.startswith(HEADS))]
+    if SHIFT in missing:
+        raise CheckpointError(
+            f"{path}: made for another program's pictures; convert it first with python -m tools.convert"
+        )
     if missing:
         raise CheckpointError(
             f"{path}: lacks {len(missing)} entries of this network, the first is {missing[0]}; "
@@ -100,7 +112,11 @@ def match_weights(
 
 
 def load_weights(
-    model: nn.Module, path: str | os.PathLike, fresh_classifiers: bool = False, complete: bool = False
+    model: nn.Module,
+    path: str | os.PathLike,
+    fresh_classifiers: bool = False,
+    complete: bool = False,
+    state: Mapping[str, Tensor] | None = None,
 ) -> LoadReport:
     """Load a checkpoint of CCNet or of its ImageNet backbone into `model`.
 
@@ -108,12 +124,13 @@ def load_weights(
         path: file that `read_state_dict` can read. num_batches_tracked entries are left out silently.
         fresh_classifiers: leave the two classifiers as they are (fine-tuning to other classes).
         complete: every entry of the model must be in the file, as evaluation needs it.
+        state: what the file holds, where it has been read; `path` is then its name in messages.
 
     Raises:
         CheckpointError: unreadable, of another network, or (without `fresh_classifiers`) of other classes.
             The model is then unchanged.
     """
-    report, loaded = match_weights(model, path, fresh_classifiers, complete)
+    report, loaded = match_weights(model, path, fresh_classifiers, complete, state)
     model.load_state_dict({**model.state_dict(), **loaded})
     return report
 

@@ -65,7 +65,10 @@ class TestTraining:
         snapshots = folder / "snapshots"
         assert (snapshots / "CS_scenes_2.pth").exists()
         (events,) = (snapshots / "tensorboard").iterdir()
-        assert events.read_bytes().count(b"train/image_label_prediction") == 2
+        for picture in (b"train/image_label_prediction", b"train/attention"):
+            assert events.read_bytes().count(picture) == 2
+        (start,) = json.loads((snapshots / "environment.json").read_text())
+        assert start["step"] == 0 and start["processes"] == 1 and start["torch"] == torch.__version__
         state = torch.load(snapshots / "CS_scenes_4.pth", weights_only=True)
         assert set(state) == set(Seg_Model(19, backbone="resnet50").state_dict())
         log = entries(snapshots)

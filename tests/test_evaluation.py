@@ -106,7 +106,9 @@ class TestReport:
     CONFUSION = torch.tensor([[90, 10, 0], [1, 3, 0], [0, 0, 0]])
 
     def test_files(self, tmp_path):
-        table = report.write(str(tmp_path), Result(self.CONFUSION, None), ["road", "traffic light", "car"])
+        table = report.write(
+            str(tmp_path), Result(self.CONFUSION, None), ["road", "traffic light", "car"], {"split": "val"}
+        )
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(report.FILES)
         scores = json.loads((tmp_path / "result.txt").read_text())
         assert scores["classes"] == ["road", "traffic light", "car"]

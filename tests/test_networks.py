@@ -173,7 +173,8 @@ def test_memory_format_and_dtype():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_classes": 0}, {"recurrence": -1}, {"backbone": "vgg"}, {"abn": "other"}]
+    "arguments",
+    [{"num_classes": 0}, {"recurrence": -1}, {"backbone": "vgg"}, {"abn": "other"}, {"variant": "other"}],
 )
 def test_wrong_arguments(arguments):
     with pytest.raises(ValueError):
@@ -192,9 +193,10 @@ class TestABN:
         shape = (1, -1, 1, 1)
         y = (norm.weight.abs() + 1e-5).view(shape) * (x - mean.view(shape)) / (var.view(shape) + 1e-5).sqrt()
         y = y + norm.bias.view(shape)
-        return torch.where(y > 0, y, 0.01 * y) if norm.activation == "leaky_relu" else y
+        slope = {"leaky_relu": 0.01, "relu": 0.0, "identity": 1.0}[norm.activation]
+        return torch.where(y > 0, y, slope * y)
 
-    @pytest.mark.parametrize("activation", ["leaky_relu", "identity"])
+    @pytest.mark.parametrize("activation", ["leaky_relu", "relu", "identity"])
     def test_formula_in_both_modes(self, activation):
         norm, x = self.filled(activation), torch.randn(3, 6, 5, 4, dtype=torch.float64) * 3 + 1
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
@@ -272,7 +274,7 @@ class TestABN:
 
     def test_inplace_backend_agrees(self):
         pytest.importorskip("inplace_abn", reason="the inplace-abn package is not installed")
-        for activation in ("leaky_relu", "identity"):
+        for activation in ("leaky_relu", "relu", "identity"):
             ours, theirs = ABN(6, activation), ABN(6, activation, backend="inplace")
             state = {name: value.float() for name, value in self.filled().state_dict().items()}
             state["weight"][2:4] = 0.5  # in-place backward divides by the weight

@@ -1,0 +1,135 @@
+"""ImageNet weights by name: `torchvision:resnet101`, `timm:resnet101.a1_in1k`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from networks.convert import from_batch_norm, imagenet_names, to_our_pictures
+from networks.variants import DEPTHS
+from networks.weights import CheckpointError, read_state_dict
+
+LIBRARIES = ("torchvision", "timm")
+#: Of torchvision's weights; its own segmentation networks start from these.
+TORCHVISION_TAG = "IMAGENET1K_V1"
+#: timm's networks that are CCNet's backbone: with a 7x7 stem, CCNet's own (s), and mmsegmentation's (c).
+TIMM_NETWORKS = [depth + stem for depth in DEPTHS for stem in ("", "s", "c")]
+
+
+class Pretrained(NamedTuple):
+    """What a library has under a name."""
+
+    state: dict[str, Tensor]  # in the library's names
+    mean: tuple[float, ...]  # of its pictures, R G B in 0..255
+    std: tuple[float, ...]
+
+
+def is_library(source: str | os.PathLike) -> bool:
+    """Whether `source` names a library's weights, and not a file."""
+    return isinstance(source, str) and source.partition(":")[0] in LIBRARIES
+
+
+def library_weights(source: str, backbone: str = "resnet101") -> Pretrained:
+    """The weights that `source` names, downloaded unless the library has done it before.
+
+    Args:
+        source: `torchvision:resnet50`, or with one of its tags `torchvision:resnet50.IMAGENET1K_V2`;
+            `timm:resnet50.a1_in1k`; `torchvision` alone is the `backbone`'s.
+
+    Raises:
+        CheckpointError: no such weights, no such library, no network.
+    """
+    library, _, name = source.partition(":")
+    if library == "torchvision":
+        return _from_torchvision(source, name or backbone)
+    return _from_timm(source, name)
+
+
+def read_weights(
+    source: str | os.PathLike, picture_mean: Sequence[float], backbone: str = "resnet101"
+) -> dict[str, Tensor]:
+    """The state dict of a file, or of a library's weights converted to ours.
+
+    Args:
+        source: a checkpoint's path, or a name as `library_weights` takes it.
+        picture_mean: B G R, subtracted from the pictures that the network will get.
+
+    Raises:
+        CheckpointError: one line that names `source`, what is wrong and what to do.
+    """
+    if not is_library(source):
+        return read_state_dict(source)
+    weights = library_weights(str(source), backbone)
+    state = imagenet_names(str(source), weights.state)
+    return from_batch_norm(to_our_pictures(state, weights.mean, weights.std, picture_mean))
+
+
+def _from_torchvision(source: str, name: str) -> Pretrained:
+    network, _, tag = name.partition(".")
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError) as error:  # a build that does not fit torch fails in its operators
+        raise CheckpointError(
+            f"{source}: torchvision can't be imported ({_line(error)}); install the build for this torch"
+        ) from error
+    if network not in DEPTHS:
+        raise CheckpointError(f"{source}: not CCNet's backbone; name {' or '.join(sorted(DEPTHS))}")
+    choices = models.get_model_weights(network)
+    try:
+        weights = choices[tag or TORCHVISION_TAG]
+    except KeyError:
+        tags = ", ".join(choice.name for choice in choices)
+        raise CheckpointError(f"{source}: torchvision has no weights {tag}; name one of {tags}") from None
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the network, the disk, a damaged file
+        raise _not_downloaded(source, error) from error
+    pictures = weights.transforms()
+    return Pretrained(dict(state), _in_255(pictures.mean), _in_255(pictures.std))
+
+
+def _from_timm(source: str, name: str) -> Pretrained:
+    try:
+        import timm
+    except ImportError as error:
+        raise CheckpointError(
+            f"{source}: timm can't be imported ({_line(error)}); install it with pip install timm"
+        ) from error
+    network = name.partition(".")[0]
+    if network not in TIMM_NETWORKS:
+        raise CheckpointError(
+            f"{source}: not CCNet's backbone; name one of timm's {', '.join(TIMM_NETWORKS)}"
+        )
+    known = timm.list_models(f"{network}.*", pretrained=True)
+    if name not in (network, *known):
+        raise CheckpointError(f"{source}: timm has no such weights; name one of {', '.join(known)}")
+    log = logging.getLogger("huggingface_hub")  # which warns of every attempt
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of the network, the disk, a damaged file
+        raise _not_downloaded(source, error) from error
+    finally:
+        log.setLevel(level)
+    pictures: Any = model.pretrained_cfg
+    return Pretrained(model.state_dict(), _in_255(pictures["mean"]), _in_255(pictures["std"]))
+
+
+def _in_255(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(255 * value for value in values)
+
+
+def _not_downloaded(source: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: can't be downloaded ({_line(error)}); run it where there is a network, or bring the file "
+        "here and convert it with python -m tools.convert"
+    )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,544 @@
+"""Weights of other programs against those programs' own networks, and every way out and back in."""
+
+from __future__ import annotations
+
+import argparse
+import pickletools
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fill, run
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import evaluate
+import train
+from dataset import IMG_MEAN
+from networks import ABN, CheckpointError, Seg_Model
+from networks.convert import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    from_batch_norm,
+    imagenet_names,
+    rename,
+    to_batch_norm,
+    to_our_pictures,
+)
+from networks.pretrained import read_weights
+from networks.resnet import ResNet
+from networks.variants import VARIANTS, variant_of
+from networks.weights import read_state_dict
+from tools import common, convert
+from utils.args import exit_status
+
+#: Of every release that is converted here: R G B in 0..255.
+MEAN = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
+STD = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64).view(3, 1, 1)
+OUR_MEAN = torch.tensor(IMG_MEAN, dtype=torch.float64).view(3, 1, 1)
+#: Rounding to float32, of the largest value. Leaving out eps anywhere gives ten times as much.
+EXACT = 1e-6
+
+
+def fill_library(model: nn.Module) -> nn.Module:
+    """Random weights, with batch norms that have negative, tiny and zero weights; in evaluation mode."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        random = torch.randn(value.shape, generator=generator)
+        if name.endswith("running_var"):
+            value.copy_(random.abs() * 0.3 + 0.5)
+        elif value.dim() > 1:
+            value.copy_(random * (2 / value[0].numel()) ** 0.5)
+        elif value.dim() == 1:
+            value.copy_(random * 0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                module.weight[:4] = torch.tensor([0, 1e-7, -3e-6, -1.0])
+    return model.eval()
+
+
+def picture(height: int, width: int) -> Tensor:
+    """[1, 3, height, width], R G B in 0..255"""
+    random = torch.randint(0, 256, (1, 3, height, width), generator=torch.Generator().manual_seed(2))
+    return random.double()
+
+
+def ours(rgb: Tensor) -> Tensor:
+    return rgb.flip(1) - OUR_MEAN
+
+
+def layers_of(model: nn.Module, forward, images: Tensor) -> list[Tensor]:
+    layers: list[Tensor] = []
+    hooks = [
+        getattr(model, f"layer{number}").register_forward_hook(lambda _m, _i, y: layers.append(y))
+        for number in range(1, 5)
+    ]
+    with torch.no_grad():
+        forward(images)
+    for hook in hooks:
+        hook.remove()
+    return layers
+
+
+def network(state: dict[str, Tensor], num_classes: int | None = None) -> ResNet:
+    """ResNet-50 in float64, with CCNet's heads if it has classes, and every entry of `state` in it."""
+    variant = variant_of(state)
+    with torch.device("meta"):
+        model = (
+            Seg_Model(num_classes, backbone="resnet50", variant=variant)
+            if num_classes
+            else ResNet("resnet50", variant=variant)
+        )
+    model.load_state_dict({name: value.double() for name, value in state.items()}, assign=True)
+    return model.eval()
+
+
+def assert_same(outputs: list[Tensor], expected: list[Tensor], share: float = EXACT) -> None:
+    assert len(outputs) == len(expected)
+    for output, right in zip(outputs, expected, strict=True):
+        assert output.shape == right.shape
+        assert (output - right).abs().max() <= share * right.abs().max()
+
+
+def tool(*arguments: object) -> int:
+    """python -m tools.convert in this process; its exit status"""
+    return exit_status(lambda: convert.main([str(argument) for argument in arguments]), common.INPUT_ERRORS)
+
+
+def converted(folder: Path, state: object, *arguments: object) -> dict[str, Tensor]:
+    """What the tool makes of a state dict."""
+    torch.save(state, folder / "source.pth")
+    (folder / "output.pth").unlink(missing_ok=True)
+    assert tool(folder / "source.pth", folder / "output.pth", *arguments) == 0
+    return read_state_dict(folder / "output.pth")
+
+
+def unchecked(state: dict[str, Tensor], mean=IMAGENET_MEAN, std=IMAGENET_STD) -> dict[str, Tensor]:
+    """What it makes of a library's state dict, without its own comparison."""
+    return from_batch_norm(to_our_pictures(imagenet_names("source", state), mean, std, IMG_MEAN.tolist()))
+
+
+class TestImageNet:
+    """ResNets of torchvision and timm at output stride 8, as these libraries dilate them."""
+
+    def test_torchvision(self, tmp_path):
+        models = pytest.importorskip("torchvision").models
+        library = fill_library(models.resnet50(replace_stride_with_dilation=[False, True, True]))
+        state = converted(tmp_path, library.state_dict())
+        assert variant_of(state) == "torchvision" and not any(name.startswith("fc.") for name in state)
+        rgb, model = picture(56, 41), network(state)
+        right = layers_of(library.double(), library, (rgb - MEAN) / STD)
+        assert_same(layers_of(model, model.features, ours(rgb)), right)
+
+    @pytest.mark.parametrize("name", ["resnet50", "resnet50c"])
+    def test_timm(self, name):
+        timm = pytest.importorskip("timm")
+        library = fill_library(timm.create_model(name, output_stride=8))
+        state = unchecked(library.state_dict())
+        assert variant_of(state) == {"resnet50": "torchvision", "resnet50c": "mmseg"}[name]
+        rgb, model = picture(40, 56), network(state)
+        right = layers_of(library.double(), library.forward_features, (rgb - MEAN) / STD)
+        assert_same(layers_of(model, model.features, ours(rgb)), right)
+
+    def test_timm_with_ccnets_own_stem(self, tmp_path):
+        """It becomes CCNet itself: every block of a layer dilates, and around the picture is IMG_MEAN."""
+        timm = pytest.importorskip("timm")
+        library = fill_library(timm.create_model("resnet50s", output_stride=8))
+        state = converted(tmp_path, library.state_dict())
+        assert variant_of(state) == "ccnet" and set(state) == set(ResNet("resnet50").state_dict())
+        for layer, dilation in ((library.layer3, 2), (library.layer4, 4)):
+            layer[0].conv2.dilation = layer[0].conv2.padding = (dilation, dilation)
+        library.double()
+        rgb, model = picture(97, 65), network(state)  # the same with and without the pool's ceil_mode
+        layers = layers_of(model, model.features, ours(rgb))
+
+        theirs = layers_of(library, library.forward_features, (rgb - MEAN) / STD)
+        inner = (slice(None), slice(None), slice(6, -6), slice(6, -6))
+        assert_same([layers[0][inner]], [theirs[0][inner]])
+        difference = (layers[0] - theirs[0]).abs().max() / theirs[0].abs().max()
+        assert 1e-5 < difference < 1e-2  # only near the border, and little there
+
+        padded = F.pad(ours(rgb), [1] * 4) + OUR_MEAN
+        library.conv1[0].padding = (0, 0)
+        assert_same(layers, layers_of(library, library.forward_features, (padded.flip(1) - MEAN) / STD))
+
+    def test_other_pictures_from_safetensors(self, tmp_path):
+        timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
+        library = fill_library(timm.create_model("resnet50", output_stride=8))
+        safetensors.save_file(library.state_dict(), tmp_path / "model.safetensors")
+        numbers = ["--mean", "127.5,127,0", "--std", "127.5,128,1"]
+        assert tool(tmp_path / "model.safetensors", tmp_path / "output.pth", *numbers) == 0
+        mean, std = torch.tensor([127.5, 127, 0]).view(3, 1, 1), torch.tensor([127.5, 128, 1]).view(3, 1, 1)
+        rgb, model = picture(33, 41), network(read_state_dict(tmp_path / "output.pth"))
+        right = layers_of(library.double(), library.forward_features, (rgb - mean) / std)
+        assert_same(layers_of(model, model.features, ours(rgb)), right)
+
+
+def test_weights_that_ours_cannot_have():
+    """One convolution and batch norm, each channel by itself: negative weights, and those below eps."""
+    torch.manual_seed(0)
+    convolution, norm = nn.Conv2d(3, 8, 3).double(), nn.BatchNorm2d(8).double().eval()
+    weights = [2.0, -2.0, 1e-5, -1e-5, 1e-6, -1e-6, 1e-9, -1e-9]
+    state = {"dsn.0.weight": convolution.weight, "dsn.0.bias": convolution.bias}
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor(weights))
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        state |= {f"dsn.1.{name}": value for name, value in norm.state_dict().items() if value.dim()}
+        state = {name: value.detach().clone() for name, value in from_batch_norm(state).items()}
+        x = torch.randn(1, 3, 9, 9, dtype=torch.float64)
+        expected = norm(convolution(x))
+        ours = ABN(8, "identity").double().eval()
+        ours.load_state_dict({name[6:]: state[name] for name in state if name.startswith("dsn.1.")})
+        output = ours(F.conv2d(x, state["dsn.0.weight"].double(), state["dsn.0.bias"].double()))
+    difference = (output - expected).abs().amax((0, 2, 3)) / expected.abs().amax((0, 2, 3))
+    assert (difference < EXACT).all()
+
+
+class Mmseg(nn.Module):
+    """mmsegmentation's CCNet, rebuilt in plain PyTorch from its description, with its names."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        stem: list[nn.Module] = []
+        for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+            stem += self.unit(inputs, outputs, 3, stride)
+        self.backbone = nn.Module()
+        self.backbone.stem = nn.Sequential(*stem)
+        inputs = 64
+        for number, (blocks, planes, stride, first, dilation) in enumerate(
+            [(3, 64, 1, 1, 1), (4, 128, 2, 1, 1), (6, 256, 1, 1, 2), (3, 512, 1, 2, 4)], 1
+        ):
+            layer = nn.Sequential()
+            for block in range(blocks):
+                layer.append(
+                    self.block(inputs, planes, stride, first)
+                    if block == 0
+                    else self.block(inputs, planes, 1, dilation)
+                )
+                inputs = 4 * planes
+            setattr(self.backbone, f"layer{number}", layer)
+        self.decode_head = nn.Module()
+        self.decode_head.conv_seg = nn.Conv2d(512, classes, 1)
+        self.decode_head.convs = nn.Sequential(self.module(2048, 512), self.module(512, 512))
+        self.decode_head.conv_cat = self.module(2560, 512)
+        cca = self.decode_head.cca = nn.Module()
+        cca.query_conv, cca.key_conv = nn.Conv2d(512, 64, 1), nn.Conv2d(512, 64, 1)
+        cca.value_conv, cca.gamma = nn.Conv2d(512, 512, 1), nn.Module()
+        cca.gamma.scale = nn.Parameter(torch.tensor(0.6))
+        self.auxiliary_head = nn.Module()
+        self.auxiliary_head.conv_seg = nn.Conv2d(256, classes, 1)
+        self.auxiliary_head.convs = nn.Sequential(self.module(1024, 256))
+
+    @staticmethod
+    def unit(inputs, outputs, kernel, stride=1, dilation=1):
+        padding = dilation * (kernel // 2)
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    def module(self, inputs, outputs):
+        module = nn.Module()
+        module.conv, module.bn, _ = self.unit(inputs, outputs, 3)
+        return module
+
+    def block(self, inputs, planes, stride, dilation):
+        block = nn.Module()
+        block.conv1, block.bn1, _ = self.unit(inputs, planes, 1)
+        block.conv2, block.bn2, _ = self.unit(planes, planes, 3, stride, dilation)
+        block.conv3, block.bn3, _ = self.unit(planes, 4 * planes, 1)
+        if inputs != 4 * planes:
+            block.downsample = nn.Sequential(*self.unit(inputs, 4 * planes, 1, stride)[:2])
+        return block
+
+    @staticmethod
+    def attend(cca, x):
+        """Every pair of pixels, all but those of one row or one column masked."""
+        _, _, height, width = x.shape
+        query, key, value = (part(x).flatten(2) for part in (cca.query_conv, cca.key_conv, cca.value_conv))
+        rows = torch.arange(height).repeat_interleave(width)
+        columns = torch.arange(width).repeat(height)
+        crossing = (rows[:, None] == rows) | (columns[:, None] == columns)
+        weights = torch.einsum("nci,ncj->nij", query, key).masked_fill(~crossing, float("-inf")).softmax(2)
+        return cca.gamma.scale * torch.einsum("nij,ncj->nci", weights, value).view_as(x) + x
+
+    def forward(self, x):
+        def reduce(module, x):
+            return F.relu(module.bn(module.conv(x)))
+
+        x = F.max_pool2d(self.backbone.stem(x), 3, 2, 1)
+        layers = []
+        for number in range(1, 5):
+            for block in getattr(self.backbone, f"layer{number}"):
+                y = F.relu(block.bn1(block.conv1(x)))
+                y = block.bn3(block.conv3(F.relu(block.bn2(block.conv2(y)))))
+                x = F.relu(y + (block.downsample(x) if hasattr(block, "downsample") else x))
+            layers.append(x)
+        head = self.decode_head
+        y = reduce(head.convs[0], x)
+        for _ in range(2):
+            y = self.attend(head.cca, y)
+        y = reduce(head.conv_cat, torch.cat([x, reduce(head.convs[1], y)], 1))
+        auxiliary = reduce(self.auxiliary_head.convs[0], layers[2])
+        return [head.conv_seg(y), self.auxiliary_head.conv_seg(auxiliary)]
+
+
+def test_mmsegmentation(tmp_path):
+    theirs = fill_library(Mmseg(7))
+    state = converted(tmp_path, {"meta": {"CLASSES": ["road"]}, "state_dict": theirs.state_dict()})
+    rgb = picture(56, 41)
+    with torch.no_grad():
+        right = theirs.double()((rgb - MEAN) / STD)
+        assert_same(network(state, 7)(ours(rgb)), right)
+        args = argparse.Namespace(
+            restore_from=str(tmp_path / "output.pth"), gpu="cpu", classes=None, recurrence=None
+        )
+        opened = common.open_network(args)
+        assert opened.model.variant == VARIANTS["mmseg"] and opened.num_classes == 7
+        assert_same(opened.model.double()(ours(rgb)), right)
+
+
+def test_original_out_and_in_again(tmp_path, monkeypatch):
+    """Names, order, bits; a file of the kind that PyTorch 0.4 reads, with nothing in it that 0.4 lacks."""
+    monkeypatch.setattr(convert, "compare", lambda *_: None)  # of what is the same to the bit, as is tested
+    with torch.device("meta"):
+        model = Seg_Model(19)
+    model.to_empty(device="cpu")
+    fill(model)
+    names, before = list(model.state_dict()), model.state_dict()
+    wrapped = {f"module.{name}": value for name, value in before.items()}
+    out = converted(
+        tmp_path, {**wrapped, "module.bn1.num_batches_tracked": torch.tensor(3)}, "--to", "original"
+    )
+    path = tmp_path / "output.pth"
+    assert not zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        for _ in range(3):  # magic number, protocol, system
+            list(pickletools.genops(file))
+        used = {argument for opcode, argument, _ in pickletools.genops(file) if opcode.name == "GLOBAL"}
+    assert used <= {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
+    assert list(out) == names and len(out) == 562
+    path.rename(tmp_path / "original.pth")
+    assert tool(tmp_path / "original.pth", path) == 0
+    again = read_state_dict(path)
+    assert zipfile.is_zipfile(path) and list(again) == names
+    assert all(
+        torch.equal(out[name], before[name]) and torch.equal(again[name], before[name]) for name in names
+    )
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """`model` with nn.BatchNorm2d and an activation in place of every activated batch norm."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, ABN):
+                norm = nn.BatchNorm2d(len(child.weight))
+                if child.activation == "leaky_relu":
+                    norm.register_forward_hook(lambda _module, _input, y: F.leaky_relu(y, 0.01))
+                setattr(module, name, norm)
+    return model
+
+
+def test_plain_batch_norm_and_back(tmp_path):
+    model = Seg_Model(5, backbone="resnet50")
+    fill(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["layer1.0.bn1.weight"][:3] = torch.tensor([0.0, 1e-7, -1e-6])
+    folded = converted(tmp_path, state, "--to", "batch-norm")
+    assert list(folded) == list(state)
+    theirs = plain(Seg_Model(5, backbone="resnet50"))
+    theirs.load_state_dict(folded)
+    images = ours(picture(33, 49))
+    with torch.no_grad():
+        right = network(state, 5)(images)
+        assert_same(theirs.double().eval()(images), right)
+        back = converted(tmp_path, folded, "--from", "batch-norm")
+        assert_same(network(back, 5)(images), right)
+    # Where they could be read as plain ones, ours differ: the test above would show it.
+    assert not torch.equal(folded["bn1.weight"], state["bn1.weight"])
+    again = to_batch_norm(back)
+    for name, value in folded.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-11)
+
+
+def small_state(**changes: Tensor | None) -> dict[str, Tensor]:
+    """CCNet's ResNet-50 with the same number everywhere, entries replaced, added, or left out (None)."""
+    with torch.device("meta"):
+        model = Seg_Model(5, backbone="resnet50")
+    state = {**constant(model), **changes}
+    return {name: value for name, value in state.items() if value is not None}
+
+
+def library_state(name: str) -> dict[str, Tensor]:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        return constant(timm.create_model(name))
+
+
+def constant(model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of the model's shapes that takes no room on the disk."""
+    number = torch.full([1], 0.01, device="cpu")
+    return {
+        name: number.reshape([1] * value.dim()).expand(value.shape)
+        for name, value in model.state_dict().items()
+    }
+
+
+class TestRefusals:
+    """One line, and no file."""
+
+    def refused(self, capsys, folder, *arguments, status=2):
+        before = sorted(path.name for path in folder.iterdir())
+        assert tool(*arguments) == status
+        assert sorted(path.name for path in folder.iterdir()) == before
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and "Traceback" not in error
+        return error
+
+    @pytest.mark.parametrize(
+        "make, words",
+        [
+            (lambda: {"encoder.weight": torch.zeros(3)}, ["encoder.weight"]),
+            (lambda: small_state(**{"layer1.0.se.weight": torch.zeros(3)}), ["layer1.0.se.weight", "lacks"]),
+            (lambda: small_state(**{"head.conva.0.weight": None}), ["lacks head.conva.0.weight"]),
+            (lambda: library_state("resnet26"), ["2, 2, 2, 2"]),
+            (lambda: library_state("resnet34"), ["lacks layer1.0", "bottlenecks"]),
+            (lambda: library_state("resnet50d"), ["ResNet-D", "resnet101c"]),
+            (lambda: library_state("resnext50_32x4d"), ["has shape", "plain resnet50"]),
+            (lambda: {"decode_head.conv_seg.weight": torch.zeros(5, 512, 1, 1)}, ["0, 0, 0, 0"]),
+        ],
+        ids=["names", "unknown", "missing", "depth", "blocks", "resnet-d", "groups", "no backbone"],
+    )
+    def test_other_networks(self, make, words, capsys, tmp_path):
+        torch.save(make(), tmp_path / "source.pth")
+        error = self.refused(capsys, tmp_path, tmp_path / "source.pth", tmp_path / "output.pth")
+        assert "source.pth" in error and all(word in error for word in words)
+
+    @pytest.mark.parametrize("name", ["source.pth", "source.safetensors"])
+    def test_damaged_and_missing(self, name, capsys, tmp_path):
+        output = tmp_path / "output.pth"
+        assert "no such file" in self.refused(capsys, tmp_path, tmp_path / name, output)
+        (tmp_path / name).write_bytes(b"PK\x03\x04 and no more")
+        assert "damaged" in self.refused(capsys, tmp_path, tmp_path / name, output)
+
+    def test_output_that_exists(self, capsys, tmp_path):
+        torch.save(small_state(), tmp_path / "source.pth")
+        (tmp_path / "output.pth").write_text("mine")
+        error = self.refused(capsys, tmp_path, tmp_path / "source.pth", tmp_path / "output.pth")
+        assert "output.pth: exists; name another file" in error
+        assert (tmp_path / "output.pth").read_text() == "mine"
+
+    def test_flags_that_do_not_fit(self, capsys, tmp_path):
+        torch.save(small_state(), tmp_path / "source.pth")
+        paths = [tmp_path / "source.pth", tmp_path / "output.pth"]
+        assert "resnet101 alone" in self.refused(capsys, tmp_path, *paths, "--to", "original")
+        assert "--mean" in self.refused(capsys, tmp_path, *paths, "--mean", "1,2,3")
+        assert "--from" in self.refused(capsys, tmp_path, "torchvision", paths[1], "--from", "mmseg")
+
+    def test_outputs_that_differ(self, capsys, tmp_path, monkeypatch):
+        """nan in the source, and a conversion that is wrong."""
+        torch.save(small_state(**{"bn1.bias": torch.full([64], float("nan"))}), tmp_path / "source.pth")
+        paths = [tmp_path / "source.pth", tmp_path / "output.pth"]
+        assert "not written" in self.refused(capsys, tmp_path, *paths, status=1)
+        torch.save(small_state(), tmp_path / "source.pth")
+        wrong = torch.linspace(0, 1, 64)
+        monkeypatch.setattr(convert, "to_batch_norm", lambda state: {**state, "bn1.weight": wrong})
+        assert "not written" in self.refused(capsys, tmp_path, *paths, "--to", "batch-norm", status=1)
+
+    def test_raw_weights_are_not_taken_for_ours(self, tmp_path):
+        with torch.device("meta"):
+            mmseg = constant(Mmseg(19))
+        for number, state in enumerate((library_state("resnet50"), mmseg)):
+            torch.save(state, path := tmp_path / f"{number}.pth")
+            args = evaluate.get_parser().parse_args(["--data-dir", "nowhere", "--backbone", "resnet50"])
+            args.restore_from, args.num_classes = str(path), 19
+            with pytest.raises(CheckpointError, match="python -m tools.convert"):
+                evaluate.check(args)
+
+
+class TestByName:
+    def test_timm(self, monkeypatch):
+        timm = pytest.importorskip("timm")
+        create = timm.create_model
+        library = fill_library(create("resnet50c"))
+        library.pretrained_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+        monkeypatch.setattr(timm, "create_model", lambda name, pretrained: library)
+        state = read_weights("timm:resnet50c", IMG_MEAN.tolist())
+        expected = unchecked(library.state_dict(), (127.5, 102, 76.5), (51, 76.5, 102))
+        assert set(state) == set(expected)
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name])
+
+    @pytest.mark.parametrize(
+        "name, words",
+        [
+            ("torchvision:resnet18", "resnet101 or resnet50"),
+            ("torchvision:resnet50.V9", "IMAGENET1K_V2"),
+            ("timm:resnet50d", "resnet50s"),
+            ("timm:resnet50.nothing", "resnet50.a1_in1k"),
+            ("timm", "resnet50s"),
+            ("torchvision:resnet50", "can't be downloaded"),
+            ("timm:resnet50", "can't be downloaded"),
+        ],
+    )
+    def test_what_cannot_be_had(self, name, words, tmp_path, monkeypatch):
+        library = pytest.importorskip(name.partition(":")[0])
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+        if library.__name__ == "timm":
+
+            def create_model(*_arguments, **_options):
+                raise OSError("no network\nat all")
+
+            monkeypatch.setattr(library, "create_model", create_model)
+        with pytest.raises(CheckpointError) as error:
+            read_weights(name, IMG_MEAN.tolist())
+        assert (
+            str(error.value).startswith(name) and words in str(error.value) and "\n" not in str(error.value)
+        )
+
+    @pytest.mark.parametrize("library", ["torchvision", "timm"])
+    def test_a_library_that_is_missing(self, library, monkeypatch):
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(CheckpointError, match="can't be imported"):
+            read_weights(f"{library}:resnet50", IMG_MEAN.tolist())
+
+
+def test_rename_takes_whole_parts():
+    modules = {"a": "x", "a.b": "y", "c.1": "z"}
+    names = ["a.w", "a.b.w", "ab.w", "c.1.w", "c.10.w"]
+    assert list(rename(dict.fromkeys(names), modules)) == ["x.w", "y.w", "ab.w", "z.w", "c.10.w"]
+
+
+def test_training_from_torchvision(scenes, tmp_path, monkeypatch, capsys):
+    """The run, the two processes that resume it, and the evaluation build the network of the weights."""
+    models = pytest.importorskip("torchvision").models
+    url = models.ResNet50_Weights.IMAGENET1K_V1.url
+    cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save(fill_library(models.resnet50()).state_dict(), cached)
+    arguments = [
+        *("--data-dir", scenes, "--snapshot-dir", tmp_path / "run", "--input-size", "17,17"),
+        *("--batch-size", 2, "--num-steps", 1, "--learning-rate", 1e-9),
+        *("--restore-from", "torchvision", "--backbone", "resnet50", "--num-workers", 0),
+    ]
+    environment = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--gpu", "cpu"])
+    assert train.main() == 0
+    assert "torchvision: 266 entries loaded, 32 new" in capsys.readouterr().out
+    checkpoint = tmp_path / "run/CS_scenes_1.pth"
+    state, expected = read_state_dict(checkpoint), unchecked(torch.load(cached, weights_only=True))
+    for name in ("shift", "conv1.weight", "layer4.2.conv3.weight"):
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-5, atol=1e-6)
+    result = run("train.py", *arguments, "--nproc", 2, "--resume", environment=environment)
+    assert result.returncode == 0 and "the run is finished" in result.stdout, result.stderr
+    args = evaluate.get_parser().parse_args(["--data-dir", str(scenes), "--backbone", "resnet50"])
+    args.restore_from, args.num_classes = str(checkpoint), 19
+    model = evaluate.restore(args)
+    assert model.variant == VARIANTS["torchvision"] and torch.equal(model.shift, state["shift"])

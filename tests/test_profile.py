@@ -1,0 +1,219 @@
+"""python -m tools.profile: counts by hand and by brute force, the paper's table, the memory of a step."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import run
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cc_attention import criss_cross_attention, ops, reference
+from networks import Seg_Model
+from networks.resnet import DEPTHS
+from tools import profile
+from tools.cost import BACKWARD, FORWARD, PARTS, STEM, Alive, Setting, parameters_of, simulate
+from utils.args import UsageError
+
+compiled = pytest.mark.skipif(
+    "cpu" not in ops.DEVICE_TYPES, reason="the compiled operator, which is counted, was not built"
+)
+#: 65 x 97 pictures have 9 x 13 features.
+SMALL = Setting(backbone="tiny", num_classes=5, batch=2, size=(65, 97), train=True, channels_last=True)
+N, H, W = 2, 9, 13
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """A backbone of few blocks, for what does not depend on their number."""
+    DEPTHS["tiny"] = (2, 1, 1, 1)
+    yield
+    del DEPTHS["tiny"]
+
+
+def run_main(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["profile", *map(str, arguments)])
+    profile.main()
+
+
+@compiled
+def test_counted_as_the_paper_counts_the_papers_gflops_come_out():
+    rows = profile.paper()
+    counted = {name: round(row["gflops_as_the_paper_counts"], 2) for name, row in rows.items()}
+    assert counted == {"R=1": 8.29, "R=2": 16.58, "R=3": 24.88, "non-local": 108.16}
+    # 193 positions in place of 195, and no biases.
+    for recurrence in (1, 2, 3):
+        exact = recurrence * 2 * 97 * 97 * (512 * (64 + 64 + 512) + 193 * (64 + 512))
+        assert rows[f"R={recurrence}"]["gflops"] * 1e9 == pytest.approx(exact, rel=1e-12)
+    # Non-local's map of 338 MiB is the difference that counts.
+    assert rows["non-local"]["memory_kept"] - rows["R=1"]["memory_kept"] == pytest.approx(338, abs=1)
+    assert "108.16" in profile.paper_page(rows)
+
+
+def test_parameters_of_the_parts_add_up():
+    with torch.device("meta"):
+        model = Seg_Model(19, backbone="resnet101")
+    counts = parameters_of(model)
+    assert sum(counts.values()) == 71_287_911
+    stem = (model.conv1, model.bn1, model.conv2, model.bn2, model.conv3, model.bn3)
+    assert counts[STEM] == sum(p.numel() for module in stem for p in module.parameters())
+    assert counts["head.cca"] == 2 * (512 * 64 + 64) + 512 * 512 + 512 + 1
+
+
+def test_flops_of_the_parts_are_those_counted_by_hand():
+    parts = simulate(SMALL).parts
+    pixels = N * H * W
+    by_hand = {
+        # 33 x 49 after the stem's stride
+        STEM: 2 * N * 33 * 49 * 9 * (3 * 64 + 64 * 64 + 64 * 128),
+        "head.conva": 2 * pixels * 9 * 2048 * 512,
+        "head.bottleneck": 2 * pixels * (9 * 2560 * 512 + 512 * 5),
+        "dsn": 2 * pixels * (9 * 1024 * 512 + 512 * 5),
+    }
+    assert {name: parts[name].flops_forward for name in by_hand} == by_hand
+    # Each product has two in the backward, but for the gradient of the pictures, which nobody needs.
+    for name in set(by_hand) - {STEM}:
+        assert parts[name].flops_backward == 2 * by_hand[name]
+    assert parts[STEM].flops_backward == 2 * by_hand[STEM] - 2 * N * 33 * 49 * 9 * 3 * 64
+    assert list(parts) == [STEM, *PARTS, "loss"]
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 1, 6), (1, 4, 1)])
+def test_flops_of_the_operator_are_those_of_brute_force(shape):
+    n, h, w = shape
+    c, channels = 3, 11
+    query, key = (torch.randn(n, c, h, w, requires_grad=True) for _ in range(2))
+    value = torch.randn(n, channels, h, w, requires_grad=True)
+    seen = sum(
+        len({(y, u) for u in range(w)} | {(v, x) for v in range(h)}) for y in range(h) for x in range(w)
+    )
+    products = n * seen * (c + channels)  # a multiply-add for each channel of each position seen
+    with FlopCounterMode(display=False) as counter:
+        out = criss_cross_attention(query, key, value)
+    assert counter.get_total_flops() == 2 * products
+    if h > 1 < w:  # where PyTorch makes matrix products of all contractions
+        # The plain formulation meets each pixel in its column too, and multiplies it by zero.
+        with FlopCounterMode(display=False) as plain:
+            reference.criss_cross_attention(query, key, value)
+        assert plain.get_total_flops() * (h + w - 1) == 2 * products * (h + w)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 4 * products + 2 * n * seen * c
+
+
+@compiled
+@pytest.mark.parametrize("amp, width", [(None, 4), ("bf16", 2)])
+def test_kept_bytes_are_those_counted_by_hand(amp, width):
+    parts = simulate(SMALL._replace(amp=amp, recurrence=1)).parts
+    # Input, query, key, value and result, and a number of twice their width for each pixel; with autocast
+    # also the weights in its type.
+    kept = N * H * W * width * (512 + 64 + 64 + 512 + 512 + 2)
+    if amp:
+        kept += 2 * 512 * (64 + 64 + 512)
+    assert parts["head.cca"].memory == kept
+
+
+def test_peak_of_what_is_alive():
+    model = nn.Linear(3, 4)  # 64 bytes
+    with Alive(model) as alive:
+        assert alive.now == 64
+        x = torch.ones(100)
+        y = x * 2
+        assert alive.now == alive.peak == 64 + 800
+        z = y.view(10, 10)[2:]  # no memory of its own
+        del x, y
+        assert (alive.now, alive.peak) == (64 + 400, 64 + 800)
+        del z
+        assert alive.now == 64
+
+
+def test_memory_of_a_step():
+    model = Seg_Model(5, backbone="tiny")
+    setting = SMALL._replace(size=(257, 257))
+    bytes_of = 4 * sum(p.numel() for p in model.parameters())
+    one, two, five = (simulate(setting._replace(batch=batch), passes=2) for batch in (1, 2, 5))
+    assert two.gradients == two.optimizer == bytes_of
+    assert two.weights == bytes_of + 4 * sum(b.numel() for b in model.buffers())
+    kept = sum(cost.memory for cost in two.parts.values())
+    assert two.peak > two.weights + two.optimizer + two.gradients + kept
+    # What --fit relies on.
+    assert five.peak == pytest.approx(one.peak + 4 * (two.peak - one.peak), rel=1e-6)
+    # A single pass has no gradients of an earlier one.
+    assert simulate(setting).peak < two.peak
+    assert sum(c.memory for c in simulate(setting._replace(amp="bf16")).parts.values()) < 0.8 * kept
+
+
+def test_prediction_keeps_nothing():
+    training, prediction = simulate(SMALL), simulate(SMALL._replace(train=False))
+    assert prediction.peak < training.peak
+    assert prediction.gradients == prediction.optimizer == 0
+    assert list(prediction.parts) == [STEM, *PARTS]
+    assert prediction.peak == prediction.weights + max(c.memory for c in prediction.parts.values())
+
+
+def test_fit_names_the_largest_batches(monkeypatch):
+    def need(setting: Setting) -> float:  # the highest of two moments, as a step's memory
+        width = 2 if setting.amp else 4
+        return 1 + width * max(1 + 0.1 * setting.batch, 0.3 * setting.batch)
+
+    monkeypatch.setattr(profile, "need", need)
+    result = profile.fit(SMALL, [5.3, 8.0, 40.0], [(257, 385), (129, 129)])
+    assert [(row["size"], row["amp"]) for row in result["rows"]] == [
+        (size, amp) for size in ((257, 385), (129, 129)) for amp in (None, "bf16")
+    ]
+    for row in result["rows"]:
+        for room, batch in zip(result["rooms"], row["batches"], strict=True):
+            fitting = [b for b in range(1, 100) if need(SMALL._replace(amp=row["amp"], batch=b)) <= room]
+            assert batch == max(fitting, default=0)
+    page = profile.fit_page(result).splitlines()
+    assert page[2] == "| 257x385 | float32 | 5.40 | 0.40 | - | 5 | 32 |"
+
+
+def test_command_times_every_part_and_writes_json(monkeypatch, tmp_path, capsys):
+    flags = "--backbone tiny --input-size 33,41 --gpu cpu --rounds 1 --train --num-classes 4".split()
+    run_main(monkeypatch, *flags, "--json", tmp_path / "profile.json")
+    result = json.loads((tmp_path / "profile.json").read_text())
+    parts = result["parts"]
+    assert list(parts) == [STEM, *PARTS, "loss", "optimizer"]
+    for name, part in parts.items():
+        assert part[f"seconds_{FORWARD}"] > 0
+        assert name == "optimizer" or part[f"seconds_{BACKWARD}"] > 0
+    assert result["setting"]["num_classes"] == 4 and result["peak_measured"] is None
+    printed = capsys.readouterr().out
+    assert "head.cca" in printed and "peak of a step" in printed
+
+
+def test_attention_left_out_has_no_part(monkeypatch, capsys):
+    run_main(monkeypatch, *"--backbone tiny --input-size 33,41 --gpu cpu --rounds 1 --recurrence 0".split())
+    assert "head.convb" in (printed := capsys.readouterr().out) and "head.cca" not in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--input-size", "65", "97"], "--input-size"),
+        (["--amp", "fp16", "--gpu", "cpu"], "--amp fp16"),
+        (["--restore-from", "nowhere.pth", "--gpu", "cpu"], "nowhere.pth"),
+    ],
+)
+def test_wrong_usage_is_one_line(monkeypatch, arguments, message):
+    with pytest.raises(profile.common.INPUT_ERRORS, match=message):
+        run_main(monkeypatch, *arguments)
+
+
+def test_paper_needs_what_it_counts(monkeypatch):
+    monkeypatch.setattr(ops, "DEVICE_TYPES", frozenset())
+    with pytest.raises(UsageError, match="--paper.*build_ext"):
+        profile.paper()
+
+
+def test_started_as_a_file_it_says_how_to_start_it():
+    result = run("tools/profile.py")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == [
+        "tools/profile.py: not a command by itself; run python -m tools.profile in its project"
+    ]

@@ -1,0 +1,180 @@
+"""tools/report: everything that a run has is on the page, and the page is one file."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dataset import CSDataSet
+from engine import report as results
+from engine.evaluation import Result
+from engine.metrics import confusion_matrix, mean_iou
+from tools import report
+from utils.args import UsageError
+from utils.chart import draw_curves
+from utils.logger import RunLog
+from utils.palette import make_palette, save_indexed_png
+
+
+@pytest.fixture
+def finished(tmp_path: Path, scenes: Path, checkpoint: Path) -> Path:
+    """A run's folder with predictions that are right in a growing part of each picture."""
+    folder = tmp_path / "a <run>"
+    (folder / "outputs").mkdir(parents=True)
+    dataset = CSDataSet(str(scenes), split="val", crop_size=None)
+    total = torch.zeros(19, 19, dtype=torch.int64)
+    for number in range(len(dataset)):
+        picture = dataset.picture(number, instances=False)
+        prediction = np.where(picture.label == 255, 0, picture.label)
+        prediction[10 * number :] = 18
+        save_indexed_png(folder / f"outputs/{picture.name}.png", prediction, make_palette([]))
+        total += confusion_matrix(torch.from_numpy(picture.label), torch.from_numpy(prediction), 19)
+    arguments = {
+        "data_dir": str(scenes),
+        "data_list": None,
+        "split": "val",
+        "classes": None,
+        "num_classes": 19,
+        "ignore_label": 255,
+        "restore_from": str(checkpoint),
+    }
+    results.write(str(folder), Result(total, None), dataset.labels.names(), arguments)
+    (folder / "args.json").write_text(
+        json.dumps({"data_dir": "CS", "backbone": "resnet50", "num_steps": 40, "ohem": True, "power": 0.9})
+    )
+    (folder / "environment.json").write_text(json.dumps([{"step": 0, "name": "a processor"}]))
+    log = RunLog(str(folder), 0, 40, 2)
+    for step in (20, 40):
+        log.write(step, 3.0 / step, 0.01, main_loss=1.0)
+        log.score(step, step / 100, True)
+    log.close()
+    return folder
+
+
+class Page(HTMLParser):
+    """Texts, references and open elements of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.texts: list[str] = []
+        self.references: list[str] = []
+        self.images: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+        found = dict(attributes)
+        self.references += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag == "img":
+            self.images.append((found.get("alt") or "", found.get("src") or ""))
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and self.open[-1] != "style":
+            self.texts.append(data.strip())
+
+
+def made(folder: Path, *arguments: str) -> tuple[str, Page]:
+    report.main([str(folder), "--gpu", "cpu", *arguments])
+    text = (folder / "report.html").read_text()
+    return text, Page(text)
+
+
+def test_the_page_has_all_of_it(finished: Path) -> None:
+    text, page = made(finished, "--pictures", "2", "--attention", "1")
+    assert not page.open and all(reference.startswith("data:image/") for reference in page.references)
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings == [
+        "Recipe", "Environment", "Curves", "Classes", "Confusion matrix", "Best pictures", "Worst pictures",
+        "Attention",
+    ]  # fmt: skip
+    assert "a <run>" in page.texts and "a processor" in page.texts
+    assert "python train.py --data-dir CS --backbone resnet50 --num-steps 40 --ohem" in page.texts
+    score = json.loads((finished / "result.txt").read_text())["meanIU"]
+    assert f"{100 * score:.2f} %" in page.texts
+    assert "best validation, step 40" in page.texts and "40.00 %" in page.texts
+    # Two best and two worst pictures of three images each, an attention example of two, the confusion matrix.
+    assert len(page.images) == 4 * 3 + 2 + 1
+
+
+def test_best_and_worst_by_their_own_scores(finished: Path, scenes: Path) -> None:
+    _, page = made(finished, "--pictures", "2", "--attention", "0")
+    dataset = CSDataSet(str(scenes), split="val", crop_size=None)
+    scores = {}
+    for number in range(len(dataset)):
+        picture = dataset.picture(number, instances=False)
+        prediction = cv2.imread(str(finished / f"outputs/{picture.name}.png"), cv2.IMREAD_UNCHANGED)
+        prediction = report.read_prediction(str(finished / "outputs"), picture.name)
+        confusion = confusion_matrix(torch.from_numpy(picture.label), torch.from_numpy(prediction), 19)
+        scores[picture.name] = mean_iou(confusion)
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    lines = [line for line in page.texts if ": mean IoU " in line]
+    expected = [*ranked[:2], *ranked[:2:-1]]
+    assert lines == [f"{name}: mean IoU {100 * scores[name]:.2f} %" for name in expected]
+
+
+def test_a_run_without_results_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "result.txt").unlink()
+    (finished / "confusion.png").unlink()
+    text, _ = made(finished)
+    assert "there is no result.txt" in text and "Best pictures" not in text and "Curves" in text
+    assert "evaluate.py writes it" in capsys.readouterr().out
+
+
+def test_data_that_is_gone_costs_the_pictures_alone(finished: Path) -> None:
+    result = json.loads((finished / "result.txt").read_text())
+    result["arguments"]["data_dir"] = str(finished / "gone")
+    (finished / "result.txt").write_text(json.dumps(result))
+    text, _ = made(finished)
+    assert "no pictures: " in text and "Best pictures" not in text and "Confusion matrix" in text
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        report.main([str(tmp_path / "none")])
+    with pytest.raises(UsageError, match="has neither args.json nor result.txt"):
+        report.main([str(tmp_path)])
+    (tmp_path / "args.json").write_text("{")
+    with pytest.raises(UsageError, match="args.json: can't be read"):
+        report.main([str(tmp_path)])
+
+
+def test_events_of_a_run_that_is_still_writing(finished: Path) -> None:
+    (events,) = (finished / "tensorboard").iterdir()
+    events.write_bytes(events.read_bytes()[:-7])
+    assert report.read_validation(str(finished / "tensorboard")) == [(20.0, pytest.approx(0.2))]
+
+
+# Curves
+
+
+def test_curves_go_through_their_points() -> None:
+    svg = ElementTree.fromstring(draw_curves({"a": [(0, 1.0), (10, 3.0), (20, 2.0)], "b & c": [(20, 2.0)]}))
+    line = next(svg.iter("polyline"))
+    points = [tuple(map(float, each.split(","))) for each in (line.get("points") or "").split()]
+    assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.2)
+    assert points[0][1] > points[2][1] > points[1][1]  # y grows downwards
+    assert points[0][1] - points[2][1] == pytest.approx(points[2][1] - points[1][1], abs=0.2)
+    assert "b & c" in [text.text for text in svg.iter("text")]
+
+
+def test_curves_without_values_and_long_ones() -> None:
+    assert draw_curves({"a": [], "b": [(1, float("nan"))]}) == ""
+    svg = ElementTree.fromstring(draw_curves({"a": [(step, 5.0) for step in range(10000)]}))
+    points = (next(svg.iter("polyline")).get("points") or "").split()
+    assert 300 < len(points) <= 400 and len({each.split(",")[1] for each in points}) == 1

@@ -1,0 +1,93 @@
+"""tools/seeds: which commands it runs, and the table that it makes of their results."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+from tools import seeds
+from utils.args import RunError, UsageError
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that were run, which leave what the real ones do."""
+    done: list[list[str]] = []
+
+    def run(script: str, *arguments: object) -> None:
+        given = [str(part) for part in arguments]
+        done.append([script, *given])
+        if script == "train.py":
+            args = train.get_parser().parse_args(given)
+            folder = Path(args.snapshot_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"CS_scenes_{args.num_steps}.pth"
+            if not path.exists():
+                path.write_text(str(args.random_seed))
+        else:
+            checkpoint = evaluate.get_parser().parse_args(given).restore_from
+            score = int(Path(checkpoint).read_text()) / 100
+            Path(checkpoint).with_name("result.txt").write_text(json.dumps({"meanIU": score}))
+
+    monkeypatch.setattr(seeds, "run", run)
+    return done
+
+
+def test_each_seed_is_trained_and_evaluated(
+    tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "runs")
+    recipe = "--data-dir CS --backbone resnet50 --num-steps 9 --input-size 97,65 --restore-from start.pth"
+    arguments = [out, "--first-seed", "40", "--train", *recipe.split(), "--evaluate", "--whole"]
+    seeds.main(arguments)
+    assert [command[0] for command in commands] == ["train.py", "evaluate.py"] * 3
+    first = train.get_parser().parse_args(commands[0][1:])
+    assert (first.random_seed, first.resume, first.restore_from) == (40, True, "start.pth")
+    second = evaluate.get_parser().parse_args(commands[1][1:])
+    assert (second.backbone, second.whole, second.input_size) == ("resnet50", True, (97, 65))
+    assert second.restore_from == os.path.join(out, "seed_40", "CS_scenes_9.pth")
+    summary = json.loads((tmp_path / "runs/seeds.json").read_text())
+    assert summary["seeds"] == {"40": 0.4, "41": 0.41, "42": 0.42}
+    assert summary["mean"] == pytest.approx(0.41) and summary["standard_deviation"] == pytest.approx(0.01)
+    text = (tmp_path / "runs/seeds.md").read_text()
+    assert "| 41 | 41.00 |" in text and "| mean of 3 | 41.00 ± 1.00 |" in text
+    assert text in capsys.readouterr().out
+    # Again: training says that it is finished, and nothing is evaluated twice.
+    del commands[:]
+    seeds.main(arguments)
+    assert [command[0] for command in commands] == ["train.py"] * 3
+
+
+def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:
+    out, recipe = str(tmp_path), ["--train", "--data-dir", "CS"]
+    for arguments, message in (
+        ([out, *recipe, "--random-seed", "1"], "--random-seed: is set for each seed"),
+        ([out, *recipe, "--evaluate", "--restore-from=x"], "--restore-from=x: is set"),
+        ([out, "--evaluate", "--whole", *recipe], "--evaluate: comes after --train"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            seeds.main(arguments)
+    for wrong in ([out], [out, *recipe, "--no-flag"], [out, *recipe, "--evaluate", "--no-flag"]):
+        with pytest.raises(SystemExit) as end:
+            seeds.main(wrong)
+        assert end.value.code == 2
+    assert commands == []
+
+
+def test_a_command_that_fails_ends_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="train.py: says above"):
+        seeds.main([str(tmp_path / "runs"), "--train", "--data-dir", str(tmp_path / "none"), "--gpu", "cpu"])
+
+
+def test_a_broken_run_names_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        returncode = 1
+
+    monkeypatch.setattr(seeds.subprocess, "run", lambda command: Broken())
+    with pytest.raises(RunError, match="ended with status 1"):
+        seeds.run("train.py")

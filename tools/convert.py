@@ -1,0 +1,357 @@
+"""Convert the weights of other programs to this one's, and this one's to theirs.
+
+    python -m tools.convert ccnet_r50-d8_769x769_80k_cityscapes.pth ccnet_mmseg.pth
+    python -m tools.convert torchvision:resnet101 imagenet.pth
+    python -m tools.convert snapshots/CS_scenes_60000.pth for_the_original.pth --to original
+
+SOURCE, recognised by the names in it unless --from says what it is:
+  ccnet       this program's checkpoints and the original's, CCNet's or its ImageNet backbone
+  mmseg       mmsegmentation's CCNet (ResNetV1c, 50 or 101)
+  imagenet    ResNet-50 or 101 of torchvision, or of timm (resnet101, resnet101s, resnet101c), as a file
+              (.safetensors too), or by name: torchvision:resnet101, timm:resnet101.a1_in1k
+  batch-norm  what --to batch-norm wrote
+
+--to:
+  ccnet       what train.py, evaluate.py and the tools read (the default)
+  original    the original's own: a file that PyTorch 0.4 can read
+  batch-norm  the same network with plain nn.BatchNorm2d, whose weight is |weight| + eps of the activated one
+
+The network before and the one that was written get the same picture; if they differ, no file appears.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cc_attention.reference import criss_cross_attention
+from dataset import IMG_MEAN
+from networks import CheckpointError, Seg_Model
+from networks.convert import (
+    EPS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_network,
+    from_batch_norm,
+    imagenet_names,
+    mmseg_names,
+    to_batch_norm,
+    to_our_pictures,
+)
+from networks.pretrained import is_library, library_weights
+from networks.resnet import ResNet
+from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
+from networks.weights import HEADS, read_state_dict
+from tools.common import Parser, end
+from utils import args as flags
+from utils.files import check_writable, replacing
+
+KINDS = ("ccnet", "mmseg", "imagenet", "batch-norm")
+TARGETS = ("ccnet", "original", "batch-norm")
+#: Largest difference of an output, as a share of its largest value.
+TOLERANCE = 1e-4
+#: Of the picture that is compared: even and odd, so that the pool's rounding counts.
+SIZE = (40, 57)
+RECURRENCE = 2
+OUTPUTS = ("logits", "auxiliary logits")
+
+
+class Pictures(NamedTuple):
+    """How a program prepares its pictures; R G B in 0..255."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+class Source(NamedTuple):
+    """Weights as they came, in our names."""
+
+    state: dict[str, Tensor]
+    kind: str
+    pictures: Pictures | None  # None: this program's
+
+
+def get_parser() -> Parser:
+    parser = Parser("convert", __doc__)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a file, or weights of a library by name")
+    add("output", metavar="OUTPUT", help="the file to write")
+    add("--from", dest="kind", choices=KINDS, help="what SOURCE is; without it, what its names say")
+    add("--to", choices=TARGETS, default="ccnet", help="what OUTPUT is to be (default: ccnet)")
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
+        add(
+            f"--{name}",
+            type=triple(name),
+            metavar="R,G,B",
+            help=f"{what} that SOURCE's pictures are normalised by, in 0..255; without it its library's, or "
+            "ImageNet's",
+        )
+    return parser
+
+
+def triple(name: str) -> Callable[[str], tuple[float, ...]]:
+    """A type for argparse: three numbers, those of a std above 0."""
+    one = flags.number(float, 0, 255, open_low=name == "std")
+
+    def parse(text: str) -> tuple[float, ...]:
+        values = tuple(one(part) for part in text.split(","))
+        if len(values) != 3:
+            raise argparse.ArgumentTypeError(f"{text!r} is not R,G,B; give three numbers")
+        return values
+
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(arguments)
+    if os.path.exists(args.output):
+        raise flags.UsageError(f"{args.output}: exists; name another file, or take it away")
+    check_writable("OUTPUT", os.path.dirname(args.output) or ".")
+    source = read_source(args.source, args.kind, args.mean, args.std)
+    state = convert(source)
+    variant = variant_of(state)
+    backbone = next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
+    if args.to == "original" and (variant, backbone) != ("ccnet", "resnet101"):
+        raise flags.UsageError(
+            f"--to original: {args.source} is the {variant} variant with {backbone}, and the original has "
+            "ccnet with resnet101 alone; leave --to out"
+        )
+    write(args.output, args.to, to_batch_norm(state) if args.to == "batch-norm" else state, source)
+    heads = f"CCNet with {backbone}" if has_heads(state) else backbone
+    print(f"{args.output}: {heads}, variant {variant}, {len(state)} entries")
+
+
+def read_source(
+    path: str, kind: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Source:
+    """SOURCE, recognised.
+
+    Raises:
+        CheckpointError, UsageError: one line that says what is wrong with it.
+    """
+    library = Pictures(IMAGENET_MEAN, IMAGENET_STD)
+    if is_library(path):
+        if kind not in (None, "imagenet"):
+            raise flags.UsageError(f"--from {kind}: {path} is imagenet; leave --from out")
+        weights = library_weights(path)
+        kind, state, library = "imagenet", weights.state, Pictures(weights.mean, weights.std)
+    else:
+        state = read_safetensors(path) if path.endswith(".safetensors") else read_state_dict(path)
+        kind = kind or kind_of(path, state)
+    if kind in ("ccnet", "batch-norm"):
+        for name, value in (("mean", mean), ("std", std)):
+            if value is not None:
+                raise flags.UsageError(f"--{name}: {path} is for this program's pictures; leave it out")
+        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        if not has_heads(state):
+            state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        check_network(path, state)
+        if VARIANTS[variant_of(state)].shift and "shift" not in state:
+            raise CheckpointError(f"{path}: lacks shift, so it is not of this program; leave --from out")
+        return Source(state, kind, None)
+    names = mmseg_names if kind == "mmseg" else imagenet_names
+    return Source(names(path, state), kind, Pictures(mean or library.mean, std or library.std))
+
+
+def kind_of(path: str, state: Mapping[str, Tensor]) -> str:
+    """What a state dict is, by its names. Raises CheckpointError where it is nothing that we know."""
+    if any(name.startswith("decode_head.") for name in state):
+        return "mmseg"
+    if "conv1.0.weight" in state or (variant_of(state) == "torchvision" and "shift" not in state):
+        return "imagenet"
+    if "layer1.0.conv1.weight" in state:
+        return "ccnet"
+    raise CheckpointError(
+        f"{path}: has no names of CCNet, mmsegmentation's CCNet, or a ResNet of torchvision or timm, but "
+        f"{next(iter(state))}; convert one of these"
+    )
+
+
+def read_safetensors(path: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise flags.UsageError(
+            f"{path}: needs the safetensors package; install it with pip install safetensors"
+        ) from error
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; name an existing one") from error
+    except Exception as error:  # a damaged file can fail in any way
+        raise CheckpointError(f"{path}: damaged, or no safetensors; copy or download it again") from error
+
+
+def convert(source: Source) -> dict[str, Tensor]:
+    """The weights in this program's form."""
+    state = source.state
+    if source.pictures is not None:
+        state = to_our_pictures(state, source.pictures.mean, source.pictures.std, IMG_MEAN.tolist())
+    return state if source.kind == "ccnet" else from_batch_norm(state)
+
+
+def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -> None:
+    """Write `state`, read it back, and compare it with `source`; the file appears if they agree.
+
+    Raises:
+        RunError: they differ.
+    """
+    with replacing(path) as temporary:
+        content = {
+            name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()
+        }
+        # The zip files of PyTorch 1.6 and later are nothing to the versions that run the original.
+        torch.save(content, temporary, _use_new_zipfile_serialization=target != "original")
+        written = Source(
+            read_state_dict(temporary), "batch-norm" if target == "batch-norm" else "ccnet", None
+        )
+        compare(path, source, written)
+
+
+def compare(path: str, before: Source, after: Source) -> None:
+    """Print how far the outputs of two networks for one picture are apart.
+
+    Raises:
+        RunError: more than rounding.
+    """
+    names = OUTPUTS if has_heads(before.state) else [f"layer{number}" for number in range(1, 5)]
+    differences = [differs(old, new) for old, new in zip(outputs(before), outputs(after), strict=True)]
+    worst = max(differences)
+    where = names[differences.index(worst)]
+    print(f"largest difference: {worst:.1e} of the largest value, in the {where} of a random picture")
+    if worst > TOLERANCE:
+        raise flags.RunError(
+            f"{path}: not written, as its outputs differ by {worst:.1e} of the largest, more than "
+            f"{TOLERANCE:g}; see whether the source holds nan, or weights that float32 can't hold"
+        )
+    if before.pictures is not None and "shift" not in after.state:
+        own = outputs(before, own_border=True)
+        border = max(differs(old, new) for old, new in zip(own, outputs(before), strict=True))
+        print(
+            "around the picture CCNet has its mean and not the source's, which near the border makes "
+            f"{border:.1e} of the largest value"
+        )
+
+
+def differs(old: Tensor, new: Tensor) -> float:
+    """The largest difference as a share of the largest old value; infinite where there is a nan."""
+    difference = ((old - new).abs().max() / old.abs().max()).item()
+    return float("inf") if math.isnan(difference) else difference
+
+
+@torch.no_grad()
+def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
+    """What a network makes of the picture, in float64: logits and auxiliary logits, or layer1 to layer4.
+
+    A network with plain batch norm is computed here from functions, one with ours by its own modules.
+    `own_border`: around the picture stands the source's mean, even where the converted network can't have it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rgb = torch.randint(0, 256, (1, 3, *SIZE), generator=generator).double()
+    ours = rgb.flip(1) - torch.tensor(IMG_MEAN, dtype=torch.float64).view(3, 1, 1)
+    state = {name: value.double() for name, value in source.state.items()}
+    if source.kind == "ccnet":
+        return network_outputs(state, ours)
+    if source.pictures is None:
+        if "shift" in state:
+            ours = ours + state["shift"].view(3, 1, 1)
+        return plain_outputs(state, ours)
+
+    def normalised(pixels: Tensor) -> Tensor:
+        mean, std = (torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in source.pictures or ())
+        return (pixels - mean) / std
+
+    if VARIANTS[variant_of(state)].shift or own_border:
+        return plain_outputs(state, normalised(rgb))
+    mean = torch.tensor(IMG_MEAN, dtype=torch.float64).flip(0).view(1, 3, 1, 1)
+    return plain_outputs(state, normalised(rgb), around=normalised(mean))
+
+
+def network_outputs(state: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:
+    backbone = next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
+    model: ResNet
+    with torch.device("meta"):  # no time and memory for weights that are replaced
+        if has_heads(state):
+            classes = len(state["head.bottleneck.3.weight"])
+            model = Seg_Model(classes, recurrence=RECURRENCE, backbone=backbone, variant=variant_of(state))
+        else:
+            model = ResNet(backbone, variant=variant_of(state))
+    model.load_state_dict(state, assign=True)
+    model.eval()
+    if has_heads(state):
+        return model(images)
+    layers: list[Tensor] = []
+    for number in range(1, 5):
+        getattr(model, f"layer{number}").register_forward_hook(lambda _module, _input, y: layers.append(y))
+    model.features(images)
+    return layers
+
+
+def plain_outputs(state: Mapping[str, Tensor], images: Tensor, around: Tensor | None = None) -> list[Tensor]:
+    """`outputs` of a network with plain batch norm, on pictures that are ready for it.
+
+    Args:
+        around: [1, 3, 1, 1], what stands around the pictures; zeros without it.
+    """
+    variant = VARIANTS[variant_of(state)]
+
+    def convolve(x: Tensor, name: str, **options: Any) -> Tensor:
+        return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **options)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var, weight, bias = (
+            state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, weight, bias, eps=EPS)
+
+    margin = variant.kernel // 2
+    x = F.pad(images, [margin] * 4)
+    if around is not None:
+        x = x + around * F.pad(-torch.ones_like(images[:, :1]), [margin] * 4).add(1)
+    x = norm(convolve(x, "conv1", stride=2), "bn1").relu()
+    for number in range(2, len(variant.stem) + 1):
+        x = norm(convolve(x, f"conv{number}", padding=1), f"bn{number}").relu()
+    x = F.max_pool2d(x, 3, 2, 1, ceil_mode=variant.ceil_mode)
+    layers = []
+    for layer, blocks in enumerate(blocks_of(state), 1):
+        for block in range(blocks):
+            name = f"layer{layer}.{block}"
+            stride = 2 if layer == 2 and block == 0 else 1
+            dilation = {3: 2, 4: 4}.get(layer, 1)
+            if variant.contract_dilation and block == 0:
+                dilation = max(1, dilation // 2)
+            y = norm(convolve(x, f"{name}.conv1"), f"{name}.bn1").relu()
+            y = convolve(y, f"{name}.conv2", stride=stride, padding=dilation, dilation=dilation)
+            y = norm(convolve(norm(y, f"{name}.bn2").relu(), f"{name}.conv3"), f"{name}.bn3")
+            if block == 0:
+                x = norm(convolve(x, f"{name}.downsample.0", stride=stride), f"{name}.downsample.1")
+            x = (x + y).relu()
+        layers.append(x)
+    if not has_heads(state):
+        return layers
+
+    def reduce(x: Tensor, name: str) -> Tensor:
+        y = norm(convolve(x, f"{name}.0", padding=1), f"{name}.1")
+        return F.leaky_relu(y, 0.0 if variant.activation == "relu" else 0.01)
+
+    y = reduce(x, "head.conva")
+    for _ in range(RECURRENCE):
+        parts = (convolve(y, f"head.cca.{part}_conv") for part in ("query", "key", "value"))
+        y = y + state["head.cca.gamma"] * criss_cross_attention(*parts)
+    y = reduce(torch.cat([x, reduce(y, "head.convb")], 1), "head.bottleneck")
+    return [convolve(y, "head.bottleneck.3"), convolve(reduce(layers[2], "dsn"), "dsn.3")]
+
+
+def has_heads(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(HEADS) for name in state)
+
+
+if __name__ == "__main__":
+    end(main)

@@ -1,0 +1,411 @@
+"""What running CCNet costs, part by part: counted on tensors without data, or measured on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
+
+from benchmarks.measure import mark, seconds
+from cc_attention import ops
+from engine.step import PRECISIONS
+from loss import CriterionDSN, CriterionOhemDSN
+from networks import Seg_Model
+from utils.args import UsageError
+from utils.progress import Progress
+
+#: The network's parts between the stem and the loss, in the order in which they run.
+PARTS = (
+    "layer1",
+    "layer2",
+    "layer3",
+    "layer4",
+    "head.conva",
+    "head.cca",
+    "head.convb",
+    "head.bottleneck",
+    "dsn",
+)
+STEM, LOSS, OPTIMIZER = "stem", "loss", "optimizer"
+FORWARD, BACKWARD = "forward", "backward"
+MIB, GIB = 2**20, 2**30
+
+
+# FLOPs
+
+
+def attention_flops(query: Any, value: Any, positions: int) -> int:
+    """Scores and weighted sum, each pixel with `positions` others; shapes [N, c, H, W] and [N, C, H, W]."""
+    n, c, h, w = query
+    return 2 * n * h * w * positions * (c + value[1])
+
+
+def criss_cross_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the fused operator, by shapes: H + W - 1 positions."""
+    return attention_flops(query, value, query[2] + query[3] - 1)
+
+
+def criss_cross_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Two products for each of the forward's, and the scores once more, which were not kept."""
+    n, c, h, w = query
+    return 2 * criss_cross_flops(query, key, value) + 2 * n * h * w * (h + w - 1) * c
+
+
+def convolution_with_bias_flops(x: Any, weight: Any, bias: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
+    """The paper counts a bias as one more input channel."""
+    transposed = rest[3]
+    flops = conv_flop_count(x, weight, out_shape, transposed)
+    return flops + (2 * out_shape[0] * out_shape[1] * out_shape[2] * out_shape[3] if bias is not None else 0)
+
+
+def paper_criss_cross_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """The paper counts H + W + 1 positions, two more than there are."""
+    return attention_flops(query, value, query[2] + query[3] + 1)
+
+
+def paper_formulas() -> dict[Any, Any]:
+    """The paper's convention, where it is not ours."""
+    return {
+        torch.ops.aten.convolution: convolution_with_bias_flops,
+        torch.ops.cc_attention.criss_cross_attention: paper_criss_cross_flops,
+    }
+
+
+if ops.DEVICE_TYPES:  # without the compiled operator its plain stand-in is counted, as it runs
+    register_flop_formula(torch.ops.cc_attention.criss_cross_attention)(criss_cross_flops)
+    register_flop_formula(torch.ops.cc_attention.criss_cross_attention_backward)(criss_cross_backward_flops)
+
+
+# Meters
+
+
+class Passage:
+    """Reads a meter wherever a run leaves one part of the network for the next, forward and backward.
+
+    What lies between two parts belongs to the later one: the concatenation to head.bottleneck.
+
+    Args:
+        read: the meter.
+    """
+
+    def __init__(self, model: Seg_Model, read: Callable[[], Any]):
+        self.read = read
+        self.spans: list[tuple[str, str, Any, Any]] = []  # phase, part, reading before and after
+        self._last: Any = None
+        self._part = LOSS
+        self._hooks = [model.layer1.register_forward_pre_hook(lambda _, inputs: self._left(STEM, inputs[0]))]
+        for name in PARTS:
+            if name == "head.cca" and getattr(model.head.cca, "recurrence", 1) == 0:
+                continue  # it returns its input
+            self._hooks.append(
+                model.get_submodule(name).register_forward_hook(
+                    lambda _, __, output, name=name: self._left(name, output)
+                )
+            )
+
+    def start(self) -> None:
+        self.spans.clear()
+        self._last = self.read()
+
+    def _left(self, part: str, output: Tensor) -> None:
+        self._close(FORWARD, part)
+        if output.requires_grad:
+            output.register_hook(lambda _: self._entered_backward(part))
+
+    def _entered_backward(self, part: str) -> None:
+        self._close(BACKWARD, self._part)
+        self._part = part
+
+    def end_of_forward(self) -> None:
+        self._close(FORWARD, LOSS)
+        self._part = LOSS
+
+    def end_of_backward(self) -> None:
+        self._close(BACKWARD, self._part)
+
+    def end_of_step(self) -> None:
+        self._close(FORWARD, OPTIMIZER)
+
+    def _close(self, phase: str, part: str) -> None:
+        now = self.read()
+        self.spans.append((phase, part, self._last, now))
+        self._last = now
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and the most there were since `peak` was last set.
+
+    It sees every operation below autograd, so also what autograd keeps, and lets go of during the backward.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._add(tensor)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key).atexit = False
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward, each storage once, without weights and statistics."""
+
+    def __init__(self, model: nn.Module):
+        self.bytes = 0
+        self._seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+# A run on tensors without data
+
+
+class Cost(NamedTuple):
+    """Of a part. `memory`: bytes kept for the backward; in prediction the most alive besides the weights."""
+
+    flops_forward: int
+    flops_backward: int
+    memory: int
+
+
+class Simulation(NamedTuple):
+    """`peak`: the most bytes of tensors alive at a time. Optimizer: its momentum."""
+
+    parts: dict[str, Cost]
+    peak: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+class Setting(NamedTuple):
+    """What is run."""
+
+    backbone: str = "resnet101"
+    num_classes: int = 19
+    recurrence: int = 2
+    amp: str | None = None
+    channels_last: bool = False
+    ohem: bool = False
+    train: bool = False
+    batch: int = 1
+    size: tuple[int, int] = (769, 769)
+
+    def words(self) -> str:
+        kind = "a training step" if self.train else "prediction"
+        extras = f"{', OHEM' * self.ohem}{', channels_last' * self.channels_last}"
+        return (
+            f"{kind} of CCNet {self.backbone}, R={self.recurrence}, {self.num_classes} classes, batch "
+            f"{self.batch} of {self.size[0]}x{self.size[1]}, {self.amp or 'float32'}{extras}"
+        )
+
+
+def criterion_of(setting: Setting) -> CriterionDSN:
+    return CriterionOhemDSN() if setting.ohem else CriterionDSN()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4)
+
+
+def autocast_of(setting: Setting, device: str) -> torch.autocast:
+    return torch.autocast(device, PRECISIONS.get(setting.amp or ""), enabled=setting.amp is not None)
+
+
+def set_layout(model: nn.Module, channels_last: bool) -> None:
+    """As Module.to(memory_format), which does not know tensors without data."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=layout))
+
+
+@functools.lru_cache(maxsize=4)
+def network_without_data(
+    backbone: str, num_classes: int, recurrence: int, channels_last: bool
+) -> tuple[FakeTensorMode, Seg_Model]:
+    """Tensors without data belong to the mode that they were made in."""
+    mode = FakeTensorMode()
+    with mode:
+        model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone)
+        set_layout(model, channels_last)
+    return mode, model
+
+
+def simulate(
+    setting: Setting,
+    passes: int = 1,
+    formulas: Mapping[Any, Any] | None = None,
+    attention: Callable[[], nn.Module] | None = None,
+) -> Simulation:
+    """Run the network, or a training step with its loss as train.py does it, on tensors without data.
+
+    Args:
+        passes: forward and backward passes whose gradients add up, as with train.py's --grad-accum.
+        formulas: FLOPs of operators, in place of PyTorch's and ours.
+        attention: makes what stands in the place of head.cca.
+    """
+    make = network_without_data.__wrapped__ if attention else network_without_data
+    mode, model = make(setting.backbone, setting.num_classes, setting.recurrence, setting.channels_last)
+    if attention is not None:
+        with mode:
+            model.head.cca = attention()  # type: ignore[assignment]
+    model.train(setting.train)
+    counter = FlopCounterMode(display=False, custom_mapping=dict(formulas or {}))
+    with mode, Alive(model) as alive, contextlib.ExitStack() as stack:
+        weights = alive.now
+        optimizer = optimizer_of(model)
+        if setting.train:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+        momentum = alive.now - weights
+        layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+        images = torch.empty(setting.batch, 3, *setting.size).to(memory_format=layout)
+        labels = torch.zeros(setting.batch, *setting.size, dtype=torch.long)
+        kept = Kept(model)
+
+        def read() -> tuple[int, int, int]:
+            peak, alive.peak = alive.peak, alive.now
+            peaks.append(peak)
+            return counter.get_total_flops(), kept.bytes, peak
+
+        peaks: list[int] = []
+        passage = Passage(model, read)
+        stack.callback(passage.remove)
+        stack.enter_context(counter)
+        for number in range(passes):
+            passage.start()
+            with torch.set_grad_enabled(setting.train):
+                saved = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor)
+                with saved if number == 0 else contextlib.nullcontext():
+                    with autocast_of(setting, "cpu"):
+                        outputs = model(images)
+                    if setting.train:
+                        loss = criterion_of(setting)(outputs, labels)
+                passage.end_of_forward()
+                if setting.train:
+                    loss.backward()
+                    passage.end_of_backward()
+                    del loss
+                del outputs
+            if number == 0:
+                spans = list(passage.spans)
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+        optimizer.zero_grad()
+    flops = {(phase, part): after[0] - before[0] for phase, part, before, after in spans}
+    parts = {}
+    for phase, part, before, after in spans:
+        if phase == FORWARD and (setting.train or part != LOSS):
+            memory = after[1] - before[1] if setting.train else after[2] - weights
+            parts[part] = Cost(flops[FORWARD, part], flops.get((BACKWARD, part), 0), memory)
+    return Simulation(parts, max(peaks), weights, gradients, momentum)
+
+
+# A run on a device
+
+
+class Times(NamedTuple):
+    """Seconds by phase and part, and the device's measured peak in bytes, None on the CPU."""
+
+    seconds: dict[tuple[str, str], float]
+    peak: int | None
+
+
+def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: int) -> Times:
+    """Medians over `rounds` runs, after one to warm up.
+
+    Raises:
+        UsageError: the device has too little memory.
+    """
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    torch.backends.cudnn.benchmark = True
+    model.to(device).to(memory_format=layout).train(setting.train)
+    criterion = criterion_of(setting)
+    optimizer = optimizer_of(model)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(setting.batch, 3, *setting.size, generator=generator)
+    images = images.to(device, memory_format=layout)
+    labels = torch.randint(setting.num_classes, (setting.batch, *setting.size), generator=generator).to(
+        device
+    )
+    passage = Passage(model, lambda: mark(device.type))
+    progress = Progress(rounds + 1, "run")
+    runs = []
+
+    def run() -> None:
+        optimizer.zero_grad()
+        passage.start()
+        with torch.set_grad_enabled(setting.train):
+            with autocast_of(setting, device.type):
+                outputs = model(images)
+            if setting.train:
+                loss = criterion(outputs, labels)
+                passage.end_of_forward()
+                loss.backward()
+                passage.end_of_backward()
+                optimizer.step()
+                passage.end_of_step()
+
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            for number in range(rounds + 1):
+                run()
+                times = {(phase, part): seconds(begin, end) for phase, part, begin, end in passage.spans}
+                if number > 0:
+                    runs.append(times)
+                progress.show(number + 1)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"--batch-size {setting.batch}: more than {device} has memory for; give less, or --rounds 0 for "
+            "the estimate alone"
+        ) from error
+    finally:
+        passage.remove()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Times({key: statistics.median(times[key] for times in runs) for key in runs[0]}, peak)
+
+
+def parameters_of(model: Seg_Model) -> dict[str, int]:
+    """Number of parameters by part."""
+    counts = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in PARTS}
+    total = sum(p.numel() for p in model.parameters())
+    return {STEM: total - sum(counts.values()), **counts}

@@ -1,0 +1,62 @@
+"""What a result depends on besides the code and the data."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, PyTorch, threads, what else ran, and the date."""
+    about: dict[str, Any] = {
+        "device": device,
+        "name": _processor(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],  # processes that ran or waited during the last minute
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        about |= {
+            "name": gpu.name,
+            "cuda": torch.version.cuda,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "memory_bytes": gpu.total_memory,
+            "l2_bytes": gpu.L2_cache_size,
+        }
+    return about
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a + where files differ from it; None where it is no checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
