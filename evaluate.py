@@ -23,7 +23,7 @@ from engine.inference import predict_classes
 from engine.metrics import CityscapesEvaluation
 from networks import MODELS, CheckpointError, load_weights, match_weights
 from networks.resnet import DEPTHS
-from networks.variants import variant_of
+from networks.variants import options_of
 from networks.weights import read_state_dict
 from utils import args as flags
 from utils.files import check_writable
@@ -168,7 +168,7 @@ def make_model(args: argparse.Namespace, weights: dict[str, torch.Tensor] | None
         args.num_classes,
         recurrence=args.recurrence,
         backbone=args.backbone,
-        variant=variant_of(weights or {}),
+        **options_of(weights),
     )
 
 

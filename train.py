@@ -35,7 +35,7 @@ from networks import MODELS, CheckpointError, Seg_Model, load_weights, match_wei
 from networks.attention import picture_attention
 from networks.pretrained import read_weights
 from networks.resnet import DEPTHS
-from networks.variants import variant_of
+from networks.variants import options_of
 from utils import args as flags
 from utils.attention_figure import draw_attention
 from utils.files import check_writable
@@ -377,7 +377,7 @@ def make_model(args: argparse.Namespace, weights: dict[str, torch.Tensor] | None
         backbone=args.backbone,
         dropout=args.dropout,
         abn="apex" if args.backend == "apex" and args.abn == "torch" else args.abn,
-        variant=variant_of(weights or {}),
+        **options_of(weights),
     )
 
 

@@ -162,13 +162,13 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
         "--contenders ours bmm-compiled einsum-compiled --shapes 8x97x97 --dtypes bfloat16 float32".split()
     )
     evaluation = [*python, "benchmarks.evaluation", "--device", device, "--size", "1024x2048"]
-    evaluation += "--tile 769,769 --tile-batch 4 --num-workers 4 --pictures 32".split()
+    evaluation += "--tile 769,769 --tile-batch 4 --num-workers 8 --pictures 128 --rounds 2".split()
     return [
         Part("tests", [*python, "pytest", "-v", *(f"tests/{name}" for name in tests), "-k", "cuda"], 100),
-        Part("attention", [*attention, *peers, *written("attention")], 150),
+        Part("attention", [*attention, *peers, *written("attention")], 200),
         Part("training", own("training"), 90),
         Part("training-bmm", own("training-bmm"), 90),
-        Part("evaluation", [*evaluation, "--out", str(out / "evaluation.json")], 90),
+        Part("evaluation", [*evaluation, "--out", str(out / "evaluation.json")], 110),
         sanitized("memcheck", 60),
         Part("attention-compiled", [*attention, *compiled, *written("attention-compiled")], 120),
         *(sanitized(tool, 45) for tool in ("racecheck", "initcheck", "synccheck")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -139,7 +140,8 @@ def evaluate(
 def unwritable(error: OSError) -> RunError:
     """What ends a command when a result can't be written."""
     what = error.filename or "the results"
-    return RunError(f"{what}: can't be written ({error.strerror or error}); make room, then run it again")
+    advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
+    return RunError(f"{what}: can't be written ({error.strerror or error}); {advice}, then run it again")
 
 
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:

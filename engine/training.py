@@ -164,7 +164,7 @@ class Run:
                 starts = json.load(file)
         except (OSError, ValueError):
             starts = []
-        about = machine(self.world.device.type) | {"processes": self.world.size, "commit": commit()}
+        about = machine(str(self.world.device)) | {"processes": self.world.size, "commit": commit()}
         with replacing(path) as temporary, open(temporary, "w") as file:
             json.dump([*starts, {"step": start, **about}], file, indent=2)
 

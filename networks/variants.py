@@ -41,6 +41,13 @@ def variant_of(state: Mapping[str, Tensor]) -> str:
     return "ccnet"
 
 
+def options_of(state: Mapping[str, Tensor] | None) -> dict[str, str]:
+    """What a network has to be told to fit a state dict: nothing where there is none, or it is CCNet's own,
+    so that networks without variants can be built the same way."""
+    variant = variant_of(state or {})
+    return {} if variant == "ccnet" else {"variant": variant}
+
+
 def blocks_of(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """How many blocks the four layers of a state dict have, (0, 0, 0, 0) where it is no ResNet's."""
     blocks = [0] * 4

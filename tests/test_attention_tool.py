@@ -12,8 +12,8 @@ from conftest import last_line
 from conftest import run as run_command
 from PIL import Image
 
-from dataset import IMG_MEAN, DataError
-from networks import Seg_Model
+from dataset import IMG_MEAN
+from networks import CheckpointError, Seg_Model
 from networks.attention import picture_attention
 from tools import attention
 from utils.args import UsageError
@@ -74,7 +74,7 @@ def test_what_can_t_be_shown(checkpoint: Path, street: Path) -> None:
         run(checkpoint, street, "--pixel", "49,0")
     with pytest.raises(UsageError, match="leaves the attention out"):
         run(checkpoint, street, "--recurrence", "0")
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         run(checkpoint, street.parent / "gone.png")
 
 
@@ -87,3 +87,44 @@ def test_wrong_flags_take_one_line(checkpoint: Path, street: Path) -> None:
         result = run_command("tools.attention", street, "--restore-from", *arguments)
         assert result.returncode == 2 and words in last_line(result.stderr)
         assert "Traceback" not in result.stderr
+
+
+def test_pictures_of_equal_names_have_results_each(checkpoint: Path, street: Path) -> None:
+    other = street.parent / "other" / "street.png"
+    other.parent.mkdir()
+    other.write_bytes(street.read_bytes())
+    (street.parent / "both.txt").write_text(f"{street.name}\n{other}\n")
+    run(checkpoint, street.parent / "both.txt", "--pixel", "1,2")
+    assert len(list(street.parent.rglob("street_1_2.npy"))) == 2
+
+
+@pytest.mark.parametrize("size", [(300, 1), (1, 9000), (1, 1), (5000, 40)])
+def test_odd_pictures_can_be_drawn(size: tuple[int, int]) -> None:
+    figure = draw_attention(np.zeros((*size, 3), np.uint8), (0, 0), np.ones((2, 2, 2), np.float32))
+    assert max(figure.size) <= 3 * 4096 + 12 and min(figure.size) > 0
+
+
+def test_checkpoints_and_recipes_that_do_not_fit(checkpoint: Path, street: Path) -> None:
+    state = torch.load(checkpoint, weights_only=True)
+    folder = street.parent / "run"
+    folder.mkdir()
+    for name in ("head.bottleneck.3.weight", "head.bottleneck.3.bias"):
+        state[name] = state[name].repeat(16, *[1] * (state[name].dim() - 1))
+    torch.save(state, folder / "many.pth")
+    with pytest.raises(CheckpointError, match="has 304 classes"):
+        run(folder / "many.pth", street)
+    (folder / "args.json").write_text('{"recurrence": "2"}')
+    (folder / "CS_scenes_1.pth").write_bytes(checkpoint.read_bytes())
+    with pytest.raises(UsageError, match="recurrence is '2'"):
+        run(folder / "CS_scenes_1.pth", street)
+
+
+def test_a_moved_class_table_is_spoken_of(
+    checkpoint: Path, street: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = street.parent / "run"
+    folder.mkdir()
+    (folder / "args.json").write_text('{"recurrence": 1, "classes": "gone.tsv"}')
+    (folder / "CS_scenes_1.pth").write_bytes(checkpoint.read_bytes())
+    run(folder / "CS_scenes_1.pth", street)
+    assert "gone.tsv, the class table of the run, is not there" in capsys.readouterr().out

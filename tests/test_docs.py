@@ -10,6 +10,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+
+import evaluate
+import train
+from networks import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,7 +77,7 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_in_them_runs(page: Path, tmp_path: Path) -> None:
+def test_python_in_them_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block by itself; `module` and `x` are what the page says they are."""
     given = (
         "import torch\nfrom cc_attention import RecurrentCrissCrossAttention\n"
@@ -87,12 +92,24 @@ def test_python_in_them_runs(page: Path, tmp_path: Path) -> None:
         if "maps" in names:
             assert names["maps"].shape == (2, 1, 20, 50)
         if "PlainNet" in names:
-            import torch
-
             network = names["PlainNet"](4, backbone="resnet50").eval()
             with torch.no_grad():
                 outputs = network(torch.randn(1, 3, 33, 41))
             assert [output.shape[1] for output in outputs] == [4, 4]
+            for command in (train, evaluate):  # build it as any other
+                monkeypatch.setitem(MODELS, "plain", names["PlainNet"])
+                given = [
+                    "--data-dir",
+                    "CS",
+                    "--model",
+                    "plain",
+                    "--backbone",
+                    "resnet50",
+                    "--num-classes",
+                    "4",
+                ]
+                args = command.get_parser().parse_args(given)
+                assert isinstance(command.make_model(args, None), names["PlainNet"])
 
 
 def test_the_parsers_that_are_asked_are_there() -> None:

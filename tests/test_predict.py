@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -177,9 +179,10 @@ def test_a_camera_runs_until_it_is_interrupted(
             pass
 
     real = cv2.VideoCapture
-    monkeypatch.setattr(sources.cv2, "VideoCapture", Camera)
+    monkeypatch.setattr(
+        cv2, "VideoCapture", lambda what: Camera(what) if isinstance(what, int) else real(what)
+    )
     assert run(checkpoint, "camera:1", "--out", tmp_path) == 0
-    monkeypatch.setattr(sources.cv2, "VideoCapture", real)
     assert real(str(tmp_path / "overlay/camera1.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
     assert len(list((tmp_path / "labelIds/camera1").iterdir())) == 2
 
@@ -203,7 +206,78 @@ def test_an_interrupted_video_leaves_no_half_one(
     assert not list((tmp_path / "out").rglob("*.mp4"))
 
 
+def test_frames_of_another_size_stay_in_the_video(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [picture(0, (48, 64)), picture(1, (40, 56)), picture(2, (48, 64))]
+    monkeypatch.setattr(predict, "frames", lambda video, most: (10.0, 3, (each for each in pictures)))
+    (tmp_path / "v.mp4").write_text("anything")
+    assert run(checkpoint, tmp_path / "v.mp4", "--out", tmp_path / "out") == 0
+    capture = cv2.VideoCapture(str(tmp_path / "out/overlay/v.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    assert Image.open(tmp_path / "out/labelIds/v/000002.png").size == (56, 40)
+
+
+def test_a_video_that_ends_early_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (64, 48))
+    for number in range(30):
+        writer.write(picture(number, (48, 64)))
+    writer.release()
+    content = (tmp_path / "v.avi").read_bytes()
+    (tmp_path / "v.avi").write_bytes(content[: len(content) // 3])
+    with pytest.raises(DataError, match=r"v.avi: ends after \d+ of 30 frames"):
+        run(checkpoint, tmp_path / "v.avi", "--out", tmp_path / "out", "--save", "color")
+
+
+def test_a_full_disk_leaves_no_broken_video(tmp_path: Path) -> None:
+    """The file system refuses more than 20 kB of a file: OpenCV does not say so."""
+    code = (
+        "import resource, signal, sys, numpy as np\n"
+        "from tools.predict import Film\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "with Film(sys.argv[1], 10.0) as film:\n"
+        "    for number in range(60):\n"
+        "        film.add(np.random.default_rng(number).integers(0, 256, (240, 320, 3), dtype=np.uint8))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "v.mp4")],
+        capture_output=True,
+        text=True,
+        cwd=Path(predict.__file__).parent.parent,
+    )
+    assert done.returncode == 1 and "RunError" in done.stderr and "can't be written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 # Inputs
+
+
+def test_the_results_have_a_folder_of_their_own(tmp_path: Path, checkpoint: Path) -> None:
+    write(tmp_path / "in/p.png", picture(0))
+    with pytest.raises(UsageError, match="is --out as well"):
+        run(checkpoint, tmp_path / "in", "--out", tmp_path / "in")
+
+
+def test_links_of_windows_lists_and_loops(tmp_path: Path) -> None:
+    write(tmp_path / "in/p.png", picture(0))
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    assert [each.name for each in sources.find([str(tmp_path / "in")], "")[0]] == ["p"]
+    (tmp_path / "windows.txt").write_bytes("\ufeffin/p.png\r\n".encode())
+    assert [each.name for each in sources.find([str(tmp_path / "windows.txt")], "")[0]] == ["in/p"]
+
+
+def test_a_long_name(tmp_path: Path, checkpoint: Path) -> None:
+    path = write(tmp_path / f"{'n' * 240}.png", picture(0))
+    assert run(checkpoint, path, "--out", tmp_path / "out", "--save", "color") == 0
+    assert (tmp_path / "out/color" / path.name).exists()
+
+
+def test_frames_beside_their_video(tmp_path: Path) -> None:
+    write(tmp_path / "v/000001.png", picture(0))
+    make_video(tmp_path / "v.mp4", 1)
+    pictures, videos = sources.find([str(tmp_path), str(tmp_path / "v.mp4")], "")
+    assert [each.name for each in pictures] == ["v/000001"] and [each.name for each in videos] == ["v.mp4"]
 
 
 def test_lists_name_pictures_beside_them(tmp_path: Path) -> None:
@@ -221,6 +295,8 @@ def test_equal_names_are_told_apart(tmp_path: Path) -> None:
         write(tmp_path / name, picture(0))
     arguments = [str(tmp_path / name) for name in ("p.png", "p.jpg", "sub/p.png")]
     assert [each.name for each in sources.find(arguments, "")[0]] == ["p.png", "p.jpg", "p.png_2"]
+    odd = write(tmp_path / "odd/p.png_2.png", picture(0))
+    assert len({each.name for each in sources.find([*arguments, str(odd)], "")[0]}) == 4
 
 
 @pytest.mark.parametrize(

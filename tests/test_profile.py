@@ -217,3 +217,14 @@ def test_started_as_a_file_it_says_how_to_start_it():
     assert result.stderr.strip().splitlines() == [
         "tools/profile.py: not a command by itself; run python -m tools.profile in its project"
     ]
+
+
+def test_other_variants_are_profiled_as_they_are(monkeypatch, tmp_path):
+    model = Seg_Model(3, backbone="tiny", variant="torchvision")
+    torch.save(model.state_dict(), tmp_path / "variant.pth")
+    flags = ["--restore-from", tmp_path / "variant.pth", "--backbone", "tiny", "--num-classes", "3"]
+    flags += ["--input-size", "65,97", "--rounds", "0", "--gpu", "cpu"]
+    run_main(monkeypatch, *flags, "--json", tmp_path / "profile.json")
+    parts = json.loads((tmp_path / "profile.json").read_text())["parts"]
+    assert parts["stem"]["parameters"] == 64 * 3 * 49 + 2 * 64
+    assert parts["stem"]["flops_forward"] == 2 * 33 * 49 * 64 * 3 * 49

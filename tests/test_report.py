@@ -17,6 +17,7 @@ from dataset import CSDataSet
 from engine import report as results
 from engine.evaluation import Result
 from engine.metrics import confusion_matrix, mean_iou
+from networks import CheckpointError
 from tools import report
 from utils.args import UsageError
 from utils.chart import draw_curves
@@ -45,6 +46,7 @@ def finished(tmp_path: Path, scenes: Path, checkpoint: Path) -> Path:
         "num_classes": 19,
         "ignore_label": 255,
         "restore_from": str(checkpoint),
+        "recurrence": 2,
     }
     results.write(str(folder), Result(total, None), dataset.labels.names(), arguments)
     (folder / "args.json").write_text(
@@ -158,6 +160,48 @@ def test_events_of_a_run_that_is_still_writing(finished: Path) -> None:
     (events,) = (finished / "tensorboard").iterdir()
     events.write_bytes(events.read_bytes()[:-7])
     assert report.read_validation(str(finished / "tensorboard")) == [(20.0, pytest.approx(0.2))]
+
+
+def test_a_checkpoint_that_is_gone_costs_the_attention_alone(finished: Path) -> None:
+    result = json.loads((finished / "result.txt").read_text())
+    result["arguments"]["restore_from"] = str(finished / "gone.pth")
+    (finished / "result.txt").write_text(json.dumps(result))
+    text, _ = made(finished)
+    assert "no attention: " in text and "Best pictures" in text
+
+
+def test_the_attention_is_of_the_evaluated_recurrence(finished: Path) -> None:
+    result = json.loads((finished / "result.txt").read_text())
+    result["arguments"]["recurrence"] = 1
+    (finished / "result.txt").write_text(json.dumps(result))
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = report.draw_attention
+        patch.setattr(report, "draw_attention", lambda *a: seen.append(len(a[2])) or draw(*a))
+        made(finished, "--attention", "1")
+    assert seen == [1, 1]
+
+
+def test_wrong_flags_are_not_swallowed(finished: Path) -> None:
+    with pytest.raises(UsageError, match="there is no GPU 99"):
+        report.main([str(finished), "--gpu", "99"])
+    with pytest.raises(CheckpointError, match="no such file"):
+        report.main([str(finished), "--gpu", "cpu", "--restore-from", "nonsense"])
+
+
+def test_a_run_without_a_score_and_odd_lines(finished: Path) -> None:
+    result = json.loads((finished / "result.txt").read_text())
+    result |= {"meanIU": None, "IU_array": [None] * 19}
+    (finished / "result.txt").write_text(json.dumps(result))
+    with (finished / "log.jsonl").open("a") as file:
+        file.write('12\n{"step": 60')
+    (events,) = (finished / "tensorboard").iterdir()
+    events.write_bytes(events.read_bytes()[:60] + bytes(range(40)) * 3)
+    text, _ = made(finished, "--pictures", "1", "--attention", "0")
+    assert "Classes" in text
+    (finished / "args.json").write_text("[1]")
+    with pytest.raises(UsageError, match="args.json: holds a list"):
+        report.main([str(finished), "--gpu", "cpu"])
 
 
 # Curves

@@ -30,9 +30,14 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             if not path.exists():
                 path.write_text(str(args.random_seed))
         else:
-            checkpoint = evaluate.get_parser().parse_args(given).restore_from
-            score = int(Path(checkpoint).read_text()) / 100
-            Path(checkpoint).with_name("result.txt").write_text(json.dumps({"meanIU": score}))
+            args = evaluate.get_parser().parse_args(given)
+            args.num_classes = args.num_classes or 19
+            path = Path(args.restore_from)
+            result = {
+                "meanIU": int(path.read_text()) / 100 + 0.2 * args.flip,
+                "arguments": {name: getattr(args, name) for name in evaluate.DESCRIPTION},
+            }
+            path.with_name("result.txt").write_text(json.dumps(result))
 
     monkeypatch.setattr(seeds, "run", run)
     return done
@@ -61,6 +66,10 @@ def test_each_seed_is_trained_and_evaluated(
     del commands[:]
     seeds.main(arguments)
     assert [command[0] for command in commands] == ["train.py"] * 3
+    # Evaluated otherwise: that is another result.
+    seeds.main([*arguments, "--flip"])
+    assert [command[0] for command in commands[3:]] == ["train.py", "evaluate.py"] * 3
+    assert json.loads((tmp_path / "runs/seeds.json").read_text())["mean"] == pytest.approx(0.61)
 
 
 def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:
@@ -68,11 +77,13 @@ def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:
     for arguments, message in (
         ([out, *recipe, "--random-seed", "1"], "--random-seed: is set for each seed"),
         ([out, *recipe, "--evaluate", "--restore-from=x"], "--restore-from=x: is set"),
+        ([out, *recipe, "--evaluate", "--output-d", "x"], "--output-d: is set"),
         ([out, "--evaluate", "--whole", *recipe], "--evaluate: comes after --train"),
+        ([out], "--train: is missing"),
     ):
         with pytest.raises(UsageError, match=message):
             seeds.main(arguments)
-    for wrong in ([out], [out, *recipe, "--no-flag"], [out, *recipe, "--evaluate", "--no-flag"]):
+    for wrong in ([out, *recipe, "--no-flag"], [out, *recipe, "--evaluate", "--no-flag"]):
         with pytest.raises(SystemExit) as end:
             seeds.main(wrong)
         assert end.value.code == 2

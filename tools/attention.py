@@ -22,6 +22,7 @@ from dataset.pictures import decode_upright, load
 from engine.transfer import subtract_mean
 from networks.attention import picture_attention
 from tools import common
+from tools.sources import find
 from utils.args import UsageError
 from utils.attention_figure import draw_attention
 from utils.files import check_writable, replacing
@@ -38,7 +39,7 @@ def pixel(text: str) -> tuple[int, int]:
 def get_parser() -> argparse.ArgumentParser:
     parser = common.Parser("attention", __doc__)
     add = parser.add_argument
-    add("pictures", nargs="+", metavar="PICTURE", help="picture files")
+    add("pictures", nargs="+", metavar="PICTURE", help="picture, or folder or list of pictures")
     add(
         "--pixel",
         type=pixel,
@@ -54,8 +55,16 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    pictures = [(path, decode_upright(load(path))) for path in args.pictures]
-    for path, picture in pictures:
+    pictures, videos = find(args.pictures, leave_out=os.path.realpath(args.out))
+    if videos:
+        raise UsageError(f"{videos[0].path}: is no picture; name pictures")
+    network = common.open_network(args)
+    if network.recurrence == 0:
+        raise UsageError("--recurrence 0: leaves the attention out; give 1 or more")
+    check_writable("--out", args.out)
+    mean = torch.tensor(IMG_MEAN, device=network.device)
+    for path, name in pictures:
+        picture = decode_upright(load(path))
         height, width = picture.shape[:2]
         for row, column in args.pixels or []:
             if row >= height or column >= width:
@@ -63,20 +72,13 @@ def main(argv: list[str] | None = None) -> None:
                     f"--pixel {row},{column}: {path} has {height} rows and {width} columns, from 0; "
                     "give a pixel in it"
                 )
-    network = common.open_network(args)
-    if network.recurrence == 0:
-        raise UsageError("--recurrence 0: leaves the attention out; give 1 or more")
-    check_writable("--out", args.out)
-    mean = torch.tensor(IMG_MEAN, device=network.device)
-    for path, picture in pictures:
-        height, width = picture.shape[:2]
         pixels = args.pixels or [(height // 2, width // 2)]
         image = subtract_mean(torch.from_numpy(picture)[None].to(network.device), mean)
         maps = picture_attention(network.model, image, pixels).cpu().numpy()
-        name = os.path.splitext(os.path.basename(path))[0]
         shown = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
         for number, (row, column) in enumerate(pixels):
             stem = os.path.join(args.out, f"{name}_{row}_{column}")
+            os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
             with replacing(f"{stem}.npy") as temporary:
                 np.save(temporary, maps[:, number])
             with replacing(f"{stem}.png") as temporary:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dataset import DataError
 from dataset.labels import LabelReader, choose_table
 from engine.distributed import choose_devices
+from engine.evaluation import unwritable
 from networks import CheckpointError, Seg_Model, load_weights
 from networks.variants import DEPTHS, blocks_of, variant_of
 from networks.weights import read_state_dict
@@ -39,7 +40,7 @@ class Network(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows defaults; an error takes one line and ends in status 2."""
+    """Its help is the tool's docstring; an error takes one line and ends in status 2."""
 
     def __init__(self, tool: str, doc: str | None):
         summary, _, rest = (doc or "").partition("\n\n")
@@ -51,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{os.path.basename(sys.argv[0])}: error: {message}\n")
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +129,8 @@ def open_network(args: argparse.Namespace) -> Network:
         )
     backbone = backbone_of(path, state)
     num_classes = state[CLASSIFIER].shape[0]
+    if num_classes > 255:
+        raise CheckpointError(f"{path}: has {num_classes} classes; predictions have room for 255")
     recipe = recipe_of(path)
     table_path = args.classes or _table_of(recipe, num_classes)
     table, _ = choose_table(table_path, None)
@@ -139,6 +142,9 @@ def open_network(args: argparse.Namespace) -> Network:
     recurrence = args.recurrence
     if recurrence is None:
         recurrence = recipe.get("recurrence", 2)
+        if not isinstance(recurrence, int) or recurrence < 0:
+            where = os.path.join(os.path.dirname(path), RECIPE)
+            raise UsageError(f"{where}: recurrence is {recurrence!r}, no number; give --recurrence")
     model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone, variant=variant_of(state))
     load_weights(model, path, complete=True, state=state)
     model.to(device).eval()
@@ -147,14 +153,32 @@ def open_network(args: argparse.Namespace) -> Network:
 
 
 def _table_of(recipe: Mapping[str, Any], num_classes: int) -> str | None:
-    """The run's class table, if it is still where it was and fits; a moved one is no reason to refuse."""
+    """The run's class table, if it is still where it was and fits. Where it is not, names and colours of
+    other classes would be a mistake that nobody sees: a line says so."""
     path = recipe.get("classes")
-    if not isinstance(path, str) or not os.path.isfile(path):
+    if not isinstance(path, str):
         return None
-    table, _ = choose_table(path, None)
-    return path if table is not None and len(table.classes) == num_classes else None
+    if os.path.isfile(path):
+        table, _ = choose_table(path, None)
+        if table is not None and len(table.classes) == num_classes:
+            return path
+    print(
+        f"{path}, the class table of the run, is not there or another one by now: give --classes", flush=True
+    )
+    return None
 
 
 def end(main: Callable[[], int | None]) -> None:
-    """Run a tool's main and exit: 0, 2 with one line for wrong input, 1 for anything else."""
-    sys.exit(flags.exit_status(main, INPUT_ERRORS))
+    """Run a tool's main and exit: 0, 2 with one line for wrong input, 1 for anything else, a full disk with
+    one line, 130 after Ctrl-C."""
+
+    def run() -> int | None:
+        try:
+            return main()
+        except OSError as error:
+            raise unwritable(error) from error
+
+    try:
+        sys.exit(flags.exit_status(run, INPUT_ERRORS))
+    except KeyboardInterrupt:
+        sys.exit(130)

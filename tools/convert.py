@@ -170,7 +170,7 @@ def kind_of(path: str, state: Mapping[str, Tensor]) -> str:
         return "ccnet"
     raise CheckpointError(
         f"{path}: has no names of CCNet, mmsegmentation's CCNet, or a ResNet of torchvision or timm, but "
-        f"{next(iter(state))}; convert one of these"
+        f"{next(iter(state), 'nothing')}; convert one of these"
     )
 
 
@@ -208,7 +208,13 @@ def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -
             name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()
         }
         # The zip files of PyTorch 1.6 and later are nothing to the versions that run the original.
-        torch.save(content, temporary, _use_new_zipfile_serialization=target != "original")
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(content, file, _use_new_zipfile_serialization=target != "original")
+            except RuntimeError as error:  # what torch makes of a full disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         written = Source(
             read_state_dict(temporary), "batch-norm" if target == "batch-norm" else "ccnet", None
         )

@@ -227,6 +227,7 @@ class Setting(NamedTuple):
     train: bool = False
     batch: int = 1
     size: tuple[int, int] = (769, 769)
+    variant: str = "ccnet"
 
     def words(self) -> str:
         kind = "a training step" if self.train else "prediction"
@@ -259,12 +260,12 @@ def set_layout(model: nn.Module, channels_last: bool) -> None:
 
 @functools.lru_cache(maxsize=4)
 def network_without_data(
-    backbone: str, num_classes: int, recurrence: int, channels_last: bool
+    backbone: str, num_classes: int, recurrence: int, channels_last: bool, variant: str
 ) -> tuple[FakeTensorMode, Seg_Model]:
     """Tensors without data belong to the mode that they were made in."""
     mode = FakeTensorMode()
     with mode:
-        model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone)
+        model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone, variant=variant)
         set_layout(model, channels_last)
     return mode, model
 
@@ -283,7 +284,9 @@ def simulate(
         attention: makes what stands in the place of head.cca.
     """
     make = network_without_data.__wrapped__ if attention else network_without_data
-    mode, model = make(setting.backbone, setting.num_classes, setting.recurrence, setting.channels_last)
+    mode, model = make(
+        setting.backbone, setting.num_classes, setting.recurrence, setting.channels_last, setting.variant
+    )
     if attention is not None:
         with mode:
             model.head.cca = attention()  # type: ignore[assignment]

@@ -2,8 +2,8 @@
 
     python -m tools.predict INPUT [INPUT ...] --restore-from CKPT [--out DIR]
 
-An input is a picture, a folder (with all below it), a list (.txt or .lst, a path in each line), a video, or
-camera:0. DIR gets, under the name and the subfolder that the input has:
+An input is a picture, a folder (the pictures in it and below), a list (.txt or .lst: in each line a path,
+relative to the list), a video, or camera:0. DIR gets, under the name and the subfolder that the input has:
 
     overlay/        the classes' colours over the picture (JPEG; of a video, a video)
     color/          the classes' colours: PNG with a palette, values are train ids (of a video, a video)
@@ -33,7 +33,6 @@ from PIL import Image
 
 from dataset import IMG_MEAN, DataError
 from dataset.pictures import decode_upright, load
-from engine.evaluation import unwritable
 from engine.inference import predict_classes, predict_multiscale
 from engine.transfer import subtract_mean
 from tools import common
@@ -115,14 +114,11 @@ def main(argv: list[str] | None = None) -> int:
                 work.predict_video(video)
             except DataError as error:
                 unreadable.append(str(error))
-        done = work.done
-        if done:
-            path = os.path.join(args.out, SHEET)
-            with replacing(path) as temporary:
+    finally:
+        if work.done:
+            with replacing(os.path.join(args.out, SHEET)) as temporary:
                 sheet.draw().save(temporary, quality=90)
-            print(f"{args.out}: {done} pictures ({', '.join(args.save)}), {SHEET} shows some of them")
-    except OSError as error:
-        raise unwritable(error) from error
+            print(f"{args.out}: {work.done} pictures ({', '.join(args.save)}), {SHEET} shows some of them")
     if unreadable:
         for line in unreadable[:-1]:
             print(line, file=sys.stderr)
@@ -237,25 +233,43 @@ class Work:
 
 
 class Film(contextlib.ExitStack):
-    """A video file that has its name only when it is whole; its size is that of the first frame."""
+    """A video file that has its name only when it is whole. It has the size of the first frame; others are
+    resized."""
 
     def __init__(self, path: str, rate: float):
         super().__init__()
         self.path = path
         self.rate = rate
         self._writer: cv2.VideoWriter | None = None
+        self._size = 0, 0
+        self._frames = 0
 
     def add(self, frame: np.ndarray) -> None:
         """frame: uint8 [h, w, 3] RGB."""
         if self._writer is None:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             temporary = self.enter_context(replacing(self.path))
-            size = frame.shape[1], frame.shape[0]
-            self._writer = cv2.VideoWriter(temporary, cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
-            self.callback(self._writer.release)
+            self._size = frame.shape[1], frame.shape[0]
+            self._writer = cv2.VideoWriter(temporary, cv2.VideoWriter.fourcc(*"mp4v"), self.rate, self._size)
+            self.push(lambda error, *_: self._finish(temporary, failed=error is not None))
             if not self._writer.isOpened():
                 raise RunError(f"{self.path}: OpenCV can't write this video; leave its kind out of --save")
+        if frame.shape[1::-1] != self._size:
+            frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_NEAREST)
         self._writer.write(np.ascontiguousarray(frame[..., ::-1]))
+        self._frames += 1
+
+    def _finish(self, path: str, failed: bool) -> None:
+        """OpenCV says nothing of a full disk: what was written has to have all frames."""
+        assert self._writer is not None
+        self._writer.release()
+        if failed or not self._frames:
+            return
+        written = cv2.VideoCapture(path)
+        frames = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
+        written.release()
+        if frames != self._frames:
+            raise RunError(f"{self.path}: can't be written; make room, then run it again")
 
 
 def _ahead(

@@ -37,6 +37,8 @@ from cc_attention import CrissCrossAttention, ops
 from engine.step import PRECISIONS
 from networks import Seg_Model, load_weights
 from networks.resnet import DEPTHS
+from networks.variants import variant_of
+from networks.weights import read_state_dict
 from tools import common
 from tools.cost import (
     GIB,
@@ -61,17 +63,20 @@ PAPER = {"R=1": (8.3, 53), "R=2": (16.5, 127), "R=3": (24.7, 208), "non-local": 
 PAPER_SIZE = (769, 769)
 
 
-def make_network(args: argparse.Namespace) -> Seg_Model:
+def make_network(args: argparse.Namespace) -> tuple[Seg_Model, str]:
+    """The network, and its variant."""
     torch.manual_seed(0)
-    model = Seg_Model(args.num_classes, recurrence=args.recurrence, backbone=args.backbone)
-    if args.restore_from:
-        load_weights(model, args.restore_from, complete=True)
-        return model
+    weights = read_state_dict(args.restore_from) if args.restore_from else None
+    variant = variant_of(weights or {})
+    model = Seg_Model(args.num_classes, recurrence=args.recurrence, backbone=args.backbone, variant=variant)
+    if weights:
+        load_weights(model, args.restore_from, complete=True, state=weights)
+        return model, variant
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.fill_(0.2)  # gamma and the residuals' scales, which start at 0: zeros are faster
-    return model
+    return model, variant
 
 
 # What is printed
@@ -342,7 +347,9 @@ def main() -> None:
         device = common.choose_device(args.gpu)
         if args.amp == "fp16" and device.type == "cpu" and args.rounds:
             raise UsageError("--amp fp16: is for GPUs; give --amp bf16, or --rounds 0")
-        result = profile(setting, make_network(args), device, args.rounds)
+        model, variant = make_network(args)
+        setting = setting._replace(variant=variant)
+        result = profile(setting, model, device, args.rounds)
         print(page(setting, result))
     if args.json:
         with replacing(args.json) as temporary, open(temporary, "w") as file:

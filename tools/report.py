@@ -29,7 +29,9 @@ from dataset.pictures import decode_label, load
 from engine.metrics import confusion_matrix, mean_iou
 from engine.report import CONFUSION, RESULT
 from engine.transfer import subtract_mean
+from networks import CheckpointError
 from networks.attention import picture_attention
+from networks.weights import read_state_dict
 from tools import common
 from tools.report_page import Example, Report, page
 from utils import args as flags
@@ -67,7 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     if not os.path.isdir(args.run):
         raise UsageError(f"{args.run}: no such folder; name the --snapshot-dir of a run")
     results = args.results or args.run
-    recipe, result = read_json(args.run, common.RECIPE), read_json(results, RESULT)
+    recipe, result = read_json(args.run, common.RECIPE, dict), read_json(results, RESULT, dict)
+    common.choose_device(args.gpu)
+    if args.restore_from:
+        read_state_dict(args.restore_from)
     if not recipe and not result:
         raise UsageError(
             f"{args.run}: has neither {common.RECIPE} nor {RESULT}; name the --snapshot-dir of a run"
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         name=os.path.basename(os.path.abspath(args.run)),
         recipe=recipe or {},
         defaults=vars(train.get_parser().parse_args(["--data-dir", ""])),
-        environment=read_json(args.run, ENVIRONMENT) or [],
+        environment=read_json(args.run, ENVIRONMENT, list) or [],
         log=read_log(os.path.join(args.run, LOG)),
         validation=read_validation(os.path.join(args.run, "tensorboard")),
         result=result or {},
@@ -105,16 +110,19 @@ def main(argv: list[str] | None = None) -> None:
 # What a run leaves
 
 
-def read_json(folder: str, name: str) -> Any:
-    """The content; None where there is no such file."""
+def read_json(folder: str, name: str, kind: type) -> Any:
+    """The content, of that kind; None where there is no such file."""
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            content = json.load(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: can't be read ({error}); mend it or take it away") from error
+    if not isinstance(content, kind):
+        raise UsageError(f"{path}: holds a {type(content).__name__}; mend it or take it away")
+    return content
 
 
 def read_bytes(path: str) -> bytes | None:
@@ -130,9 +138,11 @@ def read_log(path: str) -> list[dict[str, Any]]:
     entries = []
     for line in (read_bytes(path) or b"").splitlines():
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
             continue
+        if isinstance(entry, dict) and {"step", "loss"} <= entry.keys():
+            entries.append(entry)
     return entries
 
 
@@ -149,6 +159,7 @@ def read_validation(folder: str) -> list[tuple[float, float]]:
 
 def read_events(path: str) -> Iterator[Any]:
     """The events of a file of TensorBoard's, records of length (8 bytes), checksum (4), content, checksum."""
+    from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
     content = read_bytes(path) or b""
@@ -157,9 +168,11 @@ def read_events(path: str) -> Iterator[Any]:
         (length,) = struct.unpack_from("<Q", content, position)
         record = content[position + 12 : position + 12 + length]
         position += 16 + length
-        if len(record) < length:  # a run that is still writing
+        try:
+            event = Event.FromString(record)
+        except DecodeError:  # damaged, or the end of a run that is still writing
             return
-        yield Event.FromString(record)
+        yield event
 
 
 # Pictures
@@ -190,8 +203,8 @@ def with_examples(report: Report, args: argparse.Namespace, results: str) -> Rep
     predictions = os.path.join(results, OUTPUTS)
     scored = score_pictures(dataset, predictions)
     ranked = sorted((each for each in scored if not np.isnan(each.score)), key=lambda each: -each.score)
-    half = len(ranked) // 2
-    best, worst = ranked[: args.pictures], ranked[half:][-args.pictures or len(ranked) :]
+    half = (len(ranked) + 1) // 2
+    best, worst = ranked[:half][: args.pictures], ranked[half:][::-1][: args.pictures]
     palette = make_palette(dataset.labels.colors())
 
     def shown(several: list[Scored]) -> list[Example]:
@@ -211,13 +224,19 @@ def with_examples(report: Report, args: argparse.Namespace, results: str) -> Rep
 
     report = report._replace(
         best=shown(best),
-        worst=shown(worst[::-1]),
+        worst=shown(worst),
         legend=list(zip(dataset.labels.names(), np.array(palette).reshape(256, 3).tolist(), strict=False)),
     )
     checkpoint = args.restore_from or how["restore_from"]
     if not args.attention or not checkpoint:
         return report
-    return report._replace(attention=attention_of(args, checkpoint, dataset, ranked))
+    try:
+        return report._replace(
+            attention=attention_of(args.gpu, args.attention, checkpoint, how, dataset, ranked)
+        )
+    except (CheckpointError, DataError, UsageError) as error:
+        report.missing.append(f"no attention: {error}")
+        return report
 
 
 def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
@@ -246,17 +265,24 @@ def read_prediction(folder: str, name: str) -> np.ndarray:
 
 
 def attention_of(
-    args: argparse.Namespace, checkpoint: str, dataset: CSDataSet, ranked: list[Scored]
+    gpu: str | None,
+    number_of_pictures: int,
+    checkpoint: str,
+    how: dict[str, Any],
+    dataset: CSDataSet,
+    ranked: list[Scored],
 ) -> list[Example]:
-    """Attention of pixels of pictures spread over the ranks."""
+    """Attention of pixels of pictures spread over the ranks, by the network as it was evaluated."""
     network = common.open_network(
-        argparse.Namespace(restore_from=checkpoint, classes=None, recurrence=None, gpu=args.gpu)
+        argparse.Namespace(
+            restore_from=checkpoint, classes=how["classes"], recurrence=how["recurrence"], gpu=gpu
+        )
     )
     if network.recurrence == 0 or not ranked:
         return []
     mean = torch.tensor(IMG_MEAN, device=network.device)
     examples = []
-    for index in np.linspace(0, len(ranked) - 1, args.attention + 2).round().astype(int)[1:-1]:
+    for index in np.linspace(0, len(ranked) - 1, number_of_pictures + 2).round().astype(int)[1:-1]:
         picture = dataset.picture(ranked[index].number, instances=False)
         height, width = picture.image.shape[:2]
         pixels = [(height // 2, width // 3), (2 * height // 3, 2 * width // 3)]

@@ -109,7 +109,7 @@ def page(report: Report) -> str:
 
 def _facts(report: Report) -> str:
     facts = []
-    if "meanIU" in report.result:
+    if report.result.get("meanIU") is not None:
         facts.append((_percent(report.result["meanIU"]), "mean IoU"))
     if report.log:
         last = report.log[-1]
@@ -254,7 +254,7 @@ def _picture(picture: np.ndarray, text: str, width: int = WIDTH) -> str:
     image = Image.fromarray(np.ascontiguousarray(picture))
     few = image.getcolors(256) is not None
     if image.width > width:
-        size = width, round(image.height * width / image.width)
+        size = width, max(1, round(image.height * width / image.width))
         image = image.resize(size, Image.Resampling.NEAREST if few else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if few:

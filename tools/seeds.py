@@ -22,6 +22,7 @@ from typing import Any
 
 import evaluate
 import train
+from dataset.labels import choose_table
 from tools import common
 from utils import args as flags
 from utils.args import RunError, UsageError
@@ -63,10 +64,13 @@ def main(argv: list[str] | None = None) -> None:
         run("train.py", *of_train, "--random-seed", seed, "--snapshot-dir", folder, "--resume")
         checkpoint = os.path.join(folder, f"CS_scenes_{recipe.num_steps}.pth")
         result = os.path.join(folder, "result.txt")
-        if not os.path.exists(result) or os.path.getmtime(result) < os.path.getmtime(checkpoint):
+        if not is_result_of(result, checkpoint, [*shared, *of_evaluate]):
             run("evaluate.py", *shared, *of_evaluate, "--restore-from", checkpoint)
         with open(result, encoding="utf-8") as file:
-            rows.append({"seed": seed, **json.load(file)})
+            found = json.load(file)
+        if found["meanIU"] is None:
+            raise RunError(f"{result}: has no score, as no class occurs; evaluate on other pictures")
+        rows.append({"seed": seed, **found})
 
     text = table(rows)
     for name, content in (("seeds.md", text), ("seeds.json", json.dumps(summary(rows), indent=2) + "\n")):
@@ -75,10 +79,25 @@ def main(argv: list[str] | None = None) -> None:
     print(text, end="")
 
 
+def is_result_of(path: str, checkpoint: str, given: Sequence[str]) -> bool:
+    """Whether a result.txt is what evaluate.py would write now."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            noted = json.load(file)["arguments"]
+        if os.path.getmtime(path) < os.path.getmtime(checkpoint):
+            return False
+    except (OSError, ValueError, KeyError):
+        return False
+    wanted = vars(evaluate.get_parser().parse_args([*given, "--restore-from", checkpoint]))
+    _, wanted["num_classes"] = choose_table(wanted["classes"], wanted["num_classes"])
+    return all(json.loads(json.dumps(wanted[name])) == noted.get(name) for name in evaluate.DESCRIPTION)
+
+
 def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """This command's flags, those of train.py and those of evaluate.py."""
     if TRAIN not in argv:
-        return list(argv), [], []  # for --help, and for its error
+        get_parser().parse_args(list(argv))  # answers --help
+        raise UsageError(f"{TRAIN}: is missing; give it last, followed by flags of train.py")
     first = argv.index(TRAIN)
     second = argv.index(EVALUATE) if EVALUATE in argv else len(argv)
     if second < first:
@@ -87,7 +106,9 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     of_train, of_evaluate = list(argv[first + 1 : second]), list(argv[second + 1 :])
     for given, taken in zip((of_train, of_evaluate), OWN, strict=True):
         for part in given:
-            if part.split("=")[0] in taken:
+            name = part.split("=")[0]
+            # Argparse takes beginnings of a flag for the flag.
+            if name.startswith("--") and any(flag.startswith(name) for flag in taken):
                 raise UsageError(f"{part}: is set for each seed by this command; leave it out")
     return own, of_train, of_evaluate
 

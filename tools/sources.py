@@ -40,8 +40,8 @@ class Video(NamedTuple):
 def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list[Video]]:
     """What the command line names: pictures, videos, folders of pictures, lists of pictures, cameras.
 
-    Pictures of a folder keep their place in it, those of a list theirs beside the list; a list has a path in
-    each line, and anything after a tab is left alone, so that lists of a data set serve too.
+    Pictures of a folder keep their place in it, those of a list theirs beside the list. A list has a path in
+    each line, relative to itself; anything after a tab is left alone.
 
     Args:
         inputs: paths, and camera:N.
@@ -59,6 +59,8 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
                 raise UsageError(f"{text}: a camera has a number; give camera:0")
             videos.append(Video(int(number), f"camera{number}"))
         elif os.path.isdir(text):
+            if os.path.realpath(text) == leave_out:
+                raise UsageError(f"{text}: is --out as well; name another folder for the results")
             found = list(_walk(text, leave_out))
             if not found:
                 raise UsageError(f"{text}: no pictures in it ({' '.join(PICTURES)}); name another folder")
@@ -74,7 +76,10 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
         else:
             # Whatever its name: the decoder says if it is none.
             pictures.append(PictureFile(text, _stem(os.path.basename(text))))
-    return _distinct(pictures), _distinct(videos)
+    names = _distinct([*pictures, *videos])
+    pictures = [each._replace(name=name) for each, name in zip(pictures, names, strict=False)]
+    videos = [each._replace(name=name) for each, name in zip(videos, names[len(pictures) :], strict=True)]
+    return pictures, videos
 
 
 def _stem(path: str) -> str:
@@ -82,7 +87,12 @@ def _stem(path: str) -> str:
 
 
 def _walk(folder: str, leave_out: str) -> Iterator[PictureFile]:
+    seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(root)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = sorted(
             name
             for name in folders
@@ -97,7 +107,7 @@ def _walk(folder: str, leave_out: str) -> Iterator[PictureFile]:
 def _listed(path: str) -> list[PictureFile]:
     folder = os.path.dirname(path)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = [line.rstrip("\n").split("\t")[0].strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read as a list of pictures ({error}); check the file") from error
@@ -117,20 +127,26 @@ def _listed(path: str) -> list[PictureFile]:
     return found
 
 
-def _distinct(found: list) -> list:
-    """The same, with the endings in names that would be equal, and a number where that does not help."""
+def _distinct(found: Sequence[PictureFile | Video]) -> list[str]:
+    """Their names, with the ending where names would be equal, and a number where that does not help.
+
+    A video's name is that of a folder as well, which pictures must not lie in.
+    """
     times = Counter(each.name for each in found)
-    renamed = [
-        each._replace(name=each.name + os.path.splitext(str(each.path))[1]) if times[each.name] > 1 else each
-        for each in found
-    ]
-    seen: Counter[str] = Counter()
-    result = []
-    for each in renamed:
-        seen[each.name] += 1
-        number = seen[each.name]
-        result.append(each if number == 1 else each._replace(name=f"{each.name}_{number}"))
-    return result
+    taken: set[str] = set()
+    names = []
+    for each in found:
+        ending = os.path.splitext(str(each.path))[1]
+        wanted = each.name + ending if times[each.name] > 1 else each.name
+        if isinstance(each, Video) and any(name.startswith(f"{wanted}{os.sep}") for name in taken):
+            wanted += ending
+        name, number = wanted, 1
+        while name in taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def frames(video: Video, most: int | None) -> tuple[float, int | None, Iterator[np.ndarray]]:
@@ -163,5 +179,8 @@ def frames(video: Video, most: int | None) -> tuple[float, int | None, Iterator[
             capture.release()
         if done == 0:
             raise DataError(f"{video.path}: no frame could be read; check the file or the device")
+        # Headers are not exact, but this is more than that.
+        if not video.is_camera and number is not None and done < number - max(2, number // 50):
+            raise DataError(f"{video.path}: ends after {done} of {number} frames; copy it again")
 
     return rate, number, read()

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-#: Width that a panel has at least, and the height of its caption.
-WIDTH, CAPTION = 280, 24
+#: Width that a panel has at least, its longest side at most, and the height of its caption.
+WIDTH, LONGEST, CAPTION = 280, 4096, 24
 
 
 def draw_attention(picture: np.ndarray, pixel: tuple[int, int], maps: np.ndarray) -> Image.Image:
@@ -21,10 +21,13 @@ def draw_attention(picture: np.ndarray, pixel: tuple[int, int], maps: np.ndarray
         maps: float [R, H, W], the weights after each recurrence, corners aligned with the picture's.
     """
     height, width = picture.shape[:2]
-    factor = max(1, -(-WIDTH // width))  # small pictures are enlarged
-    size = (width * factor, height * factor)
-    enlarged = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST) if factor > 1 else picture
-    center = [at * factor + factor // 2 for at in pixel]
+    # Small pictures are enlarged, by whole numbers, and large ones reduced.
+    factor = min(max(1.0, float(-(-WIDTH // width))), max(1.0, LONGEST // max(height, width)))
+    factor = min(factor, LONGEST / max(height, width))
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    interpolation = cv2.INTER_NEAREST if factor > 1 else cv2.INTER_AREA
+    enlarged = cv2.resize(picture, size, interpolation=interpolation) if factor != 1 else picture
+    center = [int((at + 0.5) * factor) for at in pixel]
     font = ImageFont.load_default(size=15)
 
     panels = [("picture", enlarged)]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device, PyTorch, threads, what else ran, and the date."""
+    """Device (cpu, cuda, cuda:1), PyTorch, threads, what else ran, and the date."""
     about: dict[str, Any] = {
         "device": device,
         "name": _processor(),
@@ -26,8 +26,8 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if device == "cuda":
-        gpu = torch.cuda.get_device_properties(0)
+    if device.startswith("cuda"):
+        gpu = torch.cuda.get_device_properties(torch.device(device))
         about |= {
             "name": gpu.name,
             "cuda": torch.version.cuda,

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 
 from utils.args import UsageError
 
+#: Bytes of a name that its temporary one keeps.
+LONGEST = 200
+
 
 def temporary_name(path: str, writer: int | str) -> str:
     """The name under which a thread of some process writes `path`."""
     folder, name = os.path.split(path)
+    name = os.fsdecode(os.fsencode(name)[-LONGEST:])  # file systems take names of 255 bytes
     # The ending stays last: writers such as Pillow choose the format by it.
     return os.path.join(folder, f".writing-{writer}-{name}")
 

@@ -27,7 +27,7 @@ class Progress:
         rate = done / max(now - self.start, 1e-9)
         line = f"{self.what} {done}"
         if self.total is not None:
-            left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
+            left = timedelta(seconds=round(max(0, self.total - done) / max(rate, 1e-9)))
             line += f"/{self.total}  {rate:.2f} {self.what}s/s  {left} left"
         else:
             line += f"  {rate:.2f} {self.what}s/s"
