@@ -44,8 +44,8 @@ BUGS: list[Bug] = [
     Bug(
         "forward: scores without a wait",
         FORWARD,
-        "      device::wait_for_copies<1>();\n    } else {\n      device::wait_for_copies<0>();\n",
-        "    } else {\n",
+        "        device::wait_for_copies<2>();\n      } else {\n        device::wait_for_copies<1>();\n",
+        "      } else {\n",
     ),
     Bug(
         "forward: scores without a barrier",
@@ -54,12 +54,7 @@ BUGS: list[Bug] = [
         "    multiply_rows",
     ),
     Bug("forward: next channels too early", FORWARD, "    if (channel > 0) __syncthreads();", "    ;"),
-    Bug(
-        "forward: values over keys",
-        FORWARD,
-        "  __syncthreads();  // the tiles are read\n  if (stages == 2)",
-        "  if (stages == 2)",
-    ),
+    Bug("forward: values over keys", FORWARD, "int filling = 1;", "int filling = 0;"),
     Bug(
         "forward: one wait too few",
         FORWARD,
@@ -82,18 +77,25 @@ BUGS: list[Bug] = [
         "forward: ring overtakes",
         FORWARD,
         "    __syncthreads();  // this chunk is there for all, and the one before it is read\n"
-        "    start_values(chunk + stages - 1);",
-        "    start_values(chunk + stages - 1);\n    __syncthreads();",
+        "    start_values();",
+        "    start_values();\n    __syncthreads();",
     ),
     Bug(
         "forward: no empty groups",
         FORWARD,
         "    device::commit_copies();  // an",
-        "    if (chunk < chunks) device::commit_copies();  // an",
+        "    if (next_channel < C) device::commit_copies();  // an",
     ),
     Bug("forward: a key too many", FORWARD, "k >= line.length ||", "k > line.length ||"),
     Bug("forward: self twice", FORWARD, "(column && k == rows[i / 2])", "false"),
     Bug("forward: empty column", FORWARD, "largest[half] == -INFINITY ? 0.f : largest", "largest"),
+    Bug(
+        "forward: the columns' result not read",
+        FORWARD,
+        "      if (!column)\n        copy_rows(",
+        "      if (false)\n        copy_rows(",
+    ),
+    Bug("forward: rows without a barrier", FORWARD, "    __syncwarp();\n    write_rows", "    write_rows"),
     Bug("forward: no merge", FORWARD, "      weight[half] *= here / (here + there);\n", ""),
     Bug(
         "forward: lse beyond the line",
@@ -103,9 +105,14 @@ BUGS: list[Bug] = [
     ),
     # What both directions use
     Bug(
-        "copies: channels beyond the end", COMMON, "row < line.length && from < channels", "row < line.length"
+        "copies: channels beyond the end",
+        COMMON,
+        "from < channels ? line.length - first : 0",
+        "line.length - first",
     ),
-    Bug("copies: rows beyond the end", COMMON, "row < line.length && from < channels", "from < channels"),
+    Bug("copies: rows beyond the end", COMMON, "from < channels ? line.length - first : 0", "rows"),
+    Bug("rows: beyond the line", COMMON, "    if (first + row >= line.length) break;\n", ""),
+    Bug("rows: beyond the channels", COMMON, "  if (from >= channels) return;\n", ""),
     Bug(
         "operands: right one swapped",
         COMMON,
@@ -130,12 +137,17 @@ BUGS: list[Bug] = [
         "device::round_tf32(results[i % 2 * 2 + i / 2])",
         "std::bit_cast<uint32_t>(results[i % 2 * 2 + i / 2])",
     ),
-    Bug("results: beyond the line", COMMON, "pixel >= line.length || first >= channels", "first >= channels"),
+    Bug(
+        "results: beyond the line",
+        COMMON,
+        "row + 8 * half < line.length ? channels - channel : 0",
+        "channels - channel",
+    ),
     Bug(
         "results: beyond the channels",
         COMMON,
-        "pixel >= line.length || first >= channels",
-        "pixel >= line.length",
+        "row + 8 * half < line.length ? channels - channel : 0",
+        "row + 8 * half < line.length ? channels : 0",
     ),
     Bug(
         "results: lanes not swapped",
@@ -198,6 +210,12 @@ BUGS: list[Bug] = [
         "return ring + next.stage",
         "return ring + (stages - 1 - next.stage)",
     ),
+    Bug(
+        "backward: half of delta",
+        BACKWARD,
+        "part < parts; ++part) {  // the",
+        "part < parts - 1; ++part) {  // the",
+    ),
     Bug("backward: no delta", BACKWARD, "p[1] * (dp[1] - delta)", "p[1] * dp[1]"),
     Bug(
         "backward: P not transposed",
@@ -207,16 +225,34 @@ BUGS: list[Bug] = [
     ),
     # The general kernels
     Bug(
-        "general: pieces overtake",
-        GENERAL,
-        "    __syncthreads();  // all have read the pieces before\n",
-        "",
-    ),
-    Bug(
         "general: pieces without a barrier",
         GENERAL,
-        "    b_pieces.copy(b_stage);\n    __syncthreads();",
-        "    b_pieces.copy(b_stage);",
+        "    __syncthreads();  // the piece is there, and all have read the one before\n  };",
+        "  };",
+    ),
+    Bug(
+        "general: one place for pieces",
+        GENERAL,
+        "next = next == stage ? stage + kPieceSize<kARows, kBRows> : stage;",
+        ";",
+    ),
+    Bug(
+        "general: values without a barrier",
+        GENERAL,
+        "      if (piece % V::kAhead == 0) __syncthreads();",
+        "      ",
+    ),
+    Bug(
+        "general: a barrier for all values",
+        GENERAL,
+        "if (piece % V::kAhead == 0)",
+        "if (piece % V::kPieces == 0)",
+    ),
+    Bug(
+        "general: one place for values",
+        GENERAL,
+        "(piece + V::kAhead) % V::kPieces *",
+        "piece % V::kPieces *",
     ),
     Bug(
         "general: scores over pieces",
@@ -232,15 +268,17 @@ BUGS: list[Bug] = [
     ),
     Bug("general: all masked", GENERAL, "const S base = top == -INFINITY ? 0 : top;", "const S base = top;"),
     Bug("general: self twice", GENERAL, "column && self ? -INFINITY : scores[i][j]", "scores[i][j]"),
-    Bug("general: self twice in P", GENERAL, "p.column && queries.first + square.a(i) == key ? 0 : ", ""),
-    Bug("general: pixels beyond the end", GENERAL, "i * kApart + j < present ? *next : T{}", "*next"),
+    Bug("general: self twice in P", GENERAL, "quad.at[k] = self ? 0 : ", "quad.at[k] = "),
+    Bug("general: scores overtake", GENERAL, "    __syncthreads();  // all have used the tile before\n", ""),
+    Bug("general: pixels beyond the end", GENERAL, "i * apart() + j < present ? *next : T{}", "*next"),
     Bug(
         "general: channels beyond the end",
         GENERAL,
-        "const int present = channels > 0 ? rows : 0;",
+        "const int present = channel() < channels ? rows : 0;",
         "const int present = rows;",
     ),
-    Bug("general: odd number of sources", GENERAL, "    if (left == 1) add(weights, even);\n", ""),
+    Bug("general: last sources", GENERAL, "row < left; ++row", "row < left - 1; ++row"),
+    Bug("general: sums of one launch", GENERAL, "Quad quad = first ? Quad{} : *to;", "Quad quad{};"),
     Bug(
         "general: delta of 31 lanes",
         GENERAL,
@@ -264,6 +302,7 @@ CASES = [
     ),  # two tiles in the forward's ring, one in the backward's
     ((2, 5, 9, 20, 33), F32, {"capability": 75}),
     ((1, 24, 600, 4, 18), BF16, {"capability": 75}),
+    ((1, 5, 133, 2, 9), F32, {}),  # more channels than one sum has
     ((1, 5, 9, 1, 9), F32, {"capability": 75}),
     ((1, 8, 72, 3, 18), BF16, {"offset": 6.0}),  # scores far below zero
 ]

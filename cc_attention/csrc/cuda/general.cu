@@ -9,9 +9,12 @@
 //               few channels, turned so that a thread reads four pixels in one load; a thread holds a square of
 //               products.
 //   accumulate  [targets] x [channels] sums over source pixels, times weights in shared memory. A thread holds
-//               kPerThread targets x a few channels, neighbouring threads neighbouring channels: the sources are read
-//               straight from global memory, coalesced whatever the alignment, and a weight serves all the channels of
-//               the thread.
+//               kPerThread targets x a few channels, neighbouring threads neighbouring channels. The sources pass
+//               through shared memory in pieces of a few pixels, read coalesced whatever the alignment.
+//
+// In both, a thread holds its part of a later piece in registers while the block works on this one. The shared memory
+// has room for two pieces of multiply and four of accumulate (two of float64): one barrier for half of them, and nobody
+// waits for global memory.
 //
 // Forward: multiply, an online softmax and accumulate in one kernel. The softmax of the rows starts from the lse of the
 // columns, whose result then has a weight like that of a key.
@@ -38,20 +41,21 @@ using device::kAllLanes;
 using device::kWarp;
 
 constexpr int kThreads = 256;
-constexpr int kPiece = 16;     // channels that multiply stages at a time
+constexpr int kPiece = 8;      // channels that multiply stages at a time
 constexpr int kPad = 4;        // keeps rows of shared memory aligned to Vec4 and spreads its columns over the banks
 constexpr int kPerThread = 8;  // targets of a thread in accumulate
-constexpr int kSide = 128;     // pixels of either side in a block of product_kernel
+constexpr int kSide = 104;     // most pixels of either side in a block of product_kernel, which has then
+constexpr int kProductThreads = 192;  // threads, with 8 x 8 products each
 
-// Sums of sums round less than one long sum: the channels of a product, and the sources of a weighted sum, that one
-// launch adds up before it leaves the result in memory to the next. Not for 16-bit dtypes, whose own rounding is far
-// larger.
+// Sums of sums round less than one long sum: the channels of a product, and the sources of a weighted sum, that a
+// thread adds up before the result goes to memory, where those after it are added to it. Not for 16-bit dtypes, whose
+// own rounding is far larger.
 template <class T>
 constexpr int kLongestSum = sizeof(T) < 4 ? std::numeric_limits<int>::max() : 128;
 
-// For P and dS. Well within an L2 cache, and yet the lines of 97 pixels that it holds, 270 of them, give two blocks to
-// each of an H100's 132 multiprocessors.
-constexpr int64_t kWorkspaceBytes = 20 << 20;
+// For P and dS. The lines of 97 pixels that it holds, 810 of them, are all of 8 images: few launches, each with work
+// for a whole GPU.
+constexpr int64_t kWorkspaceBytes = 60 << 20;
 
 // Blocks that a multiprocessor shall hold, which bounds the registers: sums of 64 bits take twice as many.
 template <class T>
@@ -109,52 +113,52 @@ __device__ __forceinline__ unsigned block_of_pass(bool column) {
 }
 
 // A side of multiply on its way from global to shared memory, kPiece channels of up to kRows pixels at a time. A thread
-// carries some fours of neighbouring pixels of one channel, so that it writes Vec4; neighbouring threads have
-// neighbouring channels.
-template <class T, int kRows>
+// carries kLoads fours of neighbouring pixels of one channel, so that it writes Vec4; neighbouring threads have
+// neighbouring channels. The block has at least kRows / kLoads threads.
+template <class T, int kRows, int kLoads>
 struct Pieces {
   static constexpr int kPitch = kRows + kPad;
   static constexpr int kSize = kPiece * kPitch;
-  static constexpr int kApart = kThreads / kPiece * 4;  // rows between a thread's fours
-  static constexpr int kLoads = ceil_div(kRows, kApart);
 
   const T* source;  // of the thread's first row and the next piece
-  int64_t step;
-  int rows, channels;  // from there to the end
+  int rows;         // from there to the end
+  T held[kLoads][4];
 
   static __device__ __forceinline__ int channel() { return threadIdx.x % kPiece; }
   static __device__ __forceinline__ int row() { return threadIdx.x / kPiece * 4; }
+  static __device__ __forceinline__ int apart() { return blockDim.x / kPiece * 4; }  // rows between a thread's fours
 
-  __device__ __forceinline__ Pieces(const Pixels<T>& pixels, int channels_)
-      : source(pixels.first + row() * pixels.step + channel()),
-        step(pixels.step),
-        rows(pixels.count - row()),
-        channels(channels_ - channel()) {}
+  __device__ __forceinline__ explicit Pieces(const Pixels<T>& pixels)
+      : source(pixels.first + row() * pixels.step + channel()), rows(pixels.count - row()) {}
 
-  // stage [kPiece, kPitch]: the next piece; zeros past the last channel, and past the last pixel.
-  __device__ __forceinline__ void copy(Sum<T>* stage) {
-    const int present = channels > 0 ? rows : 0;
-    const T* next = source;
-    T held[kLoads][4];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i, next += (kApart - 4) * step)
-#pragma unroll
-      for (int j = 0; j < 4; ++j, next += step) held[i][j] = i * kApart + j < present ? *next : T{};
+  // Reads the next piece, of the last `channels`; zeros past the last one, and past the last pixel.
+  __device__ __forceinline__ void load(int64_t step, int channels) {
+    const int present = channel() < channels ? rows : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (row() + i * kApart >= kRows) continue;
+      const T* next = source + i * apart() * step;
+#pragma unroll
+      for (int j = 0; j < 4; ++j, next += step) held[i][j] = i * apart() + j < present ? *next : T{};
+    }
+    source += kPiece;
+  }
+
+  // stage [kPiece, kPitch]: what load has read.
+  __device__ __forceinline__ void store(Sum<T>* stage) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (row() + i * apart() >= kRows) continue;
       Vec4<Sum<T>> pixels;
 #pragma unroll
       for (int j = 0; j < 4; ++j) pixels.at[j] = device::to_sum(held[i][j]);
-      *reinterpret_cast<Vec4<Sum<T>>*>(stage + channel() * kPitch + row() + i * kApart) = pixels;
+      *reinterpret_cast<Vec4<Sum<T>>*>(stage + channel() * kPitch + row() + i * apart()) = pixels;
     }
-    source += kPiece;
-    channels -= kPiece;
   }
 };
 
 // Which products multiply leaves with a thread: kQuads * 4 pixels of either side, in fours far apart, so that
-// neighbouring threads read neighbouring fours.
+// neighbouring threads read neighbouring fours. By device::lane, so that a second one, for what follows the products,
+// takes no registers from them.
 template <int kQuads>
 struct Square {
   int a_step, b_step;  // fours of pixels between those of one thread
@@ -163,67 +167,134 @@ struct Square {
   __device__ __forceinline__ Square(int a_count, int b_count)
       : a_step(ceil_div(a_count, 4 * kQuads)),
         b_step(ceil_div(b_count, 4 * kQuads)),
-        a_first(threadIdx.x % a_step),
-        b_first(threadIdx.x / a_step),
+        a_first(thread() % a_step),
+        b_first(thread() / a_step),
         active(b_first < b_step) {}
+  static __device__ __forceinline__ int thread() { return threadIdx.x / kWarp * kWarp + device::lane(); }
   __device__ __forceinline__ int a(int i) const { return 4 * (a_first + i / 4 * a_step) + i % 4; }
   __device__ __forceinline__ int b(int i) const { return 4 * (b_first + i / 4 * b_step) + i % 4; }
 };
 
-template <class T, int kARows, int kBRows>
-constexpr int kStageSize = Pieces<T, kARows>::kSize + Pieces<T, kBRows>::kSize;
+template <int kARows, int kBRows>
+constexpr int kPieceSize = kPiece * (kARows + kBRows + 2 * kPad);
 
 // products[i][j] = sum over channels of a[square.a(i)] * b[square.b(j)]; what lies past the last pixel is undefined.
-// stage: kStageSize sums of shared memory, free for other uses after a barrier.
-template <class T, int kARows, int kBRows, int kQuads>
+// Pixels of either side are equally far apart.
+// stage: 2 * kPieceSize sums of shared memory, which nobody uses; free for other uses after a barrier.
+template <class T, int kARows, int kBRows, int kQuads, int kLoads>
 __device__ __forceinline__ void multiply(Sum<T> (&products)[4 * kQuads][4 * kQuads], const Square<kQuads>& square,
                                          const Pixels<T>& a, const Pixels<T>& b, int channels, Sum<T>* stage) {
   using Quad = Vec4<Sum<T>>;
-  static_assert(kARows * kBRows <= kThreads * 16 * kQuads * kQuads);
-  constexpr int kAPitch = Pieces<T, kARows>::kPitch, kBPitch = Pieces<T, kBRows>::kPitch;
-  Sum<T>* const b_stage = stage + Pieces<T, kARows>::kSize;
+  using APieces = Pieces<T, kARows, kLoads>;
+  using BPieces = Pieces<T, kBRows, kLoads>;
+  constexpr int kAPitch = APieces::kPitch, kBPitch = BPieces::kPitch;
 #pragma unroll
   for (auto& row : products)
 #pragma unroll
     for (auto& product : row) product = 0;
-  Pieces<T, kARows> a_pieces(a, channels);
-  Pieces<T, kBRows> b_pieces(b, channels);
-  for (int first = 0; first < channels; first += kPiece) {
-    __syncthreads();  // all have read the pieces before
-    a_pieces.copy(stage);
-    b_pieces.copy(b_stage);
-    __syncthreads();
-    if (!square.active) continue;
-#pragma unroll 2 * kQuads
-    for (int channel = 0; channel < kPiece; ++channel) {
-      Quad a_quads[kQuads], b_quads[kQuads];
+  APieces a_pieces(a);
+  BPieces b_pieces(b);
+  const auto load = [&](int left) {
+    a_pieces.load(a.step, left);
+    b_pieces.load(a.step, left);
+  };
+  Sum<T>* next = stage;
+  const auto store = [&] {
+    a_pieces.store(next);
+    b_pieces.store(next + APieces::kSize);
+    __syncthreads();  // the piece is there, and all have read the one before
+  };
+  load(channels);
+  store();
+  for (int left = channels; left > 0; left -= kPiece) {
+    const Sum<T>* const a_stage = next;
+    const Sum<T>* const b_stage = next + APieces::kSize;
+    if (left > kPiece) load(left - kPiece);
+    if (square.active) {
+#pragma unroll 1
+      for (int channel = 0; channel < kPiece; ++channel) {
+        Quad a_quads[kQuads], b_quads[kQuads];
 #pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        a_quads[i] = *reinterpret_cast<const Quad*>(stage + channel * kAPitch + square.a(4 * i));
-        b_quads[i] = *reinterpret_cast<const Quad*>(b_stage + channel * kBPitch + square.b(4 * i));
+        for (int i = 0; i < kQuads; ++i) {
+          a_quads[i] = *reinterpret_cast<const Quad*>(a_stage + channel * kAPitch + square.a(4 * i));
+          b_quads[i] = *reinterpret_cast<const Quad*>(b_stage + channel * kBPitch + square.b(4 * i));
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kQuads; ++i)
+#pragma unroll
+          for (int j = 0; j < 4 * kQuads; ++j) products[i][j] += a_quads[i / 4].at[i % 4] * b_quads[j / 4].at[j % 4];
       }
-#pragma unroll
-      for (int i = 0; i < 4 * kQuads; ++i)
-#pragma unroll
-        for (int j = 0; j < 4 * kQuads; ++j) products[i][j] += a_quads[i / 4].at[i % 4] * b_quads[j / 4].at[j % 4];
+    }
+    if (left > kPiece) {
+      next = next == stage ? stage + kPieceSize<kARows, kBRows> : stage;
+      store();
     }
   }
 }
 
 // How a block shares out the sums of accumulate: kLanes threads side by side have kChannels channels each, kLanes
-// apart.
-template <int lanes, int channels>
+// apart. sources: whose weights are in shared memory at a time.
+template <int lanes, int channels, int sources>
 struct Shape {
   static constexpr int kLanes = lanes, kChannels = channels;
   static constexpr int kSpan = kLanes * kChannels;  // channels of a block
   static constexpr int kTargets = kPerThread * kThreads / kLanes;
-  static constexpr int kSources = 16 * kThreads / kTargets;  // at a time: 4 x 4 products a thread
+  static constexpr int kSources = sources;
   static constexpr int kPitch = kTargets + kPad;
-  static constexpr int kWeights = kSources * kPitch;  // [kSources, kPitch] in shared memory
+  static constexpr int kWeights = kSources * kPitch;    // [kSources, kPitch] in shared memory
+  static_assert(kTargets * kSources <= 16 * kThreads);  // 4 x 4 products a thread
 };
-using Narrow = Shape<16, 4>;
-using Wide = Shape<32, 8>;
-using Widest = Shape<64, 8>;
+
+constexpr int kPieceBytes = 8192;  // of the values that a block's threads carry at a time
+
+// The values of accumulate on their way from global to shared memory, kRows sources of kSpan channels at a time, to a
+// ring of kPieces such pieces. A barrier passes kAhead of them on. Of all kernels, two blocks fit into the 100 KB of
+// sm_86, sm_89 and sm_120, and one of float64 into the 64 KB of sm_75.
+template <class T, class Shape>
+struct Values {
+  static constexpr int kSpan = Shape::kSpan;
+  static constexpr int kSize = kPieceBytes / sizeof(Sum<T>);
+  static constexpr int kRows = kSize / kSpan;
+  static constexpr int kPieces = std::min(ceil_div(Shape::kSources, kRows), std::is_same_v<T, double> ? 2 : 4);
+  static constexpr int kAhead = ceil_div(kPieces, 2);
+  static constexpr int kRing = kPieces * kSize;
+  static constexpr int kLoads = kSize / kThreads;
+  static constexpr int kWidth = std::min(kSpan, kThreads);
+
+  const T* source;  // of the thread's first value of the next piece
+  int64_t step;
+  int rows, channels;  // from there to the end
+  T held[kLoads];
+
+  // channels: that the map has from the first one of `sources` on.
+  __device__ __forceinline__ Values(const Pixels<T>& sources, int channels_)
+      : source(sources.first + threadIdx.x / kWidth * sources.step + threadIdx.x % kWidth),
+        step(sources.step),
+        rows(sources.count - threadIdx.x / kWidth),
+        channels(channels_ - threadIdx.x % kWidth) {
+    load();
+  }
+
+  // Reads the next piece; zeros past the last source and the last channel.
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = i * kThreads / kSpan, channel = i * kThreads % kSpan;
+      held[i] = row < rows && channel < channels ? source[row * step + channel] : T{};
+    }
+    source += kRows * step;
+    rows -= kRows;
+  }
+
+  // stage [kRows, kSpan]: what load has read.
+  __device__ __forceinline__ void store(Sum<T>* stage) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) stage[i * kThreads + threadIdx.x] = device::to_sum(held[i]);
+  }
+};
+using Narrow = Shape<16, 4, 32>;
+using Wide = Shape<32, 8, 64>;
+using Widest = Shape<64, 8, 104>;
 constexpr int kNarrowChannels = 2 * Narrow::kSpan;  // up to here, a wider shape would idle or not be faster
 
 // What accumulate leaves with a thread.
@@ -253,56 +324,61 @@ struct Sums {
     }
   }
 
-  // at += weight * source, over all sources; weights: [sources.count, kPitch] in shared memory. kWhole: the sources
-  // have all kSpan channels.
-  template <bool kWhole>
-  __device__ __forceinline__ void add(const Sum<T>* weights, const Pixels<T>& sources, int channels) {
-    const T* source = sources.first + first_channel;
-    weights += first_target;
-    T even[Shape::kChannels], odd[Shape::kChannels];  // one is under way while the other is used
-    load<kWhole>(even, source, channels);
-    int left = sources.count;
-    for (; left > 1; left -= 2, weights += 2 * Shape::kPitch) {
-      load<kWhole>(odd, source + sources.step, channels);
-      add(weights, even);
-      if (left > 2) source += 2 * sources.step;  // else the last but one again, for nothing
-      load<kWhole>(even, source, channels);
-      add(weights + Shape::kPitch, odd);
-    }
-    if (left == 1) add(weights, even);
-  }
-
-  template <bool kWhole>
-  __device__ __forceinline__ void load(T (&to)[Shape::kChannels], const T* from, int channels) const {
+  // at += weight * value, over `sources` sources. weights: [sources, kPitch] in shared memory; values: their first
+  // piece; ring: Values::kRing sums of shared memory, which nobody uses. The weights may be written by other threads
+  // just before, and be overwritten after a barrier.
+  __device__ __forceinline__ void accumulate(const Sum<T>* weights, Values<T, Shape>& values, int sources, int targets,
+                                             Sum<T>* ring) {
+    using V = Values<T, Shape>;
+    values.store(ring);
 #pragma unroll
-    for (int j = 0; j < Shape::kChannels; ++j)
-      to[j] = kWhole || first_channel + j * Shape::kLanes < channels ? from[j * Shape::kLanes] : T{};
+    for (int piece = 1; piece < V::kAhead; ++piece) {
+      values.load();
+      values.store(ring + piece * V::kSize);
+    }
+    const Sum<T>* own_weights = weights + first_target;
+    int piece = 0;
+    for (int left = sources; left > 0; left -= V::kRows, ++piece) {
+      if (piece % V::kAhead == 0) __syncthreads();  // the next kAhead pieces are there, and all have read those before
+      const bool more = left > V::kAhead * V::kRows;
+      if (more) values.load();
+      const Sum<T>* const row_values = ring + piece % V::kPieces * V::kSize + first_channel;
+      if (first_target >= targets) {
+        // no sums of its own
+      } else if (left >= V::kRows) {
+#pragma unroll 2
+        for (int row = 0; row < V::kRows; ++row)
+          add(own_weights + row * Shape::kPitch, row_values + row * Shape::kSpan);
+      } else {
+#pragma unroll 1
+        for (int row = 0; row < left; ++row) add(own_weights + row * Shape::kPitch, row_values + row * Shape::kSpan);
+      }
+      own_weights += V::kRows * Shape::kPitch;
+      if (more) values.store(ring + (piece + V::kAhead) % V::kPieces * V::kSize);
+    }
   }
 
-  __device__ __forceinline__ void add(const Sum<T>* weights, const T (&source)[Shape::kChannels]) {
+  __device__ __forceinline__ void add(const Sum<T>* weights, const Sum<T>* piece) {
+    Sum<T> value[Shape::kChannels];
+#pragma unroll
+    for (int j = 0; j < Shape::kChannels; ++j) value[j] = piece[j * Shape::kLanes];
 #pragma unroll
     for (int i = 0; i < kPerThread; i += 4) {
       const auto quad = *reinterpret_cast<const Vec4<Sum<T>>*>(weights + i);
 #pragma unroll
       for (int k = 0; k < 4; ++k)
 #pragma unroll
-        for (int j = 0; j < Shape::kChannels; ++j) at[i + k][j] += quad.at[k] * device::to_sum(source[j]);
+        for (int j = 0; j < Shape::kChannels; ++j) at[i + k][j] += quad.at[k] * value[j];
     }
-  }
-
-  __device__ __forceinline__ void accumulate(const Sum<T>* weights, const Pixels<T>& sources, int targets,
-                                             int channels) {
-    if (first_target >= targets) return;
-    if (channels >= Shape::kSpan)
-      add<true>(weights, sources, channels);
-    else
-      add<false>(weights, sources, channels);
   }
 };
 
 // Sums of shared memory of forward_kernel: the scores take the place of the staged pieces.
 template <class T, class Shape>
-constexpr int kForwardTile = std::max(Shape::kWeights, kStageSize<T, Shape::kTargets, Shape::kSources>);
+constexpr int kForwardTile = std::max(Shape::kWeights, 2 * kPieceSize<Shape::kTargets, Shape::kSources>);
+template <class T, class Shape>
+constexpr int kForwardShared =
+    (kForwardTile<T, Shape> + 3 * Shape::kTargets + Values<T, Shape>::kRing) * sizeof(Sum<T>);
 
 // The channels of the result from `channel` on, Shape::kSpan at most; one block per line and tile of queries. The last
 // launch of the rows writes the final lse.
@@ -314,6 +390,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
   S* const tops = tile + kForwardTile<T, Shape>;        // [kTargets] largest score of a query so far
   S* const totals = tops + Shape::kTargets;             // [kTargets] sum of the exponentials relative to it
   S* const factors = totals + Shape::kTargets;          // [kTargets] what the sums are to be multiplied by
+  S* const value_ring = factors + Shape::kTargets;      // [Values::kRing]
 
   const int length = static_cast<int>(column ? f.sizes.H : f.sizes.W);
   const int c = static_cast<int>(f.sizes.c), C = static_cast<int>(f.sizes.C);
@@ -323,20 +400,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
   const auto lse = [&](int query) -> Lse<T>& { return static_cast<Lse<T>*>(f.lse)[line.pixel(queries.first + query)]; };
   const int query = threadIdx.x / kReaders, reader = threadIdx.x % kReaders;  // in the softmax
 
-  if (threadIdx.x < Shape::kTargets) {
-    const Lse<T> before = !column && threadIdx.x < queries.count ? lse(threadIdx.x) : -INFINITY;
-    tops[threadIdx.x] = static_cast<S>(before);
-    totals[threadIdx.x] = before == -INFINITY ? 0 : 1 + rounded_off<T>(before);
+  if (reader == 0) {
+    const Lse<T> before = !column && query < queries.count ? lse(query) : -INFINITY;
+    tops[query] = static_cast<S>(before);
+    totals[query] = before == -INFINITY ? 0 : 1 + rounded_off<T>(before);
   }
   Sums<T, Shape> sums;
   for (int first = 0; first < length; first += Shape::kSources) {
     const Range keys{first, min(Shape::kSources, length - first)};
-    const Square<1> square(queries.count, keys.count);
     S scores[4][4];
-    multiply<T, Shape::kTargets, Shape::kSources>(scores, square, {f.query, c, line, queries}, {f.key, c, line, keys},
-                                                  c, tile);
+    __syncthreads();  // all have used the tile before
+    multiply<T, Shape::kTargets, Shape::kSources, 1, 1>(scores, Square<1>(queries.count, keys.count),
+                                                        {f.query, c, line, queries}, {f.key, c, line, keys}, c, tile);
     __syncthreads();  // the pieces give way to the scores
-    if (square.active) {
+    if (const Square<1> square(queries.count, keys.count); square.active) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         Vec4<S> quad;
@@ -369,15 +446,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
       totals[query] = totals[query] * factors[query] + added;
       tops[query] = top;
     }
+    Pixels<T> value_pixels(f.value, C, line, keys);
+    value_pixels.first += channel;
+    Values<T, Shape> values(value_pixels, C - channel);
     __syncthreads();
 
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i)
 #pragma unroll
       for (auto& element : sums.at[i]) element *= factors[sums.first_target + i];
-    Pixels<T> values(f.value, C, line, keys);
-    values.first += channel;
-    sums.accumulate(tile, values, queries.count, C - channel);
+    sums.accumulate(tile, values, keys.count, queries.count, value_ring);
   }
 
   // What the columns left weighs exp(lse) like the exponential of one score.
@@ -420,9 +498,12 @@ WeightLayout entries(const Sizes& s, bool column) {
   return {0, s.H, s.L() * plane, s.W, 1, plane, 0, false};
 }
 
-// [lines, keys, queries]
+// Room for the queries of a key in P and dS: whole Vec4.
+constexpr int64_t row_of(int64_t queries) { return ceil_div<int64_t>(queries, 4) * 4; }
+
+// [lines, keys, row_of(queries)]
 WeightLayout matrices(const Range& keys, int64_t queries) {
-  return {0, 1, keys.count * queries, 0, 1, queries, keys.first, false};
+  return {0, 1, keys.count * row_of(queries), 0, 1, row_of(queries), keys.first, false};
 }
 
 // What becomes of the product x of a query pixel and a key pixel.
@@ -437,9 +518,9 @@ struct Products {
   Sizes sizes;
   bool column;
   int channels;  // of the maps
-  Range span;    // the channels of this launch; the last one makes the result of the sum
   int64_t first_line, lines;
-  Range queries, keys;  // in each line
+  Range queries, keys;       // in each line
+  int query_side, key_side;  // of a block, kSide at most
   Result result;
   const void* query_map;  // [N,H,W,channels]
   const void* key_map;    // [N,H,W,channels]
@@ -450,71 +531,118 @@ struct Products {
 };
 
 template <class T>
-constexpr int kProductShared = kStageSize<T, kSide, kSide> * sizeof(Sum<T>);
+constexpr int kProductShared = 2 * kPieceSize<kSide, kSide> * sizeof(Sum<T>);
 
+// Products of some channels to [N,L,H,W].
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) product_kernel(Products p) {
-  using S = Sum<T>;
-  unsigned block = block_of_pass(p.column);
-  const unsigned query_tiles = ceil_div(p.queries.count, kSide), key_tiles = ceil_div(p.keys.count, kSide);
-  const Range queries = p.queries.tile(block % query_tiles, kSide);
-  block /= query_tiles;
-  const Range keys = p.keys.tile(block % key_tiles, kSide);
-  const int64_t line_index = block / key_tiles;
-  const Line line = line_of(p.sizes, p.column, p.first_line + line_index);
-
+__device__ __forceinline__ void write_scores(const Products& p, const Sum<T> (&products)[8][8], const Range& queries,
+                                             const Range& keys, int64_t start, bool first) {
   const Square<2> square(queries.count, keys.count);
-  S products[8][8];
-  Pixels<T> query_pixels(p.query_map, p.channels, line, queries), key_pixels(p.key_map, p.channels, line, keys);
-  query_pixels.first += p.span.first;
-  key_pixels.first += p.span.first;
-  multiply<T, kSide, kSide>(products, square, query_pixels, key_pixels, p.span.count, shared<S>());
-  if (!square.active) return;
-
-  const S* const P = static_cast<const S*>(p.P);
-  S* const out = static_cast<S*>(p.out);
-  const bool last = p.span.first + p.span.count >= p.channels;
+  T* const out = static_cast<T*>(p.out);
   const int64_t query_step = p.layout.query_step;
-  const int64_t start = p.layout.line(line_index) + (queries.first + square.a(0)) * query_step;
-  S shifts[8], factors[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int64_t pixel = line.pixel(queries.first + min(square.a(i), queries.count - 1));
-    shifts[i] = 0;
-    factors[i] = 1;
-    if (p.result == Result::gradient) shifts[i] = static_cast<const S*>(p.shift)[pixel];
-    if (p.result == Result::softmax) {
-      const Lse<T> lse = static_cast<const Lse<T>*>(p.shift)[pixel];
-      shifts[i] = static_cast<S>(lse);
-      factors[i] = 1 - rounded_off<T>(lse);
-    }
-  }
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     if (square.b(j) >= keys.count) continue;
     const int key = keys.first + square.b(j);
-    const auto for_each = [&](auto&& f) {  // one after the other, so that the loads of a round go together
-      int64_t entry = start + (key - p.layout.first_key) * p.layout.key_step;
+    int64_t entry = start + (queries.first + square.a(0)) * query_step + (key - p.layout.first_key) * p.layout.key_step;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int query = queries.first + square.a(i);
-        if (square.a(i) < queries.count && !p.layout.absent(query, key))
-          f(products[i][j], i, p.layout.without_self && key > query ? entry - p.layout.key_step : entry);
-        entry += (i == 3 ? 4 * square.a_step - 3 : 1) * query_step;
+    for (int i = 0; i < 8; ++i) {
+      const int query = queries.first + square.a(i);
+      if (square.a(i) < queries.count && !p.layout.absent(query, key)) {
+        T& to = out[p.layout.without_self && key > query ? entry - p.layout.key_step : entry];
+        if constexpr (std::is_same_v<T, Sum<T>>)
+          to = first ? products[i][j] : to + products[i][j];
+        else  // all channels at once
+          to = device::from_sum<T>(products[i][j]);
       }
-    };
-    if (p.span.first > 0) for_each([&](S& x, int, int64_t entry) { x += out[entry]; });
-    if (p.result == Result::gradient && last)
-      for_each([&](S& x, int i, int64_t entry) { x = P[entry] * (x - shifts[i]); });
-    if (p.result == Result::softmax && last)
-      for_each([&](S& x, int i, int64_t) {
-        x = p.column && queries.first + square.a(i) == key ? 0 : exp_difference(x, shifts[i]) * factors[i];
-      });
-    if (!std::is_same_v<S, T> && p.result == Result::score)
-      for_each([&](S& x, int, int64_t entry) { static_cast<T*>(p.out)[entry] = device::from_sum<T>(x); });
-    else
-      for_each([&](S& x, int, int64_t entry) { out[entry] = x; });
+      entry += (i == 3 ? 4 * square.a_step - 3 : 1) * query_step;
+    }
   }
+}
+
+// Products of some channels to [lines, keys, queries], where they become P or dS with the last ones. Whole fours of
+// queries: the rows of the matrix have room for what lies past the last query.
+template <class T>
+__device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&products)[8][8], const Square<2>& square,
+                                             const Line& line, const Range& queries, const Range& keys, int64_t start,
+                                             bool first, bool last) {
+  using S = Sum<T>;
+  using Quad = Vec4<S>;
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    if (square.a(i) >= queries.count) continue;
+    const int64_t first_entry = start + p.layout.entry(queries.first + square.a(i), keys.first);
+    S shifts[4], factors[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int64_t pixel = line.pixel(queries.first + min(square.a(i + k), queries.count - 1));
+      shifts[k] = 0;
+      factors[k] = 1;
+      if (!last) continue;
+      if (p.result == Result::gradient) {
+        shifts[k] = static_cast<const S*>(p.shift)[pixel];
+      } else {
+        const Lse<T> lse = static_cast<const Lse<T>*>(p.shift)[pixel];
+        shifts[k] = static_cast<S>(lse);
+        factors[k] = 1 - rounded_off<T>(lse);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (square.b(j) >= keys.count) continue;
+      const int64_t entry = first_entry + square.b(j) * p.layout.key_step;
+      Quad* const to = reinterpret_cast<Quad*>(static_cast<S*>(p.out) + entry);
+      Quad quad = first ? Quad{} : *to;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) quad.at[k] += products[i + k][j];
+      if (last && p.result == Result::gradient) {
+        const Quad P = *reinterpret_cast<const Quad*>(static_cast<const S*>(p.P) + entry);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) quad.at[k] = P.at[k] * (quad.at[k] - shifts[k]);
+      }
+      if (last && p.result == Result::softmax) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const bool self = p.column && queries.first + square.a(i + k) == keys.first + square.b(j);
+          quad.at[k] = self ? 0 : exp_difference(quad.at[k], shifts[k]) * factors[k];
+        }
+      }
+      *to = quad;
+    }
+  }
+}
+
+// score: the result, or another one.
+template <class T, bool score>
+__global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Products p) {
+  using S = Sum<T>;
+  unsigned block = block_of_pass(p.column);
+  const unsigned query_tiles = ceil_div(p.queries.count, p.query_side);
+  const unsigned key_tiles = ceil_div(p.keys.count, p.key_side);
+  const Range queries = p.queries.tile(block % query_tiles, p.query_side);
+  block /= query_tiles;
+  const Range keys = p.keys.tile(block % key_tiles, p.key_side);
+  const int64_t line_index = block / key_tiles;
+  const Line line = line_of(p.sizes, p.column, p.first_line + line_index);
+
+  const Square<2> square(queries.count, keys.count);
+  const int64_t start = p.layout.line(line_index);
+  S products[8][8];
+  Range span{0, 0};  // of channels
+  do {               // zeros where there are no channels
+    span = {span.first + span.count, min(p.channels - span.first - span.count, kLongestSum<T>)};
+    Pixels<T> query_pixels(p.query_map, p.channels, line, queries), key_pixels(p.key_map, p.channels, line, keys);
+    query_pixels.first += span.first;
+    key_pixels.first += span.first;
+    __syncthreads();  // all have read the pieces before
+    multiply<T, kSide, kSide, 2, 2>(products, square, query_pixels, key_pixels, span.count, shared<S>());
+    if (!square.active) continue;
+    const bool first = span.first == 0, last = span.first + span.count >= p.channels;
+    if constexpr (score)
+      write_scores<T>(p, products, queries, keys, start, first);
+    else
+      write_matrix<T>(p, products, square, line, queries, keys, start, first, last);
+  } while (span.first + span.count < p.channels);
 }
 
 // delta [N,H,W] = sum over C of out * grad_out; one warp per pixel
@@ -552,9 +680,13 @@ struct WeightedSum {
 };
 
 template <class T, class Shape>
+constexpr int kSumShared = (Shape::kWeights + Values<T, Shape>::kRing) * sizeof(Sum<T>);
+
+template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) sum_kernel(WeightedSum a) {
   using S = Sum<T>;
-  S* const tile = shared<S>();  // [kSources, kPitch] weights
+  S* const tile = shared<S>();                   // [kSources, kPitch] weights
+  S* const value_ring = tile + Shape::kWeights;  // [Values::kRing]
   unsigned block = block_of_pass(a.column);
   const unsigned tiles = ceil_div(a.targets.count, Shape::kTargets);
   const Range targets = a.targets.tile(block % tiles, Shape::kTargets);
@@ -576,17 +708,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sum_kernel(WeightedSum a
     __syncthreads();  // all have used the weights before
     const Range queries = a.targets_see ? targets : sources, keys = a.targets_see ? sources : targets;
     const int query = threadIdx.x % query_side;  // neighbouring queries have neighbouring weights
-#pragma unroll 2
+#pragma unroll 4
     for (int key = threadIdx.x / query_side; key < key_side; key += kThreads / query_side) {
       const bool exists =
           query < queries.count && key < keys.count && !a.layout.absent(queries.first + query, keys.first + key);
       tile[a.targets_see ? key * Shape::kPitch + query : query * Shape::kPitch + key] =
           exists ? weight(queries.first + query, keys.first + key) : 0;
     }
-    __syncthreads();
-    Pixels<T> values(a.values, a.channels, line, sources);
-    values.first += channel;
-    sums.accumulate(tile, values, targets.count, channels);
+    Pixels<T> value_pixels(a.values, a.channels, line, sources);
+    value_pixels.first += channel;
+    Values<T, Shape> values(value_pixels, channels);
+    sums.accumulate(tile, values, sources.count, targets.count, value_ring);
   }
 
   const int64_t start = line.pixel(targets.first) * a.channels + channel;
@@ -607,29 +739,37 @@ struct Queue {
   int error = cudaSuccess;
 
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, Arguments... arguments) {
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+              Arguments... arguments) {
     if (error != cudaSuccess || blocks == 0) return;
     if (blocks > INT32_MAX) {
       error = cudaErrorInvalidConfiguration;
       return;
     }
-    error = device::launch(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, static_cast<int>(shared_bytes),
-                           stream, arguments...);
+    error = device::launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, static_cast<int>(shared_bytes), stream,
+                           arguments...);
   }
 
+  // Blocks alike, and no more threads in them than squares of products.
   template <class T>
   void products(Products p) {
-    const int64_t tiles = static_cast<int64_t>(ceil_div(p.queries.count, kSide)) * ceil_div(p.keys.count, kSide);
-    do {  // zeros where there are no channels
-      p.span.count = std::min(p.channels - p.span.first, kLongestSum<T>);
-      launch(product_kernel<T>, p.lines * tiles, kProductShared<T>, p);
-      p.span.first += p.span.count;
-    } while (p.span.first < p.channels);
+    const auto side = [](int pixels) {
+      const int tiles = std::max(1, ceil_div(pixels, kSide));
+      return ceil_div(ceil_div(pixels, tiles), 8) * 8;
+    };
+    p.query_side = side(p.queries.count);
+    p.key_side = side(p.keys.count);
+    const int squares = p.query_side / 8 * (p.key_side / 8);
+    const int threads = std::max({squares, p.query_side, p.key_side});  // as many as sides, for Pieces
+    const int64_t tiles =
+        static_cast<int64_t>(ceil_div(p.queries.count, p.query_side)) * ceil_div(p.keys.count, p.key_side);
+    const auto kernel = p.result == Result::score ? product_kernel<T, true> : product_kernel<T, false>;
+    launch(kernel, p.lines * tiles, ceil_div(threads, kWarp) * kWarp, kProductShared<T>, p);
   }
   template <class T, class Shape>
   void sum(const WeightedSum& a) {
     const int64_t spans = ceil_div(a.channels, Shape::kSpan), tiles = ceil_div(a.targets.count, Shape::kTargets);
-    launch(sum_kernel<T, Shape>, a.lines * spans * tiles, Shape::kWeights * sizeof(Sum<T>), a);
+    launch(sum_kernel<T, Shape>, a.lines * spans * tiles, kThreads, kSumShared<T, Shape>, a);
   }
   template <class T>
   void sum(WeightedSum a) {
@@ -648,7 +788,7 @@ int run_forward(const Forward& f, void* stream) {
     for (int channel = 0; channel == 0 || channel < f.sizes.C; channel += Shape::kSpan)  // lse even without channels
       queue.launch(forward_kernel<T, Shape>,
                    lines(f.sizes, column) * ceil_div<int64_t>(column ? f.sizes.H : f.sizes.W, Shape::kTargets),
-                   (kForwardTile<T, Shape> + 3 * Shape::kTargets) * sizeof(Sum<T>), f, column, channel);
+                   kThreads, kForwardShared<T, Shape>, f, column, channel);
   return queue.error;
 }
 
@@ -662,11 +802,12 @@ int run_primitive(Primitive primitive, const Sizes& sizes, const void* first, co
       queue.products<T>({.sizes = sizes,
                          .column = column,
                          .channels = static_cast<int>(sizes.C),
-                         .span = {},
                          .first_line = 0,
                          .lines = lines(sizes, column),
                          .queries = all,
                          .keys = all,
+                         .query_side = 0,
+                         .key_side = 0,
                          .result = Result::score,
                          .query_map = first,
                          .key_map = second,
@@ -702,10 +843,10 @@ struct Portion {
 
 template <class T>
 Portion portion(const Sizes& sizes, bool column) {
-  const int64_t all = lines(sizes, column), length = column ? sizes.H : sizes.W;
+  const int64_t all = lines(sizes, column), length = column ? sizes.H : sizes.W, row = row_of(length);
   const int64_t room = kWorkspaceBytes / (2 * sizeof(Sum<T>));  // of each matrix
-  if (length * length > room) return {1, std::max<int64_t>(kSide, room / length / kSide * kSide)};
-  const int64_t rounds = ceil_div(all, room / (length * length));
+  if (length * row > room) return {1, std::max<int64_t>(kSide, room / row / kSide * kSide)};
+  const int64_t rounds = ceil_div(all, room / (length * row));
   return {rounds == 0 ? 0 : ceil_div(all, rounds), length};  // the rounds alike, so that none has few blocks
 }
 
@@ -717,7 +858,7 @@ struct Workspace {
       : pixels(s.pixels()), query_channels(sizeof(T) < sizeof(Sum<T>) ? pixels * s.c : 0), matrix(0) {
     for (const bool column : {true, false}) {
       const Portion p = portion<T>(s, column);
-      matrix = std::max(matrix, p.lines * p.keys * (column ? s.H : s.W));
+      matrix = std::max(matrix, p.lines * p.keys * row_of(column ? s.H : s.W));
     }
   }
   int64_t bytes() const { return (pixels + 2 * query_channels + 2 * matrix) * sizeof(Sum<T>); }
@@ -728,16 +869,16 @@ int run_backward(const Backward& b, void* stream) {
   using S = Sum<T>;
   const Sizes& sizes = b.sizes;
   const Workspace<T> workspace(sizes);
-  S* const delta = static_cast<S*>(b.workspace);                    // [N,H,W]
+  S* const P = static_cast<S*>(b.workspace);                        // [lines, keys, row_of(queries)]
+  S* const dS = P + workspace.matrix;                               // [lines, keys, row_of(queries)]
+  S* const delta = dS + workspace.matrix;                           // [N,H,W]
   S* const query_scratch = delta + workspace.pixels;                // [N,H,W,c], for 16-bit dtypes
   S* const key_scratch = query_scratch + workspace.query_channels;  // [N,H,W,c]
-  S* const P = key_scratch + workspace.query_channels;              // [lines, keys, queries]
-  S* const dS = P + workspace.matrix;                               // [lines, keys, queries]
   const bool scratch = workspace.query_channels > 0;
   const int c = static_cast<int>(sizes.c), C = static_cast<int>(sizes.C);
 
   Queue queue{stream};
-  queue.launch(delta_kernel<T>, ceil_div<int64_t>(sizes.pixels(), kThreads / kWarp), 0, b, delta);
+  queue.launch(delta_kernel<T>, ceil_div<int64_t>(sizes.pixels(), kThreads / kWarp), kThreads, 0, b, delta);
   for (const bool column : {true, false}) {
     const int64_t length = column ? sizes.H : sizes.W;
     const Portion size = portion<T>(sizes, column);
@@ -750,11 +891,12 @@ int run_backward(const Backward& b, void* stream) {
         Products p{.sizes = sizes,
                    .column = column,
                    .channels = c,
-                   .span = {},
                    .first_line = first_line,
                    .lines = line_count,
                    .queries = queries,
                    .keys = keys,
+                   .query_side = 0,
+                   .key_side = 0,
                    .result = Result::softmax,
                    .query_map = b.query,
                    .key_map = b.key,

@@ -50,14 +50,16 @@ __device__ __forceinline__ Lane this_lane() {
 template <class T>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const T* feature_map, const Line& line, int first,
                                           int rows, int channel, int channels) {
-  constexpr int per_piece = 16 / kSize<T>;
-  for (int i = threadIdx.x; i < rows * kRowPieces; i += blockDim.x) {
-    const int row = first + i / kRowPieces;
-    const int from = channel + i % kRowPieces * per_piece;
-    const bool valid = row < line.length && from < channels;
-    const T* source = valid ? feature_map + line.pixel(row) * channels + from : feature_map;
-    device::copy_async(tile + i / kRowPieces * kPitch + i % kRowPieces * 16, source, valid);
-  }
+  const int piece = threadIdx.x % kRowPieces, apart = blockDim.x / kRowPieces;
+  const int from = channel + piece * (16 / kSize<T>);
+  int row = threadIdx.x / kRowPieces;
+  const int present = from < channels ? line.length - first : 0;  // rows
+  const int step = static_cast<int>(line.step) * channels;
+  const T* source = feature_map + line.first * channels + ((first + row) * step + from);
+  unsigned char* to = tile + row * kPitch + piece * 16;
+#pragma unroll 1
+  for (; row < rows; row += apart, source += apart * step, to += apart * kPitch)
+    device::copy_async(to, row < present ? source : feature_map, row < present);
 }
 
 template <class T>
@@ -179,41 +181,57 @@ __device__ __forceinline__ int steps_from(int channel, int channels) {
 // fragments as runs of four neighbouring channels: lanes of even and odd `pair` swap halves of two neighbouring 16 x 8
 // results, numbers j (even) and j + 1, and hold then four channels of row lane.row + 8 * half.
 struct Place {
-  Line line;
-  int row, channel, channels;
-  Lane lane = this_lane();
+  int64_t first;  // element of the lane's run of results 0 and 1 in the first 8 rows, in a feature map [N,H,W,channels]
+  int apart;      // elements to the run in the others
+  int left[2];    // channels from there on, none beyond the line
 
-  __device__ __forceinline__ bool odd() const { return lane.pair % 2; }
-
-  __device__ __forceinline__ Vec4<float> run_of(const float (&left)[4], const float (&right)[4], int half) const {
-    const float kept[2] = {odd() ? right[2 * half] : left[2 * half], odd() ? right[2 * half + 1] : left[2 * half + 1]};
-    const float sent[2] = {odd() ? left[2 * half] : right[2 * half], odd() ? left[2 * half + 1] : right[2 * half + 1]};
-    float got[2];
-    for (int i = 0; i < 2; ++i) got[i] = __shfl_xor_sync(kAllLanes, sent[i], 1);
-    return {{odd() ? got[0] : kept[0], odd() ? got[1] : kept[1], odd() ? kept[0] : got[0], odd() ? kept[1] : got[1]}};
+  __device__ __forceinline__ Place(const Line& line, int row, int channel, int channels) {
+    const Lane lane = this_lane();
+    const int odd = lane.pair % 2;
+    channel += 8 * odd + 2 * (lane.pair - odd);
+    row += lane.row;
+    const int step = static_cast<int>(line.step) * channels;
+    first = line.first * channels + (row * step + channel);
+    apart = 8 * step;
+    for (int half = 0; half < 2; ++half) left[half] = row + 8 * half < line.length ? channels - channel : 0;
   }
 
-  // The lane's run of results j and j + 1 in feature map [N,H,W,channels]; null beyond the line and the channels.
+  __device__ __forceinline__ Vec4<float> run_of(const float (&left)[4], const float (&right)[4], int half) const {
+    const bool odd = device::lane() % 2;
+    const float kept[2] = {odd ? right[2 * half] : left[2 * half], odd ? right[2 * half + 1] : left[2 * half + 1]};
+    const float sent[2] = {odd ? left[2 * half] : right[2 * half], odd ? left[2 * half + 1] : right[2 * half + 1]};
+    float got[2];
+    for (int i = 0; i < 2; ++i) got[i] = __shfl_xor_sync(kAllLanes, sent[i], 1);
+    return {{odd ? got[0] : kept[0], odd ? got[1] : kept[1], odd ? kept[0] : got[0], odd ? kept[1] : got[1]}};
+  }
+
+  // Whether the lane's run of results j and j + 1 exists.
+  __device__ __forceinline__ bool has(int j, int half) const { return 8 * j < left[half]; }
   template <class T>
-  __device__ __forceinline__ Vec4<T>* run(T* feature_map, int j, int half) const {
-    const int pixel = row + lane.row + 8 * half;
-    const int first = channel + 8 * (j + odd()) + 2 * (lane.pair - odd());
-    if (pixel >= line.length || first >= channels) return nullptr;
-    return reinterpret_cast<Vec4<T>*>(feature_map + line.pixel(pixel) * channels + first);
+  __device__ __forceinline__ T* run(T* feature_map, int j, int half) const {
+    return feature_map + first + (half ? apart : 0) + 8 * j;
   }
 };
 
-// The runs of a block of results, read before the products that are added to them, so that these hide the wait.
+// The runs of a block of results, read before the products that are added to them, so that these hide the wait. Words,
+// for elements of 16 bits would be taken apart, and waited for, at once.
 template <class T, int tiles>
 struct Runs {
-  Vec4<T> at[tiles / 2][2] = {};
+  uint32_t at[tiles / 2][2][kSize<T>] = {};
 
-  __device__ __forceinline__ void read(const Place& place, T* feature_map) {
+  __device__ __forceinline__ void read(const Place& place, const T* feature_map) {
 #pragma unroll
     for (int j = 0; j < tiles; j += 2)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if (const Vec4<T>* from = place.run(feature_map, j, half)) at[j / 2][half] = *from;
+        if (place.has(j, half))
+          memcpy(at[j / 2][half], __builtin_assume_aligned(place.run(feature_map, j, half), 4 * kSize<T>),
+                 4 * kSize<T>);
+  }
+  __device__ __forceinline__ Vec4<T> run(int j, int half) const {
+    Vec4<T> result;
+    memcpy(&result, at[j / 2][half], sizeof result);
+    return result;
   }
 };
 
@@ -236,7 +254,50 @@ __device__ __forceinline__ Vec4<T> narrow(const Vec4<float>& run) {
   }
 }
 
+// Two neighbouring elements of shared memory.
+template <class T>
+__device__ __forceinline__ void store_pair(unsigned char* to, float first, float second) {
+  if constexpr (std::is_same_v<T, float>) {
+    const float pair[2] = {first, second};
+    memcpy(__builtin_assume_aligned(to, 8), pair, 8);
+  } else {
+    const uint32_t word = device::pack<T>(first, second);
+    memcpy(__builtin_assume_aligned(to, 4), &word, 4);
+  }
+}
+template <class T>
+__device__ __forceinline__ void load_pair(float (&pair)[2], const unsigned char* from) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T at[2];
+  };
+  const Pair stored = *reinterpret_cast<const Pair*>(from);
+  for (int i = 0; i < 2; ++i) pair[i] = device::to_sum(stored.at[i]);
+}
+
+// Writes a warp's 16 rows at `tile` to pixels first .. first + 15 of a line, the 128 bytes from channel `channel` on.
+template <class T>
+__device__ __forceinline__ void write_rows(T* feature_map, const unsigned char* tile, const Line& line, int first,
+                                           int channel, int channels) {
+  constexpr int apart = kWarp / kRowPieces;
+  const int lane = device::lane();
+  const int from = channel + lane % kRowPieces * (16 / kSize<T>);
+  if (from >= channels) return;
+  int row = lane / kRowPieces;
+  const int step = static_cast<int>(line.step) * channels;
+  T* to = feature_map + line.first * channels + ((first + row) * step + from);
+  const unsigned char* source = tile + row * kPitch + lane % kRowPieces * 16;
+#pragma unroll
+  for (int i = 0; i < kTile / apart; ++i, row += apart, to += apart * step, source += apart * kPitch) {
+    if (first + row >= line.length) break;
+    struct alignas(16) Piece {
+      T at[16 / kSize<T>];
+    };
+    *reinterpret_cast<Piece*>(to) = *reinterpret_cast<const Piece*>(source);
+  }
+}
+
 constexpr int kLongestLine = 272;
+constexpr int kMostChannels = 8192;  // elements of a line are counted in int
 
 // What both directions need: sm_80, 16-bit elements or leave to use tf32, channels and addresses for copies of 16
 // bytes, lines that a block can hold.
@@ -246,7 +307,7 @@ inline bool fits(Dtype dtype, const Sizes& sizes, const Device& device, std::ini
     if (reinterpret_cast<uintptr_t>(operand) % 16 != 0) return false;
   const int64_t size = element_size(dtype);
   return sizes.c > 0 && sizes.C > 0 && sizes.c * size % 16 == 0 && sizes.C * size % 16 == 0 &&
-         sizes.H <= kLongestLine && sizes.W <= kLongestLine;
+         sizes.c <= kMostChannels && sizes.C <= kMostChannels && sizes.H <= kLongestLine && sizes.W <= kLongestLine;
 }
 
 // Whether these kernels can serve the arguments on the device, and queue them there (as kernels.h says).

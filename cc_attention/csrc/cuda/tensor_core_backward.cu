@@ -35,6 +35,13 @@ struct Gradients {
   Sizes sizes;
 };
 
+// Of the GPU compiled for, 90 for sm_90. All get the same results; only what spares registers differs.
+#ifdef __CUDA_ARCH__
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 0;  // not a GPU
+#endif
+
 constexpr int kUnitTiles = 4;  // 16 x 8 results of a transposed product that a warp computes at a time
 
 template <class T>
@@ -83,59 +90,70 @@ __device__ __forceinline__ void write_sum(const Place& place, const float (&resu
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Vec4<float> run = place.run_of(results[j], results[j + 1], half);
-      const Vec4<float> before = widen(old.at[j / 2][half]);
+      const Vec4<float> before = widen(old.run(j, half));
       for (int i = 0; i < 4; ++i) run.at[i] += before.at[i];
-      if (complete) {
-        if (Vec4<T>* to = place.run(result, j, half)) *to = narrow<T>(run);
-      } else {
-        if (Vec4<Partial>* to = place.run(partial, j, half)) *to = narrow<Partial>(run);
-      }
+      if (!place.has(j, half)) continue;
+      if (complete)
+        *reinterpret_cast<Vec4<T>*>(place.run(result, j, half)) = narrow<T>(run);
+      else
+        *reinterpret_cast<Vec4<Partial>*>(place.run(partial, j, half)) = narrow<Partial>(run);
     }
 }
 
-// Two neighbouring elements of the tile of weights.
+// Two neighbouring weights, as the products take them.
 template <class T>
-__device__ __forceinline__ void store_pair(unsigned char* to, float first, float second) {
+__device__ __forceinline__ void store_weights(unsigned char* to, float first, float second) {
   if constexpr (std::is_same_v<T, float>) {
     const uint32_t words[2] = {device::round_tf32(first), device::round_tf32(second)};
     memcpy(__builtin_assume_aligned(to, 8), words, 8);
   } else {
-    const uint32_t word = device::pack<T>(first, second);
-    memcpy(__builtin_assume_aligned(to, 4), &word, 4);
+    store_pair<T>(to, first, second);
   }
 }
-template <class T>
-__device__ __forceinline__ void load_pair(float (&pair)[2], const unsigned char* from) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T at[2];
-  };
-  const Pair stored = *reinterpret_cast<const Pair*>(from);
-  for (int i = 0; i < 2; ++i) pair[i] = device::to_sum(stored.at[i]);
-}
 
-// rowsum(dO O) of a warp's 16 queries, by pieces of 16 bytes, so that both are read as they lie in memory.
+// rowsum(dO O) of a warp's 16 queries, by pieces of 16 bytes, so that both are read as they lie in memory; in parts of
+// a few rows, which take few registers.
 template <class T>
 struct Delta {
   static constexpr int kRowsAtOnce = kWarp / kRowPieces;
   static constexpr int kPerPiece = 16 / kSize<T>;
-  float sums[kTile / kRowsAtOnce] = {};  // of row kRowsAtOnce * i + lane / kRowPieces, the lane's pieces
+  static constexpr int kPieces = kSize<T> == 4 || kArchitecture >= 100 ? 1 : 2;  // of a lane in a part
+  static constexpr int kParts = kTile / kRowsAtOnce / kPieces;
+  float sums[kParts][kPieces] = {};
+  uint32_t out_words[kPieces][4];  // of O, what add will need
 
-  // grads: the tile of dO from channel `channel` on, at the warp's rows.
-  __device__ __forceinline__ void add(const unsigned char* grads, const T* out, const Line& line, int first_row,
-                                      int channel, int channels) {
+  static __device__ __forceinline__ int row(int part, int piece, int lane) {
+    return kRowsAtOnce * (part * kPieces + piece) + lane / kRowPieces;
+  }
+  // Reads a part of O from channel `channel` on; add, after other work, finds it there.
+  __device__ __forceinline__ void read(int part, const T* out, const Line& line, int first_row, int channel,
+                                       int channels) {
+    const int lane = device::lane();
+    const int from = channel + lane % kRowPieces * kPerPiece;
+    const int step = static_cast<int>(line.step) * channels;
+    int pixel = first_row + row(part, 0, lane);
+    const T* source = out + line.first * channels + (pixel * step + from);
+#pragma unroll
+    for (auto& words : out_words) {
+      for (uint32_t& word : words) word = 0;
+      if (pixel < line.length && from < channels) memcpy(words, __builtin_assume_aligned(source, 16), 16);
+      pixel += kRowsAtOnce;
+      source += kRowsAtOnce * step;
+    }
+  }
+  // grads: the tile of dO of that chunk, at the warp's rows.
+  __device__ __forceinline__ void add(int part, const unsigned char* grads) {
     struct alignas(16) Piece {
       T at[kPerPiece];
     };
     const int lane = device::lane();
-    const int piece = lane % kRowPieces;
-    const int from = channel + piece * kPerPiece;
 #pragma unroll
-    for (int i = 0; i < kTile / kRowsAtOnce; ++i) {
-      const int row = kRowsAtOnce * i + lane / kRowPieces;
-      if (first_row + row >= line.length || from >= channels) continue;
-      const Piece o = *reinterpret_cast<const Piece*>(out + line.pixel(first_row + row) * channels + from);
-      const Piece grad = *reinterpret_cast<const Piece*>(grads + row * kPitch + piece * 16);
-      for (int k = 0; k < kPerPiece; ++k) sums[i] = fmaf(device::to_sum(o.at[k]), device::to_sum(grad.at[k]), sums[i]);
+    for (int i = 0; i < kPieces; ++i) {
+      Piece o;
+      memcpy(&o, out_words[i], sizeof o);
+      const Piece grad = *reinterpret_cast<const Piece*>(grads + row(part, i, lane) * kPitch + lane % kRowPieces * 16);
+      float& sum = sums[part][i];
+      for (int k = 0; k < kPerPiece; ++k) sum = fmaf(device::to_sum(o.at[k]), device::to_sum(grad.at[k]), sum);
     }
   }
 
@@ -143,10 +161,11 @@ struct Delta {
   __device__ __forceinline__ void write(float* delta, const Line& line, int first_row) {
     const int lane = device::lane();
 #pragma unroll
-    for (int i = 0; i < kTile / kRowsAtOnce; ++i) {
-      for (int other = 1; other < kRowPieces; other *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], other);
-      const int row = first_row + kRowsAtOnce * i + lane / kRowPieces;
-      if (lane % kRowPieces == 0 && row < line.length) delta[line.pixel(row)] = sums[i];
+    for (int i = 0; i < kParts * kPieces; ++i) {
+      float sum = sums[i / kPieces][i % kPieces];
+      for (int other = 1; other < kRowPieces; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
+      const int pixel = first_row + row(0, i, lane);
+      if (lane % kRowPieces == 0 && pixel < line.length) delta[line.pixel(pixel)] = sum;
     }
   }
 };
@@ -163,8 +182,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 #if CC_TENSOR_CORES
   constexpr int keys = key_tiles * kTile;
   constexpr int weights_pitch = keys * kSize<T> + 16;
-  constexpr int chunk_tiles = kChunk<T> / 8;  // 16 x 8 results of a chunk of channels
-  constexpr int chunk_units = chunk_tiles / kUnitTiles;
+  constexpr int chunk_units = kChunk<T> / 8 / kUnitTiles;
 
   // The rows' pass takes the images from the last to the first, which the columns' pass has left in the cache.
   const Line line = line_of(a.sizes, column, column ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
@@ -182,12 +200,17 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     return weights + (first_row + lane.row + 8 * half) * weights_pitch + (8 * j + 2 * lane.pair) * kSize<T>;
   };
 
+  // Where the blocks of keys end: known beforehand if the longest line is one block. That spares registers on sm_100
+  // and later, and costs some before.
+  constexpr bool one_block = key_tiles == warps && (kArchitecture == 0 || kArchitecture >= 100);
+  const int keys_end = one_block ? keys : line.length;
+
   // The items that stream through the ring for each block of keys: K and Q, V and dO, K and Q.
   Item next;
   const auto start_item = [&] {
     const bool values = next.part == 1;
     const int channels = values ? C : c;
-    if (next.first_key < line.length) {
+    if (next.first_key < keys_end) {
       unsigned char* to = ring + next.stage * item_bytes;
       copy_rows(to, values ? a.value : a.key, line, next.first_key, keys, next.channel, channels);
       copy_rows(to + keys * kPitch, values ? a.grad_out : a.query, line, 0, queries, next.channel, channels);
@@ -214,8 +237,8 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
   };
 
 #pragma unroll 1
-  for (int first_key = 0; first_key < line.length; first_key += keys) {
-    const bool first_block = first_key == 0, last_block = first_key + keys >= line.length;
+  for (int first_key = 0; first_key < keys_end; first_key += keys) {
+    const bool first_block = first_key == 0, last_block = first_key + keys >= keys_end;
     const int keys_left = line.length - first_key;
     const int live_tiles = keys_left < keys ? (keys_left + kTile - 1) / kTile : key_tiles;
 
@@ -238,7 +261,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
           const bool seen = k < line.length && !(column && k == row);
           p[i] = seen ? device::exp2_approximate(fmaf(scores[j][2 * half + i], kLog2e, -base)) : 0.f;
         }
-        store_pair<T>(weights_of(lane, j, half), p[0], p[1]);
+        store_weights<T>(weights_of(lane, j, half), p[0], p[1]);
       }
     }
 
@@ -248,13 +271,21 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     for (int channel = 0; channel < C; channel += kChunk<T>) {
       const unsigned char* by_keys = take_item();
       const unsigned char* grads = by_keys + keys * kPitch;
-      if (column && first_block) new_delta.add(grads + first_row * kPitch, a.out, line, first_row, channel, C);
-      multiply_rows<T, key_tiles>(grad_weights, grads + first_row * kPitch, by_keys, steps_from<T>(channel, C));
+      const int steps = steps_from<T>(channel, C);
+      constexpr int parts = Delta<T>::kParts, part_steps = kRowBytes / kStepBytes / parts;
+#pragma unroll
+      for (int part = 0; part < parts; ++part) {  // the products hide the wait for O
+        if (column && first_block) new_delta.read(part, a.out, line, first_row, channel, C);
+        const int from = part * part_steps * kStepBytes, left = steps - part * part_steps;
+        multiply_rows<T, key_tiles>(grad_weights, grads + first_row * kPitch + from, by_keys + from,
+                                    part < parts - 1 ? min(left, part_steps) : left);
+        if (column && first_block) new_delta.add(part, grads + first_row * kPitch);
+      }
 #pragma unroll 1
       for (int unit = warp; unit < live_tiles * chunk_units; unit += block_warps) {
         const bool second = unit >= live_tiles;
         const int tile = (second ? unit - live_tiles : unit) * kTile, from = second ? kUnitTiles * 8 : 0;
-        const Place place = {line, first_key + tile, channel + from, C};
+        const Place place(line, first_key + tile, channel + from, C);
         Runs<T, kUnitTiles> columns_part;
         if (!column) columns_part.read(place, a.grad_value);
         float results[kUnitTiles][4] = {};
@@ -278,14 +309,14 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
             const float* dp = &grad_weights[j][2 * half];
             float p[2];
             load_pair<T>(p, weights_of(lane, j, half));
-            store_pair<T>(weights_of(lane, j, half), p[0] * (dp[0] - delta), p[1] * (dp[1] - delta));
+            store_weights<T>(weights_of(lane, j, half), p[0] * (dp[0] - delta), p[1] * (dp[1] - delta));
           }
         }
         __syncthreads();
       }
 #pragma unroll 1
       for (int from = 0; from < kChunk<T>; from += kUnitTiles * 8) {
-        const Place place = {line, first_row, channel + from, c};
+        const Place place(line, first_row, channel + from, c);
         Runs<float, kUnitTiles> before;
         if (!column || !first_block) before.read(place, a.partial_query);
         float results[kUnitTiles][4] = {};
@@ -296,7 +327,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
       for (int unit = warp; unit < live_tiles * chunk_units; unit += block_warps) {
         const bool second = unit >= live_tiles;
         const int tile = (second ? unit - live_tiles : unit) * kTile, from = second ? kUnitTiles * 8 : 0;
-        const Place place = {line, first_key + tile, channel + from, c};
+        const Place place(line, first_key + tile, channel + from, c);
         Runs<float, kUnitTiles> before;
         if (!column) before.read(place, a.partial_key);
         float results[kUnitTiles][4] = {};

@@ -3,8 +3,10 @@
 // A row or a column is a small attention problem: the columns' pass, without the pixel itself, writes its result and
 // its log-sum-exp; the rows' pass merges its own with them, in place. A block has a line and up to 16 queries for each
 // of its warps. It computes the scores against all keys of the line once; their exponentials stay in registers, in the
-// line's storage type, as the left operand of the products with the values, which stream through a ring of tiles, 128
-// bytes of channels at a time. Key and query arrive through tiles of the same ring.
+// line's storage type, as the left operand of the products with the values. All streams through a ring of pairs of
+// tiles, one by keys and one by queries, of 128 bytes of channels: first key and query, then the values and, in the
+// rows' pass, the columns' result. A warp leaves its results in the place of the latter, from where they go to memory
+// in whole rows.
 #include "tensor_core.h"
 
 namespace cc_attention::tensor_core {
@@ -23,8 +25,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
   constexpr int keys = key_tiles * kTile;
   constexpr int tiles = kChunk<T> / 8;  // 16 x 8 results of a chunk of channels
   constexpr int steps = keys / kStep<T>;
-  unsigned char* ring = device::dynamic_shared();  // [stages] tiles of `keys` rows
-  const auto stage = [&](int i) { return ring + i % stages * keys * kPitch; };
+  const int c = static_cast<int>(sizes.c), C = static_cast<int>(sizes.C);
 
   // The rows' pass takes the images from the last to the first, whose values the columns' pass has left in the cache.
   const Line line = line_of(sizes, column, column ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
@@ -34,37 +35,50 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
   const int first_query = blockIdx.y * block_queries;
   const int rows[2] = {first_query + warp * kTile + lane.row, first_query + warp * kTile + lane.row + 8};
 
-  float column_lse[2] = {-INFINITY, -INFINITY};
-  if (!column)
-    for (int half = 0; half < 2; ++half)
-      if (rows[half] < line.length) column_lse[half] = static_cast<float>(lse[line.pixel(rows[half])]);
-
-  const int chunks = static_cast<int>((sizes.C + kChunk<T> - 1) / kChunk<T>);
-  const auto start_values = [&](int chunk) {
-    if (chunk < chunks) copy_rows(stage(chunk), value, line, 0, keys, chunk * kChunk<T>, static_cast<int>(sizes.C));
+  unsigned char* const ring = device::dynamic_shared();  // [stages] pairs of tiles
+  const int pair_bytes = (keys + block_queries) * kPitch;
+  const int own_rows = (keys + warp * kTile) * kPitch;  // of the warp's queries, in a pair
+  int filling = 1;                                      // the pair where the next values go
+  int next_channel = 0;                                 // the first of them
+  const auto start_values = [&] {
+    if (next_channel < C) {
+      unsigned char* const to = ring + filling * pair_bytes;
+      copy_rows(to, value, line, 0, keys, next_channel, C);
+      if (!column)
+        copy_rows(to + keys * kPitch, static_cast<const T*>(out), line, first_query, block_queries, next_channel, C);
+    }
     device::commit_copies();  // an empty group too, so that the number of younger groups tells which have arrived
+    filling = filling + 1 < stages ? filling + 1 : 0;
+    next_channel += kChunk<T>;
   };
 
-  // Keys and queries take the last two tiles of the ring, the first values already the one before them.
+  // Keys and queries take the first pair of the ring, the first values already the others.
   float scores[2 * key_tiles][4] = {};
-  for (int channel = 0; channel < sizes.c; channel += kChunk<T>) {
+#pragma unroll 1
+  for (int channel = 0; channel < c; channel += kChunk<T>) {
     if (channel > 0) __syncthreads();  // the tiles are read
-    copy_rows(stage(stages - 1), query, line, first_query, block_queries, channel, static_cast<int>(sizes.c));
-    copy_rows(stage(stages - 2), key, line, 0, keys, channel, static_cast<int>(sizes.c));
+    copy_rows(ring, key, line, 0, keys, channel, c);
+    copy_rows(ring + keys * kPitch, query, line, first_query, block_queries, channel, c);
     device::commit_copies();
-    if (channel == 0 && stages == 3) {
-      start_values(0);
-      device::wait_for_copies<1>();
+    if (channel == 0) {
+      start_values();
+      if (stages == 3) {
+        start_values();
+        device::wait_for_copies<2>();
+      } else {
+        device::wait_for_copies<1>();
+      }
     } else {
       device::wait_for_copies<0>();
     }
     __syncthreads();
-    multiply_rows<T, key_tiles>(scores, stage(stages - 1) + warp * kTile * kPitch, stage(stages - 2),
-                                steps_from<T>(channel, static_cast<int>(sizes.c)));
+    multiply_rows<T, key_tiles>(scores, ring + own_rows, ring, steps_from<T>(channel, c));
   }
-  __syncthreads();  // the tiles are read
-  if (stages == 2) start_values(0);
-  if (stages == 3) start_values(1);
+
+  float column_lse[2] = {-INFINITY, -INFINITY};
+  if (!column)
+    for (int half = 0; half < 2; ++half)
+      if (rows[half] < line.length) column_lse[half] = static_cast<float>(lse[line.pixel(rows[half])]);
 
   // Softmax over the line, with base 2 because the hardware has it.
   float largest[2] = {-INFINITY, -INFINITY};
@@ -92,6 +106,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     }
     keep_as_left<T>(weights, j, scores[j]);
   }
+  __syncwarp();                       // all lanes have read the columns' lse, which one of them replaces
   float weight[2], column_weight[2];  // of the line's sum of values, and of the columns' result
   for (int half = 0; half < 2; ++half) {
     for (const int other : {1, 2}) sum[half] += __shfl_xor_sync(kAllLanes, sum[half], other);
@@ -108,38 +123,45 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     if (lane.pair == 0 && rows[half] < line.length) lse[line.pixel(rows[half])] = total;
   }
 
-  for (int chunk = 0; chunk < chunks; ++chunk) {
+  int arrived = 0;
+#pragma unroll 1
+  for (int channel = 0; channel < C; channel += kChunk<T>) {
+    arrived = arrived + 1 < stages ? arrived + 1 : 0;
+    unsigned char* const pair = ring + arrived * pair_bytes;
     if (stages == 3)
       device::wait_for_copies<1>();
     else
       device::wait_for_copies<0>();
     __syncthreads();  // this chunk is there for all, and the one before it is read
-    start_values(chunk + stages - 1);
-
-    const Place place = {line, first_query + warp * kTile, chunk * kChunk<T>, static_cast<int>(sizes.C)};
-    Runs<T, tiles> columns_result;
-    if (!column) columns_result.read(place, out);
+    start_values();
 
     float results[tiles][4] = {};
-    const unsigned char* values = stage(chunk);
 #pragma unroll
     for (int step = 0; step < steps; ++step)
 #pragma unroll
       for (int j = 0; j < tiles; j += 2) {
         uint32_t b[4];
-        load_right_transposed<T>(b, values + step * kStep<T> * kPitch + j * 8 * kSize<T>, kPitch, lane.index);
+        load_right_transposed<T>(b, pair + step * kStep<T> * kPitch + j * 8 * kSize<T>, kPitch, lane.index);
         multiply_pair<T>(results[j], results[j + 1], weights[step], b);
       }
 
+    unsigned char* const own = pair + own_rows;
 #pragma unroll
-    for (int j = 0; j < tiles; j += 2)
+    for (int half = 0; half < 2; ++half) {
+      unsigned char* at = own + (lane.row + 8 * half) * kPitch + 2 * lane.pair * kSize<T>;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Vec4<float> run = place.run_of(results[j], results[j + 1], half);
-        const Vec4<float> old = widen(columns_result.at[j / 2][half]);
-        for (int i = 0; i < 4; ++i) run.at[i] = weight[half] * run.at[i] + column_weight[half] * old.at[i];
-        if (Vec4<T>* to = place.run(out, j, half)) *to = narrow<T>(run);
+      for (int j = 0; j < tiles; ++j, at += 8 * kSize<T>) {
+        float result[2] = {weight[half] * results[j][2 * half], weight[half] * results[j][2 * half + 1]};
+        if (!column) {
+          float old[2];
+          load_pair<T>(old, at);
+          for (int i = 0; i < 2; ++i) result[i] = fmaf(column_weight[half], old[i], result[i]);
+        }
+        store_pair<T>(at, result[0], result[1]);
       }
+    }
+    __syncwarp();
+    write_rows(out, own, line, first_query + warp * kTile, channel, C);
   }
   device::wait_for_copies<0>();  // the empty groups
 #else
@@ -151,15 +173,18 @@ template <class T, int key_tiles, int warps, int blocks_per_processor>
 cudaError_t launch_pass(const Forward& a, const Device& device, bool column, void* stream) {
   const int length = static_cast<int>(column ? a.sizes.H : a.sizes.W);
   const int query_tiles = (length + kTile - 1) / kTile;
-  const int blocks = (query_tiles + warps - 1) / warps;
-  const int block_warps = (query_tiles + blocks - 1) / blocks;
-  const int stage_bytes = key_tiles * kTile * kPitch;
-  const int stages = 3 * stage_bytes <= device.shared_memory ? 3 : 2;
+  const auto shared_bytes = [](int block_warps, int stages) {
+    return stages * (key_tiles + block_warps) * kTile * kPitch;
+  };
+  int blocks = (query_tiles + warps - 1) / warps, block_warps;
+  do block_warps = (query_tiles + blocks - 1) / blocks;
+  while (shared_bytes(block_warps, 2) > device.shared_memory && ++blocks <= query_tiles);
+  const int stages = shared_bytes(block_warps, 3) <= device.shared_memory ? 3 : 2;
   const dim3 grid(static_cast<unsigned>(lines(a.sizes, column)), blocks);
   return device::launch(forward_kernel<T, key_tiles, warps, blocks_per_processor>, grid, block_warps * kWarp,
-                        stages * stage_bytes, stream, static_cast<const T*>(a.query), static_cast<const T*>(a.key),
-                        static_cast<const T*>(a.value), static_cast<T*>(a.out), static_cast<Lse<T>*>(a.lse), a.sizes,
-                        column, stages);
+                        shared_bytes(block_warps, stages), stream, static_cast<const T*>(a.query),
+                        static_cast<const T*>(a.key), static_cast<const T*>(a.value), static_cast<T*>(a.out),
+                        static_cast<Lse<T>*>(a.lse), a.sizes, column, stages);
 }
 
 template <class T>
