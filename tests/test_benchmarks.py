@@ -12,9 +12,10 @@ import torch
 from conftest import last_line, run
 from PIL import Image
 
-from benchmarks import attention, evaluation, gpu_report, loader, measure
+from benchmarks import attention, builds, evaluation, gpu_report, loader, measure
 from benchmarks.attention import Case, Contender
 from benchmarks.gpu_report import Part
+from cc_attention import ops
 from dataset import CSDataSet
 
 PEERS = [
@@ -242,3 +243,17 @@ def test_evaluation_is_measured_beside_its_forward_passes(tmp_path: Path, capsys
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["ratio"] > 0.5 and len(report["seconds"]["evaluation"]["all"]) == 1
     assert "picture 4/4" in capsys.readouterr().out
+
+
+def test_builds_beside_each_other(root, tmp_path, capsys):
+    if "cpu" not in ops.DEVICE_TYPES:
+        pytest.skip("cc_attention._C is not built")
+    flags = "--device cpu --shapes 1x5x7 --channels 8 16 --out".split() + [str(tmp_path / "r.json")]
+    assert builds.main([f"old={root}", f"new={root}", *flags]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert list(report["builds"]) == ["old", "new"] and len(report["builds"]["new"]["times"]) == 6
+    assert report["builds"]["old"]["worst_relative_error"]["float32"] < 3e-6
+    assert "1x5x7 tf32 backward" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        builds.main([f"old={tmp_path}", *flags])
+    assert end.value.code == 2
