@@ -22,8 +22,7 @@ from engine.evaluation import Keep, evaluate, unwritable
 from engine.inference import predict_classes
 from engine.metrics import CityscapesEvaluation
 from networks import MODELS, CheckpointError, load_weights, match_weights
-from networks.resnet import DEPTHS
-from networks.variants import options_of
+from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags
 from utils.files import check_writable
@@ -73,14 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=False,
         help="whole pictures instead of tiles",
     )
-    add(
-        "--scales",
-        type=flags.numbers,
-        default=[1.0],
-        metavar="S,S",
-        help="average the predictions at these scales",
-    )
-    add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
+    flags.add_averaging(parser)
     add(
         "--batch-size",
         type=flags.positive_int,

@@ -34,8 +34,7 @@ from loss.criterion import upsample
 from networks import MODELS, CheckpointError, Seg_Model, load_weights, match_weights, synchronise, train_mode
 from networks.attention import picture_attention
 from networks.pretrained import read_weights
-from networks.resnet import DEPTHS
-from networks.variants import options_of
+from networks.variants import DEPTHS, options_of
 from utils import args as flags
 from utils.attention_figure import draw_attention
 from utils.files import check_writable

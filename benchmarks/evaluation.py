@@ -33,7 +33,7 @@ from engine.evaluation import evaluate
 from engine.inference import predict_classes
 from engine.metrics import CityscapesEvaluation
 from networks import MODELS
-from networks.resnet import DEPTHS
+from networks.variants import DEPTHS
 from utils import args as flags
 from utils.palette import make_palette, save_indexed_png
 

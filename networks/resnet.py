@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from networks.abn import ABN
 from networks.variants import DEPTHS, VARIANTS
 
-__all__ = ["DEPTHS", "Bottleneck", "ResNet", "convolution"]
-
 
 def convolution(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1

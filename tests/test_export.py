@@ -18,8 +18,7 @@ from cc_attention import RecurrentCrissCrossAttention, reference
 from dataset import IMG_MEAN
 from engine.inference import predict_whole
 from networks import ABN, CheckpointError, Seg_Model
-from networks.resnet import DEPTHS
-from networks.variants import VARIANTS
+from networks.variants import DEPTHS, VARIANTS
 from tools import export
 from utils.args import RunError, UsageError
 

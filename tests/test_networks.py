@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from loss import CriterionDSN
 from networks import ABN, CheckpointError, Seg_Model, load_weights, synchronise
-from networks.resnet import DEPTHS
+from networks.variants import DEPTHS
 
 DATA = Path(__file__).parent / "data"
 

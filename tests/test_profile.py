@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cc_attention import criss_cross_attention, ops, reference
 from networks import Seg_Model
-from networks.resnet import DEPTHS
+from networks.variants import DEPTHS
 from tools import profile
 from tools.cost import BACKWARD, FORWARD, PARTS, STEM, Alive, Setting, parameters_of, simulate
 from utils.args import UsageError

@@ -85,14 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="tile (default: 769,769); a picture that fits into it is predicted in one piece",
     )
     add("--whole", action="store_true", help="larger pictures in one piece too")
-    add(
-        "--scales",
-        type=flags.numbers,
-        default=[1.0],
-        metavar="S,S",
-        help="average the predictions at these scales",
-    )
-    add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
+    flags.add_averaging(parser)
     add("--frames", type=flags.positive_int, metavar="N", help="at most N frames of a video or camera")
     common.add_network_flags(parser)
     return parser

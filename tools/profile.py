@@ -36,8 +36,7 @@ from torch import Tensor
 from cc_attention import CrissCrossAttention, ops
 from engine.step import PRECISIONS
 from networks import Seg_Model, load_weights
-from networks.resnet import DEPTHS
-from networks.variants import variant_of
+from networks.variants import DEPTHS, variant_of
 from networks.weights import read_state_dict
 from tools import common
 from tools.cost import (

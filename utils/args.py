@@ -71,6 +71,19 @@ def numbers(text: str) -> list[float]:
     return [positive_float(part) for part in text.split(",")]
 
 
+def add_averaging(parser: argparse.ArgumentParser) -> None:
+    """--scales and --flip, of the commands that predict (engine.inference.predict_multiscale)."""
+    add = parser.add_argument
+    add(
+        "--scales",
+        type=numbers,
+        default=[1.0],
+        metavar="S,S",
+        help="average the predictions at these scales",
+    )
+    add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
+
+
 def exit_status(main: Callable[[], int | None], input_errors: tuple[type[Exception], ...]) -> int:
     """Run `main` and return its status: 0 when it has none, 2 after an input error, 1 after a RunError.
 
