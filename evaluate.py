@@ -15,17 +15,18 @@ import sys
 import numpy as np
 import torch
 
-from dataset import CSDataSet, DataError
+from dataset import CSDataSet
 from dataset.labels import LABELS, choose_table
 from engine import distributed, report
-from engine.evaluation import Keep, evaluate, unwritable
+from engine.evaluation import Keep, evaluate
 from engine.inference import predict_classes
 from engine.metrics import CityscapesEvaluation
-from networks import MODELS, CheckpointError, load_weights, match_weights
+from networks import MODELS, load_weights, match_weights
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags
-from utils.files import check_writable
+from utils.errors import DataError, UsageError
+from utils.files import check_writable, unwritable
 from utils.palette import make_palette, save_grey_png, save_indexed_png
 from utils.submission import write_archive
 
@@ -36,12 +37,10 @@ DESCRIPTION = (
     "data_dir", "data_list", "split", "classes", "num_classes", "ignore_label", "model", "backbone",
     "recurrence", "restore_from", "input_size", "whole", "scales", "flip",
 )  # fmt: skip
-#: What ends the command with exit status 2.
-INPUT_ERRORS = (flags.UsageError, DataError, CheckpointError)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         description="Evaluate CCNet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
@@ -100,16 +99,14 @@ def main() -> int:
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    return distributed.run(
-        devices, check=lambda: check(args), body=lambda world: run(args, world), agreed=INPUT_ERRORS
-    )
+    return distributed.run(devices, check=lambda: check(args), body=lambda world: run(args, world))
 
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be known before the first picture; also makes the folder for the predictions.
 
     Raises:
-        flags.UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
+        InputError: one line that says which flag or file is wrong.
     """
     weights = read_state_dict(args.restore_from) if args.restore_from else None
     with torch.device("meta"):
@@ -129,9 +126,7 @@ def check(args: argparse.Namespace) -> None:
     check_writable("--output-dir", args.output_dir or ".")
     for name in (f"{SUBMISSION}.zip",) if args.split == TEST else report.FILES:
         if os.path.isdir(os.path.join(args.output_dir, name)):
-            raise flags.UsageError(
-                f"--output-dir {args.output_dir}: {name} is a folder there; name another folder"
-            )
+            raise UsageError(f"--output-dir {args.output_dir}: {name} is a folder there; name another folder")
 
 
 def make_dataset(args: argparse.Namespace) -> CSDataSet:
@@ -186,7 +181,6 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
             model, images, args.scales, args.flip, tile_size, args.num_classes, tile_batch
         ),
         dataset,
-        DataError,
         world,
         args.num_classes,
         args.ignore_label,
@@ -212,7 +206,7 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
         except OSError as error:
             raise unwritable(error) from error
         except DataError as error:  # a picture that is gone by now
-            raise flags.UsageError(str(error)) from error
+            raise UsageError(str(error)) from error
 
     world.on_main(finish)
 
@@ -246,4 +240,4 @@ def submit(args: argparse.Namespace, dataset: CSDataSet) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(flags.exit_status(main, INPUT_ERRORS))
+    sys.exit(flags.exit_status(main))

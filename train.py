@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from dataset import IMG_MEAN, CSDataSet, DataError, cache
+from dataset import IMG_MEAN, CSDataSet, cache
 from dataset.labels import choose_table
 from engine import apex, checkpoint, distributed, loader, schedule, signals
 from engine.ema import WeightAverage
@@ -31,19 +31,18 @@ from engine.training import Intervals, Run, Task
 from engine.transfer import Batch
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
-from networks import MODELS, CheckpointError, Seg_Model, load_weights, match_weights, synchronise, train_mode
+from networks import MODELS, Seg_Model, load_weights, match_weights, synchronise, train_mode
 from networks.attention import picture_attention
 from networks.pretrained import read_weights
 from networks.variants import DEPTHS, options_of
 from utils import args as flags
 from utils.attention_figure import draw_attention
+from utils.errors import DataError, UsageError
 from utils.files import check_writable
 from utils.palette import colored, make_palette
 
 #: Of which the features at 1/8 size are 2 x 2, enough for the statistics of a batch of one.
 SMALLEST_CROP = 9
-#: What ends a run with exit status 2.
-INPUT_ERRORS = (flags.UsageError, DataError, CheckpointError)
 #: The flags that decide what a run computes: it is resumed with the same ones, or with --change-recipe.
 RECIPE = (
     "model backbone recurrence num_classes ignore_label dropout abn backend input_size batch_size "
@@ -53,9 +52,7 @@ RECIPE = (
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Train CCNet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = flags.Parser(description="Train CCNet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     data = parser.add_argument_group("data").add_argument
     data(
@@ -206,7 +203,6 @@ def main() -> int:
         devices,
         check=lambda: check(args, distributed.processes(devices), devices[0]),
         body=lambda world: train(args, world),
-        agreed=INPUT_ERRORS,
     )
 
 
@@ -214,40 +210,38 @@ def check(args: argparse.Namespace, processes: int, device: torch.device) -> Non
     """Everything that can be known before the first step.
 
     Raises:
-        flags.UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
+        InputError: one line that says which flag or file is wrong.
     """
     if args.batch_size % (processes * args.grad_accum):
         by = f"{processes} processes" + (f" in {args.grad_accum} parts each" if args.grad_accum > 1 else "")
-        raise flags.UsageError(
+        raise UsageError(
             f"--batch-size {args.batch_size}: can't be shared by {by}; "
             f"give a multiple of {processes * args.grad_accum}"
         )
     if args.start_iters >= args.num_steps:
-        raise flags.UsageError(
-            f"--start-iters {args.start_iters}: must be less than --num-steps {args.num_steps}"
-        )
+        raise UsageError(f"--start-iters {args.start_iters}: must be less than --num-steps {args.num_steps}")
     if args.class_weights and len(args.class_weights) != args.num_classes:
-        raise flags.UsageError(
+        raise UsageError(
             f"--class-weights: has {len(args.class_weights)} weights; give one for each of the "
             f"{args.num_classes} classes"
         )
     if args.abn == "inplace":
         require_inplace_abn(processes, device)
         if args.amp:
-            raise flags.UsageError(
+            raise UsageError(
                 f"--amp {args.amp}: the inplace-abn package takes float32 alone; use --abn torch"
             )
     if args.backend == "apex":
         apex.require(device.type)
         for flag in ("channels_last", "compile", "fused_sgd"):
             if getattr(args, flag):
-                raise flags.UsageError(
+                raise UsageError(
                     f"--{flag.replace('_', '-')}: not with --backend apex; leave out one of the two"
                 )
     if args.amp == "fp16" and device.type == "cpu":
-        raise flags.UsageError("--amp fp16: is for GPUs; give --amp bf16")
+        raise UsageError("--amp fp16: is for GPUs; give --amp bf16")
     if min(args.input_size) < SMALLEST_CROP:
-        raise flags.UsageError(
+        raise UsageError(
             f"--input-size {args.input_size[0]},{args.input_size[1]}: leaves one row or column of features; "
             f"give at least {SMALLEST_CROP},{SMALLEST_CROP}"
         )
@@ -270,13 +264,13 @@ def check(args: argparse.Namespace, processes: int, device: torch.device) -> Non
 
 def require_inplace_abn(processes: int, device: torch.device) -> None:
     if processes > 1 and device.type == "cpu":
-        raise flags.UsageError(
+        raise UsageError(
             "--abn inplace: the package has no statistics over several CPU processes; use --abn torch"
         )
     try:
         import inplace_abn  # noqa: F401
     except ImportError as error:
-        raise flags.UsageError(
+        raise UsageError(
             "--abn inplace: the inplace-abn package is not installed; install it, or use --abn torch"
         ) from error
 
@@ -299,14 +293,14 @@ def check_cache(args: argparse.Namespace, dataset: CSDataSet) -> str:
     """The line that says what --cache will hold.
 
     Raises:
-        flags.UsageError: --cache-gb is more than there is.
+        UsageError: --cache-gb is more than there is.
     """
     if args.cache == "disk":
         check_writable("--cache-dir", args.cache_dir or args.snapshot_dir)
     plan = cache.Plan(dataset.sizes(), int(args.cache_gb * cache.GB))
     free = cache.room(args.cache, cache_file(args, dataset))
     if plan.bytes > free:
-        raise flags.UsageError(
+        raise UsageError(
             f"--cache-gb {args.cache_gb:g}: {plan.bytes / cache.GB:.1f} GB for {plan.number} pictures, but "
             f"{free / cache.GB:.1f} GB are free; give less"
         )
@@ -338,9 +332,7 @@ def make_cache(args: argparse.Namespace, dataset: CSDataSet, world: distributed.
 
 def make_val_dataset(args: argparse.Namespace) -> CSDataSet:
     if args.data_list and not args.val_list:
-        raise flags.UsageError(
-            "--val-every: with --data-list it needs --val-list, the pictures to validate on"
-        )
+        raise UsageError("--val-every: with --data-list it needs --val-list, the pictures to validate on")
     return CSDataSet(
         args.data_dir,
         args.val_list,
@@ -472,7 +464,6 @@ def make_task(
     def batches(steps: range) -> Iterator[Batch | Exception]:
         return loader.train_batches(
             dataset,
-            DataError,
             seed=args.random_seed,
             batch_size=args.batch_size,
             steps=steps,
@@ -489,7 +480,6 @@ def make_task(
         result = evaluate(
             lambda images: predict_classes(model, images, [1.0], False, args.input_size, args.num_classes),
             val_dataset,
-            DataError,
             world,
             args.num_classes,
             args.ignore_label,
@@ -523,4 +513,4 @@ def make_task(
 
 
 if __name__ == "__main__":
-    sys.exit(flags.exit_status(main, INPUT_ERRORS))
+    sys.exit(flags.exit_status(main))

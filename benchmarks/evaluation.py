@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from dataset import CSDataSet, DataError, mini
+from dataset import CSDataSet, mini
 from dataset.labels import LABELS, NUM_CLASSES
 from dataset.layout import instances_of
 from engine.distributed import World
@@ -91,7 +91,6 @@ def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
                 recorded, images, [1.0], False, args.tile, NUM_CLASSES, args.tile_batch
             ),
             data,
-            DataError,
             World(0, 1, device),
             NUM_CLASSES,
             255,

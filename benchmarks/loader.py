@@ -109,7 +109,7 @@ def plain_batches(plain: Plain) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def our_batches(dataset: CSDataSet) -> Iterator[Any]:
-    return train_batches(dataset, DataError, SEED, BATCH, range(TURN + 1), 0, 1, 1, CPU)
+    return train_batches(dataset, SEED, BATCH, range(TURN + 1), 0, 1, 1, CPU)
 
 
 def check_same(plain: Plain, dataset: CSDataSet) -> None:

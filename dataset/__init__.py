@@ -1,6 +1,6 @@
 """Cityscapes and data sets of its layout."""
 
 from dataset.cityscapes import IMG_MEAN, CSDataSet
-from dataset.pictures import DataError
+from utils.errors import DataError
 
 __all__ = ["IMG_MEAN", "CSDataSet", "DataError"]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dataset.pictures import DataError
+from utils.errors import DataError
 
 #: Of each picture, in the table at the beginning of the file: checksum, and 1 once it is there.
 ENTRY = struct.Struct("<IB3x")

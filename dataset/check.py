@@ -30,10 +30,12 @@ import numpy as np
 
 from dataset import layout
 from dataset.class_chart import draw_chart
-from dataset.command import Parser, whole_number, write_whole
 from dataset.labels import IGNORE, LabelReader, choose_table
 from dataset.layout import LABEL_IDS, Pair, instances_of
-from dataset.pictures import DataError, check_size, decode_image, decode_label, load
+from dataset.pictures import check_size, decode_image, decode_label, load
+from utils import args as flags
+from utils.errors import DataError, RunError
+from utils.files import check_output_file, unwritable, write_file
 
 #: Pictures of each city of Cityscapes' fine annotations.
 OFFICIAL = {
@@ -343,8 +345,8 @@ def as_json(splits: Sequence[Split], labels: LabelReader) -> dict[str, Any]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="dataset.check",
+    parser = flags.Parser(
+        prog="python -m dataset.check",
         usage="python -m dataset.check [options] CS",
         description=(__doc__ or "").splitlines()[0],
     )
@@ -360,20 +362,20 @@ def get_parser() -> argparse.ArgumentParser:
     add("--classes", metavar="TABLE", help="what the labels of another data set mean: docs/own_data.md")
     add(
         "--num-classes",
-        type=whole_number(1, 255),
+        type=flags.classes,
         metavar="K",
         help="number of train ids; those of --classes, or 19",
     )
     add(
         "--ignore-label",
-        type=whole_number(0, 255),
+        type=flags.label,
         default=IGNORE,
         metavar="ID",
         help="of void; default: 255",
     )
     add(
         "--num-workers",
-        type=whole_number(1, 999),
+        type=flags.number(int, 1, 999),
         default=os.cpu_count() or 1,
         metavar="N",
         help="default: the cores",
@@ -385,53 +387,40 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = get_parser()
-    args = parser.parse_args(argv)
+    args = get_parser().parse_args(argv)
     for flag in ("plot", "json"):
-        folder = os.path.dirname(getattr(args, flag) or "") or "."
-        named = getattr(args, flag)
-        if named and os.path.isdir(named):
-            parser.error(f"--{flag} {named}: is a folder; name a file")
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            parser.error(
-                f"--{flag} {getattr(args, flag)}: {folder} is no folder that can be written to; name another"
-            )
+        if named := getattr(args, flag):
+            check_output_file(f"--{flag}", named)
+    table, num_classes = choose_table(args.classes, args.num_classes)
+    labels = LabelReader(table, args.ignore_label, num_classes)
     splits: list[Split] = []
     try:
-        table, num_classes = choose_table(args.classes, args.num_classes)
-        labels = LabelReader(table, args.ignore_label, num_classes)
         for split in splits_of(args, labels):
             splits.append(split)
             print(describe(split, labels), flush=True)
-        if args.json:
-            write_whole(args.json, json.dumps(as_json(splits, labels), indent=2).encode() + b"\n")
-        if args.plot:
-            write_whole(args.plot, draw_chart([(split.name, split.pixels) for split in splits], labels))
-    except DataError as error:
-        parser.error(str(error))
     except OSError as error:
-        print(
-            f"dataset.check: error: {error.filename or args.root}: {error.strerror or error}", file=sys.stderr
-        )
-        return 1
-    except BrokenProcessPool:
-        why = (
-            "a process that reads pictures was killed (for want of memory, perhaps); give fewer --num-workers"
-        )
-        print(f"dataset.check: error: {why}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndataset.check: ended by SIGINT", file=sys.stderr)
-        return 1
+        raise RunError(
+            f"{error.filename or args.root}: can't be read ({error.strerror or error}); check the disk"
+        ) from error
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that reads pictures was killed (out of memory, perhaps); give fewer --num-workers"
+        ) from error
+    try:
+        if args.json:
+            write_file(args.json, json.dumps(as_json(splits, labels), indent=2) + "\n")
+        if args.plot:
+            write_file(args.plot, draw_chart([(split.name, split.pixels) for split in splits], labels))
+    except OSError as error:
+        raise unwritable(error) from error
     problems = [problem for split in splits for problem in split.problems]
     for problem in problems[:MOST_LINES]:
         print(problem)
     if len(problems) > MOST_LINES:
         print(f"... and {len(problems) - MOST_LINES} more (--json FILE has all of them)")
-    sys.stdout.flush()
     pictures = sum(split.cities.total() for split in splits)
     if problems:
-        parser.error(
+        raise DataError(
             f"{args.root}: {len(problems)} problems in {pictures} pictures; the first: {problems[0]}"
         )
     print(f"{args.root}: all is well with {pictures} pictures")
@@ -439,4 +428,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(flags.exit_status(main))

@@ -17,7 +17,6 @@ from dataset.cache import PictureCache, on_disk
 from dataset.labels import IGNORE, ClassTable, LabelReader
 from dataset.layout import LABEL_IDS, Pair, instances_of
 from dataset.pictures import (
-    DataError,
     Encoded,
     check_label_mode,
     check_size,
@@ -26,6 +25,7 @@ from dataset.pictures import (
     load,
     read_header,
 )
+from utils.errors import DataError
 
 #: Mean of the training pictures, BGR, 0-255 (of the ImageNet backbone's training).
 IMG_MEAN = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32)

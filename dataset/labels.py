@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
-from dataset.pictures import DataError, Encoded, check_label_mode, decode_label
+from dataset.pictures import Encoded, check_label_mode, decode_label
+from utils.errors import DataError
 
 IGNORE = 255
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dataset.pictures import DataError
+from utils.errors import DataError
 
 LABEL_IDS = "_labelIds.png"
 LABEL_TRAIN_IDS = "_labelTrainIds.png"

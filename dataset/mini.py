@@ -12,13 +12,16 @@ import argparse
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from dataset.command import Parser, whole_number, write_whole
 from dataset.mini_street import City, render
+from utils import args as flags
+from utils.errors import UsageError
+from utils.files import unwritable, write_file
 
 __all__ = ["main", "render", "write"]
 
@@ -63,12 +66,12 @@ def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: in
         False where a complete set with the same parameters was there already, and nothing was done.
 
     Raises:
-        FileExistsError: `out` is a file, or holds anything but (part of) a set with the same parameters.
+        UsageError: `out` is a file, or holds anything but (part of) a set with the same parameters.
     """
     out = Path(out)
     parameters = {"format": FORMAT, "train": train, "val": val, "size": list(size), "seed": seed}
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: name a folder")
+        raise UsageError(f"{out} is a file: name a folder")
     for marker in (_COMPLETE, _STARTED):
         if (out / marker).is_file():
             try:
@@ -76,28 +79,24 @@ def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: in
             except ValueError:
                 found = None
             if found != parameters:
-                raise FileExistsError(
-                    f"{out} holds a set with other parameters: remove it or name another folder"
-                )
+                raise UsageError(f"{out} holds a set with other parameters: remove it or name another folder")
             if marker == _COMPLETE:
                 return False
             break
     else:
         if out.is_dir() and any(out.iterdir()):
-            raise FileExistsError(
-                f"{out} is not empty and holds no generated set: name a new or empty folder"
-            )
+            raise UsageError(f"{out} is not empty and holds no generated set: name a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / _STARTED, json.dumps(parameters).encode())
+    write_file(out / _STARTED, json.dumps(parameters).encode())
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
             city, stem, (image, labels, instances) = picture(split, index, size, seed)
             pictures, truth = out / "leftImg8bit" / split / city, out / "gtFine" / split / city
             pictures.mkdir(parents=True, exist_ok=True)
             truth.mkdir(parents=True, exist_ok=True)
-            write_whole(pictures / f"{stem}_leftImg8bit.png", _png(image))
-            write_whole(truth / f"{stem}_gtFine_labelIds.png", _png(labels))
-            write_whole(truth / f"{stem}_gtFine_instanceIds.png", _png(instances))
+            write_file(pictures / f"{stem}_leftImg8bit.png", _png(image))
+            write_file(truth / f"{stem}_gtFine_labelIds.png", _png(labels))
+            write_file(truth / f"{stem}_gtFine_instanceIds.png", _png(instances))
     os.replace(out / _STARTED, out / _COMPLETE)
     return True
 
@@ -113,23 +112,22 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m dataset.mini", description=__doc__.splitlines()[0])
+    parser = flags.Parser(prog="python -m dataset.mini", description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="folder to write; new, empty, or the same set")
-    parser.add_argument("--train", type=whole_number(1, 999_999), default=120, help="pictures to train on")
-    parser.add_argument("--val", type=whole_number(1, 999_999), default=24, help="pictures to validate on")
+    number = flags.number(int, 1, 999_999)
+    parser.add_argument("--train", type=number, default=120, help="pictures to train on")
+    parser.add_argument("--val", type=number, default=24, help="pictures to validate on")
     parser.add_argument("--size", type=_size, default=(128, 256), help="HEIGHTxWIDTH of the pictures")
-    parser.add_argument(
-        "--seed", type=whole_number(0, 2**31 - 1), default=0, help="another seed, another set"
-    )
+    parser.add_argument("--seed", type=flags.count, default=0, help="another seed, another set")
     args = parser.parse_args(argv)
     what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"
     try:
         written = write(args.out, args.train, args.val, args.size, args.seed)
     except OSError as error:
-        parser.error(f"OUT: {error}")
+        raise unwritable(error) from error
     print(f"{args.out}: {'wrote' if written else 'already holds'} {what}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(flags.exit_status(main))

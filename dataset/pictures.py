@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from utils.errors import DataError
+
 try:  # optional: libspng decodes a PNG about a quarter faster than OpenCV, and can stop early
     import pyspng
 except ImportError:
@@ -26,10 +28,6 @@ JPEG_SIGNATURE = b"\xff\xd8"
 GREY, RGB = 0, 2
 #: Pillow's modes of one-channel pictures whose values are ids.
 LABEL_MODES = ("1", "L", "P", "I;16", "I")
-
-
-class DataError(ValueError):
-    """A data set that can't be used; the message is one line that names the file and what to do."""
 
 
 class Header(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from utils.args import UsageError
+from utils.errors import UsageError
 
 _BUILD = "build tag 25.05 of github.com/NVIDIA/apex with --cpp_ext and --cuda_ext"
 #: What has to import, in this order, and what is wrong where it does not.

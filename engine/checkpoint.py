@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.args import RunError, UsageError
+from utils.errors import RunError, UsageError
 from utils.files import replacing, temporary_name
 
 #: What a run leaves beside snapshots and states.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.signals import IMPATIENCE, SIGNALS
-from utils.args import RunError, UsageError
+from utils.errors import InputError, RunError, UsageError
 
 #: Set for the processes that `launch` starts, to its process id; what the parent has checked they need not
 #: check again.
@@ -70,12 +70,12 @@ class World:
         return next(found for found in self.gather(value) if found is not None)
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Do `action` on rank 0 while the others wait; a UsageError or RunError of it is raised on all."""
+        """Do `action` on rank 0 while the others wait; an InputError or RunError of it is raised on all."""
         failure = None
         if self.is_main:
             try:
                 action()
-            except (UsageError, RunError) as error:
+            except (InputError, RunError) as error:
                 failure = error
         if failure := self.first(failure):
             self.barrier()  # a launcher may end rank 0 as soon as another one is gone
@@ -118,7 +118,6 @@ def run(
     devices: Sequence[torch.device],
     check: Callable[[], None],
     body: Callable[[World], None],
-    agreed: tuple[type[Exception], ...],
 ) -> int:
     """Run a command as one process for each device, started from here unless they were started already.
 
@@ -126,7 +125,6 @@ def run(
         devices: see `choose_devices`.
         check: looks at the input; once on each machine, before anything is started.
         body: what each process does.
-        agreed: see `world`.
 
     Returns:
         The exit status.
@@ -135,7 +133,7 @@ def run(
         check()
     if len(devices) > 1 and not is_launched():
         return launch(len(devices))
-    with world(devices, agreed) as joined:
+    with world(devices) as joined:
         body(joined)
     return 0
 
@@ -303,13 +301,13 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def world(devices: Sequence[torch.device], agreed: tuple[type[Exception], ...]) -> Iterator[World]:
+def world(devices: Sequence[torch.device]) -> Iterator[World]:
     """Join the processes of this run: those of `launch` or torchrun; alone where there is no other.
+
+    An InputError or RunError is raised by all processes together; local rank 0 prints its line for all.
 
     Args:
         devices: the device of each local rank.
-        agreed: errors that all processes raise together, as every RunError; local rank 0 speaks for the
-            others.
 
     Raises:
         UsageError: not as many GPUs as processes on this machine.
@@ -334,8 +332,8 @@ def world(devices: Sequence[torch.device], agreed: tuple[type[Exception], ...]) 
     try:
         yield World(rank, size, device)
     except BaseException as error:
-        if isinstance(error, (*agreed, RunError)):
-            error.silent = local_rank > 0  # type: ignore[attr-defined]  # see utils.args.exit_status
+        if isinstance(error, (InputError, RunError)):
+            error.silent = local_rank > 0  # see utils.args.exit_status
             dist.destroy_process_group()
             raise
         # The others wait in a collective for this process: an orderly end would wait for them.

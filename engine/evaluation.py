@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,8 @@ from engine.distributed import World
 from engine.loader import PictureSource, evaluation_pictures
 from engine.metrics import CityscapesEvaluation, OfficialScores, PictureStatistics, confusion_matrix
 from engine.transfer import subtract_mean
-from utils.args import RunError
+from utils.errors import DataError
+from utils.files import unwritable
 from utils.progress import Progress
 
 #: Called with a picture's name and its prediction, uint8 [h, w]; several at a time, from threads.
@@ -36,7 +36,6 @@ class Result(NamedTuple):
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     source: PictureSource,
-    errors: type[Exception],
     world: World,
     num_classes: int,
     ignore_label: int,
@@ -54,7 +53,6 @@ def evaluate(
 
     Args:
         predict: images float32 [n, 3, h, w] on the world's device -> classes uint8 [n, h, w].
-        errors: what `source` raises for a file that can't be used; it is raised here, on every process.
         official: computes the official scores from label and instance ids, which `source` then has to have.
         batch_size: pictures of equal size that are predicted together.
         workers: processes that read pictures.
@@ -62,6 +60,7 @@ def evaluate(
         interrupted: asked now and then; an error that it gives is raised on every process.
 
     Raises:
+        DataError: a file can't be used; raised on every process.
         RunError: `keep` met a full disk, or a worker was killed.
     """
     device = world.device
@@ -70,7 +69,6 @@ def evaluate(
     statistics: list[PictureStatistics] = []
     pictures = evaluation_pictures(
         source,
-        errors,
         official is not None,
         world.rank,
         world.size,
@@ -94,7 +92,7 @@ def evaluate(
                 counted = confusion_matrix(picture.label, prediction, num_classes, ignore_label)
             if official is None:
                 return counted, None
-            return counted, _count(official, picture, prediction.numpy(), errors)
+            return counted, _count(official, picture, prediction.numpy())
 
         def collect(most: int) -> None:
             """Wait until at most so many predictions wait."""
@@ -119,7 +117,7 @@ def evaluate(
                     for index, picture in enumerate(same_size):
                         waiting.append(threads.submit(finish, picture, arrived, index))
                 collect(WAITING if number < rounds else 0)
-            except errors as found:
+            except DataError as found:
                 error = found
             except OSError as found:
                 error = unwritable(found)
@@ -135,13 +133,6 @@ def evaluate(
     if official is None:
         return Result(confusion, None)
     return Result(confusion, official.scores(world.gather(official.merge(statistics))))
-
-
-def unwritable(error: OSError) -> RunError:
-    """What ends a command when a result can't be written."""
-    what = error.filename or "the results"
-    advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
-    return RunError(f"{what}: can't be written ({error.strerror or error}); {advice}, then run it again")
 
 
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
@@ -160,13 +151,11 @@ def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-def _count(
-    official: CityscapesEvaluation, picture: Any, prediction: np.ndarray, errors: type[Exception]
-) -> PictureStatistics:
+def _count(official: CityscapesEvaluation, picture: Any, prediction: np.ndarray) -> PictureStatistics:
     try:
         return official.count(picture.label_ids.numpy(), picture.instance_ids.numpy(), prediction)
     except ValueError as error:
-        raise errors(f"{picture.name}: {error}; mend the label or instance file") from error
+        raise DataError(f"{picture.name}: {error}; mend the label or instance file") from error
 
 
 def _by_size(pictures: list[Any]) -> Iterator[list[Any]]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from engine import signals
 from engine.transfer import Batch, Samples, Transfer
-from utils.args import RunError
+from utils.errors import DataError, RunError
 
 #: Keeps the random streams of the order and of the augmentation apart.
 ORDER, AUGMENTATION = 0, 1
@@ -44,21 +44,21 @@ class SampleStream(Dataset):
     Args:
         source: the data set.
         seed: of the order and of the augmentation.
-        errors: what the data set raises for a file that can't be used; such a sample is the error itself, so
-            that it reaches the training loop as it was raised, with its place in the order.
+
+    A sample whose files can't be used is the DataError itself, so that it reaches the training loop as it was
+    raised, with its place in the order.
     """
 
-    def __init__(self, source: SampleSource, seed: int, errors: type[Exception]):
+    def __init__(self, source: SampleSource, seed: int):
         self.source = source
         self.seed = seed
-        self.errors = errors
 
     def __getitem__(self, k: int) -> Any:
         epoch, place = divmod(k, len(self.source))
         index = int(_order(self.seed, epoch, len(self.source))[place])
         try:
             return self.source.sample(index, np.random.default_rng((self.seed, AUGMENTATION, k)))
-        except self.errors as error:
+        except DataError as error:
             return error
 
 
@@ -82,7 +82,6 @@ def _set_up_worker(_worker: int) -> None:
 
 def train_batches(
     source: SampleSource,
-    errors: type[Exception],
     seed: int,
     batch_size: int,
     steps: range,
@@ -107,7 +106,7 @@ def train_batches(
     share = batch_size // processes
     loaded = _loaded(
         DataLoader(
-            SampleStream(source, seed, errors),
+            SampleStream(source, seed),
             batch_sampler=_Shares(steps, batch_size, rank * share, share),
             num_workers=workers,
             collate_fn=_collate,
@@ -167,10 +166,9 @@ class PictureSource(Protocol):
 class _Pictures(Dataset):
     """Whole pictures; one that can't be used is the error itself, as in SampleStream."""
 
-    def __init__(self, source: PictureSource, instances: bool, errors: type[Exception]):
+    def __init__(self, source: PictureSource, instances: bool):
         self.source = source
         self.instances = instances
-        self.errors = errors
 
     def __len__(self) -> int:
         return len(self.source)
@@ -178,7 +176,7 @@ class _Pictures(Dataset):
     def __getitem__(self, index: int) -> Any:
         try:
             picture = self.source.picture(index, self.instances)
-        except self.errors as error:
+        except DataError as error:
             return error
         # Tensors go from a worker to this process in shared memory, arrays through a pipe.
         arrays = {name: value for name, value in picture._asdict().items() if isinstance(value, np.ndarray)}
@@ -187,7 +185,6 @@ class _Pictures(Dataset):
 
 def evaluation_pictures(
     source: PictureSource,
-    errors: type[Exception],
     instances: bool,
     rank: int,
     processes: int,
@@ -200,7 +197,7 @@ def evaluation_pictures(
         What `source.picture` gives, its arrays as tensors, or its error.
     """
     pictures = DataLoader(
-        _Pictures(source, instances, errors),
+        _Pictures(source, instances),
         sampler=range(rank, len(source), processes),
         batch_size=None,
         num_workers=workers,

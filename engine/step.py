@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.distributed import World
-from utils.args import RunError
+from utils.errors import RunError
 
 #: Autocast's type for each precision that train.py offers.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

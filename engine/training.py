@@ -22,8 +22,8 @@ from engine.ema import WeightAverage
 from engine.signals import StopRequest
 from engine.step import Diverged, Report, Stepper
 from engine.transfer import Batch
-from utils.args import RunError, UsageError
 from utils.environment import commit, machine
+from utils.errors import RunError, UsageError
 from utils.files import replacing
 from utils.logger import RunLog
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from networks.abn import ABN, synchronise, train_mode
 from networks.ccnet import Seg_Model
-from networks.weights import CheckpointError, load_weights, match_weights
+from networks.weights import load_weights, match_weights
+from utils.errors import CheckpointError
 
 MODELS: dict[str, type[nn.Module]] = {"ccnet": Seg_Model}
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from networks.ccnet import Seg_Model
 from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
-from networks.weights import HEADS, SHIFT, CheckpointError
+from networks.weights import HEADS, SHIFT
+from utils.errors import CheckpointError
 
 #: Of the activated batch norm (networks/abn.py), and of every release's batch norm.
 EPS = 1e-5

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from networks.convert import from_batch_norm, imagenet_names, to_our_pictures
 from networks.variants import DEPTHS
-from networks.weights import CheckpointError, read_state_dict
+from networks.weights import read_state_dict
+from utils.errors import CheckpointError
 
 LIBRARIES = ("torchvision", "timm")
 #: Of torchvision's weights; its own segmentation networks start from these.

@@ -10,16 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils.errors import CheckpointError
+
 #: The two layers whose shape depends on the number of classes.
 CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 #: What only weights that come from another program have: how its pictures differ.
 SHIFT = "shift"
 #: What an ImageNet backbone lacks, and may.
 HEADS = ("head.", "dsn.")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be used; the message is one line that names the file and what to do."""
 
 
 class LoadReport(NamedTuple):

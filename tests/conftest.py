@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -13,9 +14,19 @@ import numpy as np
 import pytest
 import torch
 
+from utils.args import exit_status
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Flags of the smallest run of the real network.
 SMALL = "--gpu cpu --backbone resnet50 --num-workers 0".split()
+
+
+def status_of(main: Callable[[list[str]], int | None], *arguments: object) -> int:
+    """Return the exit status of a command's main, run in this process."""
+    try:
+        return exit_status(lambda: main([str(argument) for argument in arguments]))
+    except SystemExit as ended:  # argparse's
+        return int(ended.code or 0)
 
 
 @pytest.fixture(scope="session")

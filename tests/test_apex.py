@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from engine import apex
 from networks import ABN, synchronise
-from utils.args import UsageError
+from utils.errors import UsageError
 
 EXTENSIONS = ("amp_C", "syncbn")
 APEX = {

@@ -16,8 +16,8 @@ from dataset import IMG_MEAN
 from networks import CheckpointError, Seg_Model
 from networks.attention import picture_attention
 from tools import attention
-from utils.args import UsageError
 from utils.attention_figure import draw_attention
+from utils.errors import UsageError
 
 
 @pytest.fixture

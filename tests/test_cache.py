@@ -134,9 +134,7 @@ def test_samples_are_those_of_the_files(scenes, workers):
     plan = Plan(cached.sizes(), 48 + 4 * 4 * 48 * 64)
     assert plan.number == 4
     cached.cache = PictureCache(cache.in_memory(), plan)
-    shares = [
-        train_batches(dataset, DataError, 3, 3, range(12), 0, 1, workers, CPU) for dataset in (plain, cached)
-    ]
+    shares = [train_batches(dataset, 3, 3, range(12), 0, 1, workers, CPU) for dataset in (plain, cached)]
     for one, other in zip(*shares, strict=True):
         assert one.records == other.records
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)

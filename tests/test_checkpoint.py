@@ -15,7 +15,7 @@ from conftest import ROOT
 from engine import checkpoint
 from engine.checkpoint import State, Validation
 from engine.ema import WeightAverage
-from utils.args import UsageError
+from utils.errors import UsageError
 from utils.files import replacing, temporary_name
 
 RECIPE = {"input_size": (33, 33), "ohem": False}

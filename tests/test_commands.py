@@ -27,7 +27,7 @@ def called(module, arguments, monkeypatch, capsys) -> tuple[int, str]:
     """Exit status and last line on standard error of a command, run in this process."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     try:
-        status = flags_of.exit_status(module.main, module.INPUT_ERRORS)
+        status = flags_of.exit_status(module.main)
     except SystemExit as exit:  # argparse's
         status = exit.code
     return status, last_line(capsys.readouterr().err or "\n-")
@@ -370,7 +370,7 @@ class TestEvaluation:
     def test_random_weights(self, trained, tmp_path, monkeypatch, capsys):
         arguments = ["--data-dir", trained[0] / "data", *SMALL, "--whole", "--output-dir", tmp_path]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        assert flags_of.exit_status(evaluate.main, evaluate.INPUT_ERRORS) == 0
+        assert flags_of.exit_status(evaluate.main) == 0
         assert "evaluating random weights" in capsys.readouterr().out
 
 

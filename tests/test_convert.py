@@ -107,7 +107,7 @@ def assert_same(outputs: list[Tensor], expected: list[Tensor], share: float = EX
 
 def tool(*arguments: object) -> int:
     """python -m tools.convert in this process; its exit status"""
-    return exit_status(lambda: convert.main([str(argument) for argument in arguments]), common.INPUT_ERRORS)
+    return exit_status(lambda: convert.main([str(argument) for argument in arguments]))
 
 
 def converted(folder: Path, state: object, *arguments: object) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from engine.evaluation import Result, evaluate
 from engine.inference import predict_classes
 from engine.metrics import format_confusion
 from utils import args as flags
-from utils.args import RunError
+from utils.errors import RunError
 from utils.heat_map import draw_heat_map
 from utils.submission import write_archive
 
@@ -63,7 +63,6 @@ def test_sizes_may_differ_within_a_run(mixed, batch_size, workers):
     result = evaluate(
         predict,
         mixed,
-        DataError,
         ONE,
         3,
         255,
@@ -86,7 +85,7 @@ def test_sizes_may_differ_within_a_run(mixed, batch_size, workers):
 def test_damaged_picture_ends_it_with_its_error(mixed):
     (open(mixed.path("4.png"), "wb")).close()
     with pytest.raises(DataError, match="4.png: not a readable picture"):
-        evaluate(predict, mixed, DataError, ONE, 3, 255)
+        evaluate(predict, mixed, ONE, 3, 255)
 
 
 def test_full_disk_is_one_line(mixed):
@@ -94,12 +93,12 @@ def test_full_disk_is_one_line(mixed):
         raise OSError(28, "No space left on device", f"{name}.png")
 
     with pytest.raises(RunError, match=r"png: can't be written \(No space left on device\)"):
-        evaluate(predict, mixed, DataError, ONE, 3, 255, keep=keep)
+        evaluate(predict, mixed, ONE, 3, 255, keep=keep)
 
 
 def test_interruption_ends_it(mixed):
     with pytest.raises(RunError, match="enough"):
-        evaluate(predict, mixed, DataError, ONE, 3, 255, interrupted=lambda: RunError("enough"))
+        evaluate(predict, mixed, ONE, 3, 255, interrupted=lambda: RunError("enough"))
 
 
 class TestReport:
@@ -204,7 +203,7 @@ SMALL = "--gpu cpu --backbone resnet50 --num-workers 0 --input-size 33,33".split
 def run(arguments, monkeypatch, capsys):
     """Exit status, output and last line on standard error of evaluate.py, run in this process."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    status = flags.exit_status(command.main, command.INPUT_ERRORS)
+    status = flags.exit_status(command.main)
     captured = capsys.readouterr()
     return status, captured.out, last_line(captured.err or "\n-")
 

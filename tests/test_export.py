@@ -20,7 +20,7 @@ from engine.inference import predict_whole
 from networks import ABN, CheckpointError, Seg_Model
 from networks.variants import DEPTHS, VARIANTS
 from tools import export
-from utils.args import RunError, UsageError
+from utils.errors import RunError, UsageError
 
 CLASSES = 5
 #: Batch, height, width: none is the tool's example, nor one of those that it compares by itself.

@@ -12,7 +12,7 @@ from engine.distributed import OPERATOR_MISSING
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"cc_attention", "dataset", "engine", "loss", "networks", "utils"}
 #: Each package, and the siblings that it may import. Commands, tests, benchmarks import what they like.
-ALLOWED = {"networks": {"cc_attention"}, "engine": {"utils"}}
+ALLOWED = {"dataset": {"utils"}, "networks": {"cc_attention", "utils"}, "engine": {"utils"}}
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 COMMANDS = [
     ROOT / "train.py",

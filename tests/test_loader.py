@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def records(dataset, batch_size, steps, processes=1, workers=0, seed=3):
     """The records of every global batch, put together from the shares of all processes."""
     shares = [
-        train_batches(dataset, DataError, seed, batch_size, steps, rank, processes, workers, CPU)
+        train_batches(dataset, seed, batch_size, steps, rank, processes, workers, CPU)
         for rank in range(processes)
     ]
     return [sum((batch.records for batch in parts), []) for parts in zip(*shares, strict=True)]
@@ -44,7 +44,7 @@ def test_each_epoch_has_every_picture_once_in_its_own_order(dataset):
 
 
 def test_pixels_are_those_of_the_record(dataset):
-    first, second = (next(train_batches(dataset, DataError, 3, 4, range(2, 3), 0, 1, w, CPU)) for w in (0, 2))
+    first, second = (next(train_batches(dataset, 3, 4, range(2, 3), 0, 1, w, CPU)) for w in (0, 2))
     assert first.images.shape == (4, 3, 24, 24) and first.labels.shape == (4, 24, 24)
     assert np.array_equal(first.images, second.images) and np.array_equal(first.labels, second.labels)
 
@@ -58,7 +58,7 @@ def test_batches_are_the_samples_minus_the_mean_with_zero_padding(scenes, layout
     dataset = CSDataSet(str(scenes), crop_size=(56, 80))
     padded = set()
     workers = 2 if kind == "cuda" else 0
-    for batch in train_batches(dataset, DataError, 3, 4, range(6), 0, 1, workers, torch.device(kind), layout):
+    for batch in train_batches(dataset, 3, 4, range(6), 0, 1, workers, torch.device(kind), layout):
         batch = batch._replace(images=batch.images.cpu(), labels=batch.labels.cpu())
         assert batch.images.dtype == torch.float32 and batch.labels.dtype == torch.int64
         assert batch.images.is_contiguous(memory_format=layout)
@@ -95,7 +95,7 @@ def test_augmentation_varies_over_epochs(dataset):
 def test_unusable_picture_arrives_as_its_error(dataset, scenes, workers):
     for path in (scenes / "leftImg8bit/train/ulm").iterdir():
         path.write_bytes(b"broken")
-    batch = next(train_batches(dataset, DataError, 3, 2, range(1), 0, 1, workers, CPU))
+    batch = next(train_batches(dataset, 3, 2, range(1), 0, 1, workers, CPU))
     assert isinstance(batch, DataError) and "not a readable picture" in str(batch)
 
 
@@ -105,6 +105,6 @@ def test_evaluation_has_every_picture_once(scenes, processes):
     names = [
         picture.name
         for rank in range(processes)
-        for picture in evaluation_pictures(dataset, DataError, False, rank, processes, 0)
+        for picture in evaluation_pictures(dataset, False, rank, processes, 0)
     ]
     assert sorted(names) == [pair.name for pair in dataset.pairs]

@@ -17,7 +17,7 @@ from dataset.labels import CITYSCAPES
 from networks import Seg_Model
 from tools import predict, sources
 from tools.sources import PictureFile
-from utils.args import UsageError
+from utils.errors import UsageError
 from utils.palette import make_palette
 from utils.sheet import Sheet, overlay
 

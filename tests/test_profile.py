@@ -16,7 +16,7 @@ from networks import Seg_Model
 from networks.variants import DEPTHS
 from tools import profile
 from tools.cost import BACKWARD, FORWARD, PARTS, STEM, Alive, Setting, parameters_of, simulate
-from utils.args import UsageError
+from utils.errors import InputError, UsageError
 
 compiled = pytest.mark.skipif(
     "cpu" not in ops.DEVICE_TYPES, reason="the compiled operator, which is counted, was not built"
@@ -201,7 +201,7 @@ def test_attention_left_out_has_no_part(monkeypatch, capsys):
     ],
 )
 def test_wrong_usage_is_one_line(monkeypatch, arguments, message):
-    with pytest.raises(profile.common.INPUT_ERRORS, match=message):
+    with pytest.raises(InputError, match=message):
         run_main(monkeypatch, *arguments)
 
 

@@ -19,8 +19,8 @@ from engine.evaluation import Result
 from engine.metrics import confusion_matrix, mean_iou
 from networks import CheckpointError
 from tools import report
-from utils.args import UsageError
 from utils.chart import draw_curves
+from utils.errors import UsageError
 from utils.logger import RunLog
 from utils.palette import make_palette, save_indexed_png
 

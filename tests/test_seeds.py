@@ -11,7 +11,7 @@ import pytest
 import evaluate
 import train
 from tools import seeds
-from utils.args import RunError, UsageError
+from utils.errors import RunError, UsageError
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from engine.transfer import subtract_mean
 from networks.attention import picture_attention
 from tools import common
 from tools.sources import find
-from utils.args import UsageError
 from utils.attention_figure import draw_attention
+from utils.errors import UsageError
 from utils.files import check_writable, replacing
 
 

@@ -12,17 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dataset import DataError
 from dataset.labels import LabelReader, choose_table
 from engine.distributed import choose_devices
-from engine.evaluation import unwritable
-from networks import CheckpointError, Seg_Model, load_weights
+from networks import Seg_Model, load_weights
 from networks.variants import DEPTHS, blocks_of, variant_of
 from networks.weights import read_state_dict
 from utils import args as flags
-from utils.args import UsageError
+from utils.errors import CheckpointError, UsageError
+from utils.files import unwritable
 
-INPUT_ERRORS = (UsageError, DataError, CheckpointError)
 RECIPE = "args.json"  # train.py writes it beside the checkpoints
 CLASSIFIER = "head.bottleneck.3.weight"
 
@@ -39,8 +37,8 @@ class Network(NamedTuple):
     labels: LabelReader  # names and colours of the classes
 
 
-class Parser(argparse.ArgumentParser):
-    """Its help is the tool's docstring; an error takes one line and ends in status 2."""
+class Parser(flags.Parser):
+    """Its help is the tool's docstring."""
 
     def __init__(self, tool: str, doc: str | None):
         summary, _, rest = (doc or "").partition("\n\n")
@@ -50,9 +48,6 @@ class Parser(argparse.ArgumentParser):
             epilog=rest,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-
-    def error(self, message: str):
-        self.exit(2, f"{os.path.basename(sys.argv[0])}: error: {message}\n")
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +112,7 @@ def open_network(args: argparse.Namespace) -> Network:
     wrote it, where args.json lies beside it and no flag says otherwise.
 
     Raises:
-        UsageError, DataError, CheckpointError: one line that says which flag or file is wrong.
+        InputError: one line that says which flag or file is wrong.
     """
     device = choose_device(args.gpu)
     path = args.restore_from
@@ -178,7 +173,4 @@ def end(main: Callable[[], int | None]) -> None:
         except OSError as error:
             raise unwritable(error) from error
 
-    try:
-        sys.exit(flags.exit_status(run, INPUT_ERRORS))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(flags.exit_status(run))

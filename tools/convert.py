@@ -51,6 +51,7 @@ from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
 from networks.weights import HEADS, read_state_dict
 from tools.common import Parser, end
 from utils import args as flags
+from utils.errors import UsageError
 from utils.files import check_writable, replacing
 
 KINDS = ("ccnet", "mmseg", "imagenet", "batch-norm")
@@ -112,14 +113,14 @@ def triple(name: str) -> Callable[[str], tuple[float, ...]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(arguments)
     if os.path.exists(args.output):
-        raise flags.UsageError(f"{args.output}: exists; name another file, or take it away")
+        raise UsageError(f"{args.output}: exists; name another file, or take it away")
     check_writable("OUTPUT", os.path.dirname(args.output) or ".")
     source = read_source(args.source, args.kind, args.mean, args.std)
     state = convert(source)
     variant = variant_of(state)
     backbone = next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
     if args.to == "original" and (variant, backbone) != ("ccnet", "resnet101"):
-        raise flags.UsageError(
+        raise UsageError(
             f"--to original: {args.source} is the {variant} variant with {backbone}, and the original has "
             "ccnet with resnet101 alone; leave --to out"
         )
@@ -139,7 +140,7 @@ def read_source(
     library = Pictures(IMAGENET_MEAN, IMAGENET_STD)
     if is_library(path):
         if kind not in (None, "imagenet"):
-            raise flags.UsageError(f"--from {kind}: {path} is imagenet; leave --from out")
+            raise UsageError(f"--from {kind}: {path} is imagenet; leave --from out")
         weights = library_weights(path)
         kind, state, library = "imagenet", weights.state, Pictures(weights.mean, weights.std)
     else:
@@ -148,7 +149,7 @@ def read_source(
     if kind in ("ccnet", "batch-norm"):
         for name, value in (("mean", mean), ("std", std)):
             if value is not None:
-                raise flags.UsageError(f"--{name}: {path} is for this program's pictures; leave it out")
+                raise UsageError(f"--{name}: {path} is for this program's pictures; leave it out")
         state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
         if not has_heads(state):
             state = {name: value for name, value in state.items() if not name.startswith("fc.")}
@@ -178,7 +179,7 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise flags.UsageError(
+        raise UsageError(
             f"{path}: needs the safetensors package; install it with pip install safetensors"
         ) from error
     try:

@@ -21,7 +21,7 @@ from cc_attention import ops
 from engine.step import PRECISIONS
 from loss import CriterionDSN, CriterionOhemDSN
 from networks import Seg_Model
-from utils.args import UsageError
+from utils.errors import UsageError
 from utils.progress import Progress
 
 #: The network's parts between the stem and the loss, in the order in which they run.

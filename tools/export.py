@@ -31,7 +31,7 @@ from engine.inference import resize
 from networks import ABN, Seg_Model
 from tools import common
 from utils import args as flags
-from utils.args import RunError, UsageError
+from utils.errors import RunError, UsageError
 from utils.files import check_writable, replacing
 
 #: The one that PyTorch's exporter writes by itself, without a conversion; TensorRT 10 reads 9 to 20 and more.

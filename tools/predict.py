@@ -38,7 +38,7 @@ from engine.transfer import subtract_mean
 from tools import common
 from tools.sources import PictureFile, Video, find, frames
 from utils import args as flags
-from utils.args import RunError
+from utils.errors import RunError
 from utils.files import check_writable, replacing
 from utils.palette import colored, make_palette, save_grey_png, save_indexed_png
 from utils.progress import Progress

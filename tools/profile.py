@@ -50,7 +50,7 @@ from tools.cost import (
     simulate,
 )
 from utils import args as flags
-from utils.args import UsageError
+from utils.errors import UsageError
 from utils.files import check_writable, replacing
 from utils.progress import Progress
 

@@ -23,20 +23,19 @@ import numpy as np
 import torch
 
 import train
-from dataset import IMG_MEAN, CSDataSet, DataError
+from dataset import IMG_MEAN, CSDataSet
 from dataset.labels import choose_table
 from dataset.pictures import decode_label, load
 from engine.metrics import confusion_matrix, mean_iou
 from engine.report import CONFUSION, RESULT
 from engine.transfer import subtract_mean
-from networks import CheckpointError
 from networks.attention import picture_attention
 from networks.weights import read_state_dict
 from tools import common
 from tools.report_page import Example, Report, page
 from utils import args as flags
-from utils.args import UsageError
 from utils.attention_figure import draw_attention
+from utils.errors import InputError, UsageError
 from utils.files import check_writable, replacing
 from utils.palette import colored, make_palette
 from utils.progress import Progress
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if result:
         try:
             report = with_examples(report, args, results)
-        except (DataError, UsageError) as error:
+        except InputError as error:
             # Run and data may have parted; the rest of the page stands by itself.
             report.missing.append(f"no pictures: {error}")
     else:
@@ -234,7 +233,7 @@ def with_examples(report: Report, args: argparse.Namespace, results: str) -> Rep
         return report._replace(
             attention=attention_of(args.gpu, args.attention, checkpoint, how, dataset, ranked)
         )
-    except (CheckpointError, DataError, UsageError) as error:
+    except InputError as error:
         report.missing.append(f"no attention: {error}")
         return report
 

@@ -25,7 +25,7 @@ import train
 from dataset.labels import choose_table
 from tools import common
 from utils import args as flags
-from utils.args import RunError, UsageError
+from utils.errors import RunError, UsageError
 from utils.files import check_writable, replacing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from dataset import DataError
-from utils.args import UsageError
+from utils.errors import UsageError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")

@@ -6,14 +6,27 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+from utils import streams
+from utils.errors import InputError, RunError
 
 
-class UsageError(ValueError):
-    """Wrong usage or input: one line that names the flag or file, what is wrong and what to do."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line, without the usage above it, and end in status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{program()}: error: {message}\n")
 
 
-class RunError(RuntimeError):
-    """What ends a run through no fault of the input: one line that says what happened and what to do."""
+def program() -> str:
+    """Return the command's name for its errors: train.py, or tools.predict for `python -m tools.predict`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else os.path.basename(sys.argv[0])
+
+
+#: Numbers beyond it are infinite where weights are trained.
+FLOAT32_MAX = 3.4028234e38
 
 
 def boolean(text: str) -> bool:
@@ -38,7 +51,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def number(
-    kind: type, low: float, high: float = sys.float_info.max, open_low: bool = False
+    kind: type, low: float, high: float = FLOAT32_MAX, open_low: bool = False
 ) -> Callable[[str], float]:
     """An int or float between `low` and `high`, both included (`open_low`: low itself excluded)."""
 
@@ -49,7 +62,7 @@ def number(
             value = float("nan")
         if not (low < value if open_low else low <= value) or not value <= high:
             bounds = f"{'more than' if open_low else 'at least'} {low}" + (
-                f", at most {high}" if high < 1e300 else ""
+                f", at most {high}" if high < FLOAT32_MAX else ""
             )
             raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {bounds}")
         return value
@@ -58,10 +71,10 @@ def number(
     return parse
 
 
-positive_int = number(int, 1)
+positive_int = number(int, 1, 2**31 - 1)
 classes = number(int, 1, 255)
 label = number(int, 0, 255)
-count = number(int, 0)
+count = number(int, 0, 2**31 - 1)
 positive_float = number(float, 0, open_low=True)
 fraction = number(float, 0, 1)
 
@@ -84,19 +97,22 @@ def add_averaging(parser: argparse.ArgumentParser) -> None:
     add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
 
 
-def exit_status(main: Callable[[], int | None], input_errors: tuple[type[Exception], ...]) -> int:
-    """Run `main` and return its status: 0 when it has none, 2 after an input error, 1 after a RunError.
+def exit_status(main: Callable[[], int | None]) -> int:
+    """Run `main` and return its status: 0 when it has none, 2 after an InputError, 1 after a RunError.
 
-    The error's message is the last line on standard error. Anything else that goes wrong keeps its traceback
-    and ends in 1, as Python does.
+    The error's message is the last line on standard error. Ctrl-C ends in 130 without a word. Anything else
+    that goes wrong keeps its traceback and ends in 1, as Python does. Standard output and error are made safe
+    first (utils.streams).
     """
+    streams.secure()
     try:
         return main() or 0
-    except Exception as error:
-        if not isinstance(error, (*input_errors, RunError)):
-            raise
+    except (InputError, RunError) as error:
         sys.stdout.flush()
         # Where the processes of a run come to the same error together, one of a machine speaks.
-        if not getattr(error, "silent", False):
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, input_errors) else 1
+        if not error.silent:
+            message = " ".join(str(error).splitlines())
+            print(f"{program()}: error: {message}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,21 +1,64 @@
-"""Files that are whole or not there."""
+"""Opening inputs and writing results: nothing waits for a FIFO, nothing is half written."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import IO, Any
 
-from utils.args import UsageError
+from utils.errors import RunError, UsageError
 
-#: Bytes of a name that its temporary one keeps.
+#: Bytes of a file's name that its temporary name keeps.
 LONGEST = 200
 
 
+def open_input(path: str | os.PathLike, mode: str = "rb", **options: Any) -> IO[Any]:
+    """Open a regular file for reading, as `open` does.
+
+    Args:
+        mode: "rb" or "r"; `options` are those of `open`.
+
+    Raises:
+        OSError: missing or unreadable, a folder, or a FIFO, socket or device, which could block for ever.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        # Without O_NONBLOCK opening a FIFO waits for a writer; regular files ignore it.
+        file = os.open(name, flags | os.O_NONBLOCK)
+        kind = os.fstat(file).st_mode
+        if not stat.S_ISREG(kind):
+            os.close(file)
+            code = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+            raise OSError(code, f"is {kind_of(kind)}, not a file", name)
+        return file
+
+    return open(path, mode, opener=opener, **options)
+
+
+def kind_of(mode: int) -> str:
+    """Return the noun, with its article, for the kind of file that `st_mode` tells."""
+    kinds = {
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_input(path: str | os.PathLike) -> bytes:
+    """Return the content of a regular file; see `open_input` for the errors."""
+    with open_input(path) as file:
+        return file.read()
+
+
 def temporary_name(path: str, writer: int | str) -> str:
-    """The name under which a thread of some process writes `path`."""
+    """Return the name under which `writer`, a process and thread, writes `path` before it is renamed."""
     folder, name = os.path.split(path)
     name = os.fsdecode(os.fsencode(name)[-LONGEST:])  # file systems take names of 255 bytes
     # The ending stays last: writers such as Pillow choose the format by it.
@@ -24,24 +67,77 @@ def temporary_name(path: str, writer: int | str) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """Yield a temporary name beside `path`; on success rename it to `path`, on failure remove it.
+    """Yield a temporary name in the folder of `path`; rename it to `path` on success, remove it on failure.
 
-    The content is on disk before the rename, so that a power cut leaves the old file or the new one.
+    The content is on disk before the rename, so that a power cut leaves the old file or the new one. A
+    symbolic link stays: the file that it names is replaced.
+
+    Raises:
+        OSError: the disk refuses it, or `path` is a folder, FIFO, socket or device, which stays as it is. Its
+            `filename` is `path`, never the temporary name.
     """
-    temporary = temporary_name(os.path.abspath(path), f"{os.getpid()}.{threading.get_native_id()}")
+    path = os.path.abspath(path)
+    target = os.path.realpath(path)
+    temporary = temporary_name(target, f"{os.getpid()}.{threading.get_native_id()}")
     try:
+        if problem := _unwritable_kind(target):
+            raise problem
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        os.replace(temporary, target)
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename in (None, temporary, target):
+            error.filename, error.filename2 = path, None
         raise
 
 
+def write_file(path: str | os.PathLike, content: bytes | str) -> None:
+    """Write a whole file, text as UTF-8; see `replacing`."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
+def _unwritable_kind(path: str) -> OSError | None:
+    """Return the error for a path at which something other than a regular file lies."""
+    try:
+        kind = os.stat(path).st_mode
+    except OSError:  # nothing there; writing says what else may be wrong
+        return None
+    if stat.S_ISREG(kind):
+        return None
+    code = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+    return OSError(code, f"is {kind_of(kind)}, not a file", path)
+
+
+def check_output_file(flag: str, path: str) -> None:
+    """See that `path` can be written as a file, before the work whose result it is to hold.
+
+    Raises:
+        UsageError: naming `flag`: its folder is missing or read-only, or `path` is no regular file.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.basename(path):
+        raise UsageError(f"{flag} {path}: is no name of a file; name a file")
+    if problem := _unwritable_kind(os.path.realpath(path)):
+        raise UsageError(f"{flag} {path}: {problem.strerror}; name a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {path}: no file can be written in {folder} ({error.strerror}); name another"
+        ) from error
+
+
 def check_writable(flag: str, directory: str) -> None:
-    """Make `directory` if needed; raises UsageError, naming `flag`, where no file can be written in it."""
+    """Make `directory` if needed, and see that a file can be written in it.
+
+    Raises:
+        UsageError: naming `flag`.
+    """
     try:
         os.makedirs(directory, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -50,3 +146,10 @@ def check_writable(flag: str, directory: str) -> None:
         raise UsageError(
             f"{flag} {directory}: can't be written ({error.strerror}); name another folder"
         ) from error
+
+
+def unwritable(error: OSError) -> RunError:
+    """Return the error that ends a command when a result can't be written: which file, why, what to do."""
+    advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check the disk"
+    what = os.fsdecode(error.filename) if error.filename else "the results"
+    return RunError(f"{what}: can't be written ({error.strerror or error}); {advice}, then run it again")

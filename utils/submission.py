@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from utils.args import RunError
+from utils.errors import RunError
 from utils.files import replacing
 
 
