@@ -111,7 +111,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(prog="python -m dataset.mini", description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="folder to write; new, empty, or the same set")
     number = flags.number(int, 1, 999_999)
@@ -119,7 +119,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val", type=number, default=24, help="pictures to validate on")
     parser.add_argument("--size", type=_size, default=(128, 256), help="HEIGHTxWIDTH of the pictures")
     parser.add_argument("--seed", type=flags.count, default=0, help="another seed, another set")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"
     try:
         written = write(args.out, args.train, args.val, args.size, args.seed)

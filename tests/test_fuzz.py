@@ -1,0 +1,68 @@
+"""A few inputs of each fuzzer, the same ones each time; tests/fuzz.py tries new ones for as long as one likes."""
+
+from __future__ import annotations
+
+import os
+
+import fuzz
+import pytest
+
+from utils.args import Parser
+from utils.errors import UsageError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ground(tmp_path_factory):
+    """The files of the fuzzers, and a folder to work in: a flag's value may be a relative path."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("here"))
+    yield fuzz.ground()
+    os.chdir(before)
+    fuzz.remove_ground()
+
+
+@pytest.mark.parametrize("name", list(fuzz.targets()))
+def test_every_input_ends_in_order(name):
+    assert fuzz.run_target(name, 8 if name.startswith("flags") else 60, None) > 0
+
+
+class Faulty:
+    """A command with one fault, which comes with --fault."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def get_parser(self):
+        parser = Parser()
+        parser.add_argument("--fault", action="store_true")
+        return parser
+
+    def main(self):
+        if self.get_parser().parse_args().fault:
+            return self.fault()
+
+
+def refuse():
+    raise UsageError("--fault: is wrong; leave it out")
+
+
+def crash():
+    raise KeyError("fault")
+
+
+def delete():
+    fuzz.ground().picture.unlink()
+    refuse()
+
+
+def test_a_refusal_is_in_order():
+    fuzz.Command("faulty", Faulty(refuse), lambda *_: []).body(["--fault"])
+
+
+@pytest.mark.parametrize("fault", [crash, delete, lambda: 3, lambda: 2])
+def test_the_fuzzer_finds(fault, ground):
+    """A traceback, a file that is gone, a status that there is not, a refusal without a line."""
+    content = ground.picture.read_bytes()
+    with pytest.raises((AssertionError, KeyError)):
+        fuzz.Command("faulty", Faulty(fault), lambda *_: []).body(["--fault"])
+    ground.picture.write_bytes(content)
