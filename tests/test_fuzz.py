@@ -1,4 +1,4 @@
-"""A few inputs of each fuzzer, the same ones each time; tests/fuzz.py tries new ones for as long as one likes."""
+"""A few inputs of each fuzzer, the same ones each time; tests/fuzz.py tries new ones for longer."""
 
 from __future__ import annotations
 
