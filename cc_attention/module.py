@@ -2,8 +2,18 @@
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
-from cc_attention.ops import criss_cross_attention
+from cc_attention.ops import criss_cross_attention, to_channels_last
+
+
+def _operand(x: Tensor, channels: int, module: str) -> Tensor:
+    """Return x [N, channels, H, W] in the operator's layout, or raise RuntimeError by the module's name."""
+    if has_torch_function((x,)):
+        return handle_torch_function(_operand, (x,), x, channels, module)
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise RuntimeError(f"{module}: x must be [N, {channels}, H, W], got shape {list(x.shape)}")
+    return to_channels_last(x)
 
 
 class CrissCrossAttention(nn.Module):
@@ -32,9 +42,9 @@ class CrissCrossAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last"""
-        # The operator's layout, once for the three projections; nothing to do where the network runs in it.
-        x = x.contiguous(memory_format=torch.channels_last)
+        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last; RuntimeError for another shape"""
+        # Once for the three projections; nothing to do where the network runs in that layout.
+        x = _operand(x, self.value_conv.in_channels, type(self).__name__)
         attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
         return torch.addcmul(x, self.gamma, attention)  # one pass over memory instead of two
 
@@ -60,7 +70,7 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
         self.recurrence = recurrence
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last unless recurrence is 0"""
+        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last unless recurrence is 0; RuntimeError for another shape"""
         for _ in range(self.recurrence):
             x = super().forward(x)
         return x

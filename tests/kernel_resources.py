@@ -91,9 +91,9 @@ def shared_memory() -> dict[str, dict[str, int]]:
                     torch.zeros(1, 64, 1, length, dtype=dtype),
                     torch.zeros(1, 64, 1, length, dtype=dtype),
                 )
-                out, lse = kernels.forward(query, query, value, tf32=tf32)
+                out, normalizer = kernels.forward(query, query, value, tf32=tf32)
                 forward = kernels.library.emulator_largest_shared()
-                kernels.backward(query, query, value, out, lse, value, tf32=tf32)
+                kernels.backward(query, query, value, out, normalizer, value, tf32=tf32)
                 table.setdefault(f"forward {name}", {})[str(length)] = forward
                 backward = kernels.library.emulator_largest_shared()
                 table.setdefault(f"backward {name}", {})[str(length)] = backward

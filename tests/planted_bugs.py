@@ -96,9 +96,9 @@ BUGS: list[Bug] = [
         "      if (false)\n        copy_rows(",
     ),
     Bug("forward: rows without a barrier", FORWARD, "    __syncwarp();\n    write_rows", "    write_rows"),
-    Bug("forward: no merge", FORWARD, "      weight[half] *= here / (here + there);\n", ""),
+    Bug("forward: no merge", FORWARD, "      weight[half] = here / total;\n", ""),
     Bug(
-        "forward: lse beyond the line",
+        "forward: normalizer beyond the line",
         FORWARD,
         "lane.pair == 0 && rows[half] < line.length",
         "lane.pair == 0",
@@ -333,11 +333,11 @@ def failure(library: Path) -> str | None:
         first = None
         for schedule in SCHEDULES:
             try:
-                results, lse = run(backend, operands, schedule=schedule, **settings)
+                results, normalizer = run(backend, operands, schedule=schedule, **settings)
                 if first is None:
-                    check(results, lse, operands, like=torch.float16 if settings.get("tf32") else None)
-                    first = [*results, lse]
-                assert all(torch.equal(a, b) for a, b in zip(first, [*results, lse], strict=True)), (
+                    check(results, normalizer, operands, like=torch.float16 if settings.get("tf32") else None)
+                    first = [*results, normalizer]
+                assert all(torch.equal(a, b) for a, b in zip(first, [*results, normalizer], strict=True)), (
                     "not the same bits"
                 )
             except (RuntimeError, AssertionError) as error:

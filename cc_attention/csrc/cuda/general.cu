@@ -16,10 +16,10 @@
 // has room for two pieces of multiply and four of accumulate (two of float64): one barrier for half of them, and nobody
 // waits for global memory.
 //
-// Forward: multiply, an online softmax and accumulate in one kernel. The softmax of the rows starts from the lse of the
-// columns, whose result then has a weight like that of a key.
+// Forward: multiply, an online softmax and accumulate in one kernel. The softmax of the rows starts from the
+// normalizers of the columns, whose result then has a weight like that of a key; none where all their scores are -inf.
 //
-// Backward, with P = exp(score - lse), dP = dO V^T and dS = P (dP - delta), delta = sum over C of dO * O:
+// Backward, with P = exp(score - top) / total, dP = dO V^T and dS = P (dP - delta), delta = sum over C of dO * O:
 // product_kernel writes P and dS of lines to the workspace; then dV = P^T dO, dK = dS^T Q and dQ = dS K are weighted
 // sums, the same kernel as the primitives gather and scatter. So each product is computed once. P and dS do not grow
 // with the batch: the workspace has room for those of some lines at a time, or of some keys of one line.
@@ -66,14 +66,6 @@ __device__ __forceinline__ float exp_difference(float a, float b) {
   return device::exp2_approximate((a - b) * 1.4426950408889634f);
 }
 __device__ __forceinline__ double exp_difference(double a, double b) { return exp(a - b); }
-
-// What the conversion of an lse to Sum<T> loses; exp(lse) is exp of the converted one times 1 + this.
-template <class T>
-__device__ __forceinline__ Sum<T> rounded_off(Lse<T> lse) {
-  if constexpr (std::is_same_v<Lse<T>, Sum<T>>) return 0;
-  const Lse<T> lost = lse - static_cast<Sum<T>>(lse);
-  return lse == -INFINITY ? 0 : static_cast<Sum<T>>(lost);
-}
 
 template <class S>
 __device__ __forceinline__ S* shared() {
@@ -381,7 +373,7 @@ constexpr int kForwardShared =
     (kForwardTile<T, Shape> + 3 * Shape::kTargets + Values<T, Shape>::kRing) * sizeof(Sum<T>);
 
 // The channels of the result from `channel` on, Shape::kSpan at most; one block per line and tile of queries. The last
-// launch of the rows writes the final lse.
+// launch of the rows writes the final normalizers.
 template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f, bool column, int channel) {
   using S = Sum<T>;
@@ -397,13 +389,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
   const unsigned block = block_of_pass(column), tiles = ceil_div(length, Shape::kTargets);
   const Line line = line_of(f.sizes, column, block / tiles);
   const Range queries = Range{0, length}.tile(block % tiles, Shape::kTargets);
-  const auto lse = [&](int query) -> Lse<T>& { return static_cast<Lse<T>*>(f.lse)[line.pixel(queries.first + query)]; };
+  const auto normalizer = [&](int query) -> Normalizer<S>& {
+    return static_cast<Normalizer<S>*>(f.normalizer)[line.pixel(queries.first + query)];
+  };
+  const Normalizer<S> none{-INFINITY, 0};
   const int query = threadIdx.x / kReaders, reader = threadIdx.x % kReaders;  // in the softmax
 
   if (reader == 0) {
-    const Lse<T> before = !column && query < queries.count ? lse(query) : -INFINITY;
-    tops[query] = static_cast<S>(before);
-    totals[query] = before == -INFINITY ? 0 : 1 + rounded_off<T>(before);
+    const Normalizer<S> before = !column && query < queries.count ? normalizer(query) : none;
+    tops[query] = before.top;
+    totals[query] = before.total;
   }
   Sums<T, Shape> sums;
   for (int first = 0; first < length; first += Shape::kSources) {
@@ -458,16 +453,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
     sums.accumulate(tile, values, keys.count, queries.count, value_ring);
   }
 
-  // What the columns left weighs exp(lse) like the exponential of one score.
+  // What the columns left weighs their total like the exponential of one score.
   __syncthreads();
   S* const carried = tile;  // [kTargets]
   if (threadIdx.x < queries.count) {
     const S top = tops[threadIdx.x], total = totals[threadIdx.x];
     factors[threadIdx.x] = total == 0 ? 0 : 1 / total;
-    const Lse<T> before = column ? 0 : lse(threadIdx.x);
-    carried[threadIdx.x] =
-        column ? 0 : exp_difference(static_cast<S>(before), top) * (1 + rounded_off<T>(before)) / total;
-    if (column || channel + Shape::kSpan >= C) lse(threadIdx.x) = top + log(static_cast<Lse<T>>(total));
+    const Normalizer<S> before = column ? none : normalizer(threadIdx.x);
+    carried[threadIdx.x] = column ? 0 : exp_difference(before.top, top) * before.total / total;
+    if (column || channel + Shape::kSpan >= C) normalizer(threadIdx.x) = {top, total};
   }
   __syncthreads();
   T* const out = static_cast<T*>(f.out) + line.pixel(queries.first) * C + channel;
@@ -509,7 +503,7 @@ WeightLayout matrices(const Range& keys, int64_t queries) {
 // What becomes of the product x of a query pixel and a key pixel.
 enum class Result {
   score,     // x
-  softmax,   // P = exp(x - lse)
+  softmax,   // P = exp(x - top) / total
   gradient,  // dS = P (x - delta)
 };
 
@@ -524,7 +518,7 @@ struct Products {
   Result result;
   const void* query_map;  // [N,H,W,channels]
   const void* key_map;    // [N,H,W,channels]
-  const void* shift;      // [N,H,W] lse or delta
+  const void* shift;      // [N,H,W] normalizers or delta
   const void* P;          // in Sum<T>, where the result is gradient
   void* out;              // in T where the result is score, else in Sum<T>
   WeightLayout layout;    // of P and out
@@ -582,9 +576,9 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
       if (p.result == Result::gradient) {
         shifts[k] = static_cast<const S*>(p.shift)[pixel];
       } else {
-        const Lse<T> lse = static_cast<const Lse<T>*>(p.shift)[pixel];
-        shifts[k] = static_cast<S>(lse);
-        factors[k] = 1 - rounded_off<T>(lse);
+        const Normalizer<S> normalizer = static_cast<const Normalizer<S>*>(p.shift)[pixel];
+        shifts[k] = normalizer.top;
+        factors[k] = 1 / normalizer.total;
       }
     }
 #pragma unroll
@@ -785,7 +779,8 @@ template <class T, class Shape>
 int run_forward(const Forward& f, void* stream) {
   Queue queue{stream};
   for (const bool column : {true, false})
-    for (int channel = 0; channel == 0 || channel < f.sizes.C; channel += Shape::kSpan)  // lse even without channels
+    for (int channel = 0; channel == 0 || channel < f.sizes.C;
+         channel += Shape::kSpan)  // normalizers even without channels
       queue.launch(forward_kernel<T, Shape>,
                    lines(f.sizes, column) * ceil_div<int64_t>(column ? f.sizes.H : f.sizes.W, Shape::kTargets),
                    kThreads, kForwardShared<T, Shape>, f, column, channel);
@@ -900,7 +895,7 @@ int run_backward(const Backward& b, void* stream) {
                    .result = Result::softmax,
                    .query_map = b.query,
                    .key_map = b.key,
-                   .shift = b.lse,
+                   .shift = b.normalizer,
                    .P = nullptr,
                    .out = P,
                    .layout = matrices(keys, length)};
