@@ -127,7 +127,9 @@ class _Attention(_SingleLevelFunction):
         return out, normalizer
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
         gradients = OPERATORS.criss_cross_attention_backward(grad, *ctx.saved_tensors, ctx.tf32)
         return None, *gradients, None
 
@@ -155,7 +157,9 @@ class _Weight(_SingleLevelFunction):
         return _below_autograd(keyset, OPERATORS.ca_weight.default, query, key)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 3
         return None, *OPERATORS.ca_weight_backward(grad, *ctx.saved_tensors)
 
     @staticmethod
@@ -173,7 +177,9 @@ class _Map(_SingleLevelFunction):
         return _below_autograd(keyset, OPERATORS.ca_map.default, weight, value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 3
         return None, *OPERATORS.ca_map_backward(grad, *ctx.saved_tensors)
 
     @staticmethod
@@ -240,14 +246,14 @@ def _implement_vmap(name: str) -> None:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         dims = {n: dim for n, arg, dim in zip(names, args, in_dims, strict=False) if isinstance(arg, Tensor)}
         tensors = dict(zip(dims, args, strict=False))
-        # Errors are to show the shapes that the caller sees, not those with all samples.
-        samples = {n: t if dims[n] is None else t.select(dims[n], 0) for n, t in tensors.items()}
-        check_operands(name, **{n: t for n, t in samples.items() if n != "normalizer"})
-        size = (info.batch_size, next(iter(samples.values())).shape[0])
-        folded = (
-            (t.expand(info.batch_size, *t.shape) if dims[n] is None else t.movedim(dims[n], 0)).flatten(0, 1)
+        if info.batch_size:  # errors are to show the shapes that the caller sees, not those with all samples
+            samples = {n: t if dims[n] is None else t.select(dims[n], 0) for n, t in tensors.items()}
+            check_operands(name, **{n: t for n, t in samples.items() if n != "normalizer"})
+        batched = [
+            t.expand(info.batch_size, *t.shape) if dims[n] is None else t.movedim(dims[n], 0)
             for n, t in tensors.items()
-        )
+        ]
+        folded, size = (t.flatten(0, 1) for t in batched), batched[0].shape[:2]
         result = operator(*folded, *args[len(dims) :])
         if isinstance(result, Tensor):
             return result.unflatten(0, size), 0

@@ -32,6 +32,7 @@ class CrissCrossAttention(nn.Module):
 
     def __init__(self, in_dim: int) -> None:
         super().__init__()
+        self.in_dim = in_dim
         if in_dim < 8:
             raise ValueError(
                 f"CrissCrossAttention needs in_dim >= 8 (query and key get in_dim // 8), got {in_dim}"
@@ -44,7 +45,7 @@ class CrissCrossAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last; RuntimeError for another shape"""
         # Once for the three projections; nothing to do where the network runs in that layout.
-        x = _operand(x, self.value_conv.in_channels, type(self).__name__)
+        x = _operand(x, self.in_dim, type(self).__name__)
         attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
         return torch.addcmul(x, self.gamma, attention)  # one pass over memory instead of two
 

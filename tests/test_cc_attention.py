@@ -199,10 +199,10 @@ def test_compiled_gradients(compiled: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4, 6), (1, 2, 3, 1, 4), (0, 2, 3, 4, 5)], ids=str)
 def test_opcheck(compiled: str, shape: tuple[int, ...]) -> None:
     query, key, value, weight = sample(shape, compiled, torch.float32)
-    out, lse = torch.ops.cc_attention.criss_cross_attention(query, key, value)
+    out, normalizer = torch.ops.cc_attention.criss_cross_attention(query, key, value)
     for name, arguments in {
         "criss_cross_attention": (query, key, value),
-        "criss_cross_attention_backward": (value, query, key, value, out, lse),
+        "criss_cross_attention_backward": (value, query, key, value, out, normalizer),
         "ca_weight": (query, key),
         "ca_weight_backward": (weight, query, key),
         "ca_map": (weight, value),
@@ -261,7 +261,7 @@ def test_no_tensor_of_the_size_of_the_weights_is_kept(compiled: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = ops.criss_cross_attention(*inputs)
     shapes = sorted(tuple(t.shape) for t in saved)
-    assert shapes == sorted([*(tuple(t.shape) for t in inputs), tuple(out.shape), (2, 4, 7)])
+    assert shapes == sorted([*(tuple(t.shape) for t in inputs), tuple(out.shape), (2, 4, 7, 2)])
 
 
 def test_results_are_channels_last(compiled: str) -> None:
@@ -391,12 +391,12 @@ def test_errors_of_the_backward_operators(compiled: str) -> None:
         torch.ops.cc_attention.ca_weight_backward(value, query, key)
     with pytest.raises(RuntimeError, match="ca_map_backward: grad must have 5 channels"):
         torch.ops.cc_attention.ca_map_backward(query, weight, value)
-    out, lse = torch.ops.cc_attention.criss_cross_attention(query, key, value)
+    out, normalizer = torch.ops.cc_attention.criss_cross_attention(query, key, value)
     backward = torch.ops.cc_attention.criss_cross_attention_backward
     with pytest.raises(RuntimeError, match="criss_cross_attention_backward: grad must have 5 channels"):
-        backward(query, query, key, value, out, lse)
-    with pytest.raises(RuntimeError, match="criss_cross_attention_backward: lse must be the one"):
-        backward(value, query, key, value, out, lse[:, 1:])
+        backward(query, query, key, value, out, normalizer)
+    with pytest.raises(RuntimeError, match="criss_cross_attention_backward: normalizer must be the one"):
+        backward(value, query, key, value, out, normalizer[:, 1:])
 
 
 def test_different_devices_are_refused() -> None:
@@ -447,8 +447,8 @@ def test_autocast(device: str, module: object) -> None:
 def test_autocast_of_the_operator_itself(compiled: str) -> None:
     inputs = sample((2, 3, 5, 4, 7), compiled, torch.float32)[:3]
     with torch.autocast(compiled, torch.bfloat16):
-        out, lse = torch.ops.cc_attention.criss_cross_attention(*inputs)
-        assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+        out, normalizer = torch.ops.cc_attention.criss_cross_attention(*inputs)
+        assert (out.dtype, normalizer.dtype) == (torch.bfloat16, torch.float32)
         assert torch.equal(out, ops.criss_cross_attention(*inputs))
 
 
