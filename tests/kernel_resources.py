@@ -53,7 +53,7 @@ def nvcc_version(nvcc: str) -> str:
 def short(name: str) -> str:
     """forward_kernel<float, 7, 7, 2> of a demangled name."""
     name = name.replace("cc_attention::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
-    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int)\)", "", name)).strip()
+    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|general::Result)\)", "", name)).strip()
 
 
 def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[str, int]]:

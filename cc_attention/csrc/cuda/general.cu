@@ -515,13 +515,12 @@ struct Products {
   int64_t first_line, lines;
   Range queries, keys;       // in each line
   int query_side, key_side;  // of a block, kSide at most
-  Result result;
-  const void* query_map;  // [N,H,W,channels]
-  const void* key_map;    // [N,H,W,channels]
-  const void* shift;      // [N,H,W] normalizers or delta
-  const void* P;          // in Sum<T>, where the result is gradient
-  void* out;              // in T where the result is score, else in Sum<T>
-  WeightLayout layout;    // of P and out
+  const void* query_map;     // [N,H,W,channels]
+  const void* key_map;       // [N,H,W,channels]
+  const void* shift;         // [N,H,W] normalizers or delta
+  const void* P;             // in Sum<T>, of Result::gradient
+  void* out;                 // in T of Result::score, else in Sum<T>
+  WeightLayout layout;       // of P and out
 };
 
 template <class T>
@@ -556,7 +555,7 @@ __device__ __forceinline__ void write_scores(const Products& p, const Sum<T> (&p
 
 // Products of some channels to [lines, keys, queries], where they become P or dS with the last ones. Whole fours of
 // queries: the rows of the matrix have room for what lies past the last query.
-template <class T>
+template <class T, Result result>
 __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&products)[8][8], const Square<2>& square,
                                              const Line& line, const Range& queries, const Range& keys, int64_t start,
                                              bool first, bool last) {
@@ -573,7 +572,7 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
       shifts[k] = 0;
       factors[k] = 1;
       if (!last) continue;
-      if (p.result == Result::gradient) {
+      if constexpr (result == Result::gradient) {
         shifts[k] = static_cast<const S*>(p.shift)[pixel];
       } else {
         const Normalizer<S> normalizer = static_cast<const Normalizer<S>*>(p.shift)[pixel];
@@ -589,12 +588,12 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
       Quad quad = first ? Quad{} : *to;
 #pragma unroll
       for (int k = 0; k < 4; ++k) quad.at[k] += products[i + k][j];
-      if (last && p.result == Result::gradient) {
+      if (last && result == Result::gradient) {
         const Quad P = *reinterpret_cast<const Quad*>(static_cast<const S*>(p.P) + entry);
 #pragma unroll
         for (int k = 0; k < 4; ++k) quad.at[k] = P.at[k] * (quad.at[k] - shifts[k]);
       }
-      if (last && p.result == Result::softmax) {
+      if (last && result == Result::softmax) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const bool self = p.column && queries.first + square.a(i + k) == keys.first + square.b(j);
@@ -606,8 +605,7 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
   }
 }
 
-// score: the result, or another one.
-template <class T, bool score>
+template <class T, Result result>
 __global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Products p) {
   using S = Sum<T>;
   unsigned block = block_of_pass(p.column);
@@ -631,11 +629,12 @@ __global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Pr
     __syncthreads();  // all have read the pieces before
     multiply<T, kSide, kSide, 2, 2>(products, square, query_pixels, key_pixels, span.count, shared<S>());
     if (!square.active) continue;
-    const bool first = span.first == 0, last = span.first + span.count >= p.channels;
-    if constexpr (score)
+    constexpr bool only = !std::is_same_v<T, Sum<T>>;  // 16-bit types have one span
+    const bool first = only || span.first == 0, last = only || span.first + span.count >= p.channels;
+    if constexpr (result == Result::score)
       write_scores<T>(p, products, queries, keys, start, first);
     else
-      write_matrix<T>(p, products, square, line, queries, keys, start, first, last);
+      write_matrix<T, result>(p, products, square, line, queries, keys, start, first, last);
   } while (span.first + span.count < p.channels);
 }
 
@@ -745,7 +744,7 @@ struct Queue {
   }
 
   // Blocks alike, and no more threads in them than squares of products.
-  template <class T>
+  template <class T, Result result>
   void products(Products p) {
     const auto side = [](int pixels) {
       const int tiles = std::max(1, ceil_div(pixels, kSide));
@@ -757,8 +756,7 @@ struct Queue {
     const int threads = std::max({squares, p.query_side, p.key_side});  // as many as sides, for Pieces
     const int64_t tiles =
         static_cast<int64_t>(ceil_div(p.queries.count, p.query_side)) * ceil_div(p.keys.count, p.key_side);
-    const auto kernel = p.result == Result::score ? product_kernel<T, true> : product_kernel<T, false>;
-    launch(kernel, p.lines * tiles, ceil_div(threads, kWarp) * kWarp, kProductShared<T>, p);
+    launch(product_kernel<T, result>, p.lines * tiles, ceil_div(threads, kWarp) * kWarp, kProductShared<T>, p);
   }
   template <class T, class Shape>
   void sum(const WeightedSum& a) {
@@ -794,22 +792,21 @@ int run_primitive(Primitive primitive, const Sizes& sizes, const void* first, co
   for (const bool column : {true, false}) {
     const Range all{0, static_cast<int>(column ? sizes.H : sizes.W)};
     if (primitive == Primitive::score)
-      queue.products<T>({.sizes = sizes,
-                         .column = column,
-                         .channels = static_cast<int>(sizes.C),
-                         .first_line = 0,
-                         .lines = lines(sizes, column),
-                         .queries = all,
-                         .keys = all,
-                         .query_side = 0,
-                         .key_side = 0,
-                         .result = Result::score,
-                         .query_map = first,
-                         .key_map = second,
-                         .shift = nullptr,
-                         .P = nullptr,
-                         .out = out,
-                         .layout = entries(sizes, column)});
+      queue.products<T, Result::score>({.sizes = sizes,
+                                        .column = column,
+                                        .channels = static_cast<int>(sizes.C),
+                                        .first_line = 0,
+                                        .lines = lines(sizes, column),
+                                        .queries = all,
+                                        .keys = all,
+                                        .query_side = 0,
+                                        .key_side = 0,
+                                        .query_map = first,
+                                        .key_map = second,
+                                        .shift = nullptr,
+                                        .P = nullptr,
+                                        .out = out,
+                                        .layout = entries(sizes, column)});
     else
       queue.sum<T>({.sizes = sizes,
                     .column = column,
@@ -892,23 +889,21 @@ int run_backward(const Backward& b, void* stream) {
                    .keys = keys,
                    .query_side = 0,
                    .key_side = 0,
-                   .result = Result::softmax,
                    .query_map = b.query,
                    .key_map = b.key,
                    .shift = b.normalizer,
                    .P = nullptr,
                    .out = P,
                    .layout = matrices(keys, length)};
-        queue.products<T>(p);
+        queue.products<T, Result::softmax>(p);
 
         p.channels = C;
-        p.result = Result::gradient;
         p.query_map = b.grad_out;
         p.key_map = b.value;
         p.shift = delta;
         p.P = P;
         p.out = dS;
-        queue.products<T>(p);
+        queue.products<T, Result::gradient>(p);
 
         WeightedSum a{.sizes = sizes,
                       .column = column,

@@ -252,17 +252,18 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + lane.row + 8 * half;
-      const bool exists = row < line.length;
-      const Normalizer<float> normalizer = exists ? a.normalizers[line.pixel(row)] : Normalizer<float>{0.f, 1.f};
-      const float factor = 1.f / normalizer.total;
+      // Of a row beyond the line nothing, whatever the keys hold: its products with an infinite key are NaN.
+      const int end = row < line.length ? line.length : 0;
+      const Normalizer<float> normalizer = end > 0 ? a.normalizers[line.pixel(row)] : Normalizer<float>{0.f, 1.f};
+      const float shift = -log2f(normalizer.total);
 #pragma unroll
       for (int j = 0; j < 2 * key_tiles; ++j) {
         float p[2];
         for (int i = 0; i < 2; ++i) {
           const int k = first_key + 8 * j + 2 * lane.pair + i;
-          const bool seen = exists && k < line.length && !(column && k == row);
+          const bool seen = k < end && !(column && k == row);
           const float difference = scores[j][2 * half + i] - normalizer.top;  // first: see the forward
-          p[i] = seen ? device::exp2_approximate(difference * kLog2e) * factor : 0.f;
+          p[i] = seen ? device::exp2_approximate(fmaf(difference, kLog2e, shift)) : 0.f;
         }
         store_weights<T>(weights_of(lane, j, half), p[0], p[1]);
       }
