@@ -31,9 +31,7 @@ def _empty_map(like: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("cc_attention::criss_cross_attention")
-def _attention_shapes(
-    query: Tensor, key: Tensor, value: Tensor, tf32: bool = False
-) -> tuple[Tensor, Tensor]:
+def _attention_shapes(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
     check_operands("criss_cross_attention", value=value, query=query, key=key)
     check_channels("criss_cross_attention", query.shape[1], "those of query", key=key)
     n, _, h, w = value.shape
@@ -82,25 +80,26 @@ def _ca_map_backward_shapes(grad: Tensor, weight: Tensor, value: Tensor) -> tupl
     return weight.new_empty(weight.shape), _empty_map(value)
 
 
-# Derivatives. torch.library.register_autograd refuses torch.func.grad, vjp and jacrev, and drops the tangents of
-# forward-mode differentiation. These functions are for one level of derivatives, as those of PyTorch's own
-# operators are: the call below autograd enters the next level by itself, so that levels nest.
+# Derivatives. torch.library.register_autograd refuses torch.func.grad, vjp and jacrev, and drops the tangents
+# of forward-mode differentiation. The functions here are for one level of derivatives, as those of PyTorch's
+# own operators: the call below autograd enters the next level by itself, so levels nest.
 
 
 def _below_autograd(keyset: Any, operator: Any, *args: Any) -> Any:
-    """Call the operator without this level's derivatives."""
+    """Call the operator without the derivatives of this level."""
     with torch._C._AutoDispatchBelowAutograd():
         if not torch._C._are_functorch_transforms_active():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        # The outer levels go on, although a Function's forward switches their modes off.
+        # The forward of a Function runs with these modes off, but the outer levels need them.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 @contextlib.contextmanager
 def _tangents(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Enter the computation of a tangent: gives the saved inputs without their own tangents of this level, and
-    lets the outer levels go on, which a Function's jvp switches off.
+    """Yield the saved inputs without their own tangents of this level, for the computation of the result's.
+
+    The jvp of a Function runs with forward mode off, but the outer levels need it.
     """
     with forward_ad._set_fwd_grad_enabled(True):
         yield tuple(forward_ad.unpack_dual(t, level=0).primal for t in saved)
@@ -112,7 +111,13 @@ def _sum_of_products(product: Callable[..., Tensor], *pairs: tuple[Tensor | None
     return sum(others, first)
 
 
-class _Attention(_SingleLevelFunction):
+class _Level(_SingleLevelFunction):
+    """A torch.autograd.Function for one level; that one has rules of its own for all levels of torch.func."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class _Attention(_Level):
     @staticmethod
     def forward(
         ctx: Any, keyset: Any, query: Tensor, key: Tensor, value: Tensor, tf32: bool = False
@@ -148,7 +153,7 @@ class _Attention(_SingleLevelFunction):
             return tangent.to(inputs[2].dtype), None
 
 
-class _Weight(_SingleLevelFunction):
+class _Weight(_Level):
     @staticmethod
     def forward(ctx: Any, keyset: Any, query: Tensor, key: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -168,7 +173,7 @@ class _Weight(_SingleLevelFunction):
             return _sum_of_products(OPERATORS.ca_weight, (dquery, key), (query, dkey))
 
 
-class _Map(_SingleLevelFunction):
+class _Map(_Level):
     @staticmethod
     def forward(ctx: Any, keyset: Any, weight: Tensor, value: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -188,7 +193,7 @@ class _Map(_SingleLevelFunction):
             return _sum_of_products(OPERATORS.ca_map, (dweight, value), (weight, dvalue))
 
 
-class _Gradient(_SingleLevelFunction):
+class _Gradient(_Level):
     """A backward operator, which has no derivatives of its own."""
 
     @staticmethod
@@ -206,16 +211,35 @@ class _Gradient(_SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(
-            f"{ctx.name}: a forward-mode derivative of the gradient (jvp or jacfwd over grad, vjp or jacrev, as in "
-            "torch.func.hessian) is not supported by the compiled operators; cc_attention.reference can be "
-            "differentiated twice, and jacfwd(jacfwd(...)) and jacrev(jacfwd(...)) work here"
+            f"{ctx.name}: a forward-mode derivative of the gradient (jvp or jacfwd over grad, vjp, jacrev or "
+            "backward, as in torch.func.hessian) is not supported by the compiled operators; jacfwd over "
+            "jacfwd and jacrev over jacfwd are, and cc_attention.reference can be differentiated twice"
         )
 
 
-def _implement_autograd(name: str, function: type[_SingleLevelFunction], *first: Any) -> None:
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = reference.ca_weight(query.to(wide), key.to(wide))
+    top = scores.amax(1)
+    normalizer = torch.stack([top, (scores - top.unsqueeze(1)).exp().sum(1)], dim=-1)
+    return reference.criss_cross_attention(query, key, value), normalizer
+
+
+def _implement_autograd(
+    name: str, function: Any, *first: Any, plain: Callable[..., Any] | None = None
+) -> None:
+    """Register what a call of the operator does above its kernels.
+
+    Args:
+        name: the operator.
+        function: applied where there are derivatives to compute, to `first` and the operator's arguments.
+        plain: the operator in PyTorch's own operators, into which torch.onnx.export takes it apart.
+    """
     operator = getattr(OPERATORS, name).default
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if plain is not None and torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+            return plain(*args)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return function.apply(keyset, *first, *args)
@@ -229,9 +253,9 @@ def _implement_autograd(name: str, function: type[_SingleLevelFunction], *first:
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-_implement_autograd("criss_cross_attention", _Attention)
-_implement_autograd("ca_weight", _Weight)
-_implement_autograd("ca_map", _Map)
+_implement_autograd("criss_cross_attention", _Attention, plain=_plain_attention)
+_implement_autograd("ca_weight", _Weight, plain=reference.ca_weight)
+_implement_autograd("ca_map", _Map, plain=reference.ca_map)
 for _name in ("criss_cross_attention_backward", "ca_weight_backward", "ca_map_backward"):
     _implement_autograd(_name, _Gradient, getattr(OPERATORS, _name).default)
 
@@ -267,8 +291,8 @@ for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
     _implement_vmap(f"{_name}_backward")
 
 
-# Autocast. The fused operator runs in the region's dtype, as PyTorch's own attention does: its scores are float32
-# anyway. torch.library.register_autocast would fix the dtype now.
+# Autocast. The fused operator runs in the region's dtype, as PyTorch's own attention does: its scores are
+# float32 anyway. torch.library.register_autocast would fix the dtype now.
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
@@ -286,8 +310,8 @@ for _name in ("cc_attention::ca_weight", "cc_attention::ca_map"):
         torch.library.register_autocast(_name, _device_type, torch.float32)
 
 
-# Floating-point operations, two for each product that is added, by the shapes of the operands. Those of the softmax
-# are not counted, as torch.utils.flop_counter does not count them either.
+# Floating-point operations by the shapes of the operands, two for each product that is added. Those of the
+# softmax are not counted, as in PyTorch's own formulas.
 
 
 def _products(channels: Any, n: int, _: int, h: int, w: int) -> int:

@@ -43,7 +43,7 @@ class CrissCrossAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last; RuntimeError for another shape"""
+        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last; another shape is a RuntimeError"""
         # Once for the three projections; nothing to do where the network runs in that layout.
         x = _operand(x, self.in_dim, type(self).__name__)
         attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
@@ -71,7 +71,7 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
         self.recurrence = recurrence
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last unless recurrence is 0; RuntimeError for another shape"""
+        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last unless recurrence is 0"""
         for _ in range(self.recurrence):
             x = super().forward(x)
         return x

@@ -56,9 +56,9 @@ def _warn_no_cuda() -> None:
 
 
 def _compiled_for(tensor: Tensor) -> bool:
-    """Return whether the compiled operators run on the tensor's device, which ONNX knows nothing of."""
+    """Return whether the compiled operators run on the tensor's device."""
     if tensor.device.type in DEVICE_TYPES:
-        return not (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+        return True
     if tensor.device.type == "cuda" and DEVICE_TYPES and not torch.compiler.is_compiling():
         _warn_no_cuda()
     return False
@@ -68,14 +68,16 @@ def _compiled_for(tensor: Tensor) -> bool:
 def _tf32_allowed() -> bool:
     """Return whether float32 products on a GPU may be those of tf32.
 
-    Reading the older setting, allow_tf32, is an error once the newer one was set; either shows in the newer one.
+    Both settings show in this one. Reading the older one, allow_tf32, is an error where this one was set.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """Return x [N, C, H, W] in the kernels' layout, or as it is where that is not possible: of another number of
-    dimensions, which the operator refuses, and within transforms of torch.func, where the operator converts.
+    """Return x [N, C, H, W] in the kernels' layout.
+
+    Returned as it is: a tensor of another number of dimensions, which the operator refuses, and one within a
+    transform of torch.func, which can't convert it; there the operator does.
     """
     if x.dim() != 4 or torch._C._are_functorch_transforms_active():
         return x
@@ -128,8 +130,11 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     once. No tensor of the size of the weights is ever in memory.
 
     Half-precision inputs have float32 scores, softmax and sums. float32 products are exact, or those of tf32
-    where torch.backends.cuda.matmul.fp32_precision is "tf32" (or, its older name, allow_tf32 is set). In an autocast region all is cast to its dtype, as in
-    PyTorch's scaled_dot_product_attention. Same inputs, same bits, forward and backward.
+    where torch.backends.cuda.matmul.fp32_precision is "tf32" (or allow_tf32, its older name, is set). In an
+    autocast region all is cast to its dtype, as in PyTorch's scaled_dot_product_attention. Same inputs, same
+    bits, forward and backward. A score of -inf masks a position; a pixel that has no other gets NaN.
+
+    Differentiable once; see docs/operator.md for the transforms of torch.func.
 
     channels_last is the layout of the kernels: inputs of another layout are copied once.
 

@@ -222,7 +222,9 @@ class Emulator:
         pixels = (sizes.N, sizes.H, sizes.W)
         operands = {name: to_memory(t) for name, t in (("query", query), ("key", key), ("value", value))}
         operands["out"] = Operand((*pixels, sizes.C), dtype)
-        operands["normalizer"] = Operand((*pixels, 2), torch.float64 if dtype == torch.float64 else torch.float32)
+        operands["normalizer"] = Operand(
+            (*pixels, 2), torch.float64 if dtype == torch.float64 else torch.float32
+        )
         self.attention("emulated_forward", Forward(DTYPES.index(dtype), sizes), operands, **settings)
         return operands["out"].tensor.permute(0, 3, 1, 2), operands["normalizer"].tensor
 
