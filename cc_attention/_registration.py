@@ -320,13 +320,13 @@ def _products(channels: Any, n: int, _: int, h: int, w: int) -> int:
 
 
 @register_flop_formula(OPERATORS.criss_cross_attention)
-def criss_cross_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Count the scores and the weighted sums."""
     return _products(query[1] + value[1], *value)
 
 
 @register_flop_formula(OPERATORS.criss_cross_attention_backward)
-def criss_cross_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Count two products for each one of the forward, and the scores once more, which were not kept."""
     return _products(3 * query[1] + 2 * value[1], *value)
 
