@@ -54,8 +54,8 @@ def one(folder: str, device: str, shapes: list[str], channels: list[int]) -> dic
     operator = torch.ops.cc_attention
 
     def both(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, tf32: bool) -> list[Tensor]:
-        out, lse = operator.criss_cross_attention(q, k, v, tf32)
-        return [out, *operator.criss_cross_attention_backward(grad, q, k, v, out, lse, tf32)]
+        out, normalizer = operator.criss_cross_attention(q, k, v, tf32)
+        return [out, *operator.criss_cross_attention_backward(grad, q, k, v, out, normalizer, tf32)]
 
     result: dict[str, Any] = {"worst_relative_error": {}, "times": {}}
     for name, dtype in TYPES.items():

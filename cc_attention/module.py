@@ -2,8 +2,18 @@
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
-from cc_attention.ops import criss_cross_attention
+from cc_attention.ops import criss_cross_attention, to_channels_last
+
+
+def _operand(x: Tensor, channels: int, module: str) -> Tensor:
+    """Return x [N, channels, H, W] in the operator's layout, or raise RuntimeError by the module's name."""
+    if has_torch_function((x,)):
+        return handle_torch_function(_operand, (x,), x, channels, module)
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise RuntimeError(f"{module}: x must be [N, {channels}, H, W], got shape {list(x.shape)}")
+    return to_channels_last(x)
 
 
 class CrissCrossAttention(nn.Module):
@@ -22,6 +32,7 @@ class CrissCrossAttention(nn.Module):
 
     def __init__(self, in_dim: int) -> None:
         super().__init__()
+        self.in_dim = in_dim
         if in_dim < 8:
             raise ValueError(
                 f"CrissCrossAttention needs in_dim >= 8 (query and key get in_dim // 8), got {in_dim}"
@@ -32,9 +43,9 @@ class CrissCrossAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last"""
-        # The operator's layout, once for the three projections; nothing to do where the network runs in it.
-        x = x.contiguous(memory_format=torch.channels_last)
+        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last; another shape is a RuntimeError"""
+        # Once for the three projections; nothing to do where the network runs in that layout.
+        x = _operand(x, self.in_dim, type(self).__name__)
         attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
         return torch.addcmul(x, self.gamma, attention)  # one pass over memory instead of two
 

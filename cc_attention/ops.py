@@ -1,18 +1,17 @@
 """The public operators: the compiled ones where they were built, the reference elsewhere."""
 
 import functools
+import importlib
 import importlib.util
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from cc_attention import reference
-from cc_attention.reference import check_channels, check_operands
 
 _BUILD = "`python setup.py build_ext --inplace` builds it"
-_POSITIONS = "H + W - 1, the positions of a criss-cross"
 
 
 def _load_library() -> bool:
@@ -37,116 +36,9 @@ def _load_library() -> bool:
     return True
 
 
-def _register() -> None:
-    """What torch.compile, autograd and autocast need to know of the operators in csrc/ops.cpp."""
-
-    # The fakes give shapes, dtypes and layouts without data; while tracing, their checks stand in for
-    # csrc/common.h.
-
-    def empty_map(like: Tensor) -> Tensor:
-        return torch.empty(
-            like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-        )
-
-    @torch.library.register_fake("cc_attention::criss_cross_attention")
-    def _(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
-        check_operands("criss_cross_attention", value=value, query=query, key=key)
-        check_channels("criss_cross_attention", query.shape[1], "those of query", key=key)
-        n, _, h, w = value.shape
-        wide = torch.float32 if value.dtype.itemsize < 4 else torch.float64
-        return empty_map(value), value.new_empty((n, h, w), dtype=wide)
-
-    @torch.library.register_fake("cc_attention::criss_cross_attention_backward")
-    def _(
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        tf32: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        check_operands(
-            "criss_cross_attention_backward", value=value, query=query, key=key, out=out, grad=grad
-        )
-        return empty_map(query), empty_map(key), empty_map(value)
-
-    @torch.library.register_fake("cc_attention::ca_weight")
-    def _(query: Tensor, key: Tensor) -> Tensor:
-        check_operands("ca_weight", query=query, key=key)
-        check_channels("ca_weight", query.shape[1], "those of query", key=key)
-        n, _, h, w = query.shape
-        return query.new_empty((n, h + w - 1, h, w))
-
-    @torch.library.register_fake("cc_attention::ca_weight_backward")
-    def _(grad: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        check_operands("ca_weight_backward", query=query, key=key, grad=grad)
-        return empty_map(query), empty_map(key)
-
-    @torch.library.register_fake("cc_attention::ca_map")
-    def _(weight: Tensor, value: Tensor) -> Tensor:
-        check_operands("ca_map", weight=weight, value=value)
-        check_channels("ca_map", value.shape[2] + value.shape[3] - 1, _POSITIONS, weight=weight)
-        return empty_map(value)
-
-    @torch.library.register_fake("cc_attention::ca_map_backward")
-    def _(grad: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        check_operands("ca_map_backward", weight=weight, value=value, grad=grad)
-        return weight.new_empty(weight.shape), empty_map(value)
-
-    def save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    def ca_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.cc_attention.ca_weight_backward(grad, *ctx.saved_tensors)
-
-    def ca_map_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.cc_attention.ca_map_backward(grad, *ctx.saved_tensors)
-
-    def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, ctx.tf32 = inputs
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(query, key, value, out, lse)
-
-    def attention_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.cc_attention.criss_cross_attention_backward(grad, *ctx.saved_tensors, ctx.tf32)
-        return *gradients, None
-
-    def no_double_backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "criss-cross attention: double backward is not supported by the compiled operators; "
-            "cc_attention.reference can be differentiated twice"
-        )
-
-    torch.library.register_autograd(
-        "cc_attention::criss_cross_attention", attention_backward, setup_context=save_attention
-    )
-    torch.library.register_autograd("cc_attention::ca_weight", ca_weight_backward, setup_context=save_inputs)
-    torch.library.register_autograd("cc_attention::ca_map", ca_map_backward, setup_context=save_inputs)
-    for op in ("criss_cross_attention", "ca_weight", "ca_map"):
-        torch.library.register_autograd(f"cc_attention::{op}_backward", no_double_backward)
-
-    # The fused operator runs in the region's dtype, as PyTorch's own attention does: its scores are float32
-    # anyway. torch.library.register_autocast would fix the dtype now.
-    def autocast(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
-        device_type = value.device.type
-        operands = reference.cast_for_autocast(query, key, value)
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.cc_attention.criss_cross_attention(*operands, tf32)
-
-    for dispatch_key in ("AutocastCPU", "AutocastCUDA"):
-        torch.library.impl("cc_attention::criss_cross_attention", dispatch_key, autocast)
-
-    # float32, because CCNet does not scale its scores and float16 ones overflow.
-    for op in ("cc_attention::ca_weight", "cc_attention::ca_map"):
-        for device_type in ("cpu", "cuda"):
-            torch.library.register_autocast(op, device_type, torch.float32)
-
-
 DEVICE_TYPES: frozenset[str] = frozenset()  # those with compiled kernels
 if _load_library():
-    _register()
+    importlib.import_module("cc_attention._registration")
     DEVICE_TYPES = frozenset(
         device_type
         for device_type in ("cpu", "cuda")
@@ -164,12 +56,32 @@ def _warn_no_cuda() -> None:
 
 
 def _compiled_for(tensor: Tensor) -> bool:
-    """Whether the compiled operators run on the tensor's device."""
+    """Return whether the compiled operators run on the tensor's device."""
     if tensor.device.type in DEVICE_TYPES:
         return True
     if tensor.device.type == "cuda" and DEVICE_TYPES and not torch.compiler.is_compiling():
         _warn_no_cuda()
     return False
+
+
+@torch.compiler.assume_constant_result  # torch.compile can't read the setting; it guards it
+def _tf32_allowed() -> bool:
+    """Return whether float32 products on a GPU may be those of tf32.
+
+    Both settings show in this one. Reading the older one, allow_tf32, is an error where this one was set.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """Return x [N, C, H, W] in the kernels' layout.
+
+    Returned as it is: a tensor of another number of dimensions, which the operator refuses, and one within a
+    transform of torch.func, which can't convert it; there the operator does.
+    """
+    if x.dim() != 4 or torch._C._are_functorch_transforms_active():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
@@ -186,6 +98,8 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices do not agree.
     """
+    if has_torch_function((query, key)):  # torch.fx traces so; see also the others
+        return handle_torch_function(ca_weight, (query, key), query, key)
     if _compiled_for(query):
         return torch.ops.cc_attention.ca_weight(query, key)
     return reference.ca_weight(query, key)
@@ -204,6 +118,8 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices do not agree.
     """
+    if has_torch_function((weight, value)):
+        return handle_torch_function(ca_map, (weight, value), weight, value)
     if _compiled_for(value):
         return torch.ops.cc_attention.ca_map(weight, value)
     return reference.ca_map(weight, value)
@@ -214,8 +130,11 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     once. No tensor of the size of the weights is ever in memory.
 
     Half-precision inputs have float32 scores, softmax and sums. float32 products are exact, or those of tf32
-    where torch.backends.cuda.matmul.allow_tf32 says so. In an autocast region all is cast to its dtype, as in
-    PyTorch's scaled_dot_product_attention. Same inputs, same bits, forward and backward.
+    where torch.backends.cuda.matmul.fp32_precision is "tf32" (or allow_tf32, its older name, is set). In an
+    autocast region all is cast to its dtype, as in PyTorch's scaled_dot_product_attention. Same inputs, same
+    bits, forward and backward. A score of -inf masks a position; a pixel that has no other gets NaN.
+
+    Differentiable once; see docs/operator.md for the transforms of torch.func.
 
     channels_last is the layout of the kernels: inputs of another layout are copied once.
 
@@ -228,9 +147,11 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Raises:
         RuntimeError: shapes, devices or dtypes do not agree (inside an autocast region dtypes may differ).
     """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(criss_cross_attention, (query, key, value), query, key, value)
     if not _compiled_for(value):
         return reference.criss_cross_attention(query, key, value)
     # Here and not in the operator, so that the backward finds the copies.
-    query, key, value = (t.contiguous(memory_format=torch.channels_last) for t in (query, key, value))
-    tf32 = value.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    query, key, value = (to_channels_last(t) for t in (query, key, value))
+    tf32 = value.is_cuda and _tf32_allowed()
     return torch.ops.cc_attention.criss_cross_attention(query, key, value, tf32)[0]

@@ -96,7 +96,7 @@ def _without_self(column: Tensor) -> Tensor:
     return column.flatten(1, 2)[:, 1:].reshape(n, h - 1, h + 1, w)[:, :, :-1].reshape(n, h, h - 1, w)
 
 
-def _with_self(column: Tensor) -> Tensor:
+def with_self(column: Tensor) -> Tensor:
     """[N, H (seen from), H - 1 (seen), W] -> [N, H, H, W]: zeros in the entries where a row sees itself."""
     n, h, _, w = column.shape
     column = F.pad(column.reshape(n, h - 1, h, w), (0, 0, 0, 1))  # [N, H - 1, H + 1, W]
@@ -138,7 +138,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     check_operands("ca_map", weight=weight, value=value)
     h, w = value.shape[2:]
     check_channels("ca_map", h + w - 1, "H + W - 1, the positions of a criss-cross", weight=weight)
-    column = _with_self(weight[:, w:].transpose(1, 2))  # [N, H, H, W]
+    column = with_self(weight[:, w:].transpose(1, 2))  # [N, H, H, W]
     from_row = torch.einsum("nuyx,ncyu->ncyx", weight[:, :w], value)  # [N, C, H, W]
     from_column = torch.einsum("nyvx,ncvx->ncyx", column, value)  # [N, C, H, W]
     return from_row + from_column

@@ -53,7 +53,7 @@ def nvcc_version(nvcc: str) -> str:
 def short(name: str) -> str:
     """forward_kernel<float, 7, 7, 2> of a demangled name."""
     name = name.replace("cc_attention::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
-    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int)\)", "", name)).strip()
+    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|general::Result)\)", "", name)).strip()
 
 
 def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[str, int]]:
@@ -91,9 +91,9 @@ def shared_memory() -> dict[str, dict[str, int]]:
                     torch.zeros(1, 64, 1, length, dtype=dtype),
                     torch.zeros(1, 64, 1, length, dtype=dtype),
                 )
-                out, lse = kernels.forward(query, query, value, tf32=tf32)
+                out, normalizer = kernels.forward(query, query, value, tf32=tf32)
                 forward = kernels.library.emulator_largest_shared()
-                kernels.backward(query, query, value, out, lse, value, tf32=tf32)
+                kernels.backward(query, query, value, out, normalizer, value, tf32=tf32)
                 table.setdefault(f"forward {name}", {})[str(length)] = forward
                 backward = kernels.library.emulator_largest_shared()
                 table.setdefault(f"backward {name}", {})[str(length)] = backward

@@ -20,7 +20,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # run as a script, outside pytest
 
 from emulator import CSRC, SCHEDULES, Emulator, build  # noqa: E402
-from test_attention_kernels import BF16, F32, Backend, check, run, sample  # noqa: E402
+from test_attention_kernels import BF16, F32, Backend, check, check_where_finite, masked, run, sample  # noqa: E402
 
 FORWARD, BACKWARD = "cuda/tensor_core_forward.cu", "cuda/tensor_core_backward.cu"
 COMMON, GENERAL, LINE = "cuda/tensor_core.h", "cuda/general.cu", "cuda/line.h"
@@ -88,6 +88,13 @@ BUGS: list[Bug] = [
     ),
     Bug("forward: a key too many", FORWARD, "k >= line.length ||", "k > line.length ||"),
     Bug("forward: self twice", FORWARD, "(column && k == rows[i / 2])", "false"),
+    Bug(
+        "forward: large scores lost",
+        FORWARD,
+        "exp2_approximate((scores[j][i] - base[i / 2]) * kLog2e)",
+        "exp2_approximate(fmaf(scores[j][i], kLog2e, -base[i / 2] * kLog2e))",
+    ),
+    Bug("forward: empty row", FORWARD, "total == 0.f ? 0.f : 1.f / total", "1.f / total"),
     Bug("forward: empty column", FORWARD, "largest[half] == -INFINITY ? 0.f : largest", "largest"),
     Bug(
         "forward: the columns' result not read",
@@ -96,9 +103,9 @@ BUGS: list[Bug] = [
         "      if (false)\n        copy_rows(",
     ),
     Bug("forward: rows without a barrier", FORWARD, "    __syncwarp();\n    write_rows", "    write_rows"),
-    Bug("forward: no merge", FORWARD, "      weight[half] *= here / (here + there);\n", ""),
+    Bug("forward: no merge", FORWARD, "      weight[half] = here / total;\n", ""),
     Bug(
-        "forward: lse beyond the line",
+        "forward: normalizer beyond the line",
         FORWARD,
         "lane.pair == 0 && rows[half] < line.length",
         "lane.pair == 0",
@@ -187,8 +194,14 @@ BUGS: list[Bug] = [
         "        __syncthreads();\n      }\n#pragma unroll 1\n      for (int from",
         "      }\n#pragma unroll 1\n      for (int from",
     ),
+    Bug(
+        "backward: queries beyond the line",
+        BACKWARD,
+        "const bool seen = k < end &&",
+        "const bool seen = k < line.length &&",
+    ),
     Bug("backward: self twice", BACKWARD, " && !(column && k == row)", ""),
-    Bug("backward: a key too many", BACKWARD, "k < line.length && !", "k <= line.length && !"),
+    Bug("backward: a key too many", BACKWARD, "k < end && !", "k <= end && !"),
     Bug(
         "backward: dQ of one block of keys",
         BACKWARD,
@@ -266,6 +279,7 @@ BUGS: list[Bug] = [
         "    __syncthreads();  // all have used the weights before\n",
         "",
     ),
+    Bug("general: empty column", GENERAL, "total == 0 ? 0 : 1 / total", "1 / total"),
     Bug("general: all masked", GENERAL, "const S base = top == -INFINITY ? 0 : top;", "const S base = top;"),
     Bug("general: self twice", GENERAL, "column && self ? -INFINITY : scores[i][j]", "scores[i][j]"),
     Bug("general: self twice in P", GENERAL, "quad.at[k] = self ? 0 : ", "quad.at[k] = "),
@@ -305,6 +319,10 @@ CASES = [
     ((1, 5, 133, 2, 9), F32, {}),  # more channels than one sum has
     ((1, 5, 9, 1, 9), F32, {"capability": 75}),
     ((1, 8, 72, 3, 18), BF16, {"offset": 6.0}),  # scores far below zero
+    ((2, 8, 16, 5, 19), BF16, {"masked": "row"}),  # by scores of -inf
+    ((2, 8, 16, 5, 19), BF16, {"masked": "column"}),
+    ((2, 5, 9, 5, 19), F32, {"masked": "column", "capability": 75}),
+    ((1, 8, 16, 3, 18), BF16, {"masked": "equal and large"}),
 ]
 
 
@@ -329,15 +347,21 @@ def failure(library: Path) -> str | None:
     backend = Backend("emulator", emulator.forward, emulator.backward)
     for shape, dtype, chosen in CASES:
         settings = dict(chosen)
-        operands = sample(shape, dtype, offset=settings.pop("offset", 0.0))
+        offset, kind = settings.pop("offset", 0.0), settings.pop("masked", None)
+        operands = masked(kind, shape, dtype) if kind else sample(shape, dtype, offset=offset)
         first = None
         for schedule in SCHEDULES:
             try:
-                results, lse = run(backend, operands, schedule=schedule, **settings)
+                results, normalizer = run(backend, operands, schedule=schedule, **settings)
+                numbers = [t.nan_to_num(nan=7.0) for t in (*results, normalizer)]
                 if first is None:
-                    check(results, lse, operands, like=torch.float16 if settings.get("tf32") else None)
-                    first = [*results, lse]
-                assert all(torch.equal(a, b) for a, b in zip(first, [*results, lse], strict=True)), (
+                    if kind:
+                        check_where_finite(results, operands, 0.06 if dtype == BF16 else 1e-4)
+                    else:
+                        like = torch.float16 if settings.get("tf32") else None
+                        check(results, normalizer, operands, like=like)
+                    first = numbers
+                assert all(torch.equal(a, b) for a, b in zip(first, numbers, strict=True)), (
                     "not the same bits"
                 )
             except (RuntimeError, AssertionError) as error:

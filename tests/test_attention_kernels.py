@@ -41,10 +41,10 @@ def on_device(device: str) -> Backend:
         return operators.criss_cross_attention(*operands, tf32)
 
     def backward(
-        query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad: Tensor, **kw: int
+        query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, grad: Tensor, **kw: int
     ):
         return operators.criss_cross_attention_backward(
-            grad, query, key, value, out, lse, kw.get("tf32", False)
+            grad, query, key, value, out, normalizer, kw.get("tf32", False)
         )
 
     return Backend(device, forward, backward, device)
@@ -117,14 +117,14 @@ def plain_errors(operands: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
 
 
 def run(backend: Backend, operands: list[Tensor], **settings: int) -> tuple[list[Tensor], Tensor]:
-    """out and the three gradients; lse."""
-    out, lse = backend.forward(*operands[:3], **settings)
-    return [out, *backend.backward(*operands[:3], out, lse, operands[3], **settings)], lse
+    """out and the three gradients; normalizer."""
+    out, normalizer = backend.forward(*operands[:3], **settings)
+    return [out, *backend.backward(*operands[:3], out, normalizer, operands[3], **settings)], normalizer
 
 
 def check(
     results: list[Tensor],
-    lse: Tensor,
+    normalizer: Tensor,
     operands: list[Tensor],
     like: torch.dtype | None = None,
     peaked: bool = False,
@@ -158,14 +158,15 @@ def check(
         bound = 2 * other + rounding
         error = (ours.to(F64) - truth).abs().max()
         assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
-    if lse.numel():
+    if normalizer.numel():
         scores = reference.ca_weight(query, key)
         tolerance = torch.finfo(like or (F64 if dtype == F64 else F32)).eps * max(
             1, scores.abs().max().item()
         )
-        assert lse.dtype == (F32 if dtype in (F16, BF16) else F64)
-        error = (lse - torch.logsumexp(scores, dim=1)).abs().max()
-        assert error <= 4 * tolerance, f"lse: error {error:.2e}, bound {4 * tolerance:.2e}"
+        assert normalizer.dtype == (F64 if dtype == F64 else F32)
+        top, total = normalizer.to(F64).unbind(-1)
+        error = (top + total.log() - torch.logsumexp(scores, dim=1)).abs().max()
+        assert error <= 4 * tolerance, f"normalizer: error {error:.2e}, bound {4 * tolerance:.2e}"
 
 
 # (N, c, C, H, W). For the tensor cores: every width of their kernels, tails of keys and channels, more than
@@ -199,8 +200,8 @@ ODD = [
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
 def test_as_exact_as_pytorch(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     operands = sample(shape, dtype, backend.device)
-    results, lse = run(backend, operands)
-    check(results, lse, operands)
+    results, normalizer = run(backend, operands)
+    check(results, normalizer, operands)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 64, 136, 20, 33), (2, 5, 9, 33, 1)], ids=str)
@@ -208,8 +209,8 @@ def test_as_exact_as_pytorch(backend: Backend, dtype: torch.dtype, shape: tuple[
 def test_large_scores(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """CCNet does not scale its scores: of queries and keys of unit variance they are as large as these."""
     operands = sample(shape, dtype, backend.device, spread=8.0)
-    results, lse = run(backend, operands)
-    check(results, lse, operands, peaked=True)
+    results, normalizer = run(backend, operands)
+    check(results, normalizer, operands, peaked=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 8, 16, 3, 150), (2, 5, 9, 33, 1)], ids=str)
@@ -218,8 +219,8 @@ def test_scores_far_below_zero(backend: Backend, dtype: torch.dtype, shape: tupl
     """What pads a line has a score of 0, whose exponential would then overflow the sums."""
     operands = sample(shape, dtype, backend.device, offset=6.0)
     assert reference.ca_weight(*operands[:2]).max() < -100
-    results, lse = run(backend, operands)
-    check(results, lse, operands, peaked=True)
+    results, normalizer = run(backend, operands)
+    check(results, normalizer, operands, peaked=True)
 
 
 @pytest.mark.parametrize("shape", ALIGNED, ids=str)
@@ -228,8 +229,8 @@ def test_tf32(backend: Backend, shape: tuple[int, ...]) -> None:
     if backend.name == "cpu":
         pytest.skip("tf32 is of tensor cores")
     operands = sample(shape, F32, backend.device)
-    results, lse = run(backend, operands, tf32=True)
-    check(results, lse, operands, like=F16)
+    results, normalizer = run(backend, operands, tf32=True)
+    check(results, normalizer, operands, like=F16)
     exact, _ = run(backend, operands)
     if backend.name == "emulator" and operands[0].shape[1] > 1:
         assert not torch.equal(results[0], exact[0])  # that is, other kernels served
@@ -244,13 +245,160 @@ def test_same_bits_in_any_order_of_threads(
     settings = {"tf32": tensor_cores, "capability": 90 if tensor_cores else 75}
     operands = sample(shape, dtype)
     backend = Backend("emulator", emulator.forward, emulator.backward)
-    results, lse = run(backend, operands, **settings)
+    results, normalizer = run(backend, operands, **settings)
     for schedule in SCHEDULES[1:]:
-        others, other_lse = run(backend, operands, schedule=schedule, **settings)
+        others, other_normalizer = run(backend, operands, schedule=schedule, **settings)
         for name, one, other in zip(
-            ["out", "grad_query", "grad_key", "grad_value", "lse"],
-            [*results, lse],
-            [*others, other_lse],
+            ["out", "grad_query", "grad_key", "grad_value", "normalizer"],
+            [*results, normalizer],
+            [*others, other_normalizer],
             strict=True,
         ):
             assert torch.equal(one, other), f"{name} differs under schedule {schedule}"
+
+
+# Scores of -inf, and those that are no numbers
+
+
+def masked(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Operands as `sample` gives them, whose scores are -inf, +inf, NaN, or large.
+
+    Queries are positive, so that a key of -inf in its first channel gives scores of -inf.
+    """
+    query, key, value, grad = sample(shape, F64)
+    query = query.abs() + 0.5
+    n, _, _, h, w = shape
+    chosen = torch.zeros(n, h, w, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(1)
+    if kind == "row":
+        chosen[0, h // 2] = True
+    elif kind == "column":
+        chosen[0, :, w // 2] = True
+    elif kind == "all":
+        chosen[0] = True
+    else:
+        chosen = torch.rand(n, h, w, generator=generator) < (0.85 if kind == "most" else 0.15)
+    if kind in ("overflow", "equal and large", "near the largest"):
+        # One channel counts, of numbers that bfloat16 has.
+        high, low, each = {
+            "overflow": (0.0, -(2.0**100), 2.0**100),  # scores of 0 and -inf in float32
+            "equal and large": (1.71875 * 2.0**50, 2.0**49, 1.6875 * 2.0**40),
+            "near the largest": (2.0**100, -(2.0**100), 1.75 * 2.0**27),  # their distance is beyond float32
+        }[kind]
+        chosen = torch.rand(n, h, w, generator=generator) < 0.5
+        key = torch.zeros_like(key)
+        key[:, 0] = torch.where(chosen, low, high)
+        query = torch.zeros_like(query)
+        query[:, 0] = each
+    elif kind == "infinite values":
+        value[:, 0][chosen] = torch.inf
+    elif kind == "infinite gradients":
+        grad[:, -1][chosen] = -torch.inf
+    else:
+        key[:, 0][chosen] = {"+inf": torch.inf, "nan": torch.nan}.get(kind, -torch.inf)
+    return [t.to(device, dtype) for t in (query, key, value, grad)]
+
+
+def largest(tensor: Tensor) -> float:
+    finite = tensor.double()[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def check_where_finite(results: list[Tensor], operands: list[Tensor], tolerance: float) -> None:
+    """Check that results are finite where the reference's are, and close to them there."""
+    query, key, value, grad = operands
+    expected = results_of(reference.criss_cross_attention, operands)
+    # The gradients of query and key are sums of which almost all may cancel.
+    products = largest(reference.ca_weight(grad.double(), value.double()))
+    scales = (0.0, products * largest(key), products * largest(query), 0.0)
+    for name, ours, truth, scale in zip(
+        ["out", "grad_query", "grad_key", "grad_value"], results, expected, scales, strict=True
+    ):
+        assert torch.equal(ours.isfinite(), truth.isfinite()), name
+        where = truth.isfinite()
+        error = largest(ours.double()[where] - truth.double()[where])
+        assert error <= tolerance * max(1.0, scale, largest(truth)), f"{name}: error {error:.2e}"
+
+
+KINDS = ("row", "column", "all", "some", "most", "+inf", "nan", "infinite values", "infinite gradients")
+LARGE = ("overflow", "equal and large", "near the largest")
+MASKED = [
+    (1, 8, 8, 1, 9),
+    (1, 8, 8, 9, 1),
+    (2, 8, 16, 5, 7),
+    (1, 16, 8, 3, 37),
+    (1, 8, 24, 35, 2),
+    (2, 3, 5, 4, 3),
+]
+
+
+@pytest.mark.parametrize("shape", MASKED, ids=str)
+@pytest.mark.parametrize("kind", KINDS + LARGE)
+def test_what_is_finite_in_the_reference_is_so_here(
+    backend: Backend, kind: str, shape: tuple[int, ...]
+) -> None:
+    tolerances = {F32: 1e-4, F64: 1e-10, F16: 1e-2, BF16: 6e-2}
+    for dtype in (F32, BF16) if kind in LARGE else tolerances:
+        operands = masked(kind, shape, dtype, backend.device)
+        exact, _ = run(backend, operands, **({"capability": 75} if backend.name == "emulator" else {}))
+        check_where_finite(exact, operands, tolerances[dtype])
+        if backend.name != "cpu" and dtype != F64:
+            others, _ = run(backend, operands, tf32=True)
+            check_where_finite(others, operands, max(tolerances[dtype], 1e-2))
+
+
+def test_equal_scores_beyond_the_precision_of_their_sum() -> None:
+    """Weights of equal scores are 1 / L however large the scores are: there a logarithm would lose L."""
+    for dtype, size in ((F32, 2.0**60), (F64, 2.0**200), (BF16, 2.0**60)):
+        query, value = torch.full((1, 1, 3, 5), size, dtype=dtype), torch.ones(1, 1, 3, 5, dtype=dtype)
+        query.requires_grad_(), value.requires_grad_()
+        out = ops.criss_cross_attention(query, query.detach(), value)
+        out.sum().backward()
+        torch.testing.assert_close(out, torch.ones_like(out))
+        torch.testing.assert_close(value.grad, torch.ones_like(value))
+
+
+def primitives(emulator: Emulator | None, name: str, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The result of ca_weight or ca_map and its two gradients."""
+    if emulator is None:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = getattr(ops, name)(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    first, second = inputs
+    calls = {
+        "ca_weight": (("score", first, second), ("gather", grad, second), ("scatter", grad, first)),
+        "ca_map": (("gather", first, second), ("score", grad, second), ("scatter", first, grad)),
+    }[name]
+    return [emulator.primitive(*call) for call in calls]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 1, 9), (1, 3, 4, 9, 1), (2, 8, 5, 5, 19)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+@pytest.mark.parametrize("name", ["ca_weight", "ca_map"])
+def test_primitives_of_inf_and_nan(
+    emulator: Emulator, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """A weight of 0 times inf is NaN, as in the reference."""
+    n, c, channels, h, w = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def spoiled(number: int, part: float) -> Tensor:
+        tensor = torch.randn(n, number, h, w, generator=generator, dtype=F64)
+        for bad in (torch.inf, -torch.inf, torch.nan, 0.0):
+            tensor[torch.rand(tensor.shape, generator=generator) < part] = bad
+        return tensor.to(dtype)
+
+    for part in (0.01, 0.1):
+        weight = spoiled(h + w - 1, part)
+        inputs = (
+            [spoiled(c, part), spoiled(c, part)] if name == "ca_weight" else [weight, spoiled(channels, part)]
+        )
+        grad = spoiled(h + w - 1 if name == "ca_weight" else channels, part)
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = getattr(reference, name)(*leaves)
+        expected = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        for library in (None, emulator):
+            for ours, truth in zip(primitives(library, name, inputs, grad), expected, strict=True):
+                torch.testing.assert_close(
+                    ours, truth, rtol=0.05, atol=0.1 if dtype in (F16, BF16) else 1e-4, equal_nan=True
+                )

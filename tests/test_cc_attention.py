@@ -1,17 +1,20 @@
 """Criss-cross attention: the reference against loops, the compiled operators against the reference."""
 
 import math
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cc_attention
 from cc_attention import CrissCrossAttention, RecurrentCrissCrossAttention, ops, reference
@@ -199,10 +202,10 @@ def test_compiled_gradients(compiled: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4, 6), (1, 2, 3, 1, 4), (0, 2, 3, 4, 5)], ids=str)
 def test_opcheck(compiled: str, shape: tuple[int, ...]) -> None:
     query, key, value, weight = sample(shape, compiled, torch.float32)
-    out, lse = torch.ops.cc_attention.criss_cross_attention(query, key, value)
+    out, normalizer = torch.ops.cc_attention.criss_cross_attention(query, key, value)
     for name, arguments in {
         "criss_cross_attention": (query, key, value),
-        "criss_cross_attention_backward": (value, query, key, value, out, lse),
+        "criss_cross_attention_backward": (value, query, key, value, out, normalizer),
         "ca_weight": (query, key),
         "ca_weight_backward": (weight, query, key),
         "ca_map": (weight, value),
@@ -261,7 +264,7 @@ def test_no_tensor_of_the_size_of_the_weights_is_kept(compiled: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = ops.criss_cross_attention(*inputs)
     shapes = sorted(tuple(t.shape) for t in saved)
-    assert shapes == sorted([*(tuple(t.shape) for t in inputs), tuple(out.shape), (2, 4, 7)])
+    assert shapes == sorted([*(tuple(t.shape) for t in inputs), tuple(out.shape), (2, 4, 7, 2)])
 
 
 def test_results_are_channels_last(compiled: str) -> None:
@@ -348,6 +351,21 @@ def wrong_arguments() -> dict[str, tuple[str, tuple[Tensor, ...], str]]:
             r"criss_cross_attention: key must have 2 channels \(those of query\)",
         ),
         "dimensions": ("ca_weight", (a(2, 3, 4), a(2, 3, 4)), r"ca_weight: query must have 4 .*\[2, 3, 4\]"),
+        "dimensions of the fused operator": (
+            "criss_cross_attention",
+            (a(2, 3, 4), a(2, 3, 4), a(5, 3, 4)),
+            r"criss_cross_attention: value must have 4 .*\[5, 3, 4\]",
+        ),
+        "dimensions of one": (
+            "criss_cross_attention",
+            (a(1, 2, 3, 4), a(1, 2, 1, 3, 4), a(1, 5, 3, 4)),
+            r"criss_cross_attention: key must have 4 .*\[1, 2, 1, 3, 4\]",
+        ),
+        "dimensions of weights": (
+            "ca_map",
+            (a(1, 6, 1, 3, 4), a(1, 5, 1, 3, 4)),
+            r"ca_map: weight must have 4 .*\[1, 6, 1, 3, 4\]",
+        ),
         "no rows": (
             "ca_weight",
             (a(1, 2, 0, 4), a(1, 2, 0, 4)),
@@ -383,6 +401,9 @@ def test_errors(case: str) -> None:
         getattr(reference, name)(*arguments)
     with FakeTensorMode() as mode, pytest.raises(RuntimeError, match=message):
         getattr(ops, name)(*(mode.from_tensor(t) for t in arguments))
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=message):
+        torch.compile(getattr(ops, name), backend="eager")(*arguments)
 
 
 def test_errors_of_the_backward_operators(compiled: str) -> None:
@@ -391,12 +412,12 @@ def test_errors_of_the_backward_operators(compiled: str) -> None:
         torch.ops.cc_attention.ca_weight_backward(value, query, key)
     with pytest.raises(RuntimeError, match="ca_map_backward: grad must have 5 channels"):
         torch.ops.cc_attention.ca_map_backward(query, weight, value)
-    out, lse = torch.ops.cc_attention.criss_cross_attention(query, key, value)
+    out, normalizer = torch.ops.cc_attention.criss_cross_attention(query, key, value)
     backward = torch.ops.cc_attention.criss_cross_attention_backward
     with pytest.raises(RuntimeError, match="criss_cross_attention_backward: grad must have 5 channels"):
-        backward(query, query, key, value, out, lse)
-    with pytest.raises(RuntimeError, match="criss_cross_attention_backward: lse must be the one"):
-        backward(value, query, key, value, out, lse[:, 1:])
+        backward(query, query, key, value, out, normalizer)
+    with pytest.raises(RuntimeError, match="criss_cross_attention_backward: normalizer must be the one"):
+        backward(value, query, key, value, out, normalizer[:, 1:])
 
 
 def test_different_devices_are_refused() -> None:
@@ -444,11 +465,79 @@ def test_autocast(device: str, module: object) -> None:
         assert module.criss_cross_attention(*(t.double() for t in (query, key, value))).dtype == torch.float64
 
 
+def settings_of_tf32() -> dict[str, tuple[Callable[[], None], bool]]:
+    matmul, every = torch.backends.cuda.matmul, torch.backends
+
+    def inherited(generic: str, own: str) -> None:
+        every.fp32_precision, matmul.fp32_precision = generic, own
+
+    return {
+        "the default": (lambda: None, False),
+        "allow_tf32": (lambda: setattr(matmul, "allow_tf32", True), True),
+        "not allow_tf32": (lambda: setattr(matmul, "allow_tf32", False), False),
+        "high": (lambda: torch.set_float32_matmul_precision("high"), True),
+        "highest": (lambda: torch.set_float32_matmul_precision("highest"), False),
+        "tf32": (lambda: setattr(matmul, "fp32_precision", "tf32"), True),
+        "ieee": (lambda: setattr(matmul, "fp32_precision", "ieee"), False),
+        "tf32 for all": (lambda: inherited("tf32", "none"), True),
+        "tf32 for all but products": (lambda: inherited("tf32", "ieee"), False),
+        "ieee for all": (lambda: inherited("ieee", "none"), False),
+        "tf32 for products": (lambda: inherited("ieee", "tf32"), True),
+    }
+
+
+@pytest.fixture
+def restored_precision() -> Iterator[None]:
+    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+
+
+class Calls(TorchDispatchMode):
+    """Notes whether calls of the fused operator ask for tf32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tf32: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.cc_attention.criss_cross_attention.default:
+            self.tf32.append(len(args) > 3 and args[3])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", settings_of_tf32())
+def test_tf32_is_what_pytorch_is_set_to(
+    name: str, monkeypatch: pytest.MonkeyPatch, restored_precision: None
+) -> None:
+    """With either interface of PyTorch, whose older one can't be read once the newer one was set."""
+    if not ops.DEVICE_TYPES:
+        pytest.skip("the compiled operators are not built")
+    monkeypatch.setattr(
+        ops, "DEVICE_TYPES", frozenset({"cuda"})
+    )  # for tensors without data: no GPU is needed
+    change, expected = settings_of_tf32()[name]
+    change()
+    with FakeTensorMode(), Calls() as calls:
+        query = torch.empty(1, 2, 3, 4, device="cuda")
+        ops.criss_cross_attention(query, query, query)
+    assert calls.tf32 == [expected]
+
+
+def test_torch_compile_follows_the_setting_of_tf32(restored_precision: None) -> None:
+    torch.compiler.reset()
+    traced = torch.compile(lambda x: x + ops._tf32_allowed(), fullgraph=True, backend="eager")
+    for precision in ("ieee", "tf32", "ieee"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert traced(torch.zeros(())).item() == (precision == "tf32")
+
+
 def test_autocast_of_the_operator_itself(compiled: str) -> None:
     inputs = sample((2, 3, 5, 4, 7), compiled, torch.float32)[:3]
     with torch.autocast(compiled, torch.bfloat16):
-        out, lse = torch.ops.cc_attention.criss_cross_attention(*inputs)
-        assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+        out, normalizer = torch.ops.cc_attention.criss_cross_attention(*inputs)
+        assert (out.dtype, normalizer.dtype) == (torch.bfloat16, torch.float32)
         assert torch.equal(out, ops.criss_cross_attention(*inputs))
 
 
@@ -491,6 +580,22 @@ def test_module_is_the_formula(device: str) -> None:
         for p in module.parameters()
         if p is not module.key_conv.bias
     )
+
+
+@pytest.mark.parametrize("shape", [(16, 5, 6), (1, 16, 2, 5, 6), (1, 15, 5, 6), (5, 6)], ids=str)
+@pytest.mark.parametrize("kind", [CrissCrossAttention, RecurrentCrissCrossAttention])
+def test_a_module_refuses_other_shapes_by_its_name(
+    kind: type[CrissCrossAttention], shape: tuple[int, ...]
+) -> None:
+    module, x = kind(16), torch.zeros(shape)
+    message = re.escape(f"{kind.__name__}: x must be [N, 16, H, W], got shape {list(shape)}")
+    with pytest.raises(RuntimeError, match=message):
+        module(x)
+    with pytest.raises(RuntimeError, match=message):
+        module.to("meta")(x.to("meta"))
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=message):
+        torch.compile(kind(16), backend="eager")(x)
 
 
 def test_module_needs_eight_channels() -> None:

@@ -72,6 +72,8 @@ def test_pixels_outside_are_refused(pixel: tuple[int, int]) -> None:
         attention_maps(module, x, [pixel])
     with pytest.raises(ValueError, match="one picture"):
         attention_maps(module, x.repeat(2, 1, 1, 1), [(0, 0)])
+    with pytest.raises(ValueError, match=r"\[1, 15, 5, 7\]; one picture \[1, 16, H, W\] expected"):
+        attention_maps(module, x[:, 1:], [(0, 0)])
 
 
 def test_pixels_of_a_picture_find_theirs_in_the_head() -> None:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from benchmarks.measure import mark, seconds
-from cc_attention import ops
 from engine.step import PRECISIONS
 from loss import CriterionDSN, CriterionOhemDSN
 from networks import Seg_Model
@@ -44,23 +43,6 @@ MIB, GIB = 2**20, 2**30
 # FLOPs
 
 
-def attention_flops(query: Any, value: Any, positions: int) -> int:
-    """Scores and weighted sum, each pixel with `positions` others; shapes [N, c, H, W] and [N, C, H, W]."""
-    n, c, h, w = query
-    return 2 * n * h * w * positions * (c + value[1])
-
-
-def criss_cross_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of the fused operator, by shapes: H + W - 1 positions."""
-    return attention_flops(query, value, query[2] + query[3] - 1)
-
-
-def criss_cross_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two products for each of the forward's, and the scores once more, which were not kept."""
-    n, c, h, w = query
-    return 2 * criss_cross_flops(query, key, value) + 2 * n * h * w * (h + w - 1) * c
-
-
 def convolution_with_bias_flops(x: Any, weight: Any, bias: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
     """The paper counts a bias as one more input channel."""
     transposed = rest[3]
@@ -69,8 +51,9 @@ def convolution_with_bias_flops(x: Any, weight: Any, bias: Any, *rest: Any, out_
 
 
 def paper_criss_cross_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """The paper counts H + W + 1 positions, two more than there are."""
-    return attention_flops(query, value, query[2] + query[3] + 1)
+    """Count by shapes as the paper does: H + W + 1 positions, two more than there are."""
+    n, c, h, w = query
+    return 2 * n * h * w * (h + w + 1) * (c + value[1])
 
 
 def paper_formulas() -> dict[Any, Any]:
@@ -79,11 +62,6 @@ def paper_formulas() -> dict[Any, Any]:
         torch.ops.aten.convolution: convolution_with_bias_flops,
         torch.ops.cc_attention.criss_cross_attention: paper_criss_cross_flops,
     }
-
-
-if ops.DEVICE_TYPES:  # without the compiled operator its plain stand-in is counted, as it runs
-    register_flop_formula(torch.ops.cc_attention.criss_cross_attention)(criss_cross_flops)
-    register_flop_formula(torch.ops.cc_attention.criss_cross_attention_backward)(criss_cross_backward_flops)
 
 
 # Meters

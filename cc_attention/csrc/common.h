@@ -61,18 +61,18 @@ inline void check_channels(const char* op, const Operand& operand, int64_t expec
                   meaning, "), got shape ", shape_of(operand.tensor));
 }
 
-// Of the logarithms that the forward keeps (kernels.h).
-inline ScalarType lse_dtype(const Tensor& tensor) {
-  return tensor.element_size() < 4 ? ScalarType::Float : ScalarType::Double;
+// Of the normalizers that the forward keeps (kernels.h).
+inline ScalarType normalizer_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Throws unless lse is [N,H,W] beside value [N,C,H,W], of its dtype.
-inline void check_lse(const char* op, const Tensor& lse, const Tensor& value) {
-  STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == value.size(0) && lse.size(1) == value.size(2) &&
-                      lse.size(2) == value.size(3) && lse.scalar_type() == lse_dtype(value) &&
-                      lse.device() == value.device(),
-                  op, ": lse must be the one that the forward gave for value of shape ", shape_of(value),
-                  ", got shape ", shape_of(lse));
+// Throws unless normalizer is [N,H,W,2] beside value [N,C,H,W], of its dtype.
+inline void check_normalizer(const char* op, const Tensor& normalizer, const Tensor& value) {
+  STD_TORCH_CHECK(normalizer.dim() == 4 && normalizer.size(0) == value.size(0) && normalizer.size(1) == value.size(2) &&
+                      normalizer.size(2) == value.size(3) && normalizer.size(3) == 2 &&
+                      normalizer.scalar_type() == normalizer_dtype(value) && normalizer.device() == value.device(),
+                  op, ": normalizer must be the one that the forward gave for value of shape ", shape_of(value),
+                  ", got shape ", shape_of(normalizer));
 }
 
 inline Sizes sizes_of(const Tensor& query, const Tensor& value) {
@@ -92,9 +92,9 @@ inline Tensor empty_map(const Tensor& map, int64_t channels) {
                               map.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// Uninitialised [N,H,W].
-inline Tensor empty_lse(const Tensor& value) {
-  return torch::stable::new_empty(value, {value.size(0), value.size(2), value.size(3)}, lse_dtype(value));
+// Uninitialised [N,H,W,2]: a Normalizer of each pixel.
+inline Tensor empty_normalizer(const Tensor& value) {
+  return torch::stable::new_empty(value, {value.size(0), value.size(2), value.size(3), 2}, normalizer_dtype(value));
 }
 
 inline Dtype kernel_dtype(const char* op, const Tensor& tensor) {

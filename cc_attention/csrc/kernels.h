@@ -33,6 +33,14 @@ struct Sizes {
   CC_HOST_DEVICE int64_t pixels() const { return N * H * W; }
 };
 
+// Of a pixel: exp(score - top) / total is the softmax of its scores. One logarithm in their place would lose the total
+// beside a top of 1e8. top is -inf and total 0 where all scores are -inf.
+template <class S>
+struct alignas(2 * sizeof(S)) Normalizer {
+  S top;    // the largest score
+  S total;  // the sum of exp(score - top)
+};
+
 // out = softmax(scores) value, where the scores of a pixel are its query times the keys of its criss-cross.
 struct Forward {
   Dtype dtype;
@@ -41,24 +49,23 @@ struct Forward {
   const void* key;    // [N,H,W,c]
   const void* value;  // [N,H,W,C]
   void* out;          // [N,H,W,C]
-  void* lse;          // [N,H,W] natural logarithm of the sum of the scores' exponentials; in float32 for 16-bit dtypes,
-                      // else in float64: a weight's relative error is the absolute one of this
+  void* normalizer;   // [N,H,W] Normalizer of float, or of double for float64
 };
 
-// The scores are computed again from query and key; exp(score - lse) is the softmax.
+// The scores are computed again from query and key; the normalizer makes the softmax of them.
 struct Backward {
   Dtype dtype;
   Sizes sizes;
-  const void* query;     // [N,H,W,c]
-  const void* key;       // [N,H,W,c]
-  const void* value;     // [N,H,W,C]
-  const void* out;       // [N,H,W,C] of the forward
-  const void* lse;       // [N,H,W] of the forward
-  const void* grad_out;  // [N,H,W,C]
-  void* grad_query;      // [N,H,W,c]
-  void* grad_key;        // [N,H,W,c]
-  void* grad_value;      // [N,H,W,C]
-  void* workspace;       // workspace_bytes(...) bytes, aligned to 16
+  const void* query;       // [N,H,W,c]
+  const void* key;         // [N,H,W,c]
+  const void* value;       // [N,H,W,C]
+  const void* out;         // [N,H,W,C] of the forward
+  const void* normalizer;  // [N,H,W] of the forward
+  const void* grad_out;    // [N,H,W,C]
+  void* grad_query;        // [N,H,W,c]
+  void* grad_key;          // [N,H,W,c]
+  void* grad_value;        // [N,H,W,C]
+  void* workspace;         // workspace_bytes(...) bytes, aligned to 16
 };
 
 // The halves of the attention, and with them their gradients (ops.cpp says which is which).

@@ -21,8 +21,8 @@
 namespace cc_attention {
 namespace {
 
-// out [N,C,H,W], lse [N,H,W] of query [N,c,H,W], key [N,c,H,W], value [N,C,H,W]. tf32: float32 products may run on
-// tensor cores, where there are such.
+// out [N,C,H,W], normalizer [N,H,W,2] (kernels.h) of query [N,c,H,W], key [N,c,H,W], value [N,C,H,W]. tf32: float32
+// products may run on tensor cores, where there are such.
 std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_,
                                                  bool tf32) {
   constexpr const char* op = "criss_cross_attention";
@@ -30,40 +30,50 @@ std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Ten
   check_channels(op, {"key", key_}, query_.size(1), "those of query");
   const Tensor query = channels_last(query_), key = channels_last(key_), value = channels_last(value_);
   Tensor out = empty_map(value, value.size(1));
-  Tensor lse = empty_lse(value);
-  const Forward arguments = {kernel_dtype(op, value), sizes_of(query, value), query.const_data_ptr(),
-                             key.const_data_ptr(),    value.const_data_ptr(), out.mutable_data_ptr(),
-                             lse.mutable_data_ptr()};
+  Tensor normalizer = empty_normalizer(value);
+  const Forward arguments = {kernel_dtype(op, value),      sizes_of(query, value), query.const_data_ptr(),
+                             key.const_data_ptr(),         value.const_data_ptr(), out.mutable_data_ptr(),
+                             normalizer.mutable_data_ptr()};
 #ifdef USE_CUDA
   if (value.is_cuda()) {
     const CudaCall call(value, tf32);
     call.check(forward_cuda(arguments, call.device, call.stream));
-    return {out, lse};
+    return {out, normalizer};
   }
 #endif
   forward_cpu(arguments);
-  return {out, lse};
+  return {out, normalizer};
 }
 
 // The gradients of query [N,c,H,W], key [N,c,H,W] and value [N,C,H,W], from that of out, grad [N,C,H,W].
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_, const Tensor& query_,
                                                                   const Tensor& key_, const Tensor& value_,
-                                                                  const Tensor& out_, const Tensor& lse, bool tf32) {
+                                                                  const Tensor& out_, const Tensor& normalizer,
+                                                                  bool tf32) {
   constexpr const char* op = "criss_cross_attention_backward";
   check_operands(op, {{"value", value_}, {"query", query_}, {"key", key_}, {"out", out_}, {"grad", grad_}});
   check_channels(op, {"key", key_}, query_.size(1), "those of query");
   check_channels(op, {"out", out_}, value_.size(1), "those of value");
   check_channels(op, {"grad", grad_}, value_.size(1), "those of value");
-  check_lse(op, lse, value_);
+  check_normalizer(op, normalizer, value_);
   const Tensor query = channels_last(query_), key = channels_last(key_), value = channels_last(value_);
-  const Tensor out = channels_last(out_), grad = channels_last(grad_), dense_lse = torch::stable::contiguous(lse);
+  const Tensor out = channels_last(out_), grad = channels_last(grad_),
+               dense_normalizer = torch::stable::contiguous(normalizer);
   Tensor grad_query = empty_map(query, query.size(1));
   Tensor grad_key = empty_map(key, key.size(1));
   Tensor grad_value = empty_map(value, value.size(1));
-  Backward arguments = {kernel_dtype(op, value),     sizes_of(query, value),        query.const_data_ptr(),
-                        key.const_data_ptr(),        value.const_data_ptr(),        out.const_data_ptr(),
-                        dense_lse.const_data_ptr(),  grad.const_data_ptr(),         grad_query.mutable_data_ptr(),
-                        grad_key.mutable_data_ptr(), grad_value.mutable_data_ptr(), nullptr};
+  Backward arguments = {kernel_dtype(op, value),
+                        sizes_of(query, value),
+                        query.const_data_ptr(),
+                        key.const_data_ptr(),
+                        value.const_data_ptr(),
+                        out.const_data_ptr(),
+                        dense_normalizer.const_data_ptr(),
+                        grad.const_data_ptr(),
+                        grad_query.mutable_data_ptr(),
+                        grad_key.mutable_data_ptr(),
+                        grad_value.mutable_data_ptr(),
+                        nullptr};
 #ifdef USE_CUDA
   if (value.is_cuda()) {
     const CudaCall call(value, tf32);
@@ -164,9 +174,11 @@ void implement(torch::stable::detail::StableLibrary& library) {
 
 STABLE_TORCH_LIBRARY(cc_attention, library) {
   library.def(
-      "criss_cross_attention(Tensor query, Tensor key, Tensor value, bool tf32=False) -> (Tensor out, Tensor lse)");
+      "criss_cross_attention(Tensor query, Tensor key, Tensor value, bool tf32=False) -> (Tensor out, Tensor "
+      "normalizer)");
   library.def(
-      "criss_cross_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "criss_cross_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor "
+      "normalizer, "
       "bool tf32=False) -> (Tensor, Tensor, Tensor)");
   library.def("ca_weight(Tensor query, Tensor key) -> Tensor");
   library.def("ca_weight_backward(Tensor grad, Tensor query, Tensor key) -> (Tensor, Tensor)");

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: compiles the .cu files with the emulator, and calls them with tensors.
 
 kernels = Emulator(build())
-out, lse = kernels.forward(query, key, value, schedule=2)
+out, normalizer = kernels.forward(query, key, value, schedule=2)
 """
 
 from __future__ import annotations
@@ -125,14 +125,14 @@ class Device(ctypes.Structure):
 
 class Forward(ctypes.Structure):
     _fields_ = [("dtype", c_int), ("sizes", Sizes)] + [
-        (name, c_void_p) for name in ("query", "key", "value", "out", "lse")
+        (name, c_void_p) for name in ("query", "key", "value", "out", "normalizer")
     ]
 
 
 class Backward(ctypes.Structure):
     _fields_ = [("dtype", c_int), ("sizes", Sizes)] + [
         (name, c_void_p)
-        for name in "query key value out lse grad_out grad_query grad_key grad_value workspace".split()
+        for name in "query key value out normalizer grad_out grad_query grad_key grad_value workspace".split()
     ]
 
 
@@ -217,14 +217,16 @@ class Emulator:
         value: Tensor,  # [N,C,H,W]
         **settings: int,
     ) -> tuple[Tensor, Tensor]:
-        """forward_cuda: out [N,C,H,W] and lse [N,H,W]."""
+        """forward_cuda: out [N,C,H,W] and normalizer [N,H,W,2]."""
         dtype, sizes = query.dtype, sizes_of(query, value)
         pixels = (sizes.N, sizes.H, sizes.W)
         operands = {name: to_memory(t) for name, t in (("query", query), ("key", key), ("value", value))}
         operands["out"] = Operand((*pixels, sizes.C), dtype)
-        operands["lse"] = Operand(pixels, torch.float32 if dtype.itemsize < 4 else torch.float64)
+        operands["normalizer"] = Operand(
+            (*pixels, 2), torch.float64 if dtype == torch.float64 else torch.float32
+        )
         self.attention("emulated_forward", Forward(DTYPES.index(dtype), sizes), operands, **settings)
-        return operands["out"].tensor.permute(0, 3, 1, 2), operands["lse"].tensor
+        return operands["out"].tensor.permute(0, 3, 1, 2), operands["normalizer"].tensor
 
     def backward(
         self,
@@ -232,7 +234,7 @@ class Emulator:
         key: Tensor,  # [N,c,H,W]
         value: Tensor,  # [N,C,H,W]
         out: Tensor,  # [N,C,H,W]
-        lse: Tensor,  # [N,H,W]
+        normalizer: Tensor,  # [N,H,W,2]
         grad_out: Tensor,  # [N,C,H,W]
         **settings: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +243,7 @@ class Emulator:
         number = DTYPES.index(dtype)
         inputs = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out}
         operands = {name: to_memory(tensor) for name, tensor in inputs.items()}
-        operands["lse"] = Operand(lse, lse.dtype)
+        operands["normalizer"] = Operand(normalizer, normalizer.dtype)
         outputs = {"grad_query": sizes.c, "grad_key": sizes.c, "grad_value": sizes.C}
         for name, channels in outputs.items():
             operands[name] = Operand((sizes.N, sizes.H, sizes.W, channels), dtype)

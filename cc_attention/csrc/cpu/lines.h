@@ -139,12 +139,12 @@ void line_sums(const Strided<S>& weights, const T* map, int64_t channels, const 
   });
 }
 
-// Scores of a row -> their softmax; lse -> their maximum; row_sum -> the sum of their exponentials above that. Not yet
-// the logarithm, as its rounding would shift the weight between row and column.
-// Scores of a column -> their share of the softmax over row and column; lse -> that of both; scale: the row's share.
+// Scores of a row -> their softmax, and their normalizers; zeros where all scores are -inf.
+// Scores of a column -> their share of the softmax over row and column; normalizers -> those of both; scale: the row's
+// share. NaN where all scores are -inf.
 // One quantity after another, as the pixels' chains of operations overlap only where each is short.
-template <typename S, typename L>
-void line_softmax(const Line& line, Workspace<S>& w, L* lse, S* row_sum) {
+template <typename S>
+void line_softmax(const Line& line, Workspace<S>& w, Normalizer<S>* normalizers) {
   constexpr S kNone = -std::numeric_limits<S>::infinity();
   const int64_t vectors = w.padded / kLanes<S>;
   for (int64_t i = 0; i < w.n; ++i) {
@@ -155,25 +155,25 @@ void line_softmax(const Line& line, Workspace<S>& w, L* lse, S* row_sum) {
     Vector<S> maxima = vector_at(scores);
     for (int64_t j = 1; j < vectors; ++j) maxima = larger(vector_at(scores, j), maxima);
     const S maximum = reduce<S>(maxima, larger);
-    w.maximum[i] = line.column ? std::max(maximum, static_cast<S>(lse[line.pixel(i)])) : maximum;
+    w.maximum[i] = line.column ? std::max(maximum, normalizers[line.pixel(i)].top) : maximum;
   }
   for (int64_t i = 0; i < w.n; ++i) {
+    const S base = w.maximum[i] == kNone ? 0 : w.maximum[i];  // of -inf the exponential, not that of NaN
     Vector<S> sums = {};
     for (int64_t j = 0; j < vectors; ++j) {
       Vector<S>& power = vector_at(&w.scores[i * w.row], j);
-      power -= w.maximum[i];
+      power -= base;
       exponential(power);
       sums += power;
     }
     w.sum[i] = reduce<S>(sums, [](const Vector<S>& a, const Vector<S>& b) { return a + b; });
   }
   for (int64_t i = 0; i < w.n; ++i) {
-    const int64_t pixel = line.pixel(i);
-    const S row = line.column ? std::exp(static_cast<S>(lse[pixel]) - w.maximum[i]) * row_sum[pixel] : S(0);
-    const S sum = row + w.sum[i], factor = 1 / sum;
+    Normalizer<S>& normalizer = normalizers[line.pixel(i)];
+    const S row = line.column ? std::exp(normalizer.top - w.maximum[i]) * normalizer.total : S(0);
+    const S total = row + w.sum[i], factor = total == 0 ? 0 : 1 / total;
     w.scale[i] = row * factor;
-    lse[pixel] = line.column ? w.maximum[i] + std::log(static_cast<L>(sum)) : w.maximum[i];
-    row_sum[pixel] = sum;
+    normalizer = {w.maximum[i], total};
     for (int64_t j = 0; j < vectors; ++j) vector_at(&w.scores[i * w.row], j) *= factor;
   }
 }
@@ -183,13 +183,12 @@ void forward(const Forward& f) {
   using S = Sum<T>;
   const Sizes& s = f.sizes;
   const T *query = static_cast<const T*>(f.query), *key = static_cast<const T*>(f.key);
-  Buffer<S> row_sum(s.pixels());
   for (bool column : {false, true}) {
     for_each_line(s, column, s.c + s.C, [&](const auto& lines) {
       Workspace<S> w(column ? s.H : s.W);
       lines([&](const Line& line) {
         line_scores(query, key, s.c, line, w, w.scores.data());
-        line_softmax(line, w, static_cast<Lse<T>*>(f.lse), row_sum.data());
+        line_softmax(line, w, static_cast<Normalizer<S>*>(f.normalizer));
         line_sums(w.scores_matrix(), static_cast<const T*>(f.value), s.C, line, w, static_cast<T*>(f.out),
                   column ? w.scale.data() : nullptr);
       });
@@ -198,14 +197,14 @@ void forward(const Forward& f) {
 }
 
 // Scores -> the softmax that the forward computed.
-template <typename S, typename L>
-void line_probabilities(const Line& line, const L* lse, Workspace<S>& w) {
+template <typename S>
+void line_probabilities(const Line& line, const Normalizer<S>* normalizers, Workspace<S>& w) {
   for (int64_t i = 0; i < w.n; ++i) {
     S* scores = &w.scores[i * w.row];
-    const L exact = lse[line.pixel(i)];
-    const S rounded = static_cast<S>(exact), factor = 1 + static_cast<S>(rounded - exact);  // exp of what it lost
+    const Normalizer<S> normalizer = normalizers[line.pixel(i)];
+    const S factor = 1 / normalizer.total;
     for (int64_t j = 0; j < w.padded / kLanes<S>; ++j) {
-      Vector<S> power = vector_at(scores, j) - rounded;
+      Vector<S> power = vector_at(scores, j) - normalizer.top;
       exponential(power);
       vector_at(scores, j) = power * factor;
     }
@@ -250,7 +249,7 @@ void backward(const Backward& b) {
       const S* scale = column ? w.ones.data() : nullptr;
       lines([&](const Line& line) {
         line_scores(query, key, s.c, line, w, w.scores.data());
-        line_probabilities(line, static_cast<const Lse<T>*>(b.lse), w);
+        line_probabilities(line, static_cast<const Normalizer<S>*>(b.normalizer), w);
         if (!column) line_delta(grad_out, static_cast<const T*>(b.out), s.C, line, delta.data());
         line_sums(transposed(w.scores_matrix()), grad_out, s.C, line, w, static_cast<T*>(b.grad_value), scale);
         line_scores(grad_out, value, s.C, line, w, w.products.data());

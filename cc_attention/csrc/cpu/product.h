@@ -15,10 +15,6 @@ namespace {
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The type of the logarithms that the forward keeps (kernels.h).
-template <typename T>
-using Lse = std::conditional_t<sizeof(T) < 4, float, double>;
-
 template <typename S>
 constexpr int64_t kLanes = kVectorBytes / sizeof(S);
 

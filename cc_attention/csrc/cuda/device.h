@@ -35,9 +35,6 @@ struct float16 {
 
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-// Of the logarithms that the forward keeps (kernels.h).
-template <class T>
-using Lse = std::conditional_t<sizeof(T) < 4, float, double>;
 
 // Four neighbouring elements, moved in one instruction.
 template <class T>

@@ -16,10 +16,10 @@
 // has room for two pieces of multiply and four of accumulate (two of float64): one barrier for half of them, and nobody
 // waits for global memory.
 //
-// Forward: multiply, an online softmax and accumulate in one kernel. The softmax of the rows starts from the lse of the
-// columns, whose result then has a weight like that of a key.
+// Forward: multiply, an online softmax and accumulate in one kernel. The softmax of the rows starts from the
+// normalizers of the columns, whose result then has a weight like that of a key; none where all their scores are -inf.
 //
-// Backward, with P = exp(score - lse), dP = dO V^T and dS = P (dP - delta), delta = sum over C of dO * O:
+// Backward, with P = exp(score - top) / total, dP = dO V^T and dS = P (dP - delta), delta = sum over C of dO * O:
 // product_kernel writes P and dS of lines to the workspace; then dV = P^T dO, dK = dS^T Q and dQ = dS K are weighted
 // sums, the same kernel as the primitives gather and scatter. So each product is computed once. P and dS do not grow
 // with the batch: the workspace has room for those of some lines at a time, or of some keys of one line.
@@ -66,14 +66,6 @@ __device__ __forceinline__ float exp_difference(float a, float b) {
   return device::exp2_approximate((a - b) * 1.4426950408889634f);
 }
 __device__ __forceinline__ double exp_difference(double a, double b) { return exp(a - b); }
-
-// What the conversion of an lse to Sum<T> loses; exp(lse) is exp of the converted one times 1 + this.
-template <class T>
-__device__ __forceinline__ Sum<T> rounded_off(Lse<T> lse) {
-  if constexpr (std::is_same_v<Lse<T>, Sum<T>>) return 0;
-  const Lse<T> lost = lse - static_cast<Sum<T>>(lse);
-  return lse == -INFINITY ? 0 : static_cast<Sum<T>>(lost);
-}
 
 template <class S>
 __device__ __forceinline__ S* shared() {
@@ -381,7 +373,7 @@ constexpr int kForwardShared =
     (kForwardTile<T, Shape> + 3 * Shape::kTargets + Values<T, Shape>::kRing) * sizeof(Sum<T>);
 
 // The channels of the result from `channel` on, Shape::kSpan at most; one block per line and tile of queries. The last
-// launch of the rows writes the final lse.
+// launch of the rows writes the final normalizers.
 template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f, bool column, int channel) {
   using S = Sum<T>;
@@ -397,13 +389,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
   const unsigned block = block_of_pass(column), tiles = ceil_div(length, Shape::kTargets);
   const Line line = line_of(f.sizes, column, block / tiles);
   const Range queries = Range{0, length}.tile(block % tiles, Shape::kTargets);
-  const auto lse = [&](int query) -> Lse<T>& { return static_cast<Lse<T>*>(f.lse)[line.pixel(queries.first + query)]; };
+  const auto normalizer = [&](int query) -> Normalizer<S>& {
+    return static_cast<Normalizer<S>*>(f.normalizer)[line.pixel(queries.first + query)];
+  };
+  const Normalizer<S> none{-INFINITY, 0};
   const int query = threadIdx.x / kReaders, reader = threadIdx.x % kReaders;  // in the softmax
 
   if (reader == 0) {
-    const Lse<T> before = !column && query < queries.count ? lse(query) : -INFINITY;
-    tops[query] = static_cast<S>(before);
-    totals[query] = before == -INFINITY ? 0 : 1 + rounded_off<T>(before);
+    const Normalizer<S> before = !column && query < queries.count ? normalizer(query) : none;
+    tops[query] = before.top;
+    totals[query] = before.total;
   }
   Sums<T, Shape> sums;
   for (int first = 0; first < length; first += Shape::kSources) {
@@ -458,16 +453,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
     sums.accumulate(tile, values, keys.count, queries.count, value_ring);
   }
 
-  // What the columns left weighs exp(lse) like the exponential of one score.
+  // What the columns left weighs their total like the exponential of one score.
   __syncthreads();
   S* const carried = tile;  // [kTargets]
   if (threadIdx.x < queries.count) {
     const S top = tops[threadIdx.x], total = totals[threadIdx.x];
     factors[threadIdx.x] = total == 0 ? 0 : 1 / total;
-    const Lse<T> before = column ? 0 : lse(threadIdx.x);
-    carried[threadIdx.x] =
-        column ? 0 : exp_difference(static_cast<S>(before), top) * (1 + rounded_off<T>(before)) / total;
-    if (column || channel + Shape::kSpan >= C) lse(threadIdx.x) = top + log(static_cast<Lse<T>>(total));
+    const Normalizer<S> before = column ? none : normalizer(threadIdx.x);
+    carried[threadIdx.x] = column ? 0 : exp_difference(before.top, top) * before.total / total;
+    if (column || channel + Shape::kSpan >= C) normalizer(threadIdx.x) = {top, total};
   }
   __syncthreads();
   T* const out = static_cast<T*>(f.out) + line.pixel(queries.first) * C + channel;
@@ -509,7 +503,7 @@ WeightLayout matrices(const Range& keys, int64_t queries) {
 // What becomes of the product x of a query pixel and a key pixel.
 enum class Result {
   score,     // x
-  softmax,   // P = exp(x - lse)
+  softmax,   // P = exp(x - top) / total
   gradient,  // dS = P (x - delta)
 };
 
@@ -521,13 +515,12 @@ struct Products {
   int64_t first_line, lines;
   Range queries, keys;       // in each line
   int query_side, key_side;  // of a block, kSide at most
-  Result result;
-  const void* query_map;  // [N,H,W,channels]
-  const void* key_map;    // [N,H,W,channels]
-  const void* shift;      // [N,H,W] lse or delta
-  const void* P;          // in Sum<T>, where the result is gradient
-  void* out;              // in T where the result is score, else in Sum<T>
-  WeightLayout layout;    // of P and out
+  const void* query_map;     // [N,H,W,channels]
+  const void* key_map;       // [N,H,W,channels]
+  const void* shift;         // [N,H,W] normalizers or delta
+  const void* P;             // in Sum<T>, of Result::gradient
+  void* out;                 // in T of Result::score, else in Sum<T>
+  WeightLayout layout;       // of P and out
 };
 
 template <class T>
@@ -562,7 +555,7 @@ __device__ __forceinline__ void write_scores(const Products& p, const Sum<T> (&p
 
 // Products of some channels to [lines, keys, queries], where they become P or dS with the last ones. Whole fours of
 // queries: the rows of the matrix have room for what lies past the last query.
-template <class T>
+template <class T, Result result>
 __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&products)[8][8], const Square<2>& square,
                                              const Line& line, const Range& queries, const Range& keys, int64_t start,
                                              bool first, bool last) {
@@ -579,12 +572,12 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
       shifts[k] = 0;
       factors[k] = 1;
       if (!last) continue;
-      if (p.result == Result::gradient) {
+      if constexpr (result == Result::gradient) {
         shifts[k] = static_cast<const S*>(p.shift)[pixel];
       } else {
-        const Lse<T> lse = static_cast<const Lse<T>*>(p.shift)[pixel];
-        shifts[k] = static_cast<S>(lse);
-        factors[k] = 1 - rounded_off<T>(lse);
+        const Normalizer<S> normalizer = static_cast<const Normalizer<S>*>(p.shift)[pixel];
+        shifts[k] = normalizer.top;
+        factors[k] = 1 / normalizer.total;
       }
     }
 #pragma unroll
@@ -595,12 +588,12 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
       Quad quad = first ? Quad{} : *to;
 #pragma unroll
       for (int k = 0; k < 4; ++k) quad.at[k] += products[i + k][j];
-      if (last && p.result == Result::gradient) {
+      if (last && result == Result::gradient) {
         const Quad P = *reinterpret_cast<const Quad*>(static_cast<const S*>(p.P) + entry);
 #pragma unroll
         for (int k = 0; k < 4; ++k) quad.at[k] = P.at[k] * (quad.at[k] - shifts[k]);
       }
-      if (last && p.result == Result::softmax) {
+      if (last && result == Result::softmax) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const bool self = p.column && queries.first + square.a(i + k) == keys.first + square.b(j);
@@ -612,8 +605,7 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
   }
 }
 
-// score: the result, or another one.
-template <class T, bool score>
+template <class T, Result result>
 __global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Products p) {
   using S = Sum<T>;
   unsigned block = block_of_pass(p.column);
@@ -637,11 +629,12 @@ __global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Pr
     __syncthreads();  // all have read the pieces before
     multiply<T, kSide, kSide, 2, 2>(products, square, query_pixels, key_pixels, span.count, shared<S>());
     if (!square.active) continue;
-    const bool first = span.first == 0, last = span.first + span.count >= p.channels;
-    if constexpr (score)
+    constexpr bool only = !std::is_same_v<T, Sum<T>>;  // 16-bit types have one span
+    const bool first = only || span.first == 0, last = only || span.first + span.count >= p.channels;
+    if constexpr (result == Result::score)
       write_scores<T>(p, products, queries, keys, start, first);
     else
-      write_matrix<T>(p, products, square, line, queries, keys, start, first, last);
+      write_matrix<T, result>(p, products, square, line, queries, keys, start, first, last);
   } while (span.first + span.count < p.channels);
 }
 
@@ -751,7 +744,7 @@ struct Queue {
   }
 
   // Blocks alike, and no more threads in them than squares of products.
-  template <class T>
+  template <class T, Result result>
   void products(Products p) {
     const auto side = [](int pixels) {
       const int tiles = std::max(1, ceil_div(pixels, kSide));
@@ -763,8 +756,7 @@ struct Queue {
     const int threads = std::max({squares, p.query_side, p.key_side});  // as many as sides, for Pieces
     const int64_t tiles =
         static_cast<int64_t>(ceil_div(p.queries.count, p.query_side)) * ceil_div(p.keys.count, p.key_side);
-    const auto kernel = p.result == Result::score ? product_kernel<T, true> : product_kernel<T, false>;
-    launch(kernel, p.lines * tiles, ceil_div(threads, kWarp) * kWarp, kProductShared<T>, p);
+    launch(product_kernel<T, result>, p.lines * tiles, ceil_div(threads, kWarp) * kWarp, kProductShared<T>, p);
   }
   template <class T, class Shape>
   void sum(const WeightedSum& a) {
@@ -785,7 +777,8 @@ template <class T, class Shape>
 int run_forward(const Forward& f, void* stream) {
   Queue queue{stream};
   for (const bool column : {true, false})
-    for (int channel = 0; channel == 0 || channel < f.sizes.C; channel += Shape::kSpan)  // lse even without channels
+    for (int channel = 0; channel == 0 || channel < f.sizes.C;
+         channel += Shape::kSpan)  // normalizers even without channels
       queue.launch(forward_kernel<T, Shape>,
                    lines(f.sizes, column) * ceil_div<int64_t>(column ? f.sizes.H : f.sizes.W, Shape::kTargets),
                    kThreads, kForwardShared<T, Shape>, f, column, channel);
@@ -799,22 +792,21 @@ int run_primitive(Primitive primitive, const Sizes& sizes, const void* first, co
   for (const bool column : {true, false}) {
     const Range all{0, static_cast<int>(column ? sizes.H : sizes.W)};
     if (primitive == Primitive::score)
-      queue.products<T>({.sizes = sizes,
-                         .column = column,
-                         .channels = static_cast<int>(sizes.C),
-                         .first_line = 0,
-                         .lines = lines(sizes, column),
-                         .queries = all,
-                         .keys = all,
-                         .query_side = 0,
-                         .key_side = 0,
-                         .result = Result::score,
-                         .query_map = first,
-                         .key_map = second,
-                         .shift = nullptr,
-                         .P = nullptr,
-                         .out = out,
-                         .layout = entries(sizes, column)});
+      queue.products<T, Result::score>({.sizes = sizes,
+                                        .column = column,
+                                        .channels = static_cast<int>(sizes.C),
+                                        .first_line = 0,
+                                        .lines = lines(sizes, column),
+                                        .queries = all,
+                                        .keys = all,
+                                        .query_side = 0,
+                                        .key_side = 0,
+                                        .query_map = first,
+                                        .key_map = second,
+                                        .shift = nullptr,
+                                        .P = nullptr,
+                                        .out = out,
+                                        .layout = entries(sizes, column)});
     else
       queue.sum<T>({.sizes = sizes,
                     .column = column,
@@ -897,23 +889,21 @@ int run_backward(const Backward& b, void* stream) {
                    .keys = keys,
                    .query_side = 0,
                    .key_side = 0,
-                   .result = Result::softmax,
                    .query_map = b.query,
                    .key_map = b.key,
-                   .shift = b.lse,
+                   .shift = b.normalizer,
                    .P = nullptr,
                    .out = P,
                    .layout = matrices(keys, length)};
-        queue.products<T>(p);
+        queue.products<T, Result::softmax>(p);
 
         p.channels = C;
-        p.result = Result::gradient;
         p.query_map = b.grad_out;
         p.key_map = b.value;
         p.shift = delta;
         p.P = P;
         p.out = dS;
-        queue.products<T>(p);
+        queue.products<T, Result::gradient>(p);
 
         WeightedSum a{.sizes = sizes,
                       .column = column,

@@ -2,7 +2,7 @@
 //
 // Like the forward, a pass over the columns and one over the rows; a block has a whole line, a warp 16 of its queries.
 // Every gradient is the sum of what a pixel's column and its row give: the columns' pass writes, the rows' pass adds,
-// no atomics. With P = exp(S - lse), S = Q K^T:
+// no atomics. With P = exp(S - top) / total, S = Q K^T:
 //
 //     dV = P^T dO      dP = dO V^T      dS = P (dP - delta), delta = rowsum(dO O)      dQ = dS K      dK = dS^T Q
 //
@@ -20,18 +20,18 @@ namespace {
 // Operands of the kernel; T is the storage type.
 template <class T>
 struct Gradients {
-  const T* query;        // [N,H,W,c]
-  const T* key;          // [N,H,W,c]
-  const T* value;        // [N,H,W,C]
-  const T* out;          // [N,H,W,C]
-  const Lse<T>* lse;     // [N,H,W]
-  const T* grad_out;     // [N,H,W,C]
-  T* grad_query;         // [N,H,W,c]
-  T* grad_key;           // [N,H,W,c]
-  T* grad_value;         // [N,H,W,C]
-  float* partial_query;  // [N,H,W,c], the gradient itself where T is float
-  float* partial_key;    // [N,H,W,c], likewise
-  float* delta;          // [N,H,W]
+  const T* query;                        // [N,H,W,c]
+  const T* key;                          // [N,H,W,c]
+  const T* value;                        // [N,H,W,C]
+  const T* out;                          // [N,H,W,C]
+  const Normalizer<float>* normalizers;  // [N,H,W]
+  const T* grad_out;                     // [N,H,W,C]
+  T* grad_query;                         // [N,H,W,c]
+  T* grad_key;                           // [N,H,W,c]
+  T* grad_value;                         // [N,H,W,C]
+  float* partial_query;                  // [N,H,W,c], the gradient itself where T is float
+  float* partial_key;                    // [N,H,W,c], likewise
+  float* delta;                          // [N,H,W]
   Sizes sizes;
 };
 
@@ -252,14 +252,18 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + lane.row + 8 * half;
-      const float base = row < line.length ? static_cast<float>(a.lse[line.pixel(row)]) * kLog2e : INFINITY;
+      // Of a row beyond the line nothing, whatever the keys hold: its products with an infinite key are NaN.
+      const int end = row < line.length ? line.length : 0;
+      const Normalizer<float> normalizer = end > 0 ? a.normalizers[line.pixel(row)] : Normalizer<float>{0.f, 1.f};
+      const float shift = -log2f(normalizer.total);
 #pragma unroll
       for (int j = 0; j < 2 * key_tiles; ++j) {
         float p[2];
         for (int i = 0; i < 2; ++i) {
           const int k = first_key + 8 * j + 2 * lane.pair + i;
-          const bool seen = k < line.length && !(column && k == row);
-          p[i] = seen ? device::exp2_approximate(fmaf(scores[j][2 * half + i], kLog2e, -base)) : 0.f;
+          const bool seen = k < end && !(column && k == row);
+          const float difference = scores[j][2 * half + i] - normalizer.top;  // first: see the forward
+          p[i] = seen ? device::exp2_approximate(fmaf(difference, kLog2e, shift)) : 0.f;
         }
         store_weights<T>(weights_of(lane, j, half), p[0], p[1]);
       }
@@ -354,10 +358,15 @@ int shared_bytes(Dtype dtype, int64_t length, int stages) {
 
 template <class T>
 cudaError_t run(const Backward& b, const Device& device, void* stream) {
-  Gradients<T> a = {
-      static_cast<const T*>(b.query), static_cast<const T*>(b.key),      static_cast<const T*>(b.value),
-      static_cast<const T*>(b.out),   static_cast<const Lse<T>*>(b.lse), static_cast<const T*>(b.grad_out),
-      static_cast<T*>(b.grad_query),  static_cast<T*>(b.grad_key),       static_cast<T*>(b.grad_value)};
+  Gradients<T> a = {static_cast<const T*>(b.query),
+                    static_cast<const T*>(b.key),
+                    static_cast<const T*>(b.value),
+                    static_cast<const T*>(b.out),
+                    static_cast<const Normalizer<float>*>(b.normalizer),
+                    static_cast<const T*>(b.grad_out),
+                    static_cast<T*>(b.grad_query),
+                    static_cast<T*>(b.grad_key),
+                    static_cast<T*>(b.grad_value)};
   a.sizes = b.sizes;
   float* workspace = static_cast<float*>(b.workspace);
   if constexpr (std::is_same_v<T, float>) {

@@ -1,12 +1,12 @@
 // The attention's forward on tensor cores (bf16, fp16, tf32; sm_80 and later).
 //
 // A row or a column is a small attention problem: the columns' pass, without the pixel itself, writes its result and
-// its log-sum-exp; the rows' pass merges its own with them, in place. A block has a line and up to 16 queries for each
-// of its warps. It computes the scores against all keys of the line once; their exponentials stay in registers, in the
-// line's storage type, as the left operand of the products with the values. All streams through a ring of pairs of
-// tiles, one by keys and one by queries, of 128 bytes of channels: first key and query, then the values and, in the
-// rows' pass, the columns' result. A warp leaves its results in the place of the latter, from where they go to memory
-// in whole rows.
+// its normalizers; the rows' pass merges its own with them, in place: a line whose scores are all -inf, or that has
+// none, weighs 0. A block has a line and up to 16 queries for each of its warps. It computes the scores against all
+// keys of the line once; their exponentials stay in registers, in the line's storage type, as the left operand of the
+// products with the values. All streams through a ring of pairs of tiles, one by keys and one by queries, of 128 bytes
+// of channels: first key and query, then the values and, in the rows' pass, the columns' result. A warp leaves its
+// results in the place of the latter, from where they go to memory in whole rows.
 #include "tensor_core.h"
 
 namespace cc_attention::tensor_core {
@@ -15,11 +15,11 @@ namespace {
 // key_tiles: of 16 keys, the longest line; warps: the most that a block has.
 template <class T, int key_tiles, int warps, int blocks_per_processor>
 __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
-    forward_kernel(const T* __restrict__ query,  // [N,H,W,c]
-                   const T* __restrict__ key,    // [N,H,W,c]
-                   const T* __restrict__ value,  // [N,H,W,C]
-                   T* out,                       // [N,H,W,C]
-                   Lse<T>* lse,                  // [N,H,W]
+    forward_kernel(const T* __restrict__ query,     // [N,H,W,c]
+                   const T* __restrict__ key,       // [N,H,W,c]
+                   const T* __restrict__ value,     // [N,H,W,C]
+                   T* out,                          // [N,H,W,C]
+                   Normalizer<float>* normalizers,  // [N,H,W]
                    Sizes sizes, bool column, int stages) {
 #if CC_TENSOR_CORES
   constexpr int keys = key_tiles * kTile;
@@ -75,12 +75,13 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     multiply_rows<T, key_tiles>(scores, ring + own_rows, ring, steps_from<T>(channel, c));
   }
 
-  float column_lse[2] = {-INFINITY, -INFINITY};
+  Normalizer<float> of_column[2] = {{-INFINITY, 0.f}, {-INFINITY, 0.f}};
   if (!column)
     for (int half = 0; half < 2; ++half)
-      if (rows[half] < line.length) column_lse[half] = static_cast<float>(lse[line.pixel(rows[half])]);
+      if (rows[half] < line.length) of_column[half] = normalizers[line.pixel(rows[half])];
 
-  // Softmax over the line, with base 2 because the hardware has it.
+  // Softmax over the line, with base 2 because the hardware has it. The difference comes first, since the product of a
+  // large score with log2(e) would lose it.
   float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int j = 0; j < 2 * key_tiles; ++j)
@@ -90,37 +91,37 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
       if (k >= line.length || (column && k == rows[i / 2])) scores[j][i] = -INFINITY;
       largest[i / 2] = fmaxf(largest[i / 2], scores[j][i]);
     }
-  float base[2], sum[2] = {0.f, 0.f};
+  float base[2], sum[2] = {0.f, 0.f};  // base: of exponentials of -inf, not of NaN
   for (int half = 0; half < 2; ++half) {
     for (const int other : {1, 2})
       largest[half] = fmaxf(largest[half], __shfl_xor_sync(kAllLanes, largest[half], other));
-    base[half] = largest[half] == -INFINITY ? 0.f : largest[half] * kLog2e;
+    base[half] = largest[half] == -INFINITY ? 0.f : largest[half];
   }
   uint32_t weights[steps][4];
 #pragma unroll
   for (int j = 0; j < 2 * key_tiles; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      scores[j][i] = device::exp2_approximate(fmaf(scores[j][i], kLog2e, -base[i / 2]));
+      scores[j][i] = device::exp2_approximate((scores[j][i] - base[i / 2]) * kLog2e);
       sum[i / 2] += scores[j][i];
     }
     keep_as_left<T>(weights, j, scores[j]);
   }
-  __syncwarp();                       // all lanes have read the columns' lse, which one of them replaces
+  __syncwarp();                       // all lanes have read the columns' normalizers, which one of them replaces
   float weight[2], column_weight[2];  // of the line's sum of values, and of the columns' result
   for (int half = 0; half < 2; ++half) {
     for (const int other : {1, 2}) sum[half] += __shfl_xor_sync(kAllLanes, sum[half], other);
-    float total = largest[half] + logf(sum[half]);  // -inf where the line has no key, in a column of one pixel
-    weight[half] = sum[half] > 0.f ? 1.f / sum[half] : 0.f;
+    float top = largest[half], total = sum[half];
+    weight[half] = total == 0.f ? 0.f : 1.f / total;
     column_weight[half] = 0.f;
-    if (!column) {  // never empty
-      const float top = fmaxf(total, column_lse[half]);
-      const float here = expf(total - top), there = expf(column_lse[half] - top);
-      weight[half] *= here / (here + there);
-      column_weight[half] = there / (here + there);
-      total = top + logf(here + there);
+    if (!column) {  // NaN where there is nothing in the column either
+      top = fmaxf(largest[half], of_column[half].top);
+      const float here = expf(largest[half] - top), there = expf(of_column[half].top - top) * of_column[half].total;
+      total = here * sum[half] + there;
+      weight[half] = here / total;
+      column_weight[half] = there / total;
     }
-    if (lane.pair == 0 && rows[half] < line.length) lse[line.pixel(rows[half])] = total;
+    if (lane.pair == 0 && rows[half] < line.length) normalizers[line.pixel(rows[half])] = {top, total};
   }
 
   int arrived = 0;
@@ -184,7 +185,7 @@ cudaError_t launch_pass(const Forward& a, const Device& device, bool column, voi
   return device::launch(forward_kernel<T, key_tiles, warps, blocks_per_processor>, grid, block_warps * kWarp,
                         shared_bytes(block_warps, stages), stream, static_cast<const T*>(a.query),
                         static_cast<const T*>(a.key), static_cast<const T*>(a.value), static_cast<T*>(a.out),
-                        static_cast<Lse<T>*>(a.lse), a.sizes, column, stages);
+                        static_cast<Normalizer<float>*>(a.normalizer), a.sizes, column, stages);
 }
 
 template <class T>
