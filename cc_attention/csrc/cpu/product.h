@@ -196,6 +196,17 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a,
   }
 }
 
+// The lanes of a and then those of b, by number.
+template <typename S, int64_t... kLane>
+Vector<S> shuffle(const Vector<S>& a, const Vector<S>& b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kLane...);
+#else  // GCC has that one, too, but only since version 12
+  typedef std::conditional_t<sizeof(S) == 4, int32_t, int64_t> Lanes __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Lanes{kLane...});
+#endif
+}
+
 // The transpose of a square of kLanes rows: `from` at a distance of from_row, `to` at to_row. Each of the log2(kLanes)
 // rounds interleaves row i with row i + kLanes / 2 into the rows 2 i and 2 i + 1.
 template <typename S, size_t... kLane>
@@ -206,8 +217,8 @@ void transpose_square(const S* from, int64_t from_row, S* to, int64_t to_row, st
   for (int64_t round = 1; round < kSize; round *= 2) {
     for (int64_t i = 0; i < kSize / 2; ++i) {
       const Vector<S>&low = rows[i], &high = rows[i + kSize / 2];
-      next[2 * i] = __builtin_shufflevector(low, high, (kLane / 2 + kLane % 2 * kSize)...);
-      next[2 * i + 1] = __builtin_shufflevector(low, high, (kSize / 2 + kLane / 2 + kLane % 2 * kSize)...);
+      next[2 * i] = shuffle<S, (kLane / 2 + kLane % 2 * kSize)...>(low, high);
+      next[2 * i + 1] = shuffle<S, (kSize / 2 + kLane / 2 + kLane % 2 * kSize)...>(low, high);
     }
     for (int64_t i = 0; i < kSize; ++i) rows[i] = next[i];
   }
@@ -224,9 +235,11 @@ void transpose(int64_t rows, int64_t columns, const S* from, int64_t from_row, S
 }
 
 // Combines the lanes of a vector in pairs, lane i with lane i + kHalf, until one is left.
+// A lambda to combine them by is written with [&]: one that can't capture is also a plain function to GCC, which lacks
+// the file's instruction set.
 template <typename S, int64_t kHalf = kLanes<S> / 2, typename Combine, size_t... kLane>
 S reduce(const Vector<S>& vector, const Combine& combine, std::index_sequence<kLane...> lanes) {
-  const Vector<S> combined = combine(vector, __builtin_shufflevector(vector, vector, (kLane ^ kHalf)...));
+  const Vector<S> combined = combine(vector, shuffle<S, (kLane ^ kHalf)...>(vector, vector));
   if constexpr (kHalf == 1)
     return combined[0];
   else
