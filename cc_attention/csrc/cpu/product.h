@@ -24,21 +24,29 @@ constexpr int64_t kLanes = kVectorBytes / sizeof(S);
 
 template <typename S>
 struct VectorOf {
-  typedef S type __attribute__((vector_size(kVectorBytes), aligned(alignof(S)), may_alias));
+  typedef S type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef S anywhere __attribute__((vector_size(kVectorBytes), may_alias, aligned(alignof(S))));
 };
 
-// May be loaded from and stored to wherever an S may.
 template <typename S>
 using Vector = typename VectorOf<S>::type;
 
+// A vector in memory that is aligned to kVectorBytes.
 template <typename S>
 Vector<S>& vector_at(S* data, int64_t index = 0) {
   return reinterpret_cast<Vector<S>*>(data)[index];
 }
 
+// From and to memory where an S may be. By value: clang takes whatever a function's reference to a vector is bound to
+// for aligned to kVectorBytes.
 template <typename S>
-const Vector<S>& vector_at(const S* data, int64_t index = 0) {
-  return reinterpret_cast<const Vector<S>*>(data)[index];
+Vector<S> load_vector(const S* data) {
+  return *reinterpret_cast<const typename VectorOf<S>::anywhere*>(data);
+}
+
+template <typename S>
+void store_vector(S* data, Vector<S> vector) {
+  *reinterpret_cast<typename VectorOf<S>::anywhere*>(data) = vector;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,10 +124,10 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
     __builtin_prefetch(ahead + ahead_offsets[k], 0, 2);
     Vector<S> b_vectors[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) b_vectors[v] = vector_at(b, v);
+    for (int v = 0; v < kVectors; ++v) b_vectors[v] = load_vector(b + v * kLanes<S>);
     if constexpr (kCopy) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) vector_at(copy, v) = b_vectors[v];
+      for (int v = 0; v < kVectors; ++v) store_vector(copy + v * kLanes<S>, b_vectors[v]);
       copy += copy_row;
     }
 #pragma GCC unroll 8
@@ -131,8 +139,8 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      Vector<S>& result = vector_at(out + i * out_row, v);
-      result = scale == nullptr ? sum[i][v] : scale[i] * result + sum[i][v];
+      S* result = out + i * out_row + v * kLanes<S>;
+      store_vector(result, scale == nullptr ? sum[i][v] : scale[i] * load_vector(result) + sum[i][v]);
     }
 }
 
@@ -213,7 +221,7 @@ template <typename S, size_t... kLane>
 void transpose_square(const S* from, int64_t from_row, S* to, int64_t to_row, std::index_sequence<kLane...>) {
   constexpr int64_t kSize = kLanes<S>;
   Vector<S> rows[kSize], next[kSize];
-  for (int64_t i = 0; i < kSize; ++i) rows[i] = vector_at(from + i * from_row);
+  for (int64_t i = 0; i < kSize; ++i) rows[i] = load_vector(from + i * from_row);
   for (int64_t round = 1; round < kSize; round *= 2) {
     for (int64_t i = 0; i < kSize / 2; ++i) {
       const Vector<S>&low = rows[i], &high = rows[i + kSize / 2];
@@ -222,7 +230,7 @@ void transpose_square(const S* from, int64_t from_row, S* to, int64_t to_row, st
     }
     for (int64_t i = 0; i < kSize; ++i) rows[i] = next[i];
   }
-  for (int64_t i = 0; i < kSize; ++i) vector_at(to + i * to_row) = rows[i];
+  for (int64_t i = 0; i < kSize; ++i) store_vector(to + i * to_row, rows[i]);
 }
 
 // to[j, i] = from[i, j], both padded to full vectors in both directions.
