@@ -1,8 +1,8 @@
 """Build cc_attention._C and nothing else; pyproject.toml has all the rest.
 
-The extension is optional: without a C++ compiler the package is pure Python, and the operators run in plain PyTorch.
-A compiler that is there and fails stops the build. CUDA kernels are included where PyTorch is a CUDA build and an
-nvcc of its major version is found; no GPU is needed. Environment variables:
+The extension is optional: without a C++ compiler the package is pure Python, and the operators run in plain
+PyTorch. A compiler that is there and fails stops the build. CUDA kernels are included where PyTorch is a CUDA
+build and an nvcc of its major version is found; no GPU is needed. Environment variables:
 
     CXX                    the C++ compiler to use
     CCNET_EXTENSION=0      no extension
@@ -66,7 +66,10 @@ def find_compiler() -> tuple[str | None, str]:
         return None, f"there is no C++ compiler ({compiler}: {error.strerror})"
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        return None, f"{compiler} does not compile C++20 ({lines[0] if lines else f'status {error.returncode}'})"
+        return (
+            None,
+            f"{compiler} does not compile C++20 ({lines[0] if lines else f'status {error.returncode}'})",
+        )
     return compiler, ""
 
 

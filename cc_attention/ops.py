@@ -11,7 +11,10 @@ from torch import Tensor
 from cc_attention import reference
 from cc_attention.reference import check_channels, check_operands
 
-_BUILD = "`python setup.py build_ext --inplace` builds it"
+_BUILD = (
+    "`python setup.py build_ext --inplace` builds it in a checkout; "
+    "elsewhere, install the package again where there is a C++ compiler"
+)
 _POSITIONS = "H + W - 1, the positions of a criss-cross"
 
 
