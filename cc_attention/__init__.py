@@ -4,6 +4,8 @@ from cc_attention.maps import attention_maps
 from cc_attention.module import CrissCrossAttention, RecurrentCrissCrossAttention
 from cc_attention.ops import ca_map, ca_weight, criss_cross_attention
 
+__version__ = "1.0.0"
+
 __all__ = [
     "CrissCrossAttention",
     "RecurrentCrissCrossAttention",

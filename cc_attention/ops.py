@@ -11,7 +11,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cc_attention import reference
 
-_BUILD = "`python setup.py build_ext --inplace` builds it"
+_BUILD = (
+    "`python setup.py build_ext --inplace` builds it in a checkout; "
+    "elsewhere, install the package again where there is a C++ compiler"
+)
 
 
 def _load_library() -> bool:

@@ -17,7 +17,7 @@ import train
 from networks import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "cc_attention/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: A command: what runs it, and the module that has its parser.
 COMMAND = re.compile(r"python (?:-m ([\w.]+)|(\w[\w/]*)\.py)((?: |\\\n)[^`#\n|]*(?:\\\n[^`#\n|]*)*)?")
 

@@ -9,6 +9,7 @@
 #   CCNET_PYTHON=/path/to/python   a complete environment to use instead; nothing is installed into it
 #   CCNET_DEV=1                    the requirements of the tests as well
 #   CCNET_CUDA=0                   builds the extension for the CPU alone
+#   CCNET_EXTENSION=0              builds none
 
 ccnet_say() { echo "setup: $*" >&2; }
 
@@ -92,7 +93,8 @@ ccnet_get_toolkit() {
     if [ "${CCNET_CUDA:-}" = 0 ] || [ "${USE_CUDA:-}" = 0 ]; then return 0; fi
     cuda=$("$PYTHON" -c '
 import setup, torch
-print("" if setup.find_toolkit()[0] else torch.version.cuda or "")') || return 0
+needless = not setup.find_compiler()[0] or setup.find_toolkit()[0]
+print("" if needless else torch.version.cuda or "")') || return 0
     if [ -z "$cuda" ] || [ "${cuda%%.*}" -lt 13 ]; then return 0; fi
     local package="cuda-toolkit[nvcc,cccl]==$cuda.*"
     if [ -z "${CCNET_PYTHON:-}" ]; then
@@ -124,10 +126,12 @@ version = runpy.run_path(str(pathlib.Path(torch.origin).parent / "version.py"))
 print(sys.executable, sys.version, platform.machine(), torch.origin, version["__version__"], version["cuda"])') ||
         return 1
     {
-        echo "$torch ${CCNET_CUDA:-} ${USE_CUDA:-} ${ccnet_cuda_home:-} ${TORCH_CUDA_ARCH_LIST:-}"
+        echo "$torch ${CXX:-} ${CCNET_EXTENSION:-} ${CCNET_CUDA:-} ${USE_CUDA:-} ${ccnet_cuda_home:-} ${TORCH_CUDA_ARCH_LIST:-}"
         find cc_attention/csrc setup.py cc_attention/_C*.so -type f -print -exec cat {} + 2>/dev/null || true
     } | ccnet_digest
 }
+
+ccnet_is_built() { compgen -G 'cc_attention/_C*.so' >/dev/null; }
 
 # Builds cc_attention._C in place. A failure is no error: the reference implementation takes over.
 ccnet_build() {
@@ -142,14 +146,18 @@ ccnet_build() {
     ccnet_say "building cc_attention._C (log: $log)"
     if (
         PATH=$(dirname "$PYTHON"):$PATH # for ninja
-        "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -W error -c 'import cc_attention'
+        "$PYTHON" setup.py build_ext --inplace || exit 1
+        if ccnet_is_built; then "$PYTHON" -W error -c 'import cc_attention'; fi
     ) >"$log" 2>&1; then
         grep '^cc_attention: ' "$log" >&2 || true
-        if [ $toolkit = 0 ]; then ccnet_build_key >"$stamp"; fi
     else
         rm -f cc_attention/_C*.so
         tail -n 15 "$log" >&2
+    fi
+    if ! ccnet_is_built; then
         ccnet_say "cc_attention._C was not built (log: $log): the reference implementation will be used"
+    elif [ $toolkit = 0 ]; then
+        ccnet_build_key >"$stamp"
     fi
 }
 

@@ -2,7 +2,12 @@
 #ifdef __x86_64__
 #include "instruction_sets.h"
 
+#pragma GCC diagnostic error "-Wpsabi"  // where a function lacks the instruction set after all
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
 
 namespace cc_attention {
 namespace {
@@ -13,4 +18,8 @@ constexpr int kVectorBytes = 32, kTileRows = 4, kTileVectors = 3;
 #include "lines.h"
 
 const cc_attention::Kernels cc_attention::kAvx2 = {run_forward, run_backward, run_primitive};
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #endif

@@ -151,7 +151,7 @@ void line_softmax(const Line& line, Workspace<S>& w, Normalizer<S>* normalizers)
     S* scores = &w.scores[i * w.row];
     std::fill(scores + w.n, scores + w.padded, kNone);
     if (line.column) scores[i] = kNone;
-    const auto larger = [](const Vector<S>& a, const Vector<S>& b) { return a > b ? a : b; };
+    const auto larger = [&](const Vector<S>& a, const Vector<S>& b) { return a > b ? a : b; };
     Vector<S> maxima = vector_at(scores);
     for (int64_t j = 1; j < vectors; ++j) maxima = larger(vector_at(scores, j), maxima);
     const S maximum = reduce<S>(maxima, larger);
@@ -166,7 +166,7 @@ void line_softmax(const Line& line, Workspace<S>& w, Normalizer<S>* normalizers)
       exponential(power);
       sums += power;
     }
-    w.sum[i] = reduce<S>(sums, [](const Vector<S>& a, const Vector<S>& b) { return a + b; });
+    w.sum[i] = reduce<S>(sums, [&](const Vector<S>& a, const Vector<S>& b) { return a + b; });
   }
   for (int64_t i = 0; i < w.n; ++i) {
     Normalizer<S>& normalizer = normalizers[line.pixel(i)];

@@ -20,21 +20,29 @@ constexpr int64_t kLanes = kVectorBytes / sizeof(S);
 
 template <typename S>
 struct VectorOf {
-  typedef S type __attribute__((vector_size(kVectorBytes), aligned(alignof(S)), may_alias));
+  typedef S type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef S anywhere __attribute__((vector_size(kVectorBytes), may_alias, aligned(alignof(S))));
 };
 
-// May be loaded from and stored to wherever an S may.
 template <typename S>
 using Vector = typename VectorOf<S>::type;
 
+// A vector in memory that is aligned to kVectorBytes.
 template <typename S>
 Vector<S>& vector_at(S* data, int64_t index = 0) {
   return reinterpret_cast<Vector<S>*>(data)[index];
 }
 
+// From and to memory where an S may be. By value: clang takes whatever a function's reference to a vector is bound to
+// for aligned to kVectorBytes.
 template <typename S>
-const Vector<S>& vector_at(const S* data, int64_t index = 0) {
-  return reinterpret_cast<const Vector<S>*>(data)[index];
+Vector<S> load_vector(const S* data) {
+  return *reinterpret_cast<const typename VectorOf<S>::anywhere*>(data);
+}
+
+template <typename S>
+void store_vector(S* data, Vector<S> vector) {
+  *reinterpret_cast<typename VectorOf<S>::anywhere*>(data) = vector;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -112,10 +120,10 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
     __builtin_prefetch(ahead + ahead_offsets[k], 0, 2);
     Vector<S> b_vectors[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) b_vectors[v] = vector_at(b, v);
+    for (int v = 0; v < kVectors; ++v) b_vectors[v] = load_vector(b + v * kLanes<S>);
     if constexpr (kCopy) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) vector_at(copy, v) = b_vectors[v];
+      for (int v = 0; v < kVectors; ++v) store_vector(copy + v * kLanes<S>, b_vectors[v]);
       copy += copy_row;
     }
 #pragma GCC unroll 8
@@ -127,8 +135,8 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      Vector<S>& result = vector_at(out + i * out_row, v);
-      result = scale == nullptr ? sum[i][v] : scale[i] * result + sum[i][v];
+      S* result = out + i * out_row + v * kLanes<S>;
+      store_vector(result, scale == nullptr ? sum[i][v] : scale[i] * load_vector(result) + sum[i][v]);
     }
 }
 
@@ -142,9 +150,12 @@ constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};
 // From the storage type to the summing type or back.
 template <typename From, typename To>
 void convert(const From* from, To* to, int64_t count) {
-  constexpr int64_t kStep = kLanes<float>;  // a constant, for which the loop becomes one vector
+  constexpr int64_t kStep = kLanes<float>;  // a constant, for which the inner loop becomes one vector
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep)
+#ifdef __clang__
+#pragma clang loop unroll(disable) vectorize(enable)  // else the outer loop becomes the vector, half as fast
+#endif
     for (int64_t lane = 0; lane < kStep; ++lane) to[i + lane] = static_cast<To>(from[i + lane]);
   for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
@@ -192,22 +203,33 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a,
   }
 }
 
+// The lanes of a and then those of b, by number.
+template <typename S, int64_t... kLane>
+Vector<S> shuffle(const Vector<S>& a, const Vector<S>& b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kLane...);
+#else  // GCC has that one, too, but only since version 12
+  typedef std::conditional_t<sizeof(S) == 4, int32_t, int64_t> Lanes __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Lanes{kLane...});
+#endif
+}
+
 // The transpose of a square of kLanes rows: `from` at a distance of from_row, `to` at to_row. Each of the log2(kLanes)
 // rounds interleaves row i with row i + kLanes / 2 into the rows 2 i and 2 i + 1.
 template <typename S, size_t... kLane>
 void transpose_square(const S* from, int64_t from_row, S* to, int64_t to_row, std::index_sequence<kLane...>) {
   constexpr int64_t kSize = kLanes<S>;
   Vector<S> rows[kSize], next[kSize];
-  for (int64_t i = 0; i < kSize; ++i) rows[i] = vector_at(from + i * from_row);
+  for (int64_t i = 0; i < kSize; ++i) rows[i] = load_vector(from + i * from_row);
   for (int64_t round = 1; round < kSize; round *= 2) {
     for (int64_t i = 0; i < kSize / 2; ++i) {
       const Vector<S>&low = rows[i], &high = rows[i + kSize / 2];
-      next[2 * i] = __builtin_shufflevector(low, high, (kLane / 2 + kLane % 2 * kSize)...);
-      next[2 * i + 1] = __builtin_shufflevector(low, high, (kSize / 2 + kLane / 2 + kLane % 2 * kSize)...);
+      next[2 * i] = shuffle<S, (kLane / 2 + kLane % 2 * kSize)...>(low, high);
+      next[2 * i + 1] = shuffle<S, (kSize / 2 + kLane / 2 + kLane % 2 * kSize)...>(low, high);
     }
     for (int64_t i = 0; i < kSize; ++i) rows[i] = next[i];
   }
-  for (int64_t i = 0; i < kSize; ++i) vector_at(to + i * to_row) = rows[i];
+  for (int64_t i = 0; i < kSize; ++i) store_vector(to + i * to_row, rows[i]);
 }
 
 // to[j, i] = from[i, j], both padded to full vectors in both directions.
@@ -220,9 +242,11 @@ void transpose(int64_t rows, int64_t columns, const S* from, int64_t from_row, S
 }
 
 // Combines the lanes of a vector in pairs, lane i with lane i + kHalf, until one is left.
+// A lambda to combine them by is written with [&]: one that can't capture is also a plain function to GCC, which lacks
+// the file's instruction set.
 template <typename S, int64_t kHalf = kLanes<S> / 2, typename Combine, size_t... kLane>
 S reduce(const Vector<S>& vector, const Combine& combine, std::index_sequence<kLane...> lanes) {
-  const Vector<S> combined = combine(vector, __builtin_shufflevector(vector, vector, (kLane ^ kHalf)...));
+  const Vector<S> combined = combine(vector, shuffle<S, (kLane ^ kHalf)...>(vector, vector));
   if constexpr (kHalf == 1)
     return combined[0];
   else
