@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def one(folder: str, device: str, shapes: list[str], channels: list[int]) -> dic
                     raise SystemExit(f"{folder}: {shape} {name}: other bits the second time")
                 error = ((ours.double() - exact).norm() / exact.norm()).item()
                 worst = result["worst_relative_error"]
-                worst[name] = max(worst.get(name, 0.0), error)
+                worst[name] = np.maximum(worst.get(name, 0.0), error).item()
         for shape in shapes:
             sets = [operands(shape, dtype, device, channels, seed) for seed in range(INPUTS)]
             kept = [operator.criss_cross_attention(*inputs[:3], tf32) for inputs in sets]

@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{report['pictures']} pictures, largest difference {difference:.1e} (at most {BAR})")
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
-    return int(difference > BAR)
+    return int(not difference <= BAR)
 
 
 if __name__ == "__main__":

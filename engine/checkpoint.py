@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import RunError, UsageError
-from utils.files import replacing, temporary_name
+from utils.files import replacing, temporary_name, writing
 
 #: What a run leaves beside snapshots and states.
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
@@ -99,16 +99,8 @@ def save_snapshot(directory: str, name: int | str, weights: Mapping[str, Tensor]
 def _write(path: str, content: Any) -> tuple[int, str]:
     """torch.save, whole or not at all; returns size and checksum of the file."""
     with replacing(path) as temporary:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:
-                # What the disk refuses leaves torch with a file that is too short, of which it complains
-                # instead.
-                if isinstance(error.__context__, OSError):
-                    error.__context__.filename = path
-                    raise error.__context__ from None
-                raise
+        with writing(temporary) as file:
+            torch.save(content, file)
         return os.path.getsize(temporary), _sha256(temporary)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from networks.ccnet import Seg_Model
 from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
-from networks.weights import HEADS, SHIFT
+from networks.weights import CLASSIFIER, FLOATS, HEADS, SHIFT, check_dtype, classes_of
 from utils.errors import CheckpointError
 
 #: Of the activated batch norm (networks/abn.py), and of every release's batch norm.
@@ -68,6 +68,16 @@ def rename(state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str,
     return renamed
 
 
+def _renamed(path: str, state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str, Tensor]:
+    """`rename`. Raises CheckpointError where two entries get one name."""
+    renamed = rename(state, modules)
+    if len(renamed) < len(state):
+        raise CheckpointError(
+            f"{path}: holds the entries of two networks, which would get the same names; convert one alone"
+        )
+    return renamed
+
+
 def imagenet_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ResNet of torchvision or timm, without its classifier, in our names; its numbers as they are.
 
@@ -79,7 +89,7 @@ def imagenet_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     state = {k: v for k, v in state.items() if not k.startswith("fc.") and _is_weight(k)}
     if "conv1.0.weight" in state:
-        state = rename(state, TIMM_STEM)
+        state = _renamed(path, state, TIMM_STEM)
     check_network(path, state)
     return state
 
@@ -90,12 +100,13 @@ def mmseg_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it has another network.
     """
-    state = rename({name: value for name, value in state.items() if _is_weight(name)}, MMSEG)
-    if "head.cca.gamma.scale" in state:  # a scalar there, a vector of one here
+    state = _renamed(path, {name: value for name, value in state.items() if _is_weight(name)}, MMSEG)
+    scale = state.get("head.cca.gamma.scale")
+    if scale is not None and scale.numel() == 1:  # a scalar there, a vector of one here
         state["head.cca.gamma"] = state.pop("head.cca.gamma.scale").reshape(1)
     if "dsn.0.weight" in state:
         # The original's auxiliary head has a bias before its batch norm, theirs has none.
-        state.setdefault("dsn.0.bias", state["dsn.0.weight"].new_zeros(len(state["dsn.0.weight"])))
+        state.setdefault("dsn.0.bias", state["dsn.0.weight"].new_zeros(state["dsn.0.weight"].shape[:1]))
     check_network(path, state)
     return state
 
@@ -119,9 +130,9 @@ def check_network(path: str, state: Mapping[str, Tensor]) -> None:
             f"{', '.join(sorted(DEPTHS))} has; take weights of one of these"
         )
     variant = variant_of(state)
-    classifier = state.get("head.bottleneck.3.weight")
+    classes = classes_of(path, state) if CLASSIFIER in state else 1
     with torch.device("meta"):
-        network = Seg_Model(1 if classifier is None else len(classifier), backbone=backbone, variant=variant)
+        network = Seg_Model(classes, backbone=backbone, variant=variant)
     own = network.state_dict()
     if not any(name.startswith(HEADS) for name in state):
         own = {name: value for name, value in own.items() if not name.startswith(HEADS)}
@@ -130,11 +141,14 @@ def check_network(path: str, state: Mapping[str, Tensor]) -> None:
             f"{path}: lacks {missing[0]} (in CCNet's names); take a {backbone} of bottlenecks"
         )
     for name, value in own.items():
-        if name in state and state[name].shape != value.shape:
+        if name not in state:
+            continue
+        if state[name].shape != value.shape:
             raise CheckpointError(
                 f"{path}: {name} (in CCNet's names) has shape {list(state[name].shape)} and CCNet's "
                 f"{list(value.shape)}; take a plain {backbone}"
             )
+        check_dtype(path, name, state[name])
     if unknown := [name for name in state if name not in own]:
         raise CheckpointError(
             f"{path}: has {len(unknown)} entries that CCNet lacks, the first is {unknown[0]}; "
@@ -197,6 +211,19 @@ def to_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for norm in norms_of(state):
         result[f"{norm}.weight"] = state[f"{norm}.weight"].abs() + EPS
     return result
+
+
+def may_be_plain(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a state dict in our names, without a mark, can be one with plain batch norm.
+
+    Every nn.BatchNorm2d comes with num_batches_tracked, and `to_batch_norm` leaves no weight below EPS: a
+    state dict without the one and with the other has our batch norm.
+    """
+    if not all(_is_weight(name) for name in state):
+        return True
+    weights = [state[name] for norm in norms_of(state) if (name := f"{norm}.weight") in state]
+    # Half of it, as the types of 16 bits round it.
+    return not any(weight.dtype in FLOATS and (weight < EPS / 2).any() for weight in weights)
 
 
 def norms_of(state: Mapping[str, Tensor]) -> list[str]:

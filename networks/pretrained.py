@@ -11,7 +11,7 @@ from torch import Tensor
 
 from networks.convert import from_batch_norm, imagenet_names, to_our_pictures
 from networks.variants import DEPTHS
-from networks.weights import read_state_dict
+from networks.weights import check_entries, read_state_dict
 from utils.errors import CheckpointError
 
 LIBRARIES = ("torchvision", "timm")
@@ -35,19 +35,21 @@ def is_library(source: str | os.PathLike) -> bool:
 
 
 def library_weights(source: str, backbone: str = "resnet101") -> Pretrained:
-    """The weights that `source` names, downloaded unless the library has done it before.
+    """Return the weights that `source` names, downloaded unless the library has done it before.
 
     Args:
         source: `torchvision:resnet50`, or with one of its tags `torchvision:resnet50.IMAGENET1K_V2`;
             `timm:resnet50.a1_in1k`; `torchvision` alone is the `backbone`'s.
 
     Raises:
-        CheckpointError: no such weights, no such library, no network.
+        CheckpointError: no such weights, no such library, no network, or entries that are no weights.
     """
     library, _, name = source.partition(":")
     if library == "torchvision":
-        return _from_torchvision(source, name or backbone)
-    return _from_timm(source, name)
+        weights = _from_torchvision(source, name or backbone)
+    else:
+        weights = _from_timm(source, name)
+    return weights._replace(state=check_entries(source, weights.state))
 
 
 def read_weights(

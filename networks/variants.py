@@ -52,7 +52,7 @@ def blocks_of(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """How many blocks the four layers of a state dict have, (0, 0, 0, 0) where it is no ResNet's."""
     blocks = [0] * 4
     for name in state:
-        if match := re.match(r"layer([1-4])\.(\d+)\.", name):
+        if match := re.match(r"layer([1-4])\.([0-9]{1,4})\.", name):
             layer = int(match[1]) - 1
             blocks[layer] = max(blocks[layer], int(match[2]) + 1)
     return tuple(blocks)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -27,6 +29,17 @@ def status_of(main: Callable[[list[str]], int | None], *arguments: object) -> in
         return exit_status(lambda: main([str(argument) for argument in arguments]))
     except SystemExit as ended:  # argparse's
         return int(ended.code or 0)
+
+
+@contextlib.contextmanager
+def longest_file(size: int) -> Iterator[None]:
+    """Let the system refuse to make a file longer than `size` bytes, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickletools
+import re
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill, run
+from conftest import fill, longest_file, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,9 +32,10 @@ from networks.convert import (
 from networks.pretrained import read_weights
 from networks.resnet import ResNet
 from networks.variants import VARIANTS, variant_of
-from networks.weights import read_state_dict
+from networks.weights import ACTIVATED, PLAIN, batch_norm_of, load_weights, mark, read_state_dict
 from tools import common, convert
 from utils.args import exit_status
+from utils.errors import RunError
 
 #: Of every release that is converted here: R G B in 0..255.
 MEAN = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
@@ -351,13 +354,20 @@ def test_plain_batch_norm_and_back(tmp_path):
     folded = converted(tmp_path, state, "--to", "batch-norm")
     assert list(folded) == list(state)
     theirs = plain(Seg_Model(5, backbone="resnet50"))
-    theirs.load_state_dict(folded)
+    theirs.load_state_dict(torch.load(tmp_path / "output.pth", weights_only=True))
     images = ours(picture(33, 49))
     with torch.no_grad():
         right = network(state, 5)(images)
         assert_same(theirs.double().eval()(images), right)
-        back = converted(tmp_path, folded, "--from", "batch-norm")
+        # Recognized by its mark; without it, as after another program, by --from.
+        back = converted(tmp_path, folded)
         assert_same(network(back, 5)(images), right)
+    torch.save(dict(folded), tmp_path / "unmarked.pth")
+    unmarked = convert.convert(convert.read_source(str(tmp_path / "unmarked.pth"), "batch-norm", None, None))
+    assert all(torch.equal(unmarked[name], value) for name, value in back.items())
+    assert batch_norm_of(back) == ACTIVATED and batch_norm_of(folded) == PLAIN
+    with pytest.raises(CheckpointError, match="convert it back with python -m tools.convert"):
+        load_weights(model, "folded.pth", state=folded)
     # Where they could be read as plain ones, ours differ: the test above would show it.
     assert not torch.equal(folded["bn1.weight"], state["bn1.weight"])
     again = to_batch_norm(back)
@@ -388,6 +398,56 @@ def constant(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.startswith(("head.", "dsn."))}
+
+
+def tracked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` as a module with nn.BatchNorm2d, or inplace_abn's, has it."""
+    ends = (".running_mean", ".num_batches_tracked")
+    return state | {name.replace(*ends): torch.tensor(0) for name in state if name.endswith(ends[0])}
+
+
+def variant_state(name: str) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return constant(Seg_Model(5, backbone="resnet50", variant=name))
+
+
+def negative_weight() -> dict[str, Tensor]:
+    return small_state(**{"bn1.weight": torch.linspace(-1, 1, 64)})
+
+
+def mmseg_state() -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return constant(Mmseg(7))
+
+
+#: A file, and what it may be, the one first that it is taken for. 0.01 may be a weight of either batch norm.
+FILES = {
+    "ccnet": (small_state, ["ccnet", "batch-norm"]),
+    "with negative weights": (negative_weight, ["ccnet"]),
+    "with negative weights and counts": (lambda: tracked(negative_weight()), ["ccnet", "batch-norm"]),
+    "backbone": (lambda: backbone(small_state()), ["ccnet", "batch-norm"]),
+    "backbone with fc": (
+        lambda: {**backbone(negative_weight()), "fc.weight": torch.zeros(3)},
+        ["ccnet"],
+    ),
+    "marked activated": (lambda: mark(small_state(), ACTIVATED), ["ccnet"]),
+    "marked plain": (lambda: mark(small_state(), PLAIN), ["batch-norm"]),
+    "marked plain backbone": (lambda: mark(backbone(small_state()), PLAIN), ["batch-norm"]),
+    "mmseg, converted": (lambda: variant_state("mmseg"), ["ccnet", "batch-norm"]),
+    "torchvision, converted": (lambda: variant_state("torchvision"), ["ccnet", "batch-norm"]),
+    "mmseg": (mmseg_state, ["mmseg"]),
+    "mmseg's backbone": (
+        lambda: {name: value for name, value in mmseg_state().items() if name.startswith("backbone.")},
+        ["mmseg"],
+    ),
+    "torchvision": (lambda: library_state("resnet50"), ["imagenet"]),
+    "deep stem": (lambda: library_state("resnet50c"), ["imagenet"]),
+    "CCNet's stem": (lambda: library_state("resnet50s"), ["imagenet"]),
+}
+
+
 class TestRefusals:
     """One line, and no file."""
 
@@ -398,6 +458,88 @@ class TestRefusals:
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1 and "Traceback" not in error
         return error
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_from_that_contradicts_the_file(self, name, capsys, tmp_path):
+        make, kinds = FILES[name]
+        torch.save(make(), tmp_path / "source.pth")
+        for kind in convert.KINDS:
+            if kind in kinds:
+                read = convert.read_source(str(tmp_path / "source.pth"), kind, None, None)
+                assert read.kind == kind
+                continue
+            paths = tmp_path / "source.pth", tmp_path / "output.pth"
+            error = self.refused(capsys, tmp_path, *paths, "--from", kind)
+            assert f"--from {kind}: {paths[0]} is {kinds[0]}; leave --from out" in error
+        assert convert.read_source(str(tmp_path / "source.pth"), None, None, None).kind == kinds[0]
+
+    def test_two_networks_in_one_file(self, capsys, tmp_path):
+        state = mmseg_state()
+        torch.save(state | {"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}, tmp_path / "source.pth")
+        error = self.refused(capsys, tmp_path, tmp_path / "source.pth", tmp_path / "output.pth")
+        assert "two networks" in error
+
+    @pytest.mark.parametrize("name", ["head.bottleneck.3.weight", "bn1.weight", "dsn.0.weight"])
+    @pytest.mark.parametrize(
+        "value",
+        [
+            torch.tensor(1.0),
+            torch.zeros(0, 512, 1, 1),
+            torch.ones(64, dtype=torch.complex64),
+            torch.ones(64, dtype=torch.bool),
+            torch.empty(64, device="meta"),
+        ],
+        ids=["no dimensions", "no classes", "complex", "boolean", "meta"],
+    )
+    def test_entries_that_are_no_weights(self, name, value, capsys, tmp_path):
+        torch.save(small_state(**{name: value}), tmp_path / "source.pth")
+        error = self.refused(capsys, tmp_path, tmp_path / "source.pth", tmp_path / "output.pth")
+        assert f"source.pth: {name} " in error
+
+    @pytest.mark.parametrize("name", ["decode_head.cca.gamma.scale", "auxiliary_head.convs.0.conv.weight"])
+    @pytest.mark.parametrize("value", [torch.zeros(0), torch.zeros(2), torch.tensor(1)])
+    def test_entries_of_mmsegmentation_that_are_no_weights(self, name, value, capsys, tmp_path):
+        torch.save(mmseg_state() | {name: value}, tmp_path / "source.pth")
+        error = self.refused(capsys, tmp_path, tmp_path / "source.pth", tmp_path / "output.pth")
+        assert "head.cca.gamma" in error or "dsn.0.weight" in error
+
+    def test_weights_beyond_float32(self, capsys, tmp_path):
+        """In the file, after the conversion, and in what the network makes of them."""
+        paths = tmp_path / "source.pth", tmp_path / "output.pth"
+        torch.save(library_state("resnet50"), paths[0])
+        error = self.refused(capsys, tmp_path, *paths, "--std", "1,1e-41,1e-41")
+        assert "source.pth, converted: has nan, inf" in error and "conv1.weight" in error
+        state = small_state()
+        large = {
+            name: torch.full_like(state[name], 3e38) for name in state if re.search(r"bn.\.weight", name)
+        }
+        torch.save({**state, **large}, paths[0])
+        assert "gives nan or inf" in self.refused(capsys, tmp_path, *paths)
+
+    @pytest.mark.parametrize("target", ["ccnet", "batch-norm"])
+    def test_full_disk_names_the_output(self, target, capsys, tmp_path, monkeypatch):
+        paths = [str(tmp_path / "source.pth"), str(tmp_path / "output.pth")]
+        torch.save(small_state(), paths[0])
+        monkeypatch.setattr(sys, "argv", ["convert", *paths, "--to", target])
+        with longest_file(10**6), pytest.raises(SystemExit) as ended:
+            common.end(convert.main)
+        assert ended.value.code == 1 and [path.name for path in tmp_path.iterdir()] == ["source.pth"]
+        error = capsys.readouterr().err
+        assert f"{paths[1]}: can't be written (File too large)" in error and len(error.splitlines()) == 1
+
+    def test_full_disk_in_the_originals_format(self, tmp_path):
+        with longest_file(10**6), pytest.raises(OSError, match="File too large") as error:
+            convert.write(str(tmp_path / "output.pth"), "original", small_state(), None)
+        assert error.value.filename == str(tmp_path / "output.pth") and not list(tmp_path.iterdir())
+
+    def test_output_that_is_no_file(self, capsys, tmp_path):
+        torch.save(small_state(), tmp_path / "source.pth")
+        os.mkfifo(tmp_path / "fifo")
+        for output in (tmp_path / "fifo", "/dev/null", tmp_path):
+            assert f"{output}: exists" in self.refused(capsys, tmp_path, tmp_path / "source.pth", output)
+        (tmp_path / "file").touch()
+        error = self.refused(capsys, tmp_path, tmp_path / "source.pth", tmp_path / "file/output.pth")
+        assert "OUTPUT" in error
 
     @pytest.mark.parametrize(
         "make, words",
@@ -440,11 +582,13 @@ class TestRefusals:
         assert "--from" in self.refused(capsys, tmp_path, "torchvision", paths[1], "--from", "mmseg")
 
     def test_outputs_that_differ(self, capsys, tmp_path, monkeypatch):
-        """nan in the source, and a conversion that is wrong."""
-        torch.save(small_state(**{"bn1.bias": torch.full([64], float("nan"))}), tmp_path / "source.pth")
+        """A conversion that is wrong; nan in it, too."""
         paths = [tmp_path / "source.pth", tmp_path / "output.pth"]
-        assert "not written" in self.refused(capsys, tmp_path, *paths, status=1)
         torch.save(small_state(), tmp_path / "source.pth")
+        before = convert.Source(small_state(), "ccnet", None)
+        nan = torch.full([64], torch.nan)
+        with pytest.raises(RunError, match="not written, as its outputs differ by inf"):
+            convert.compare("output.pth", before, before._replace(state=small_state(**{"bn1.bias": nan})))
         wrong = torch.linspace(0, 1, 64)
         monkeypatch.setattr(convert, "to_batch_norm", lambda state: {**state, "bn1.weight": wrong})
         assert "not written" in self.refused(capsys, tmp_path, *paths, "--to", "batch-norm", status=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fill
+from conftest import ROOT, fill, longest_file
 from PIL import Image
 
 from cc_attention import RecurrentCrissCrossAttention, reference
@@ -231,6 +233,97 @@ def test_nothing_is_left_where_the_answers_differ(folder, monkeypatch, tmp_path)
 
 def test_classes_are_compared_by_their_logits(model):
     assert export.compare(lambda p: np.zeros(p.shape[:3], np.int32), model, "classes") > 0.1
+
+
+#: Answers to pictures [n, h, w, 3] that no tolerance allows.
+WRONG_ANSWERS = {
+    "nan": ("logits", lambda n, h, w: np.full((n, CLASSES, (h + 7) // 8 + 1, (w + 7) // 8 + 1), np.nan)),
+    "no class": ("classes", lambda n, h, w: np.full((n, h, w), CLASSES)),
+    "negative class": ("classes", lambda n, h, w: np.full((n, h, w), -1)),
+    "one class": ("classes", lambda n, h, w: np.zeros((n, 1, 1), int)),
+    "one logit": ("logits", lambda n, h, w: np.zeros((1, 1, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_ANSWERS)
+def test_wrong_answers_are_infinitely_far(what, model, monkeypatch):
+    monkeypatch.setattr(export, "COMPARED", ((1, 49, 34), (1, 40, 40)))
+    output, answer = WRONG_ANSWERS[what]
+    assert export.compare(lambda p: answer(*p.shape[:3]), model, output) == np.inf
+
+
+def test_nan_in_one_answer_of_several_counts(model, monkeypatch):
+    sizes = ((1, 49, 34), (1, 40, 40))
+    monkeypatch.setattr(export, "COMPARED", sizes)
+
+    def answer(pictures: np.ndarray) -> np.ndarray:
+        images = torch.from_numpy(pictures[..., ::-1].astype(np.float32) - IMG_MEAN).permute(0, 3, 1, 2)
+        logits = model(images)[0].detach().numpy()
+        if pictures.shape[:3] == wrong:
+            logits[0, 0, 0, 0] = np.nan
+        return logits
+
+    for wrong in (None, *sizes):
+        assert (export.compare(answer, model, "logits") < 1e-5) == (wrong is None)
+
+
+def test_a_network_whose_logits_are_not_finite_is_refused(folder, model, monkeypatch, tmp_path):
+    large = {f"layer{n}.0.bn3.weight": torch.full((256 * 2 ** (n - 1),), 3e38) for n in range(1, 5)}
+    torch.save({**model.state_dict(), **large}, tmp_path / "checkpoint.pth")
+    monkeypatch.setattr(
+        export, "trace", lambda model: torch.export.export(torch.nn.Identity(), (torch.zeros(1),))
+    )
+    with pytest.raises(CheckpointError, match="checkpoint.pth: its network gives nan or inf"):
+        run_main(tmp_path, "--out", tmp_path / "out.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_a_network_of_zeros_is_compared_too(monkeypatch):
+    monkeypatch.setattr(export, "COMPARED", ((1, 49, 34),))
+    model = make_model()
+    torch.nn.init.zeros_(model.head.bottleneck[3].weight)
+    torch.nn.init.zeros_(model.head.bottleneck[3].bias)
+    logits = export.Exported(copy.deepcopy(model), "logits")
+    assert export.compare(lambda p: logits(torch.from_numpy(p)).detach().numpy(), model, "logits") == 0
+    assert export.compare(lambda p: np.ones((1, CLASSES, 7, 5)), model, "logits") == np.inf
+
+
+@pytest.mark.parametrize("name", ["out.pt2", "out.onnx"])
+def test_full_disk_names_the_file_and_leaves_nothing(name, folder, model, monkeypatch, tmp_path):
+    if name.endswith(".onnx"):
+        for package in export.PACKAGES:
+            pytest.importorskip(package)
+    program = torch.export.export(torch.nn.Linear(1000, 1000), (torch.zeros(1, 1000),))
+    monkeypatch.setattr(export, "trace", lambda model: program)
+    monkeypatch.setattr(export, "name_axes", lambda graph: None)
+    with longest_file(10**6), pytest.raises(OSError, match="File too large") as error:
+        run_main(folder, "--out", tmp_path / name)
+    assert error.value.filename == str(tmp_path / name) and not list(tmp_path.iterdir())
+
+
+def test_out_that_is_no_file_of_its_own(folder, monkeypatch, tmp_path):
+    """What would be destroyed or waited for is refused before the network is read; a link is followed."""
+    checkpoint = tmp_path / "weights.pt2"
+    checkpoint.write_bytes((folder / "checkpoint.pth").read_bytes())
+    (tmp_path / "link.pt2").symlink_to(checkpoint)
+    os.mkfifo(tmp_path / "fifo.pt2")
+    (tmp_path / "folder.pt2").mkdir()
+    for name, words in (
+        ("weights.pt2", "would replace"),
+        ("link.pt2", "would replace"),
+        ("fifo.pt2", "is a FIFO"),
+        ("folder.pt2", "is a folder"),
+    ):
+        with pytest.raises(UsageError, match=f"--out .*{name}: {words}"):
+            run_main(folder, "--out", tmp_path / name, "--restore-from", checkpoint)
+    monkeypatch.setattr(
+        export, "trace", lambda model: torch.export.export(torch.nn.Identity(), (torch.zeros(1),))
+    )
+    monkeypatch.setattr(export, "compare", lambda run, model, output: 0.0)
+    (tmp_path / "other.pt2").symlink_to(tmp_path / "target.pt2")
+    run_main(folder, "--out", tmp_path / "other.pt2", "--restore-from", checkpoint)
+    assert (tmp_path / "other.pt2").is_symlink() and (tmp_path / "target.pt2").stat().st_size
+    assert checkpoint.read_bytes() == (folder / "checkpoint.pth").read_bytes()
 
 
 @pytest.mark.parametrize(

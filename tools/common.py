@@ -16,13 +16,12 @@ from dataset.labels import LabelReader, choose_table
 from engine.distributed import choose_devices
 from networks import Seg_Model, load_weights
 from networks.variants import DEPTHS, blocks_of, variant_of
-from networks.weights import read_state_dict
+from networks.weights import classes_of, read_state_dict
 from utils import args as flags
 from utils.errors import CheckpointError, UsageError
-from utils.files import unwritable
+from utils.files import read_input, unwritable
 
 RECIPE = "args.json"  # train.py writes it beside the checkpoints
-CLASSIFIER = "head.bottleneck.3.weight"
 
 
 class Network(NamedTuple):
@@ -77,16 +76,22 @@ def choose_device(gpu: str | None) -> torch.device:
 
 
 def recipe_of(checkpoint: str) -> dict[str, Any]:
-    """The flags of the run that wrote a checkpoint, from the file beside it; empty where there is none."""
+    """Return the flags of the run that wrote a checkpoint, from the file beside it; empty without one.
+
+    Raises:
+        UsageError: it can't be read, or holds something else.
+    """
     path = os.path.join(os.path.dirname(checkpoint), RECIPE)
     try:
-        with open(path) as file:
-            recipe = json.load(file)
+        recipe = json.loads(read_input(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: can't be read ({error}); mend it or take it away") from error
-    return recipe if isinstance(recipe, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: can't be read ({reason}); fix it or take it away") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path}: holds no flags of a run; fix it or take it away")
+    return recipe
 
 
 def backbone_of(path: str, state: Mapping[str, Tensor]) -> str:
@@ -117,17 +122,13 @@ def open_network(args: argparse.Namespace) -> Network:
     device = choose_device(args.gpu)
     path = args.restore_from
     state = read_state_dict(path)
-    if CLASSIFIER not in state:
-        raise CheckpointError(
-            f"{path}: has no {CLASSIFIER}, so it is no checkpoint of CCNet; name one, or make one of another "
-            "release's with python -m tools.convert"
-        )
+    num_classes = classes_of(path, state)
     backbone = backbone_of(path, state)
-    num_classes = state[CLASSIFIER].shape[0]
     if num_classes > 255:
         raise CheckpointError(f"{path}: has {num_classes} classes; predictions have room for 255")
     recipe = recipe_of(path)
-    table_path = args.classes or _table_of(recipe, num_classes)
+    where = os.path.join(os.path.dirname(path), RECIPE)
+    table_path = args.classes or _table_of(where, recipe, num_classes)
     table, _ = choose_table(table_path, None)
     if table is not None and len(table.classes) != num_classes:
         raise UsageError(
@@ -137,9 +138,8 @@ def open_network(args: argparse.Namespace) -> Network:
     recurrence = args.recurrence
     if recurrence is None:
         recurrence = recipe.get("recurrence", 2)
-        if not isinstance(recurrence, int) or recurrence < 0:
-            where = os.path.join(os.path.dirname(path), RECIPE)
-            raise UsageError(f"{where}: recurrence is {recurrence!r}, no number; give --recurrence")
+        if type(recurrence) is not int or not 0 <= recurrence < 2**31:  # a boolean is an int too
+            raise UsageError(f"{where}: recurrence is {recurrence!r}, no count; give --recurrence")
     model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone, variant=variant_of(state))
     load_weights(model, path, complete=True, state=state)
     model.to(device).eval()
@@ -147,12 +147,19 @@ def open_network(args: argparse.Namespace) -> Network:
     return Network(model, device, path, backbone, recurrence, num_classes, labels)
 
 
-def _table_of(recipe: Mapping[str, Any], num_classes: int) -> str | None:
-    """The run's class table, if it is still where it was and fits. Where it is not, names and colours of
-    other classes would be a mistake that nobody sees: a line says so."""
+def _table_of(where: str, recipe: Mapping[str, Any], num_classes: int) -> str | None:
+    """Return the path of the run's class table, if it is still there and fits.
+
+    Otherwise a line says so: names and colors of other classes would be a mistake that nobody sees.
+
+    Raises:
+        UsageError: `where`, the file of the recipe, names no path.
+    """
     path = recipe.get("classes")
-    if not isinstance(path, str):
+    if path is None:
         return None
+    if not isinstance(path, str):
+        raise UsageError(f"{where}: classes is {path!r}, no name of a file; give --classes")
     if os.path.isfile(path):
         table, _ = choose_table(path, None)
         if table is not None and len(table.classes) == num_classes:

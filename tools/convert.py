@@ -4,12 +4,13 @@
     python -m tools.convert torchvision:resnet101 imagenet.pth
     python -m tools.convert snapshots/CS_scenes_60000.pth for_the_original.pth --to original
 
-SOURCE, recognised by the names in it unless --from says what it is:
+SOURCE, a file of torch.save or safetensors, is recognized by what is in it:
   ccnet       this program's checkpoints and the original's, CCNet's or its ImageNet backbone
   mmseg       mmsegmentation's CCNet (ResNetV1c, 50 or 101)
   imagenet    ResNet-50 or 101 of torchvision, or of timm (resnet101, resnet101s, resnet101c), as a file
-              (.safetensors too), or by name: torchvision:resnet101, timm:resnet101.a1_in1k
-  batch-norm  what --to batch-norm wrote
+              or by name: torchvision:resnet101, timm:resnet101.a1_in1k
+  batch-norm  what --to batch-norm wrote; without its mark, after another program saved it, it looks like
+              ccnet, and --from batch-norm has to say so
 
 --to:
   ccnet       what train.py, evaluate.py and the tools read (the default)
@@ -41,6 +42,7 @@ from networks.convert import (
     check_network,
     from_batch_norm,
     imagenet_names,
+    may_be_plain,
     mmseg_names,
     to_batch_norm,
     to_our_pictures,
@@ -48,11 +50,20 @@ from networks.convert import (
 from networks.pretrained import is_library, library_weights
 from networks.resnet import ResNet
 from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
-from networks.weights import HEADS, read_state_dict
+from networks.weights import (
+    ACTIVATED,
+    HEADS,
+    PLAIN,
+    SHIFT,
+    batch_norm_of,
+    check_numbers,
+    mark,
+    read_state_dict,
+)
 from tools.common import Parser, end
 from utils import args as flags
-from utils.errors import UsageError
-from utils.files import check_writable, replacing
+from utils.errors import RunError, UsageError
+from utils.files import check_output_file, check_writable, replacing, writing
 
 KINDS = ("ccnet", "mmseg", "imagenet", "batch-norm")
 TARGETS = ("ccnet", "original", "batch-norm")
@@ -84,7 +95,12 @@ def get_parser() -> Parser:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a file, or weights of a library by name")
     add("output", metavar="OUTPUT", help="the file to write")
-    add("--from", dest="kind", choices=KINDS, help="what SOURCE is; without it, what its names say")
+    add(
+        "--from",
+        dest="kind",
+        choices=KINDS,
+        help="what SOURCE is; without it, what is in it says so, and what contradicts it is refused",
+    )
     add("--to", choices=TARGETS, default="ccnet", help="what OUTPUT is to be (default: ccnet)")
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
         add(
@@ -115,8 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.path.exists(args.output):
         raise UsageError(f"{args.output}: exists; name another file, or take it away")
     check_writable("OUTPUT", os.path.dirname(args.output) or ".")
+    check_output_file("OUTPUT", args.output)
     source = read_source(args.source, args.kind, args.mean, args.std)
     state = convert(source)
+    check_numbers(f"{args.source}, converted", state)
     variant = variant_of(state)
     backbone = next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
     if args.to == "original" and (variant, backbone) != ("ccnet", "resnet101"):
@@ -132,20 +150,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def read_source(
     path: str, kind: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Source:
-    """SOURCE, recognised.
+    """Return SOURCE, recognized.
 
     Raises:
         CheckpointError, UsageError: one line that says what is wrong with it.
     """
     library = Pictures(IMAGENET_MEAN, IMAGENET_STD)
+    kinds: tuple[str, ...] = ("imagenet",)
+    if not is_library(path):
+        state = read_state_dict(path)
+        kinds = kinds_of(path, state)
+    if kind is not None and kind not in kinds:
+        raise UsageError(f"--from {kind}: {path} is {kinds[0]}; leave --from out")
+    kind = kind or kinds[0]
     if is_library(path):
-        if kind not in (None, "imagenet"):
-            raise UsageError(f"--from {kind}: {path} is imagenet; leave --from out")
         weights = library_weights(path)
-        kind, state, library = "imagenet", weights.state, Pictures(weights.mean, weights.std)
-    else:
-        state = read_safetensors(path) if path.endswith(".safetensors") else read_state_dict(path)
-        kind = kind or kind_of(path, state)
+        state, library = weights.state, Pictures(weights.mean, weights.std)
     if kind in ("ccnet", "batch-norm"):
         for name, value in (("mean", mean), ("std", std)):
             if value is not None:
@@ -154,40 +174,34 @@ def read_source(
         if not has_heads(state):
             state = {name: value for name, value in state.items() if not name.startswith("fc.")}
         check_network(path, state)
-        if VARIANTS[variant_of(state)].shift and "shift" not in state:
-            raise CheckpointError(f"{path}: lacks shift, so it is not of this program; leave --from out")
+        if VARIANTS[variant_of(state)].shift and SHIFT not in state:
+            raise CheckpointError(f"{path}: lacks {SHIFT}, so it is damaged; copy or convert it again")
         return Source(state, kind, None)
     names = mmseg_names if kind == "mmseg" else imagenet_names
     return Source(names(path, state), kind, Pictures(mean or library.mean, std or library.std))
 
 
-def kind_of(path: str, state: Mapping[str, Tensor]) -> str:
-    """What a state dict is, by its names. Raises CheckpointError where it is nothing that we know."""
-    if any(name.startswith("decode_head.") for name in state):
-        return "mmseg"
-    if "conv1.0.weight" in state or (variant_of(state) == "torchvision" and "shift" not in state):
-        return "imagenet"
-    if "layer1.0.conv1.weight" in state:
-        return "ccnet"
-    raise CheckpointError(
-        f"{path}: has no names of CCNet, mmsegmentation's CCNet, or a ResNet of torchvision or timm, but "
-        f"{next(iter(state), 'nothing')}; convert one of these"
-    )
+def kinds_of(path: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return what a state dict may be, the likeliest first.
 
-
-def read_safetensors(path: str) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UsageError(
-            f"{path}: needs the safetensors package; install it with pip install safetensors"
-        ) from error
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; name an existing one") from error
-    except Exception as error:  # a damaged file can fail in any way
-        raise CheckpointError(f"{path}: damaged, or no safetensors; copy or download it again") from error
+    Raises:
+        CheckpointError: nothing that we know.
+    """
+    if any(name.startswith(("decode_head.", "backbone.stem.")) for name in state):
+        return ("mmseg",)
+    ours = has_heads(state) or SHIFT in state
+    if "conv1.0.weight" in state or (variant_of(state) == "torchvision" and not ours):
+        return ("imagenet",)
+    if "layer1.0.conv1.weight" not in state:
+        raise CheckpointError(
+            f"{path}: has no names of CCNet, mmsegmentation's CCNet, or a ResNet of torchvision or timm, but "
+            f"{next(iter(state))}; convert one of these"
+        )
+    if batch_norm_of(state) == PLAIN:
+        return ("batch-norm",)
+    if batch_norm_of(state) == ACTIVATED or not may_be_plain(state):
+        return ("ccnet",)
+    return ("ccnet", "batch-norm")
 
 
 def convert(source: Source) -> dict[str, Tensor]:
@@ -204,21 +218,19 @@ def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -
     Raises:
         RunError: they differ.
     """
+    content = {
+        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()
+    }
+    plain = target == "batch-norm"
     with replacing(path) as temporary:
-        content = {
-            name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()
-        }
-        # The zip files of PyTorch 1.6 and later are nothing to the versions that run the original.
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(content, file, _use_new_zipfile_serialization=target != "original")
-            except RuntimeError as error:  # what torch makes of a full disk
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-        written = Source(
-            read_state_dict(temporary), "batch-norm" if target == "batch-norm" else "ccnet", None
-        )
+        with writing(temporary) as file:
+            # The zip files of PyTorch 1.6 and later are nothing to the versions that run the original.
+            torch.save(
+                mark(content, PLAIN if plain else ACTIVATED),
+                file,
+                _use_new_zipfile_serialization=target != "original",
+            )
+        written = Source(read_state_dict(temporary), "batch-norm" if plain else "ccnet", None)
         compare(path, source, written)
 
 
@@ -226,21 +238,29 @@ def compare(path: str, before: Source, after: Source) -> None:
     """Print how far the outputs of two networks for one picture are apart.
 
     Raises:
+        CheckpointError: those of `before` are nan or inf.
         RunError: more than rounding.
     """
     names = OUTPUTS if has_heads(before.state) else [f"layer{number}" for number in range(1, 5)]
-    differences = [differs(old, new) for old, new in zip(outputs(before), outputs(after), strict=True)]
+    old_outputs = outputs(before)
+    for name, old in zip(names, old_outputs, strict=True):
+        if not old.isfinite().all():
+            raise CheckpointError(
+                f"{path}: not written, as the network of the source gives nan or inf in its {name}; "
+                "its weights are too large, take another checkpoint"
+            )
+    differences = [differs(old, new) for old, new in zip(old_outputs, outputs(after), strict=True)]
     worst = max(differences)
     where = names[differences.index(worst)]
     print(f"largest difference: {worst:.1e} of the largest value, in the {where} of a random picture")
-    if worst > TOLERANCE:
-        raise flags.RunError(
+    if not worst <= TOLERANCE:
+        raise RunError(
             f"{path}: not written, as its outputs differ by {worst:.1e} of the largest, more than "
-            f"{TOLERANCE:g}; see whether the source holds nan, or weights that float32 can't hold"
+            f"{TOLERANCE:g}; see whether the source holds weights that float32 can't tell apart"
         )
     if before.pictures is not None and "shift" not in after.state:
         own = outputs(before, own_border=True)
-        border = max(differs(old, new) for old, new in zip(own, outputs(before), strict=True))
+        border = max(differs(old, new) for old, new in zip(own, old_outputs, strict=True))
         print(
             "around the picture CCNet has its mean and not the source's, which near the border makes "
             f"{border:.1e} of the largest value"
@@ -248,9 +268,12 @@ def compare(path: str, before: Source, after: Source) -> None:
 
 
 def differs(old: Tensor, new: Tensor) -> float:
-    """The largest difference as a share of the largest old value; infinite where there is a nan."""
-    difference = ((old - new).abs().max() / old.abs().max()).item()
-    return float("inf") if math.isnan(difference) else difference
+    """Return the largest difference as a share of the largest old value; infinite where there is a nan."""
+    difference = (old - new).abs().max()
+    if difference == 0:
+        return 0.0
+    share = (difference / old.abs().max()).item()
+    return math.inf if math.isnan(share) else share
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -31,8 +33,8 @@ from engine.inference import resize
 from networks import ABN, Seg_Model
 from tools import common
 from utils import args as flags
-from utils.errors import RunError, UsageError
-from utils.files import check_writable, replacing
+from utils.errors import CheckpointError, RunError, UsageError
+from utils.files import check_output_file, check_writable, replacing
 
 #: The one that PyTorch's exporter writes by itself, without a conversion; TensorRT 10 reads 9 to 20 and more.
 OPSET = 18
@@ -244,9 +246,10 @@ def open_program(path: str) -> Run:
 
 
 def compare(run: Run, model: Seg_Model, output: str) -> float:
-    """The largest difference from the network's logits over the largest of them, at COMPARED.
+    """Return the largest difference from the network's logits over the largest of them, at COMPARED.
 
-    Of classes: how far the logit of one that was answered is below the highest.
+    Of classes: how far the logit of one that was answered is below the highest. Infinite where the answer is
+    of another shape, is no class, or has a nan; nan where the network's own logits are not finite.
     """
     worst = 0.0
     generator = np.random.default_rng(0)
@@ -255,15 +258,26 @@ def compare(run: Run, model: Seg_Model, output: str) -> float:
         images = torch.from_numpy(pictures[..., ::-1].astype(np.float32) - IMG_MEAN).permute(0, 3, 1, 2)
         with torch.no_grad():
             logits = model(images.contiguous())[0]
-        answer = torch.from_numpy(run(pictures))
-        scale = float(logits.abs().max())
-        if output == "logits":
-            difference = (answer - logits).abs()
-        else:
-            logits = resize(logits, (height, width))
-            difference = logits.amax(1) - logits.gather(1, answer.long().unsqueeze(1)).squeeze(1)
-        worst = max(worst, float(difference.max()) / scale)
+        if not logits.isfinite().all():
+            return math.nan
+        share = _difference(torch.from_numpy(run(pictures)), logits, (height, width), output)
+        worst = max(worst, math.inf if math.isnan(share) else share)
     return worst
+
+
+def _difference(answer: Tensor, logits: Tensor, size: tuple[int, int], output: str) -> float:
+    """`compare` for one answer; may be nan."""
+    scale = logits.abs().max()
+    if output == "logits":
+        if answer.shape != logits.shape:
+            return math.inf
+        difference = (answer - logits).abs().max()
+    else:
+        logits = resize(logits, size)
+        if answer.shape != logits[:, 0].shape or not 0 <= answer.min() <= answer.max() < logits.shape[1]:
+            return math.inf
+        difference = (logits.amax(1) - logits.gather(1, answer.long().unsqueeze(1)).squeeze(1)).max()
+    return 0.0 if difference == 0 else float(difference / scale)
 
 
 def about(network: common.Network, output: str) -> dict[str, str]:
@@ -313,7 +327,11 @@ def main() -> None:
         raise UsageError(f"--out {args.out}: ends in neither .onnx nor .pt2; give one of them")
     if ending == ".onnx":
         require_packages(args.out)
+    for path in (args.restore_from, args.classes):
+        if path and os.path.exists(args.out) and os.path.exists(path) and os.path.samefile(args.out, path):
+            raise UsageError(f"--out {args.out}: would replace {path}, which is read; name another file")
     check_writable("--out", os.path.dirname(args.out) or ".")
+    check_output_file("--out", args.out)
     network = common.open_network(args)
     print(
         f"{args.restore_from}: {network.backbone}, R={network.recurrence}, {network.num_classes} classes",
@@ -326,6 +344,7 @@ def export(network: common.Network, out: str, output: str) -> None:
     """Write and compare; nothing is left where they differ.
 
     Raises:
+        CheckpointError: the network's logits are not finite.
         RunError: they differ by more than TOLERANCE.
     """
     begin = time.monotonic()
@@ -336,10 +355,18 @@ def export(network: common.Network, out: str, output: str) -> None:
             write_onnx(program, temporary, output, known)
             run = open_onnx(temporary)
         else:
-            torch.export.save(program, temporary, extra_files=known)
+            # By way of memory: torch aborts the process where the disk refuses a write of its own.
+            content = io.BytesIO()
+            torch.export.save(program, content, extra_files=known)
+            with open(temporary, "wb") as file:
+                file.write(content.getbuffer())
             run = open_program(temporary)
         print(f"written after {time.monotonic() - begin:.0f} s; comparing", flush=True)
         worst = compare(run, network.model, output)
+        if math.isnan(worst):
+            raise CheckpointError(
+                f"{network.path}: its network gives nan or inf, the weights are too large; take another one"
+            )
         sizes = ", ".join(f"{n}x{height}x{width}" for n, height, width in COMPARED)
         if not worst <= TOLERANCE:
             raise RunError(

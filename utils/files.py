@@ -100,6 +100,39 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> None:
         file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Yield a new binary file for torch.save, which turns a full disk into an error about file positions.
+
+    Raises:
+        OSError: what the disk refuses, once torch.save is done.
+    """
+    with open(path, "wb") as file:
+        late = _LateErrors(file)
+        yield late  # type: ignore[misc]  # torch.save only writes and flushes
+        if late.error is not None:
+            raise late.error
+
+
+class _LateErrors:
+    """A file that takes everything, and keeps the first error in `error`."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        if self.error is None:
+            try:
+                self._file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing: closing the file flushes it."""
+
+
 def _unwritable_kind(path: str) -> OSError | None:
     """Return the error for a path at which something other than a regular file lies."""
     try:
