@@ -51,9 +51,15 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def read_input(path: str | os.PathLike) -> bytes:
-    """Return the content of a regular file; see `open_input` for the errors."""
+def read_input(path: str | os.PathLike, most: int | None = None) -> bytes:
+    """Return the content of a regular file; see `open_input` for the errors.
+
+    Args:
+        most: bytes that it may have; more of them are an OSError too.
+    """
     with open_input(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"has more than {most} bytes", os.fspath(path))
         return file.read()
 
 
