@@ -166,15 +166,15 @@ def find_split(root: str, name: str, partial: bool) -> Found:
         partial: whether a part of Cityscapes' cities is all that is wanted.
     """
     found = layout.scan(root, name)
-    files = [*(pair.image for pair in found.pairs), *found.without_label]
-    official = official_cities(name, {os.path.basename(os.path.dirname(file)) for file in files})
+    cities = {os.path.basename(os.path.dirname(pair.image)) for pair in (*found.pairs, *found.without_label)}
+    official = official_cities(name, cities)
     unlabelled = not os.path.isdir(os.path.join(root, "gtFine", name)) and name not in ("train", "val")
     if unlabelled or (name == "test" and official):
         # The benchmark keeps its labels: what gtFine/test has is void alone.
         found = layout.scan(root, name, labelled=False)
     problems = [
-        f"{os.path.join(root, label)}: no such label; unpack the whole gtFine_trainvaltest.zip"
-        for label in found.without_label
+        f"{os.path.join(root, pair.label)}: no such label; unpack the whole gtFine_trainvaltest.zip"
+        for pair in found.without_label
     ]
     problems += [
         f"{os.path.join(root, label)}: has no picture; unpack the whole leftImg8bit_trainvaltest.zip"
@@ -183,12 +183,14 @@ def find_split(root: str, name: str, partial: bool) -> Found:
     problems += [
         f"{os.path.join(root, stray)}: not named *{layout.PICTURE}.png; rename it" for stray in found.strays
     ]
-    if not found.pairs and not problems:
+    # They are looked at as well.
+    pairs = found.pairs + [pair._replace(label="") for pair in found.without_label]
+    if not pairs and not problems:
         problems.append(
             f"{os.path.join(root, 'leftImg8bit', name)}: no picture; unpack leftImg8bit_trainvaltest.zip"
         )
     notes = [layout.say_skipped(found.skipped)] if found.skipped else []
-    return Found(name, found.pairs, problems, notes, {} if partial else official)
+    return Found(name, pairs, problems, notes, {} if partial else official)
 
 
 def check_outputs(args: argparse.Namespace, found: Sequence[Found]) -> None:

@@ -348,7 +348,7 @@ def read_table(path: str) -> ClassTable:
     try:
         text = read_input(path, MOST_TEXT).decode("utf-8-sig")
         if "\0" in text:
-            raise ValueError("no text in UTF-8")
+            raise ValueError("not text in UTF-8")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: not a readable class table ({why}); check --classes") from error

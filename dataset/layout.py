@@ -39,7 +39,7 @@ class Found(NamedTuple):
     """What lies in the folders of a split, relative to the data directory."""
 
     pairs: list[Pair]
-    without_label: list[str]  # the labels that pictures lack
+    without_label: list[Pair]  # pictures whose label, named as it should be, is not there
     without_picture: list[str]  # labels whose picture is not there
     strays: list[str]  # pictures that are not named as pictures of the layout are
     skipped: list[str]  # hidden files and what systems leave (`is_litter`)
@@ -74,7 +74,7 @@ def read_list(root: str, list_path: str, labelled: bool = True) -> list[Pair]:
     try:
         text = read_input(list_path, MOST_TEXT).decode("utf-8", "surrogateescape")
         if "\0" in text:
-            raise ValueError("no text in UTF-8")
+            raise ValueError("not text in UTF-8")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{list_path}: not a readable list ({why}); check --data-list") from error
@@ -180,7 +180,7 @@ def scan(root: str, split: str, labelled: bool = True) -> Found:
         # A label that is there but can't be read is named as such when it is opened.
         label = next((kind for kind in kinds if os.path.lexists(os.path.join(root, kind))), None)
         if labelled and label is None:
-            without_label.append(kinds[0])
+            without_label.append((image, kinds[0]))
         else:
             pairs.append((image, label if labelled and label else ""))
     without_picture = []
@@ -193,7 +193,7 @@ def scan(root: str, split: str, labelled: bool = True) -> Found:
             label = os.path.join("gtFine", split, city, file)
             if file.endswith((LABEL_IDS, LABEL_TRAIN_IDS)) and label not in expected:
                 without_picture.append(label)
-    return Found(_named(pairs), without_label, without_picture, strays, skipped)
+    return Found(_named(pairs), _named(without_label), without_picture, strays, skipped)
 
 
 def discover(root: str, split: str, labelled: bool = True) -> Found:
@@ -213,8 +213,8 @@ def discover(root: str, split: str, labelled: bool = True) -> Found:
         count = len(found.without_label)
         raise DataError(
             f"{root}: {count} of {count + number} pictures in leftImg8bit/{split} have no label, the first "
-            f"missing is {found.without_label[0]}; unpack the whole gtFine_trainvaltest.zip, or name the "
-            f"pairs with --data-list{_see_check(root)}"
+            f"missing is {found.without_label[0].label}; unpack the whole gtFine_trainvaltest.zip, or name "
+            f"the pairs with --data-list{_see_check(root)}"
         )
     if found.without_picture:
         count = len(found.without_picture)

@@ -32,9 +32,15 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8"
 #: Bytes from the beginning of a file that tell its kind, and from its end that hold the closing marker.
 HEAD, TAIL = 1024, 65536
-#: Color types of a PNG header, and Pillow's modes for them.
+#: Color types of a PNG header, with Pillow's modes for them and the bits that a channel may have.
 GRAY, RGB = 0, 2
-PNG_MODES = {GRAY: "L", RGB: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
+PNG_KINDS = {
+    GRAY: ("L", (1, 2, 4, 8, 16)),
+    RGB: ("RGB", (8, 16)),
+    3: ("P", (1, 2, 4, 8)),
+    4: ("LA", (8, 16)),
+    6: ("RGBA", (8, 16)),
+}
 #: What OpenCV decodes, by Pillow's names.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "SUN", "TIFF", "WEBP")
 #: OpenCV's limits, in pixels, and that of its buffers, in bytes.
@@ -174,9 +180,10 @@ def _png_header(start: bytes) -> Header | None:
     if zlib.crc32(start[12:29]) != int.from_bytes(start[29:33], "big"):
         return None
     width, height, depth, color_type = struct.unpack(">IIBB", start[16:26])
-    if color_type not in PNG_MODES or not width or not height:
+    mode, depths = PNG_KINDS.get(color_type, ("", ()))
+    if depth not in depths or not width or not height:
         return None
-    return Header(height, width, "PNG", PNG_MODES[color_type], depth)
+    return Header(height, width, "PNG", mode, depth)
 
 
 def _depth(picture: Image.Image, start: bytes) -> int:
