@@ -107,8 +107,8 @@ def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split
     for pair, looked in zip(pairs, look_at_all(root, pairs, labels, workers), strict=True):
         split.problems.extend(looked.problems)
         dark += looked.notes
-        for message in looked.said:
-            said.setdefault(message, []).append(pair.image)
+        for file, message in looked.said:
+            said.setdefault(message, []).append(file)
         if looked.size is not None:
             split.sizes[looked.size] += 1
         if looked.counts is not None:
@@ -126,7 +126,7 @@ def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split
 
 
 def _and_more(files: Sequence[str]) -> str:
-    return f" (and {len(files) - 1} more such pictures)" if len(files) > 1 else ""
+    return f" (and {len(files) - 1} more such files)" if len(files) > 1 else ""
 
 
 def official_cities(split: str, cities: Set[str]) -> dict[str, int]:

@@ -33,7 +33,7 @@ class Looked(NamedTuple):
 
     problems: list[str]
     notes: list[str]
-    said: list[str]  # what the decoders wrote to standard error
+    said: list[tuple[str, str]]  # file and line of what a decoder wrote to standard error
     size: tuple[int, int] | None  # (height, width), None where the picture can't be read
     counts: Counts | None  # None where the label can't be read
 
@@ -42,6 +42,7 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
     """Decode picture, label and instances of a pair; a problem of one does not hide those of the others."""
     problems: list[str] = []
     notes: list[str] = []
+    said: list[tuple[str, str]] = []
     size = counts = None
     try:
         picture = load(os.path.join(root, pair.image))
@@ -51,6 +52,7 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
             notes.append(dark)
     except DataError as error:
         problems.append(str(error))
+    said += [(pair.image, message) for message in silence.take()]
     if pair.label:
         try:
             label = load(os.path.join(root, pair.label))
@@ -59,6 +61,7 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
             counts = labels.count(label)
         except DataError as error:
             problems.append(str(error))
+        said += [(pair.label, message) for message in silence.take()]
     instances = os.path.join(root, instances_of(pair.label))
     if counts is not None and has_ids(pair) and os.path.lexists(instances):
         try:
@@ -67,7 +70,8 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
             check_instances(instances, decode_label(found), decode_label(label))
         except DataError as error:
             problems.append(str(error))
-    return Looked(problems, notes, [], size, counts)
+        silence.take()
+    return Looked(problems, notes, said, size, counts)
 
 
 def has_ids(pair: Pair) -> bool:
@@ -102,7 +106,7 @@ def _begin(root: str, labels: LabelReader) -> None:
 
 
 def _look(pair: Pair) -> Looked:
-    return look(_job[0], pair, _job[1])._replace(said=silence.take())
+    return look(_job[0], pair, _job[1])
 
 
 def look_at_all(root: str, pairs: Sequence[Pair], labels: LabelReader, workers: int) -> Iterator[Looked]:

@@ -162,15 +162,18 @@ class Counts:
         self.values += other.values
 
 
-def _histogram(pixels: np.ndarray) -> np.ndarray:
-    """Return how often each value occurs in uint8 [h, w], as int64 [256]."""
+def _occurring(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values that occur in integers [h, w], and how often each does."""
+    if pixels.dtype != np.uint8:
+        return np.unique(pixels, return_counts=True)
     counts = _zeros()
     # OpenCV counts in float32, which is exact up to 2^24.
     rows = max(1, 2**24 // pixels.shape[1])
     for start in range(0, len(pixels), rows):
         part = cv2.calcHist([pixels[start : start + rows]], [0], None, [256], [0, 256])
         counts += part.ravel().astype(np.int64)
-    return counts
+    present = np.flatnonzero(counts)
+    return present, counts[present]
 
 
 #: Classes that one line names.
@@ -227,10 +230,6 @@ class LabelReader:
         """Whether a label file may be a picture of colors."""
         return self.table is not None and not path.endswith((LABEL_IDS, LABEL_TRAIN_IDS))
 
-    def _holds_train_ids(self, path: str) -> bool:
-        """Whether the values of a label file are train ids, taken as they are."""
-        return path.endswith(LABEL_TRAIN_IDS) or (self.table is None and not path.endswith(LABEL_IDS))
-
     def read(self, encoded: Encoded, rows: int | None = None) -> np.ndarray:
         """Return the train ids of a label file, uint8 [h, w].
 
@@ -244,11 +243,15 @@ class LabelReader:
 
     def count(self, encoded: Encoded) -> Counts:
         """Return how often train ids and values occur in a label file; see `read` for the errors."""
-        values = decode_label(encoded)
-        train_ids = self.train_ids(encoded.path, values)
-        counts = Counts(_histogram(train_ids))
-        if values.ndim == 2:
-            counts.values += _histogram(values.astype(np.uint8, copy=False))
+        path, values = encoded.path, decode_label(encoded)
+        counts = Counts()
+        if values.ndim == 3:
+            present, pixels = _occurring(self.train_ids(path, values))
+            counts.train_ids[present] = pixels
+        else:
+            present, pixels = _occurring(values)
+            np.add.at(counts.train_ids, self._look_up(path, present)[present], pixels)
+            counts.values[present] = pixels
         return counts
 
     def train_ids(self, path: str, values: np.ndarray) -> np.ndarray:
@@ -257,13 +260,17 @@ class LabelReader:
             if not self.may_be_colors(path):
                 raise no_label(path, "RGB", is_gray(values), colors=False)
             return self._of_colors(path, values)
-        as_they_are = self._holds_train_ids(path)
+        look_up = self._look_up(path, _occurring(values)[0])
+        return cv2.LUT(values.astype(np.uint8, copy=False), look_up.astype(np.uint8))
+
+    def _look_up(self, path: str, present: np.ndarray) -> np.ndarray:
+        """Return the look-up int16 [256] from the values of a file to train ids; it has those `present`."""
+        as_they_are = path.endswith(LABEL_TRAIN_IDS) or (self.table is None and not path.endswith(LABEL_IDS))
         train_ids = self._unchanged if as_they_are else self._by_id
-        present = np.flatnonzero(_histogram(values)) if values.dtype == np.uint8 else np.unique(values)
         for value in present.tolist():
             if not 0 <= value < 256 or train_ids[value] < 0:
                 raise self._unknown(path, f"{'train' if as_they_are else 'label'} id {value}", value == 255)
-        return cv2.LUT(values.astype(np.uint8, copy=False), train_ids.astype(np.uint8))
+        return train_ids
 
     def notes(self, counts: Counts) -> list[str]:
         """Return what is odd about the labels of a whole data set, in lines: classes that never occur."""

@@ -48,12 +48,13 @@ MOST_PIXELS, LONGEST_SIDE, MOST_BYTES = 2**30, 2**20, 2**31 - 1
 #: Formats that change values, or may.
 LOSSY = {
     "AVIF": "an AVIF label may have",
+    "GIF": "a GIF label may have",  # most programs number its palette anew
     "JPEG": "a JPEG label has",
     "JPEG2000": "a JPEG 2000 label may have",
     "MPO": "a JPEG label has",
     "WEBP": "a WebP label may have",
 }
-LABEL_FORMATS = ("BMP", "GIF", "PNG", "PPM", "TIFF")
+LABEL_FORMATS = ("BMP", "PNG", "PPM", "TIFF")
 #: Pillow's modes of one-channel pictures whose values are ids.
 LABEL_MODES = ("1", "L", "P", "I;16", "I;16B", "I")
 #: Lossless compressions of TIFF, by Pillow's names.
@@ -307,6 +308,11 @@ def _decode_ids(encoded: Encoded) -> np.ndarray:
                 raise DataError(f"{path}: {problem}; save it as PNG")
             mode = picture.mode
             label = np.array(picture)
+            if mode == "P" and not _even(picture.getpalette() or [], np.unique(label)):
+                raise DataError(
+                    f"{path}: a label whose ids a palette maps to other grays, so that either may be meant; "
+                    "save the ids as PNG without a palette"
+                )
     except DataError:
         raise
     except Exception as error:  # whatever Pillow's many decoders make of a damaged file
@@ -318,6 +324,21 @@ def _decode_ids(encoded: Encoded) -> np.ndarray:
     if mode == "L" and header.depth < 8:
         return label // (255 // (2**header.depth - 1))  # Pillow stretches them
     return label.astype(label.dtype.newbyteorder("="), copy=False)
+
+
+def _even(palette: list[int], used: np.ndarray) -> bool:
+    """Whether the indices in a palette picture are surely its ids.
+
+    They are where the palette has colors, shows each index as that gray, or spreads those used from black to
+    white. Other grays are what programs make of a picture without a palette, to store it in fewer bits: there
+    the grays are the ids.
+    """
+    colors = np.reshape(palette, (-1, 3))
+    if (colors != colors[:, :1]).any() or used[-1] >= len(colors):
+        return True
+    grays, indices = colors[used, 0], used.astype(int)
+    spread = (np.abs(grays - indices * 255 / max(white, 1)) < 1 for white in (indices[-1], len(colors) - 1))
+    return bool((grays == indices).all()) or any(each.all() for each in spread)
 
 
 def _inexact(picture: Image.Image, start: bytes) -> str | None:

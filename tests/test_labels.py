@@ -100,7 +100,7 @@ def test_colours_go_through_the_table(table, tmp_path):
     reader = LabelReader(read_table(table))
     colours = [[(10, 20, 30), (0, 200, 0)], [(11, 20, 30), (0, 0, 0)]]
     assert reader.read(written(tmp_path / "a.png", colours)).tolist() == [[0, 1], [0, 255]]
-    with pytest.raises(DataError, match="colour 1,2,3 is none"):
+    with pytest.raises(DataError, match="color 1,2,3 is none"):
         reader.read(written(tmp_path / "b.png", [[(0, 0, 0), (1, 2, 3)]]))
     with pytest.raises(DataError, match="--classes"):
         LabelReader().read(load(str(tmp_path / "a.png")))
@@ -110,7 +110,7 @@ def test_colours_go_through_the_table(table, tmp_path):
 
 def test_colours_equal_those_of_two_classes_are_refused():
     rows = [Label(name, -1, train_id, "", False, (1, 2, 3)) for train_id, name in enumerate("ab")]
-    with pytest.raises(ValueError, match="a and b have the same colour"):
+    with pytest.raises(ValueError, match="a and b have the same color"):
         ClassTable(rows).row_of_color()
     assert ClassTable([rows[0], rows[0]._replace(name="c")]).row_of_color()[0x010203] == 0
 

@@ -19,6 +19,7 @@ class Silence:
         self._inside = 0
         self._terminal = -1
         self._sink: IO[bytes] | None = None
+        self._collects = False
 
     def __enter__(self) -> None:
         with self._lock:
@@ -47,9 +48,12 @@ class Silence:
     def collect(self) -> None:
         """Keep what is written from now on for `take`. For processes that decode in one thread."""
         self._sink = tempfile.TemporaryFile(buffering=0)
+        self._collects = True
 
     def take(self) -> list[str]:
-        """Return the lines written since the last call, each once."""
+        """Return the lines written since the last call, each once; none without `collect`."""
+        if not self._collects:
+            return []
         assert self._sink is not None
         self._sink.seek(0)
         lines = self._sink.read().decode(errors="replace").splitlines()
