@@ -166,7 +166,8 @@ def on_disk(folder: str, root: str, files: Sequence[str], meaning: str) -> str:
             about = os.stat(path)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; check the data set and the list") from error
-        digest.update(f"{os.path.abspath(path)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+        described = f"{os.path.abspath(path)}\0{about.st_size}\0{about.st_mtime_ns}\0"
+        digest.update(described.encode("utf-8", "surrogateescape"))
     return os.path.join(folder, f"pictures-{digest.hexdigest()[:16]}.cache")
 
 

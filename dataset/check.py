@@ -12,29 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence, Set
 from concurrent.futures.process import BrokenProcessPool
-from datetime import timedelta
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from dataset import layout
 from dataset.class_chart import draw_chart
-from dataset.labels import IGNORE, LabelReader, choose_table
-from dataset.layout import LABEL_IDS, Pair, instances_of
-from dataset.pictures import check_size, decode_image, decode_label, load
+from dataset.inspection import has_ids, look_at_all
+from dataset.labels import IGNORE, Counts, LabelReader, choose_table
+from dataset.layout import Pair, instances_of
 from utils import args as flags
-from utils.errors import DataError, RunError
+from utils.errors import DataError, RunError, UsageError
 from utils.files import check_output_file, unwritable, write_file
 
 #: Pictures of each city of Cityscapes' fine annotations.
@@ -47,173 +40,59 @@ OFFICIAL = {
     "val": {"frankfurt": 267, "lindau": 59, "munster": 174},
     "test": {"berlin": 544, "bielefeld": 181, "bonn": 46, "leverkusen": 58, "mainz": 298, "munich": 398},
 }  # fmt: skip
-#: Of what is shown of the problems, the notes, the bars.
+#: Most problems and notes that are printed, and letters of the longest bar.
 MOST_LINES, MOST_NOTES, BAR = 50, 10, 40
-#: An instance id is the label id * 1000 + a number.
-SINGLE = 1000
 
 
-class Looked(NamedTuple):
-    """What a look at the files of one pair found."""
+class Found(NamedTuple):
+    """A split before its files are looked at."""
 
+    name: str
+    pairs: list[Pair]
     problems: list[str]
-    size: tuple[int, int] | None  # (height, width), None where the picture can't be read
-    pixels: np.ndarray | None  # int64 [256], of each train id; None where the label can't be read
+    notes: list[str]
+    official: dict[str, int]  # pictures that each city ought to have
 
 
 class Split(NamedTuple):
-    """What is known of a split."""
+    """A split after its files were looked at."""
 
     name: str
     cities: Counter[str]
     problems: list[str]
     notes: list[str]
     sizes: Counter[tuple[int, int]]
-    pixels: np.ndarray  # int64 [256]
+    counts: Counts
     pictures: np.ndarray  # int64 [256]: how many have pixels of each train id
 
-
-# One pair
-
-
-def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
-    """Decode picture, label and instances of a pair; a problem of one does not hide those of the others."""
-    problems: list[str] = []
-    size = pixels = None
-    try:
-        picture = load(os.path.join(root, pair.image))
-        decode_image(picture)
-        size = picture.height, picture.width
-    except DataError as error:
-        problems.append(str(error))
-    if pair.label:
-        try:
-            label = load(os.path.join(root, pair.label))
-            if size is not None:
-                check_size(label.path, label, pair.image, picture)
-            pixels = np.bincount(labels.read(label).ravel(), minlength=256)
-        except DataError as error:
-            problems.append(str(error))
-    instances = os.path.join(root, instances_of(pair.label))
-    if pixels is not None and _has_ids(pair) and os.path.lexists(instances):
-        try:
-            found = load(instances)
-            check_size(found.path, found, pair.label, label)
-            check_instances(instances, decode_label(found), decode_label(label))
-        except DataError as error:
-            problems.append(str(error))
-    return Looked(problems, size, pixels)
-
-
-def _has_ids(pair: Pair) -> bool:
-    return pair.label.endswith(LABEL_IDS)
-
-
-def check_instances(path: str, instances: np.ndarray, ids: np.ndarray) -> None:
-    """Raises DataError where instance ids [h, w] belong to other labels than the label ids [h, w] say."""
-    if instances.ndim != 2:
-        raise DataError(
-            f"{path}: instances have one channel of ids, this is a picture of colours; copy it again"
-        )
-    values = instances.astype(np.int64)
-    of_label = np.where(values < SINGLE, values, values // SINGLE)
-    wrong = of_label != ids
-    if wrong.any():
-        raise DataError(
-            f"{path}: instance {values[wrong][0]} where the label id is {ids[wrong][0]}; give the one that "
-            "belongs to the label"
-        )
-
-
-# All pairs, in processes
-
-_job: tuple[str, LabelReader]
-
-
-def _begin(root: str, labels: LabelReader) -> None:
-    """What a process needs: that OpenCV has one thread, and that Ctrl-C is the parent's."""
-    global _job
-    _job = root, labels
-    cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _look(pair: Pair) -> Looked:
-    return look(_job[0], pair, _job[1])
-
-
-def look_at_all(root: str, pairs: Sequence[Pair], labels: LabelReader, workers: int) -> Iterator[Looked]:
-    """What each pair's files are like, in the order of the pairs, with a bar of the progress."""
-    progress = _Progress(len(pairs))
-    # Not threads, which would wait for each other: the decoder holds Python's lock. And not forks of this
-    # process: where it has had threads, a copy without them can wait for one for ever.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dataset.check"])
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(root, labels)) as pool:
-        try:
-            for done, looked in enumerate(pool.map(_look, pairs, chunksize=4), 1):
-                progress.show(done)
-                yield looked
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-class _Progress:
-    """A bar on standard error: redrawn in place on a terminal, else a line now and then."""
-
-    def __init__(self, total: int):
-        self.total = total
-        self.terminal = sys.stderr.isatty()
-        self.start = self.last = time.monotonic()
-
-    def show(self, done: int) -> None:
-        now = time.monotonic()
-        if done < self.total and now - self.last < (0.1 if self.terminal else 10.0):
-            return
-        self.last = now
-        rate = done / max(now - self.start, 1e-9)
-        filled = 30 * done // self.total
-        left = timedelta(seconds=round((self.total - done) / rate))
-        line = f"[{'#' * filled:<30}] {done}/{self.total}  {rate:.1f} pictures/s  {left} left"
-        end = "\n" if done == self.total or not self.terminal else ""
-        print(f"\r{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+    @property
+    def pixels(self) -> np.ndarray:
+        """Return the pixels of each train id, int64 [256]."""
+        return self.counts.train_ids
 
 
 # A split
 
 
-def split_of(
-    name: str,
-    root: str,
-    pairs: Sequence[Pair],
-    labels: LabelReader,
-    workers: int,
-    problems: Iterable[str] = (),
-    official: Mapping[str, int] = MappingProxyType({}),
-) -> Split:
-    """Look at the pairs of a split.
-
-    Args:
-        problems: what is known to be wrong before.
-        official: pictures that each city ought to have.
-    """
+def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split:
+    """Look at the files of a split."""
+    name, pairs = found.name, found.pairs
     split = Split(
         name,
         Counter(os.path.basename(os.path.dirname(pair.image)) for pair in pairs),
-        list(problems),
-        [],
+        list(found.problems),
+        list(found.notes),
         Counter(),
-        np.zeros(256, np.int64),
+        Counts(),
         np.zeros(256, np.int64),
     )
-    for city, number in official.items():
+    for city, number in found.official.items():
         if split.cities[city] != number:
             split.problems.append(
                 f"leftImg8bit/{name}/{city}: {split.cities[city]} of {number} pictures; unpack the whole "
                 "leftImg8bit_trainvaltest.zip, or say --partial"
             )
-    instances = [os.path.join(root, instances_of(pair.label)) for pair in pairs if _has_ids(pair)]
+    instances = [os.path.join(root, instances_of(pair.label)) for pair in pairs if has_ids(pair)]
     missing = [path for path in instances if not os.path.lexists(path)]
     if 0 < len(missing) < len(instances):
         split.problems.append(
@@ -223,16 +102,31 @@ def split_of(
     for image, times in Counter(pair.image for pair in pairs).items():
         if times > 1:
             split.notes.append(f"{image}: {times} times in the list")
+    dark: list[str] = []
+    said: dict[str, list[str]] = {}  # files of each message of a decoder
     for pair, looked in zip(pairs, look_at_all(root, pairs, labels, workers), strict=True):
         split.problems.extend(looked.problems)
+        dark += looked.notes
+        for file, message in looked.said:
+            said.setdefault(message, []).append(file)
         if looked.size is not None:
             split.sizes[looked.size] += 1
-        if looked.pixels is not None:
-            split.pixels[:] += looked.pixels
-            split.pictures[:] += looked.pixels > 0
-            if looked.pixels[labels.ignore_label] == looked.pixels.sum():
+        if looked.counts is not None:
+            split.counts.add(looked.counts)
+            pixels = looked.counts.train_ids
+            split.pictures[:] += pixels > 0
+            if pixels[labels.ignore_label] == pixels.sum():
                 split.notes.append(f"{pair.label}: void alone")
+    if dark:
+        split.notes.append(dark[0] + _and_more(dark))
+    split.notes.extend(f"{files[0]}: {message}{_and_more(files)}" for message, files in said.items())
+    if split.pixels.any():
+        split.notes[:0] = labels.notes(split.counts)
     return split
+
+
+def _and_more(files: Sequence[str]) -> str:
+    return f" (and {len(files) - 1} more such files)" if len(files) > 1 else ""
 
 
 def official_cities(split: str, cities: Set[str]) -> dict[str, int]:
@@ -241,51 +135,87 @@ def official_cities(split: str, cities: Set[str]) -> dict[str, int]:
     return known if cities and cities <= known.keys() else {}
 
 
-def splits_of(args: argparse.Namespace, labels: LabelReader) -> Iterator[Split]:
-    """Every split that is asked for.
+def find(args: argparse.Namespace) -> list[Found]:
+    """Find the pairs of every split that is asked for.
 
     Raises:
         DataError: there is no such data set, split or list.
     """
-    root, workers = args.root, args.num_workers
+    root = args.root
     if args.data_list:
-        pairs = layout.read_list(root, args.data_list)
-        yield split_of(args.data_list, root, pairs, labels, workers)
-        return
+        if not os.path.isdir(root):
+            layout.check_root(root)
+        return [Found(args.data_list, layout.read_list(root, args.data_list), [], [], {})]
+    for name in args.split or ():
+        layout.check_split(name)
     layout.check_root(root)
-    names = args.split or sorted(
+    names = list(dict.fromkeys(args.split or ())) or sorted(
         layout.splits(root), key=lambda name: (["train", "val", "test"] + [name]).index(name)
     )
     if not names:
         raise DataError(
             f"{root}: leftImg8bit has no folder train, val or test; unpack leftImg8bit_trainvaltest.zip again"
         )
-    for name in names:
-        found = layout.scan(root, name)
-        files = [*(pair.image for pair in found.pairs), *found.without_label]
-        official = official_cities(name, {os.path.basename(os.path.dirname(file)) for file in files})
-        unlabelled = not os.path.isdir(os.path.join(root, "gtFine", name)) and name not in ("train", "val")
-        if unlabelled or (name == "test" and official):
-            # The benchmark keeps its labels: what gtFine/test has is void alone.
-            found = layout.scan(root, name, labelled=False)
-        problems = [
-            f"{os.path.join(root, label)}: no such label; unpack the whole gtFine_trainvaltest.zip"
-            for label in found.without_label
-        ]
-        problems += [
-            f"{os.path.join(root, label)}: has no picture; unpack the whole leftImg8bit_trainvaltest.zip"
-            for label in found.without_picture
-        ]
-        problems += [
-            f"{os.path.join(root, stray)}: not named *{layout.PICTURE}.png; rename it"
-            for stray in found.strays
-        ]
-        if not found.pairs and not problems:
-            problems.append(
-                f"{os.path.join(root, 'leftImg8bit', name)}: no picture; unpack leftImg8bit_trainvaltest.zip"
-            )
-        wanted = {} if args.partial else official
-        yield split_of(name, root, found.pairs, labels, workers, problems, wanted)
+    return [find_split(root, name, args.partial) for name in names]
+
+
+def find_split(root: str, name: str, partial: bool) -> Found:
+    """Find the pairs of a split of the layout, and what is wrong with their names.
+
+    Args:
+        partial: whether a part of Cityscapes' cities is all that is wanted.
+    """
+    found = layout.scan(root, name)
+    cities = {os.path.basename(os.path.dirname(pair.image)) for pair in (*found.pairs, *found.without_label)}
+    official = official_cities(name, cities)
+    unlabelled = not os.path.isdir(os.path.join(root, "gtFine", name)) and name not in ("train", "val")
+    if unlabelled or (name == "test" and official):
+        # The benchmark keeps its labels: what gtFine/test has is void alone.
+        found = layout.scan(root, name, labelled=False)
+    problems = [
+        f"{os.path.join(root, pair.label)}: no such label; unpack the whole gtFine_trainvaltest.zip"
+        for pair in found.without_label
+    ]
+    problems += [
+        f"{os.path.join(root, label)}: has no picture; unpack the whole leftImg8bit_trainvaltest.zip"
+        for label in found.without_picture
+    ]
+    problems += [
+        f"{os.path.join(root, stray)}: not named *{layout.PICTURE}.png; rename it" for stray in found.strays
+    ]
+    # They are looked at as well.
+    pairs = found.pairs + [pair._replace(label="") for pair in found.without_label]
+    if not pairs and not problems:
+        problems.append(
+            f"{os.path.join(root, 'leftImg8bit', name)}: no picture; unpack leftImg8bit_trainvaltest.zip"
+        )
+    notes = [layout.say_skipped(found.skipped)] if found.skipped else []
+    return Found(name, pairs, problems, notes, {} if partial else official)
+
+
+def check_outputs(args: argparse.Namespace, found: Sequence[Found]) -> None:
+    """Raise UsageError where --plot or --json can't be written, or would replace what is read."""
+    outputs = {f"--{flag}": getattr(args, flag) for flag in ("plot", "json") if getattr(args, flag)}
+    for flag, path in outputs.items():
+        check_output_file(flag, path)
+    if len(outputs) == 2 and os.path.realpath(args.plot) == os.path.realpath(args.json):
+        raise UsageError(f"--plot {args.plot}: is the file of --json too; name another")
+    existing = {_identity(path): flag for flag, path in outputs.items() if os.path.exists(path)}
+    if not existing:
+        return
+    inputs = [path for path in (args.data_list, args.classes) if path]
+    for pair in (pair for each in found for pair in each.pairs):
+        files = [pair.image, *((pair.label, instances_of(pair.label)) if pair.label else ())]
+        inputs += [os.path.join(args.root, file) for file in files]
+    for path in inputs:
+        if os.path.exists(path) and (same := existing.get(_identity(path))):
+            raise UsageError(f"{same} {outputs[same]}: is a file of the data set; name another")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Return what is the same for all names of a file."""
+    about = os.stat(path)
+    return about.st_dev, about.st_ino
 
 
 # What is said of it
@@ -388,16 +318,15 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    for flag in ("plot", "json"):
-        if named := getattr(args, flag):
-            check_output_file(f"--{flag}", named)
     table, num_classes = choose_table(args.classes, args.num_classes)
     labels = LabelReader(table, args.ignore_label, num_classes)
     splits: list[Split] = []
+    found = find(args)
+    check_outputs(args, found)
     try:
-        for split in splits_of(args, labels):
-            splits.append(split)
-            print(describe(split, labels), flush=True)
+        for each in found:
+            splits.append(look_at(each, args.root, labels, args.num_workers))
+            print(describe(splits[-1], labels), flush=True)
     except OSError as error:
         raise RunError(
             f"{error.filename or args.root}: can't be read ({error.strerror or error}); check the disk"

@@ -14,15 +14,20 @@ from torch.utils.data import Dataset
 
 from dataset import layout, transforms
 from dataset.cache import PictureCache, on_disk
-from dataset.labels import IGNORE, ClassTable, LabelReader
+from dataset.labels import IGNORE, ClassTable, Counts, LabelReader
 from dataset.layout import LABEL_IDS, Pair, instances_of
 from dataset.pictures import (
+    LABEL_MODES,
     Encoded,
-    check_label_mode,
+    Header,
+    check_label,
+    check_picture,
     check_size,
+    darkness,
     decode_image,
     decode_label,
     load,
+    no_label,
     read_header,
 )
 from utils.errors import DataError
@@ -68,7 +73,7 @@ class CSDataSet(Dataset):
     """Pictures with labels in the Cityscapes layout, or in any layout by a list.
 
     Labels named `*_labelTrainIds.png` are train ids as they are. Others go through `table`, if one is given:
-    by their ids, or by their colours where they are colour pictures. Without it those named `*_labelIds.png`
+    by their ids, or by their colors where they are color pictures. Without it those named `*_labelIds.png`
     go through Cityscapes' table, and all others are train ids too.
 
     Args:
@@ -108,8 +113,10 @@ class CSDataSet(Dataset):
         labelled: bool = True,
         cache: PictureCache | None = None,
     ):
+        self.skipped: list[str] = []
         if list_path is None:
-            self.pairs = layout.discover(root, split, labelled)
+            found = layout.discover(root, split, labelled)
+            self.pairs, self.skipped = found.pairs, found.skipped
         else:
             if not os.path.isdir(root):
                 layout.check_root(root)
@@ -203,39 +210,68 @@ class CSDataSet(Dataset):
         return os.path.join(self.root, relative)
 
     def check(self, instances: bool = False) -> str:
-        """Look at the header of every file and at the ids of every label; the line to print when all is well.
+        """Look at the header of every file and at the ids of every label; return the lines to print.
+
+        The first line has the number of pictures and the share of void; more follow about classes that occur
+        in no label, files that were skipped, and pictures of 16 bits that are nearly black.
 
         Args:
             instances: look at the headers of the instanceIds files too.
 
         Raises:
             DataError: naming the first file that is missing, unreadable, truncated, of the wrong kind, of
-                another size than its picture, or a label with an id that is none of the classes.
+                another size than its picture, or a label with an id that is none of the classes; or every
+                label is void alone.
         """
+        counts = Counts()
+        odd = None  # a picture whose channels don't have 8 bits
         try:
             with ThreadPoolExecutor(8) as pool:
-                for _ in pool.map(lambda pair: self._check_pair(pair, instances), self.pairs):
-                    pass
+                looks = pool.map(lambda pair: self._check_pair(pair, instances), self.pairs)
+                for pair, (header, counted) in zip(self.pairs, looks, strict=True):
+                    counts.add(counted)
+                    odd = odd or (pair.image if header.depth != 8 else None)
         except DataError as error:
             raise DataError(f"{error} (python -m dataset.check finds all such files)") from error
         folders = len({os.path.dirname(pair.image) for pair in self.pairs})
-        count = len(self.pairs)
-        labels = "each with its label, none missing" if self.labelled else "none missing"
-        return f"{self.source}: {count} pictures in {folders} folders, {labels}"
+        line = f"{self.source}: {len(self.pairs)} pictures in {folders} folders, "
+        notes = []
+        if self.labelled:
+            void = counts.train_ids[self.labels.ignore_label] / counts.train_ids.sum()
+            line += f"each with its label, none missing; {100 * void:.1f} % of the pixels are void"
+            notes = self.labels.notes(counts)
+            if void == 1:
+                raise DataError(
+                    f"{self.source}: every pixel of its {len(self.pairs)} labels is void; check --classes "
+                    f"and --ignore-label ({'; '.join(notes)})"
+                )
+        else:
+            line += "none missing"
+        if self.skipped:
+            notes.append(layout.say_skipped(self.skipped))
+        if odd is not None:
+            encoded = load(self.path(odd))
+            if dark := darkness(encoded, decode_image(encoded)):
+                notes.append(dark)
+        return "\n".join([line, *(f"note: {note}" for note in notes)])
 
-    def _check_pair(self, pair: Pair, instances: bool) -> None:
+    def _check_pair(self, pair: Pair, instances: bool) -> tuple[Header, Counts]:
+        """Return the header of the picture, and what its label holds."""
         image = read_header(self.path(pair.image))
+        check_picture(self.path(pair.image), image)
         if not self.labelled:
-            return
-        label = read_header(self.path(pair.label))
-        check_label_mode(self.path(pair.label), label.mode, colors=self.labels.may_be_colors(pair.label))
-        check_size(self.path(pair.label), label, pair.image, image)
-        self.labels.read(load(self.path(pair.label)))
+            return image, Counts()
+        label = load(self.path(pair.label))
+        check_size(label.path, label, pair.image, image)
+        counts = self.labels.count(label)
         if instances:
             path = self.path(instances_of(pair.label))
             header = read_header(path)
-            check_label_mode(path, header.mode, colors=False)
+            check_label(path, header)
+            if header.mode not in LABEL_MODES:
+                raise no_label(path, header.mode)
             check_size(path, header, pair.label, label)
+        return image, counts
 
     def _load(self, index: int) -> tuple[Encoded, Encoded]:
         """The files of picture and label, of the same size."""

@@ -1,21 +1,23 @@
 """What the values of label pictures mean: Cityscapes' table (facts as published with it), or one's own.
 
 A table has a row for each kind of label. Several rows may share a train id: they are one class, which has the
-name, the colour and the id of the first of them. Rows of train id 255 are void: neither trained nor scored.
+name, the color and the id of the first of them. Rows of train id 255 are void: neither trained nor scored.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
-from dataset.pictures import Encoded, check_label_mode, decode_label
+from dataset.pictures import Encoded, decode_label, is_gray, no_label
 from utils.errors import DataError
+from utils.files import read_input
 
 IGNORE = 255
 
@@ -24,7 +26,7 @@ class Label(NamedTuple):
     """One row of a table. `train_id` is 255 where the class is not trained and not evaluated."""
 
     name: str
-    id: int  # value in the label pictures; -1 where only the colour tells it
+    id: int  # value in the label pictures; -1 where only the color tells it
     train_id: int
     category: str
     has_instances: bool
@@ -102,10 +104,10 @@ class ClassTable:
         self.colors = tuple(label.color for label in self.classes)
 
     def train_ids(self, ignore_label: int = IGNORE) -> np.ndarray:
-        """Look-up int16 [256] from value in a label picture to train id; -1 where no row has the value.
+        """Return the look-up int16 [256] from value in a label picture to train id; -1 where no row has it.
 
-        255 is void in any case: what has no label is often stored so, as Cityscapes' license plate (id -1 in
-        eight bits) is.
+        255 is void where no row has it: what has no label is often stored so, as Cityscapes' license plate
+        (id -1 in eight bits) is.
         """
         table = np.full(256, -1, dtype=np.int16)
         table[255] = ignore_label
@@ -118,7 +120,7 @@ class ClassTable:
         """Look-up uint8 [2**24] from R * 65536 + G * 256 + B to the number of the row; 255 where is none.
 
         Raises:
-            ValueError: two classes have the same colour.
+            ValueError: two classes have the same color.
         """
         table = np.full(1 << 24, 255, dtype=np.uint8)
         for number, label in enumerate(self.labels):
@@ -129,7 +131,7 @@ class ClassTable:
                 table[key] = number
             elif self.labels[before].train_id != label.train_id:
                 raise ValueError(
-                    f"{self.labels[before].name} and {label.name} have the same colour; pictures of colours "
+                    f"{self.labels[before].name} and {label.name} have the same color; pictures of colors "
                     "can't tell them apart"
                 )
         return table
@@ -142,6 +144,40 @@ class ClassTable:
 
 CITYSCAPES = ClassTable(LABELS)
 NUM_CLASSES = len(CITYSCAPES.classes)
+
+
+def _zeros() -> np.ndarray:
+    return np.zeros(256, np.int64)
+
+
+@dataclass
+class Counts:
+    """How many pixels of labels have each train id, and each value in labels of one channel: int64 [256]."""
+
+    train_ids: np.ndarray = field(default_factory=_zeros)
+    values: np.ndarray = field(default_factory=_zeros)
+
+    def add(self, other: Counts) -> None:
+        self.train_ids += other.train_ids
+        self.values += other.values
+
+
+def _occurring(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values that occur in integers [h, w], and how often each does."""
+    if pixels.dtype != np.uint8:
+        return np.unique(pixels, return_counts=True)
+    counts = _zeros()
+    # OpenCV counts in float32, which is exact up to 2^24.
+    rows = max(1, 2**24 // pixels.shape[1])
+    for start in range(0, len(pixels), rows):
+        part = cv2.calcHist([pixels[start : start + rows]], [0], None, [256], [0, 256])
+        counts += part.ravel().astype(np.int64)
+    present = np.flatnonzero(counts)
+    return present, counts[present]
+
+
+#: Classes that one line names.
+MOST_NAMES = 8
 
 
 class LabelReader:
@@ -191,11 +227,11 @@ class LabelReader:
         return self.table is None and self.num_classes == NUM_CLASSES
 
     def may_be_colors(self, path: str) -> bool:
-        """Whether a label file may be a picture of colours."""
+        """Whether a label file may be a picture of colors."""
         return self.table is not None and not path.endswith((LABEL_IDS, LABEL_TRAIN_IDS))
 
     def read(self, encoded: Encoded, rows: int | None = None) -> np.ndarray:
-        """The train ids of a label file, uint8 [h, w].
+        """Return the train ids of a label file, uint8 [h, w].
 
         Args:
             rows: how many are needed, from the top, and looked at; None for all.
@@ -205,21 +241,66 @@ class LabelReader:
         """
         return self.train_ids(encoded.path, decode_label(encoded, rows))
 
-    def train_ids(self, path: str, values: np.ndarray) -> np.ndarray:
-        """The train ids uint8 [h, w] of what `decode_label` gives for the file `path`."""
+    def count(self, encoded: Encoded) -> Counts:
+        """Return how often train ids and values occur in a label file; see `read` for the errors."""
+        path, values = encoded.path, decode_label(encoded)
+        counts = Counts()
         if values.ndim == 3:
-            check_label_mode(path, "RGB", colors=self.may_be_colors(path))
+            present, pixels = _occurring(self.train_ids(path, values))
+            counts.train_ids[present] = pixels
+        else:
+            present, pixels = _occurring(values)
+            np.add.at(counts.train_ids, self._look_up(path, present)[present], pixels)
+            counts.values[present] = pixels
+        return counts
+
+    def train_ids(self, path: str, values: np.ndarray) -> np.ndarray:
+        """Return the train ids uint8 [h, w] of what `decode_label` gives for the file `path`."""
+        if values.ndim == 3:
+            if not self.may_be_colors(path):
+                raise no_label(path, "RGB", is_gray(values), colors=False)
             return self._of_colors(path, values)
+        look_up = self._look_up(path, _occurring(values)[0])
+        return cv2.LUT(values.astype(np.uint8, copy=False), look_up.astype(np.uint8))
+
+    def _look_up(self, path: str, present: np.ndarray) -> np.ndarray:
+        """Return the look-up int16 [256] from the values of a file to train ids; it has those `present`."""
         as_they_are = path.endswith(LABEL_TRAIN_IDS) or (self.table is None and not path.endswith(LABEL_IDS))
         train_ids = self._unchanged if as_they_are else self._by_id
-        if values.dtype == np.uint8:
-            present = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
-        else:
-            present = np.unique(values)
         for value in present.tolist():
             if not 0 <= value < 256 or train_ids[value] < 0:
-                raise self._unknown(path, f"{'train' if as_they_are else 'label'} id {value}")
-        return cv2.LUT(values.astype(np.uint8, copy=False), train_ids.astype(np.uint8))
+                raise self._unknown(path, f"{'train' if as_they_are else 'label'} id {value}", value == 255)
+        return train_ids
+
+    def notes(self, counts: Counts) -> list[str]:
+        """Return what is odd about the labels of a whole data set, in lines: classes that never occur."""
+        notes = []
+        if self.ignore_label < self.num_classes:
+            notes.append(
+                f"class {self._named(self.ignore_label)} is void (--ignore-label {self.ignore_label}): it is "
+                "neither trained nor scored"
+            )
+        absent = [
+            self._named(number)
+            for number in range(self.num_classes)
+            if not counts.train_ids[number] and number != self.ignore_label
+        ]
+        if absent:
+            more = f" and {len(absent) - MOST_NAMES} more" if len(absent) > MOST_NAMES else ""
+            classes, occur = ("class", "occurs") if len(absent) == 1 else ("classes", "occur")
+            notes.append(f"{classes} {', '.join(absent[:MOST_NAMES])}{more} {occur} in no label")
+        by_value = self._unchanged if self.table is None else self._by_id
+        if absent and set(np.flatnonzero(counts.values)) == {0, 255} and by_value[255] == self.ignore_label:
+            notes.append(
+                "the labels hold 0 and 255 alone, and 255 is void: where it is a class, give --classes a "
+                "table that has a row of id 255 (docs/own_data.md)"
+            )
+        return notes
+
+    def _named(self, number: int) -> str:
+        """Return a class's number, with its name where it has one."""
+        name = self.names()[number]
+        return str(number) if name == f"class {number}" else f"{number} ({name})"
 
     def _of_colors(self, path: str, colors: np.ndarray) -> np.ndarray:
         """uint8 [h, w, 3] RGB -> train ids uint8 [h, w]."""
@@ -237,20 +318,25 @@ class LabelReader:
         train_ids = self._checked(train_ids)
         unknown = train_ids[rows] < 0
         if unknown.any():
+            if is_gray(colors):
+                raise no_label(path, "RGB", gray=True)
             color = ",".join(map(str, colors[unknown][0].tolist()))
-            raise self._unknown(path, f"colour {color}")
+            raise self._unknown(path, f"color {color}")
         return cv2.LUT(rows, train_ids.astype(np.uint8))
 
-    def _unknown(self, path: str, what: str) -> DataError:
-        flags = "--classes" if self.table else "--num-classes"
+    def _unknown(self, path: str, what: str, is_white: bool = False) -> DataError:
+        flag = "--classes" if self.table else "--num-classes"
+        advice = "give 255 a row in a table of --classes (docs/own_data.md)" if is_white else "fix the label"
         return DataError(
-            f"{path}: {what} is none of the {self.num_classes} classes nor void; mend the label, or check "
-            f"{flags} and --ignore-label"
+            f"{path}: {what} is none of the {self.num_classes} classes nor void; {advice}, or check "
+            f"{flag} and --ignore-label"
         )
 
 
 #: The columns of a table's file; the last two may be left out.
 COLUMNS = ("name", "id", "train_id", "color")
+#: Bytes that its file can have, and letters that a name can have.
+MOST_TEXT, LONGEST_NAME = 2**20, 200
 #: Rows that a table can have: each gets a number of eight bits, of which 255 is none.
 MOST_ROWS = 255
 
@@ -260,17 +346,20 @@ def read_table(path: str) -> ClassTable:
 
     The first line names the columns name, id, train_id and color, in any order; further columns are for the
     reader alone, as are empty lines and those that begin with #. id is the value in the label pictures (0 to
-    255, or - where the label pictures are colours), train_id the number of the class (0, 1, 2, ..., 255 for
+    255, or - where the label pictures are colors), train_id the number of the class (0, 1, 2, ..., 255 for
     void), color is R,G,B.
 
     Raises:
         DataError: one line that names the file, the line and what is wrong.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [(number, line.rstrip("\r\n")) for number, line in enumerate(file, 1)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable class table ({error}); check --classes") from error
+        text = read_input(path, MOST_TEXT).decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("not text in UTF-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: not a readable class table ({why}); check --classes") from error
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     rows = [(number, line.split("\t")) for number, line in lines if line.strip() and line[0] != "#"]
     header = [name.strip() for name in rows[0][1]] if rows else []
     if missing := [name for name in COLUMNS if name not in header]:
@@ -282,7 +371,8 @@ def read_table(path: str) -> ClassTable:
     for number, cells in rows[1:]:
         if len(cells) != len(header):
             raise DataError(
-                f"{path}:{number}: has {len(cells)} columns, the first line {len(header)}; part them by tabs"
+                f"{path}:{number}: has {len(cells)} columns, the first line {len(header)}; separate them "
+                "with tabs"
             )
         row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
         try:
@@ -298,14 +388,24 @@ def read_table(path: str) -> ClassTable:
 
 
 def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable | None, int]:
-    """The table of --classes, if it is given, and how many classes there are.
+    """Return the table of --classes, if it is given, and the number of classes.
 
     Raises:
-        DataError: see `read_table`; or the table has another number of classes.
+        DataError: see `read_table`; or the table has another number of classes, or one alone.
     """
     if path is None:
+        if num_classes == 1:
+            raise DataError(
+                "--num-classes 1: one class has probability 1 everywhere, so nothing can be learned; count "
+                "the background as a class too and give 2"
+            )
         return None, NUM_CLASSES if num_classes is None else num_classes
     table = read_table(path)
+    if len(table.classes) == 1:
+        raise DataError(
+            f"{path}: has one class, whose probability is 1 everywhere, so nothing can be learned; give the "
+            "background a train_id of its own, 0 or 1"
+        )
     if num_classes not in (None, len(table.classes)):
         raise DataError(
             f"--num-classes {num_classes}: {path} has {len(table.classes)} classes; leave out --num-classes"
@@ -316,6 +416,8 @@ def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable 
 def _row(row: dict[str, str]) -> Label:
     if not row["name"]:
         raise ValueError("has no name; give one")
+    if len(row["name"]) > LONGEST_NAME:
+        raise ValueError(f"has a name of {len(row['name'])} letters; give at most {LONGEST_NAME}")
     return Label(
         row["name"],
         -1 if row["id"] in ("", "-") else _byte("id", row["id"]),

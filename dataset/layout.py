@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from utils.errors import DataError
+from utils.files import read_input
 
 LABEL_IDS = "_labelIds.png"
 LABEL_TRAIN_IDS = "_labelTrainIds.png"
 INSTANCE_IDS = "_instanceIds.png"
 PICTURE = "_leftImg8bit"
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg")
+#: Bytes that a list may have.
+MOST_TEXT = 2**28
+#: Files and folders that systems and programs leave beside pictures, but for those that begin with a dot.
+LITTER = frozenset(
+    ("$recycle.bin", "#recycle", "@eadir", "@tmp", "__macosx", "desktop.ini", "ehthumbs.db", "lost+found",
+     "system volume information", "thumbs.db")
+)  # fmt: skip
 
 
 class Pair(NamedTuple):
@@ -30,9 +39,10 @@ class Found(NamedTuple):
     """What lies in the folders of a split, relative to the data directory."""
 
     pairs: list[Pair]
-    without_label: list[str]  # the labels that pictures lack
+    without_label: list[Pair]  # pictures whose label, named as it should be, is not there
     without_picture: list[str]  # labels whose picture is not there
     strays: list[str]  # pictures that are not named as pictures of the layout are
+    skipped: list[str]  # hidden files and what systems leave (`is_litter`)
 
 
 def instances_of(label: str) -> str:
@@ -40,8 +50,20 @@ def instances_of(label: str) -> str:
     return label.removesuffix(LABEL_IDS) + INSTANCE_IDS
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or a system's: ._a.png, .DS_Store, Thumbs.db."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def say_skipped(skipped: Sequence[str]) -> str:
+    """Return the line about files and folders that `is_litter` left out."""
+    return f"{len(skipped)} hidden or system files skipped, the first: {skipped[0]}"
+
+
 def read_list(root: str, list_path: str, labelled: bool = True) -> list[Pair]:
     """Read `image<TAB>label` lines, both relative to `root`. Empty lines are skipped.
+
+    File names may hold bytes that are no UTF-8.
 
     Args:
         labelled: whether labels are wanted; otherwise lines may also hold the picture alone.
@@ -50,40 +72,57 @@ def read_list(root: str, list_path: str, labelled: bool = True) -> list[Pair]:
         DataError: no such list, a line of other columns, or no line at all.
     """
     try:
-        with open(list_path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{list_path}: not a readable list ({error}); check --data-list") from error
+        text = read_input(list_path, MOST_TEXT).decode("utf-8", "surrogateescape")
+        if "\0" in text:
+            raise ValueError("not text in UTF-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{list_path}: not a readable list ({why}); check --data-list") from error
     pairs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff")), 1):
         if not line.strip():
             continue
         # A tab allows spaces in file names; the original's lists have either.
         columns = [column.strip() for column in line.split("\t")] if "\t" in line else line.split()
         if not labelled and os.path.isfile(os.path.join(root, line.strip())):
             columns = [line.strip()]
-        where = f"{list_path}:{number}: {line.strip()!r}"
+        where = f"{list_path}:{number}: {_clipped(line.strip())!r}"
         if labelled and len(columns) == 1:
             raise DataError(
                 f"{where} names no label, as 'image<TAB>label' does; evaluate.py --split test needs none"
             )
         if not all(columns) or len(columns) > 2:
-            raise DataError(f"{where} is not 'image<TAB>label'; mend the line")
+            raise DataError(f"{where} is not 'image<TAB>label'; fix the line")
         pairs.append((columns[0], columns[1] if labelled else ""))
     if not pairs:
         raise DataError(f"{list_path}: the list is empty; check --data-list")
     return _named(pairs)
 
 
+def _clipped(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def check_split(split: str) -> None:
+    """Raise DataError where `split` is no name of a folder below leftImg8bit."""
+    if any(part in ("", ".", "..") for part in split.split("/")):
+        raise DataError(f"--split {split!r}: is no name of a folder below leftImg8bit; give one such as val")
+
+
 def check_root(root: str) -> None:
-    """Raises DataError, saying how to get it, where `root` has no leftImg8bit of Cityscapes' layout."""
-    if not os.path.isdir(root):
+    """Raise DataError, saying how to get it, where `root` has no leftImg8bit of Cityscapes' layout."""
+    try:
+        inner = _folders(root)
+    except NotADirectoryError:
+        problem = "is not a folder"
+    except FileNotFoundError:
         problem = "no such directory"
-    elif os.path.isdir(os.path.join(root, "leftImg8bit")):
-        return
+    except OSError as error:
+        raise _unreadable(error, root) from error
     else:
+        if "leftImg8bit" in inner:
+            return
         problem = "has no folder leftImg8bit"
-        inner = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         for name in inner:
             if os.path.isdir(os.path.join(root, name, "leftImg8bit")):
                 raise DataError(f"{root}: {problem}, but {name} in it has; name {os.path.join(root, name)}")
@@ -94,23 +133,41 @@ def check_root(root: str) -> None:
     )
 
 
+def _unreadable(error: OSError, path: str) -> DataError:
+    """Return the error for a folder that can't be listed."""
+    return DataError(f"{error.filename or path}: can't be read ({error.strerror}); check the folder")
+
+
 def splits(root: str) -> list[str]:
-    """The folders below leftImg8bit: train, val, test, ..."""
-    with os.scandir(os.path.join(root, "leftImg8bit")) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
+    """Return the folders below leftImg8bit: train, val, test, ..."""
+    folder = os.path.join(root, "leftImg8bit")
+    try:
+        return _folders(folder)
+    except OSError as error:
+        raise _unreadable(error, folder) from error
+
+
+def _folders(place: str) -> list[str]:
+    """Return the names of the folders in a folder, linked ones too, without `is_litter`."""
+    with os.scandir(place) as entries:
+        return sorted(e.name for e in entries if os.path.isdir(e.path) and not is_litter(e.name))
 
 
 def scan(root: str, split: str, labelled: bool = True) -> Found:
-    """Everything in the folders of `split`, ordered by city and name.
+    """Return everything in the folders of `split`, ordered by city and name.
 
     labelIds serve where there are both kinds of labels.
 
     Args:
         labelled: whether labels are looked for.
+
+    Raises:
+        DataError: no name of a split, or a folder that can't be read.
     """
+    check_split(split)
     pairs, without_label, strays = [], [], []
-    folder = os.path.join(root, "leftImg8bit", split)
-    for city, file in _files(folder):
+    files, skipped = _files(root, os.path.join("leftImg8bit", split))
+    for city, file in files:
         stem, extension = os.path.splitext(file)
         if extension.lower() not in PICTURE_ENDINGS:
             continue
@@ -120,24 +177,27 @@ def scan(root: str, split: str, labelled: bool = True) -> Found:
             continue
         base = os.path.join("gtFine", split, city, stem.removesuffix(PICTURE) + "_gtFine")
         kinds = [base + kind for kind in (LABEL_IDS, LABEL_TRAIN_IDS)]
-        label = next((kind for kind in kinds if os.path.isfile(os.path.join(root, kind))), None)
+        # A label that is there but can't be read is named as such when it is opened.
+        label = next((kind for kind in kinds if os.path.lexists(os.path.join(root, kind))), None)
         if labelled and label is None:
-            without_label.append(kinds[0])
+            without_label.append((image, kinds[0]))
         else:
             pairs.append((image, label if labelled and label else ""))
     without_picture = []
     if labelled:
         expected = {label for _, label in pairs}
         expected |= {label.removesuffix(LABEL_IDS) + LABEL_TRAIN_IDS for label in expected}
-        for city, file in _files(os.path.join(root, "gtFine", split)):
+        files, more = _files(root, os.path.join("gtFine", split))
+        skipped += more
+        for city, file in files:
             label = os.path.join("gtFine", split, city, file)
             if file.endswith((LABEL_IDS, LABEL_TRAIN_IDS)) and label not in expected:
                 without_picture.append(label)
-    return Found(_named(pairs), without_label, without_picture, strays)
+    return Found(_named(pairs), _named(without_label), without_picture, strays, skipped)
 
 
-def discover(root: str, split: str, labelled: bool = True) -> list[Pair]:
-    """The pairs of `split` in a directory of Cityscapes' layout.
+def discover(root: str, split: str, labelled: bool = True) -> Found:
+    """Return the pairs of `split` in a directory of Cityscapes' layout, and what was skipped.
 
     Args:
         labelled: whether labels are wanted.
@@ -153,8 +213,8 @@ def discover(root: str, split: str, labelled: bool = True) -> list[Pair]:
         count = len(found.without_label)
         raise DataError(
             f"{root}: {count} of {count + number} pictures in leftImg8bit/{split} have no label, the first "
-            f"missing is {found.without_label[0]}; unpack the whole gtFine_trainvaltest.zip, or name the "
-            f"pairs with --data-list{_see_check(root)}"
+            f"missing is {found.without_label[0].label}; unpack the whole gtFine_trainvaltest.zip, or name "
+            f"the pairs with --data-list{_see_check(root)}"
         )
     if found.without_picture:
         count = len(found.without_picture)
@@ -169,25 +229,52 @@ def discover(root: str, split: str, labelled: bool = True) -> list[Pair]:
             f"{root}: no picture *{PICTURE}.png below leftImg8bit/{split}{stray}; unpack "
             "leftImg8bit_trainvaltest.zip in it, or name other pairs with --data-list"
         )
-    return found.pairs
+    return found
 
 
 def _see_check(root: str) -> str:
     return f" (python -m dataset.check {root} lists them all)"
 
 
-def _files(folder: str) -> list[tuple[str, str]]:
-    """(folder relative to `folder`, name) of each file below it, in order; linked folders are followed."""
-    found = []
-    for directory, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        city = os.path.relpath(directory, folder)
-        found += [("" if city == "." else city, file) for file in sorted(files)]
-    return found
+def _files(root: str, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """List the files below `folder`, a path relative to `root`; linked folders are followed.
+
+    Returns:
+        (folder relative to `folder`, name) of each file, in order, and the paths that `is_litter` left out.
+
+    Raises:
+        DataError: a folder can't be read.
+    """
+    found: list[tuple[str, str]] = []
+    skipped: list[str] = []
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # folders, and the real paths of those above
+    while waiting:
+        inner, above = waiting.pop()
+        place = os.path.join(root, folder, inner) if inner else os.path.join(root, folder)
+        real = os.path.realpath(place)
+        if real in above:  # a link to one of them
+            continue
+        try:
+            with os.scandir(place) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except FileNotFoundError:  # a split without labels
+            continue
+        except OSError as error:
+            raise _unreadable(error, place) from error
+        folders = []
+        for entry in entries:
+            if is_litter(entry.name):
+                skipped.append(os.path.join(folder, inner, entry.name))
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                folders.append((os.path.join(inner, entry.name), (*above, real)))
+            else:
+                found.append((inner, entry.name))
+        waiting += reversed(folders)
+    return found, skipped
 
 
 def _named(pairs: Sequence[tuple[str, str]]) -> list[Pair]:
-    """Names are the pictures' own, or their whole paths where the former would clash."""
+    """Name each pair after its picture, or the picture's whole path where names would be equal."""
     stems = [os.path.splitext(os.path.basename(image))[0].removesuffix(PICTURE) for image, _ in pairs]
     if len(set(stems)) < len(set(pairs)):
         stems = [os.path.splitext(os.path.normpath(image))[0].replace(os.sep, "_") for image, _ in pairs]

@@ -59,6 +59,26 @@ def picture(split: str, index: int, size: tuple[int, int], seed: int) -> tuple[s
     return names[which], f"{names[which]}_{index // len(names):06d}_000019", arrays
 
 
+def _is_complete(out: Path, parameters: dict) -> bool:
+    """Return whether the whole set is in `out`, rather than a part of it or nothing; see `write`."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: name a folder")
+    # A full disk or a crash may leave the first marker alone, half written.
+    begun = out.is_dir() and any(not entry.name.endswith(_STARTED) for entry in out.iterdir())
+    marker = next((out / name for name in (_COMPLETE, _STARTED) if (out / name).is_file()), None)
+    if not begun:
+        return False
+    if marker is None:
+        raise UsageError(f"{out} is not empty and holds no generated set: name a new or empty folder")
+    try:
+        found = json.loads(marker.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{marker} is damaged: remove {out} or name another folder") from error
+    if found != parameters:
+        raise UsageError(f"{out} holds a set with other parameters: remove it or name another folder")
+    return marker.name == _COMPLETE
+
+
 def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: int) -> bool:
     """Write the data set under `out`.
 
@@ -70,22 +90,8 @@ def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: in
     """
     out = Path(out)
     parameters = {"format": FORMAT, "train": train, "val": val, "size": list(size), "seed": seed}
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: name a folder")
-    for marker in (_COMPLETE, _STARTED):
-        if (out / marker).is_file():
-            try:
-                found = json.loads((out / marker).read_text())
-            except ValueError:
-                found = None
-            if found != parameters:
-                raise UsageError(f"{out} holds a set with other parameters: remove it or name another folder")
-            if marker == _COMPLETE:
-                return False
-            break
-    else:
-        if out.is_dir() and any(out.iterdir()):
-            raise UsageError(f"{out} is not empty and holds no generated set: name a new or empty folder")
+    if _is_complete(out, parameters):
+        return False
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / _STARTED, json.dumps(parameters).encode())
     for split, count in (("train", train), ("val", val)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
@@ -9,12 +10,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from engine import signals
 from engine.transfer import Batch, Samples, Transfer
 from utils.errors import DataError, RunError
 
+#: What errors of shared memory say: too little of it, or none.
+SHARED_MEMORY = ("shared memory", "unable to write to file </torch_", "No space left on device")
+NO_SHARED_MEMORY = RunError(
+    "/dev/shm: too small for the pictures that the readers pass on; enlarge it (docker run --shm-size), or "
+    "lower --num-workers (0 needs no shared memory)"
+)
 #: Keeps the random streams of the order and of the augmentation apart.
 ORDER, AUGMENTATION = 0, 1
 
@@ -66,11 +74,29 @@ def _collate(samples: list[Any]) -> Samples | Exception:
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-    # torch's own puts them together in the memory that the worker shares with the training process.
-    images = default_collate([torch.from_numpy(sample.image) for sample in samples])
-    labels = default_collate([torch.from_numpy(sample.label) for sample in samples])
-    contents = torch.tensor([sample.content for sample in samples])
+    try:
+        # torch's own puts them together in the memory that the worker shares with the training process.
+        images = default_collate([torch.from_numpy(sample.image) for sample in samples])
+        labels = default_collate([torch.from_numpy(sample.label) for sample in samples])
+        contents = _shared(torch.tensor([sample.content for sample in samples]))
+    except (OSError, RuntimeError) as error:
+        return _no_shared_memory(error)
     return Samples(images, labels, contents, [sample.record() for sample in samples])
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """Move a worker's tensor to memory that it shares with its parent.
+
+    Sending the tensor would do so as well, but in a thread whose errors leave the parent waiting for ever.
+    """
+    return tensor.share_memory_() if get_worker_info() is not None else tensor
+
+
+def _no_shared_memory(error: Exception) -> RunError:
+    """Return the error for too little shared memory; raises `error` where it is another one."""
+    if not any(words in str(error) for words in SHARED_MEMORY):
+        raise error
+    return NO_SHARED_MEMORY
 
 
 def _set_up_worker(_worker: int) -> None:
@@ -130,6 +156,14 @@ class _Shares:
 
 
 def _loaded(loader: DataLoader) -> Iterator[Any]:
+    if loader.num_workers:
+        try:
+            # As many as the workers' queues have, which are in shared memory too. Where there is no room for
+            # them, the DataLoader leaves an iterator half made, whose destructor prints a traceback.
+            locks = [multiprocessing.Lock() for _ in range(4 * (loader.num_workers + 2))]
+        except OSError as error:
+            return iter([_no_shared_memory(error)])
+        del locks
     batches = iter(loader)
     # The DataLoader's own handler raises wherever the process is when a worker dies, in the midst of an
     # update too. Without it the next batch fails, within seconds.
@@ -146,6 +180,8 @@ def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
         except RuntimeError as error:
             if not str(error).startswith(("DataLoader worker", "Pin memory thread")):
                 raise
+            if any(worker.exitcode == -signal.SIGBUS for worker in getattr(batches, "_workers", ())):
+                yield NO_SHARED_MEMORY
             yield RunError(
                 "a process that reads pictures was killed (for want of memory, perhaps: --num-workers says "
                 "how many there are); run it again, train.py with --resume"
@@ -180,7 +216,11 @@ class _Pictures(Dataset):
             return error
         # Tensors go from a worker to this process in shared memory, arrays through a pipe.
         arrays = {name: value for name, value in picture._asdict().items() if isinstance(value, np.ndarray)}
-        return picture._replace(**{name: torch.from_numpy(value) for name, value in arrays.items()})
+        try:
+            tensors = {name: _shared(torch.from_numpy(value)) for name, value in arrays.items()}
+        except (OSError, RuntimeError) as error:
+            return _no_shared_memory(error)
+        return picture._replace(**tensors)
 
 
 def evaluation_pictures(

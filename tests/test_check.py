@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import last_line, status_of, write_pair
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dataset import CSDataSet, DataError, check
 from dataset.labels import CITYSCAPES, LABELS, choose_table
@@ -101,6 +104,28 @@ def text(path):
     path.write_text("<html>")
 
 
+def jpeg(path):
+    Image.fromarray(np.full((48, 64), 7, np.uint8)).save(path, "JPEG")
+
+
+def fifo(flag: str) -> Callable:
+    def damage(folder):
+        os.mkfifo(folder / "fifo")
+        return [flag, folder / "fifo"]
+
+    return damage
+
+
+def utf16(folder):
+    (folder / "list").write_text(SOUND, "utf-16")
+    return ["--data-list", folder / "list"]
+
+
+def floats(folder):
+    Image.fromarray(np.zeros((48, 64), np.float32)).save(folder / "a.tif")
+    return list_of(f"a.tif\t{LABEL}")(folder)
+
+
 def broken_link(path):
     path.symlink_to("nowhere")
 
@@ -158,6 +183,7 @@ def emptied(name: str) -> Callable:
 
 SOUND = f"{IMAGE}\t{LABEL}"
 COLUMNS = "name id train_id color"
+TWO = ("a 7 0 1,2,3", "b 8 1 1,2,4")
 BROKEN: dict[str, tuple[Callable, str, str]] = {
     # what: (how, the file in the line, words of the reason)
     "no such directory": (lambda folder: shutil.rmtree(folder), "CS", "no such directory"),
@@ -182,6 +208,15 @@ BROKEN: dict[str, tuple[Callable, str, str]] = {
     "label of another size": (write(LABEL, np.full((48, 63), 7, np.uint8)), LABEL, "63x48 pixels, but"),
     "label id that there is not": (change_ids(LABEL, 77), LABEL, "label id 77"),
     "train id of sixteen bits": (sixteen_bits, "label.png", "train id 300"),
+    "label by JPEG": (replace_by(LABEL, jpeg), LABEL, "a JPEG label has other ids than were drawn"),
+    "label is a gray mask in RGB": (write(LABEL, np.ones((48, 64, 3), np.uint8)), LABEL, "saved as RGB"),
+    "picture is a FIFO": (replace_by(IMAGE, os.mkfifo), IMAGE, "is a FIFO"),
+    "label is a FIFO": (replace_by(LABEL, os.mkfifo), LABEL, "is a FIFO"),
+    "list is a FIFO": (fifo("--data-list"), "fifo", "is a FIFO"),
+    "table is a FIFO": (fifo("--classes"), "fifo", "is a FIFO"),
+    "list of other characters": (utf16, "list", "not text in UTF-8"),
+    "table of one class": (table_of(COLUMNS, "a 7 0 1,2,3"), "table", "has one class"),
+    "picture of floating-point numbers": (floats, "a.tif", "32-bit numbers"),
     "list missing": (lambda folder: ["--data-list", folder / "none"], "none", "not a readable list"),
     "list empty": (list_of(""), "list", "empty"),
     "list line of three": (list_of(SOUND, "a\tb\tc"), "list:2", "image<TAB>label"),
@@ -190,7 +225,7 @@ BROKEN: dict[str, tuple[Callable, str, str]] = {
     "list with swapped columns": (list_of(f"{LABEL}\t{IMAGE}"), IMAGE, "one channel"),
     "table without a column": (table_of("name id color", "a 0 1,2,3"), "table", "no column train_id"),
     "table with a gap": (table_of(COLUMNS, "a 0 1 1,2,3"), "table", "number the classes"),
-    "table without an id that occurs": (table_of(COLUMNS, "a 7 0 1,2,3"), "labelIds.png", "--classes"),
+    "table without an id that occurs": (table_of(COLUMNS, *TWO), "labelIds.png", "--classes"),
     "instances of another size": (write(INSTANCES, np.zeros((48, 32), np.uint16)), INSTANCES, "32x48 pix"),
     "instances of colours": (write(INSTANCES, np.zeros((48, 64, 3), np.uint8)), INSTANCES, "channel of ids"),
     "instances cut short": (cut(INSTANCES, 0.6), INSTANCES, "truncated"),
@@ -260,6 +295,12 @@ def test_instances_that_some_labels_lack(healthy, capsys):
     for path in healthy.rglob("*instanceIds.png"):
         path.unlink()
     assert checked(healthy, capsys)[0] == 0
+
+
+def test_instances_that_would_be_waited_for(healthy, capsys):
+    replace_by(INSTANCES, os.mkfifo)(healthy)
+    status, _, line = checked(healthy, capsys)
+    assert status == 2 and f"{INSTANCES}: is a FIFO, not a file" in line
 
 
 def test_pictures_named_otherwise(healthy, capsys):
@@ -352,13 +393,152 @@ def test_wrong_usage(healthy, capsys):
         assert status == 2 and word in line
 
 
-def test_as_a_command(healthy, root):
-    import subprocess
-    import sys
+def test_files_of_systems_are_skipped_and_counted(healthy, capsys):
+    for path in [path for path in healthy.rglob("*") if path.is_file()]:
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7")
+    (healthy / "leftImg8bit/train/.DS_Store").touch()
+    (healthy / "gtFine/val/Thumbs.db").touch()
+    thumbnail = healthy / "leftImg8bit/val/ulm/@eaDir/a_leftImg8bit.png"
+    thumbnail.parent.mkdir()
+    thumbnail.touch()
+    (healthy / "leftImg8bit/__MACOSX").mkdir()
+    status, output, _ = checked(healthy, capsys)
+    assert status == 0 and "all is well with 8 pictures" in output and loaded(healthy) == "nothing"
+    assert "note: 13 hidden or system files skipped, the first: leftImg8bit/train/.DS_Store" in output
+    assert "note: 14 hidden or system files skipped" in output
+    said = CSDataSet(str(healthy), split="val", crop_size=None).check()
+    assert "note: 14 hidden or system files skipped" in said and said.count("skipped") == 1
 
+
+def test_link_to_a_folder_above_is_not_followed(healthy, capsys):
+    (healthy / "leftImg8bit/train/ulm/again").symlink_to(healthy / "leftImg8bit/train")
+    assert len(CSDataSet(str(healthy))) == 4
+
+
+def test_split_that_is_no_folder_below_the_pictures(healthy, capsys):
+    for split in ("", ".", "..", "../leftImg8bit/val", "val/..", "/val", "val//ulm"):
+        status, _, line = checked(healthy, capsys, "--split", split)
+        assert status == 2 and f"--split {split!r}" in line
+        with pytest.raises(DataError, match="--split"):
+            CSDataSet(str(healthy), split=split)
+    status, output, _ = checked(healthy, capsys, "--split", "val/ulm", "--split", "val/ulm")
+    assert status == 0 and "all is well with 4 pictures" in output
+
+
+def test_classes_that_occur_nowhere_are_named(healthy, capsys):
+    status, output, _ = checked(healthy, capsys)
+    assert status == 0 and "in no label" not in output
+    for path in healthy.rglob("*_labelIds.png"):
+        ids = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        cv2.imwrite(str(path), np.where(np.isin(ids, (8, 33)), 7, ids))
+    for path in healthy.rglob("*_instanceIds.png"):
+        path.unlink()
+    status, output, _ = checked(healthy, capsys)
+    assert status == 0
+    assert output.count("note: classes 1 (sidewalk), 18 (bicycle) occur in no label\n") == 2
+
+
+def test_masks_of_black_and_white(tmp_path, capsys):
+    """Without a table white is void, and its class is nowhere; a row of id 255 makes it one."""
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:2] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "p.png")
+    (tmp_path / "list").write_text("p.png\tm.png\n")
+    table = ["--classes", tmp_path / "table"]
+    status, output, _ = checked(tmp_path, capsys, "--data-list", tmp_path / "list", "--num-classes", 2)
+    assert status == 0 and "note: class 1 occurs in no label" in output
+    assert "255 is void" in output and "docs/own_data.md" in output
+    (tmp_path / "table").write_text("name\tid\ttrain_id\tcolor\nno\t0\t0\t0,0,0\nyes\t255\t1\t9,9,9\n")
+    status, output, _ = checked(tmp_path, capsys, "--data-list", tmp_path / "list", *table)
+    assert status == 0 and "note:" not in output
+    assert "yes     25.000%" in output
+
+
+def test_pictures_that_are_nearly_black(tmp_path, capsys):
+    """12 bits in 16, of which the upper 8 are read."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(np.uint16)
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels * (16 if number == 2 else 1))
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 19).save(tmp_path / "l.png")
+    (tmp_path / "list").write_text("".join(f"{number}.png\tl.png\n" for number in (2, 0, 1)))
+    status, output, _ = checked(tmp_path, capsys, "--data-list", tmp_path / "list")
+    assert status == 0 and output.count("nearly black") == 1
+    assert "0.png: nearly black, its brightest value is 15 of 255" in output
+    assert "(and 1 more such files)" in output and "of its 16 bits" in output
+    (tmp_path / "list").write_text("1.png\tl.png\n")
+    assert "1.png: nearly black" in CSDataSet(str(tmp_path), str(tmp_path / "list")).check()
+    (tmp_path / "list").write_text("2.png\tl.png\n")
+    assert "nearly black" not in CSDataSet(str(tmp_path), str(tmp_path / "list")).check()
+
+
+def test_no_input_is_overwritten(healthy, tmp_path, capsys):
+    (tmp_path / "list").write_text(SOUND + "\n")
+    (healthy / "link").symlink_to(healthy / LABEL)
+    os.link(healthy / INSTANCES, tmp_path / "hard")
+    content = {path: path.read_bytes() for path in healthy.rglob("*.png")}
+    for flag, file in (
+        ("--json", tmp_path / "list"),
+        ("--plot", healthy / IMAGE),
+        ("--plot", healthy / "link"),
+        ("--json", tmp_path / "hard"),
+    ):
+        status, output, line = checked(healthy, capsys, "--data-list", tmp_path / "list", flag, file)
+        assert status == 2 and f"{flag} {file}: is a file of the data set" in line and output == ""
+    status, _, line = checked(healthy, capsys, "--json", tmp_path / "a", "--plot", tmp_path / "." / "a")
+    assert status == 2 and "is the file of --json too" in line
+    assert {path: path.read_bytes() for path in content} == content
+    assert (tmp_path / "list").read_text() == SOUND + "\n"
+
+
+def test_full_disk_leaves_nothing_and_names_the_result(healthy, tmp_path, capsys, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.json").write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, line = checked(healthy, capsys, "--json", tmp_path / "out/a.json")
+    assert status == 1 and f"{tmp_path / 'out/a.json'}: can't be written (No space left on device)" in line
+    assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [("a.json", "before")]
+
+
+def test_file_names_that_are_no_text(healthy, tmp_path, root):
+    """The names of pictures, folders, list and results, where the terminal takes UTF-8 alone."""
+    folder = os.fsencode(tmp_path) + b"/d\xe4"
+    os.rename(healthy, folder)
+    name = folder + b"/leftImg8bit/val/ulm/stra\xdfe_leftImg8bit.png"
+    with open(name, "w") as file:
+        file.write("broken")
+    listing = os.fsencode(tmp_path) + b"/l\xff.lst"
+    with open(listing, "wb") as file:
+        file.write(IMAGE.encode() + b"\tgtFine/train/ulm/\xdf.png\n")
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    for flags, words in (
+        ([b"--split", b"val"], (b"stra", b"not a readable picture")),
+        ([b"--data-list", listing], (b"l\\udcff.lst", b"\\udcdf.png: no such file")),
+    ):
+        done = subprocess.run(
+            [sys.executable, b"-m", b"dataset.check", folder, b"--json", folder + b"/\xff", *flags],
+            capture_output=True,
+            cwd=root,
+            env=strict,
+        )
+        assert done.returncode == 2 and b"Traceback" not in done.stderr
+        assert all(word in done.stdout for word in words), done.stdout
+        assert os.path.exists(folder + b"/\xff")
+
+
+def test_as_a_command(healthy, root):
+    """One clean line beside the progress, though a decoder has something to say."""
     cut(IMAGE, 0.5)(healthy)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    name = "gtFine/val/ulm/ulm_000000_000000_gtFine_labelIds.png"
+    Image.open(healthy / name).save(healthy / name, icc_profile=profile)  # of colors, in a gray picture
     command = [sys.executable, "-m", "dataset.check", str(healthy), "--partial"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=plain)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert last_line(done.stderr).startswith("dataset.check: error: ") and IMAGE in last_line(done.stderr)
     assert "8/8" not in done.stderr and "4/4" in done.stderr
+    assert "arning" not in done.stderr and f"note: {name}: libpng warning: iCCP" in done.stdout

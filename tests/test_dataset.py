@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import struct
 import zlib
 
@@ -360,6 +361,16 @@ def image_of(scenes, number=0):
     return scenes / f"leftImg8bit/train/ulm/ulm_000000_{number:06d}_leftImg8bit.png"
 
 
+def test_list_with_names_that_are_no_text(scenes):
+    names = [os.fsencode(scenes / "stra\udcdfe.png"), os.fsencode(scenes / "l\udcff_labelIds.png")]
+    for name, path in zip(names, (image_of(scenes), label_of(scenes)), strict=True):
+        os.rename(path, name)
+    (scenes / "list").write_bytes(b"stra\xdfe.png\tl\xff_labelIds.png\r\n")
+    dataset = CSDataSet(str(scenes), str(scenes / "list"), crop_size=None)
+    assert "1 pictures" in dataset.check() and dataset[0][3] == "stra\udcdfe"
+    assert os.path.dirname(dataset.cache_file(str(scenes))) == str(scenes)
+
+
 class TestWrongData:
     """Each is one line that names the file."""
 
@@ -390,6 +401,52 @@ class TestWrongData:
         self.expect(lambda: CSDataSet(str(scenes), str(scenes / "list")), "not a readable list")
         (scenes / "list").write_text("\n")
         self.expect(lambda: CSDataSet(str(scenes), str(scenes / "list")), "empty")
+
+    def test_list_of_something_else(self, scenes):
+        (scenes / "list").write_bytes(b"a.png\tb\0.png\n")
+        self.expect(lambda: CSDataSet(str(scenes), str(scenes / "list")), "list: not a readable list")
+        self.expect(lambda: CSDataSet(str(scenes), "/dev/zero"), "/dev/zero: not a readable list (is a dev")
+        self.expect(lambda: CSDataSet(str(scenes), str(scenes)), "is a folder, not a file")
+        with open(scenes / "sparse", "wb") as file:
+            file.truncate(1 << 40)
+        self.expect(lambda: CSDataSet(str(scenes), str(scenes / "sparse")), "has more than")
+        self.expect(lambda: CSDataSet(str(image_of(scenes))), "is not a folder")
+
+    def test_folder_that_cannot_be_read(self, scenes, monkeypatch):
+        """Its pictures are not just missing."""
+        scandir = os.scandir
+
+        def denied(path):
+            if str(path).endswith("ulm"):
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", denied)
+        self.expect(lambda: CSDataSet(str(scenes)), "train/ulm: can't be read (Permission denied)")
+
+    @pytest.mark.parametrize("name", ["/dev/zero", "fifo", "socket", "sparse.png"])
+    def test_files_that_never_end(self, scenes, name):
+        if name == "fifo":
+            os.mkfifo(scenes / "fifo")
+        with socket.socket(socket.AF_UNIX) as listener, open(scenes / "sparse.png", "wb") as file:
+            if name == "socket":
+                listener.bind(os.path.relpath(scenes / "socket"))
+            file.write(image_of(scenes).read_bytes())
+            file.truncate(1 << 40)
+        (scenes / "list").write_text(f"{name}\t{label_of(scenes)}\n")
+        dataset = CSDataSet(str(scenes), str(scenes / "list"))
+        self.expect(dataset.check, name)
+        self.expect(lambda: dataset[0], name)
+        (scenes / "list").write_text(f"{image_of(scenes)}\t{name}\n")
+        self.expect(CSDataSet(str(scenes), str(scenes / "list")).check, name)
+
+    @pytest.mark.parametrize("size", [(40_000, 30_000), (1, 2**20 + 1), (2**31 - 1, 2**31 - 1)])
+    def test_more_pixels_than_opencv_takes(self, scenes, size):
+        (scenes / "a.png").write_bytes(png(*size, 8, b""))
+        (scenes / "list").write_text(f"a.png\t{label_of(scenes)}\n")
+        dataset = CSDataSet(str(scenes), str(scenes / "list"))
+        self.expect(dataset.check, f"a.png: {size[0]}x{size[1]} pixels, more than OpenCV decodes (2^30")
+        self.expect(lambda: dataset[0], f"a.png: {size[0]}x{size[1]} pixels, more than OpenCV decodes")
 
     def test_missing_labels_are_counted(self, scenes):
         label_of(scenes, 1).unlink()

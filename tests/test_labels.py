@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 
 from dataset import CSDataSet, DataError
-from dataset.labels import CITYSCAPES, ClassTable, Label, LabelReader, choose_table, read_table
+from dataset.labels import (
+    CITYSCAPES,
+    ClassTable,
+    Counts,
+    Label,
+    LabelReader,
+    _occurring,
+    choose_table,
+    read_table,
+)
 from dataset.pictures import load
 
 HEADER = "name\tid\ttrain_id\tcolor\n"
@@ -49,6 +58,8 @@ def test_columns_in_another_order_and_more_of_them(tmp_path):
         (HEADER + "a\t300\t0\t1,2,3\n", ":2: id '300'"),
         (HEADER + "a\t0\tx\t1,2,3\n", ":2: train_id 'x'"),
         (HEADER + "\t0\t0\t1,2,3\n", "no name"),
+        (HEADER + "a" * 300 + "\t0\t0\t1,2,3\n", "a name of 300 letters"),
+        (HEADER + "a\0\t0\t0\t1,2,3\n", "not text in UTF-8"),
         (HEADER + "a\t0\t1\t1,2,3\n", "number the classes 0, 1, 2"),
         (HEADER + "a\t0\t255\t1,2,3\n", "number the classes"),
         (HEADER + "a\t4\t0\t1,2,3\nb\t4\t1\t1,2,4\n", "id 4 is in two rows"),
@@ -96,11 +107,108 @@ def test_ids_go_through_the_table_and_train_ids_do_not(table, tmp_path):
     assert LabelReader(read_table(table), ignore_label=9).read(load(str(tmp_path / "a.png")))[0, 2] == 9
 
 
+#: Rows of a table, for what 255 is in the labels.
+ROWS = {
+    "no row": "no\t0\t0\t0,0,0\nyes\t1\t1\t9,9,9\n",
+    "a class": "no\t0\t0\t0,0,0\nyes\t255\t1\t9,9,9\n",
+    "void": "no\t0\t0\t0,0,0\nyes\t1\t1\t9,9,9\nvoid\t255\t255\t1,1,1\n",
+}
+
+
+@pytest.mark.parametrize("ignore_label", [255, 254, 1])
+@pytest.mark.parametrize("rows", ROWS)
+def test_what_255_is(rows, ignore_label, tmp_path):
+    """A class where a row says so; void otherwise, which the network gets as --ignore-label."""
+    (tmp_path / "table").write_text(HEADER + ROWS[rows])
+    reader = LabelReader(read_table(str(tmp_path / "table")), ignore_label)
+    expected = 1 if rows == "a class" else ignore_label
+    assert reader.read(written(tmp_path / "a.png", [[0, 255]])).tolist() == [[0, expected]]
+    # Train ids are no ids: there 255 is void, if the network takes it so.
+    train_ids = written(tmp_path / "a_labelTrainIds.png", [[0, 255]])
+    if ignore_label == 255:
+        assert reader.read(train_ids).tolist() == [[0, 255]]
+    else:
+        with pytest.raises(DataError, match="train id 255 is none .* --ignore-label"):
+            reader.read(train_ids)
+
+
+def test_255_without_table_is_void_or_refused(tmp_path):
+    mask = written(tmp_path / "a.png", [[0, 255]])
+    assert LabelReader(num_classes=2).read(mask).tolist() == [[0, 255]]
+    with pytest.raises(DataError, match="train id 255 is none of the 2 classes .* give 255 a row"):
+        LabelReader(num_classes=2, ignore_label=9).read(mask)
+
+
+def counted(reader, *labels) -> Counts:
+    counts = Counts()
+    for label in labels:
+        counts.add(reader.count(label))
+    return counts
+
+
+def test_notes_name_what_occurs_nowhere(tmp_path):
+    reader = LabelReader(num_classes=4)
+    first, second = written(tmp_path / "a.png", [[0, 3, 255]]), written(tmp_path / "b.png", [[1, 2, 2]])
+    assert reader.notes(counted(reader, first, second)) == []
+    assert reader.notes(counted(reader, first)) == ["classes 1, 2 occur in no label"]
+    assert counted(reader, first, second).train_ids[[0, 1, 2, 3, 255]].tolist() == [1, 1, 2, 1, 1]
+    many = LabelReader(num_classes=19)
+    assert many.notes(counted(many, first))[0].startswith("classes 1 (sidewalk), 2 (building), 4 (fence),")
+    assert "and 9 more occur in no label" in many.notes(counted(many, first))[0]
+
+
+def test_note_on_black_and_white_masks_alone(tmp_path):
+    mask, plain = written(tmp_path / "a.png", [[0, 255]]), written(tmp_path / "b.png", [[0, 0]])
+    reader = LabelReader(num_classes=2)
+    for labels in ((mask,), (mask, plain)):
+        absent, hint = reader.notes(counted(reader, *labels))
+        assert absent == "class 1 occurs in no label" and "255 is void" in hint and "row of id 255" in hint
+    assert len(reader.notes(counted(reader, plain))) == 1
+    assert reader.notes(counted(reader, mask, written(tmp_path / "c.png", [[1]]))) == []
+    (tmp_path / "table").write_text(HEADER + ROWS["no row"])
+    by_table = LabelReader(read_table(str(tmp_path / "table")))
+    assert len(by_table.notes(counted(by_table, mask))) == 2
+    (tmp_path / "table").write_text(HEADER + ROWS["a class"])
+    by_table = LabelReader(read_table(str(tmp_path / "table")))
+    assert by_table.notes(counted(by_table, mask)) == []
+
+
+def test_note_on_a_class_that_is_void(tmp_path):
+    reader = LabelReader(num_classes=3, ignore_label=1)
+    notes = reader.notes(counted(reader, written(tmp_path / "a.png", [[0, 1, 2]])))
+    assert notes == ["class 1 is void (--ignore-label 1): it is neither trained nor scored"]
+
+
+def test_labels_of_void_alone_are_refused(tmp_path):
+    Image.new("RGB", (2, 1)).save(tmp_path / "p.png")
+    written(tmp_path / "a.png", [[255, 255]])
+    (tmp_path / "list").write_text("p.png\ta.png\n")
+    with pytest.raises(DataError, match="list: every pixel of its 1 labels is void"):
+        CSDataSet(str(tmp_path), str(tmp_path / "list")).check()
+    written(tmp_path / "a.png", [[255, 0]])
+    said = CSDataSet(str(tmp_path), str(tmp_path / "list"), num_classes=2).check()
+    assert "50.0 % of the pixels are void" in said and "\nnote: class 1 occurs in no label" in said
+
+
+def test_counts_are_exact_beyond_what_float32_counts():
+    present, pixels = _occurring(np.zeros((4097, 4096 * 2 + 1), np.uint8))
+    assert present.tolist() == [0] and pixels.tolist() == [4097 * 8193]
+
+
+def test_one_class_is_refused(tmp_path):
+    with pytest.raises(DataError, match="--num-classes 1: .* count the background"):
+        choose_table(None, 1)
+    (tmp_path / "table").write_text(HEADER + "a\t0\t0\t1,2,3\nb\t1\t255\t1,2,4\n")
+    for number in (None, 1):
+        with pytest.raises(DataError, match="table: has one class.* background"):
+            choose_table(str(tmp_path / "table"), number)
+
+
 def test_colours_go_through_the_table(table, tmp_path):
     reader = LabelReader(read_table(table))
     colours = [[(10, 20, 30), (0, 200, 0)], [(11, 20, 30), (0, 0, 0)]]
     assert reader.read(written(tmp_path / "a.png", colours)).tolist() == [[0, 1], [0, 255]]
-    with pytest.raises(DataError, match="colour 1,2,3 is none"):
+    with pytest.raises(DataError, match="color 1,2,3 is none"):
         reader.read(written(tmp_path / "b.png", [[(0, 0, 0), (1, 2, 3)]]))
     with pytest.raises(DataError, match="--classes"):
         LabelReader().read(load(str(tmp_path / "a.png")))
@@ -110,7 +218,7 @@ def test_colours_go_through_the_table(table, tmp_path):
 
 def test_colours_equal_those_of_two_classes_are_refused():
     rows = [Label(name, -1, train_id, "", False, (1, 2, 3)) for train_id, name in enumerate("ab")]
-    with pytest.raises(ValueError, match="a and b have the same colour"):
+    with pytest.raises(ValueError, match="a and b have the same color"):
         ClassTable(rows).row_of_color()
     assert ClassTable([rows[0], rows[0]._replace(name="c")]).row_of_color()[0x010203] == 0
 

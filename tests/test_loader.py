@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -10,6 +14,7 @@ import torch
 
 from dataset import IMG_MEAN, CSDataSet, DataError, transforms
 from engine.loader import evaluation_pictures, train_batches
+from utils.errors import RunError
 
 CPU = torch.device("cpu")
 
@@ -97,6 +102,46 @@ def test_unusable_picture_arrives_as_its_error(dataset, scenes, workers):
         path.write_bytes(b"broken")
     batch = next(train_batches(dataset, 3, 2, range(1), 0, 1, workers, CPU))
     assert isinstance(batch, DataError) and "not a readable picture" in str(batch)
+
+
+class TestSharedMemory:
+    """Too little of it is a RunError that names it, wherever it shows."""
+
+    def expect_one_line(self, dataset, scenes):
+        whole = CSDataSet(str(scenes), crop_size=None, split="val")
+        for found in (
+            next(train_batches(dataset, 3, 2, range(1), 0, 1, 2, CPU)),
+            next(evaluation_pictures(whole, False, 0, 1, 2)),
+        ):
+            assert isinstance(found, RunError)
+            assert str(found).startswith("/dev/shm: ") and "--num-workers" in str(found)
+
+    def test_no_room_for_pictures(self, dataset, scenes, monkeypatch):
+        def full(*_):
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left")
+
+        monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the workers are forks
+        self.expect_one_line(dataset, scenes)
+
+    def test_worker_that_met_a_bus_error(self, dataset, scenes, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: os.kill(os.getpid(), signal.SIGBUS))
+        self.expect_one_line(dataset, scenes)
+
+    def test_no_room_for_locks(self, dataset, scenes, monkeypatch):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(multiprocessing, "Lock", full)
+        self.expect_one_line(dataset, scenes)
+        assert len(next(train_batches(dataset, 3, 2, range(1), 0, 1, 0, CPU)).records) == 2  # needs none
+
+    def test_other_errors_stay(self, dataset, monkeypatch):
+        def broken(*_):
+            raise RuntimeError("something else")
+
+        monkeypatch.setattr(torch.Tensor, "share_memory_", broken)
+        with pytest.raises(RuntimeError, match="something else"):
+            next(train_batches(dataset, 3, 2, range(1), 0, 1, 1, CPU))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])

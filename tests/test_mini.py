@@ -1,6 +1,8 @@
 """The generated data set: repeatable, in Cityscapes' layout, and not to be guessed from place or colour."""
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -146,6 +148,45 @@ def test_an_interrupted_run_is_taken_up(tmp_path):
     assert mini.main([str(out), *argv]) == 0
     assert files_of(out) == whole
     assert json.loads((out / "mini.json").read_text())["size"] == [64, 128]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 5])
+def test_a_full_disk_can_be_made_room_on(written, tmp_path, monkeypatch, capsys):
+    """After so many files, the first of which is the marker."""
+    out, argv = tmp_path / "set", ["--train", "1", "--val", "1", "--size", "64x128"]
+    left, sync = [written], os.fsync
+
+    def filling(file):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", filling)
+    assert status_of(mini.main, out, *argv) == 1
+    line = capsys.readouterr().err
+    assert f"error: {out}" in line and "can't be written (No space left on device); make room" in line
+    assert line.count("\n") == 1 and ".writing" not in line
+    assert len([path for path in out.rglob("*") if path.is_file()]) == written
+    monkeypatch.setattr(os, "fsync", sync)
+    assert status_of(mini.main, out, *argv) == 0
+    assert len(files_of(out)) == 6 and not list(out.rglob(".*"))
+    assert [path.name for path in out.glob("*.json")] == ["mini.json"]
+
+
+@pytest.mark.parametrize("content", ["", '{"format"', "[" * 100_000, "\0"])
+def test_marker_that_was_not_written_whole(content, tmp_path, capsys):
+    """Alone it is nothing; beside pictures nobody knows what they are."""
+    out, argv = tmp_path / "set", ["--train", "1", "--val", "1", "--size", "64x128"]
+    out.mkdir()
+    (out / "mini.started.json").write_text(content)
+    assert status_of(mini.main, out, *argv) == 0 and len(files_of(out)) == 6
+    whole = files_of(out)
+    for name in ("mini.json", "mini.started.json"):
+        next(out.glob("mini*.json")).unlink()
+        (out / name).write_text(content)
+        assert f"{out / name} is damaged" in run_wrong(capsys, str(out), *argv)
+    assert files_of(out) == whole
 
 
 def test_other_peoples_files_are_left_alone(tmp_path, capsys):

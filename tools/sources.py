@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from dataset import DataError
+from dataset.layout import is_litter, say_skipped
 from utils.errors import UsageError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -61,7 +62,10 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
         elif os.path.isdir(text):
             if os.path.realpath(text) == leave_out:
                 raise UsageError(f"{text}: is --out as well; name another folder for the results")
-            found = list(_walk(text, leave_out))
+            skipped: list[str] = []
+            found = list(_walk(text, leave_out, skipped))
+            if skipped:
+                print(f"{text}: {say_skipped(skipped)}", flush=True)
             if not found:
                 raise UsageError(f"{text}: no pictures in it ({' '.join(PICTURES)}); name another folder")
             pictures += found
@@ -86,20 +90,22 @@ def _stem(path: str) -> str:
     return os.path.splitext(path)[0]
 
 
-def _walk(folder: str, leave_out: str) -> Iterator[PictureFile]:
+def _walk(folder: str, leave_out: str, skipped: list[str]) -> Iterator[PictureFile]:
+    """Yield the pictures of a folder and those in it; add to `skipped` what is hidden or a system's."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         if (place := os.path.realpath(root)) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(place)
+        skipped += [os.path.join(root, name) for name in sorted(folders + files) if is_litter(name)]
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != leave_out
+            if not is_litter(name) and os.path.realpath(os.path.join(root, name)) != leave_out
         )
         for name in sorted(files):
-            if name.lower().endswith(PICTURES) and not name.startswith("."):
+            if name.lower().endswith(PICTURES) and not is_litter(name):
                 path = os.path.join(root, name)
                 yield PictureFile(path, _stem(os.path.relpath(path, folder)))
 

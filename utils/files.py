@@ -28,16 +28,26 @@ def open_input(path: str | os.PathLike, mode: str = "rb", **options: Any) -> IO[
     """
 
     def opener(name: str, flags: int) -> int:
-        # Without O_NONBLOCK opening a FIFO waits for a writer; regular files ignore it.
-        file = os.open(name, flags | os.O_NONBLOCK)
+        try:
+            # Without O_NONBLOCK opening a FIFO waits for a writer; regular files ignore it.
+            file = os.open(name, flags | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # as of a socket
+                raise _not_a_file(os.stat(name).st_mode, name) from error
+            raise
         kind = os.fstat(file).st_mode
         if not stat.S_ISREG(kind):
             os.close(file)
-            code = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
-            raise OSError(code, f"is {kind_of(kind)}, not a file", name)
+            raise _not_a_file(kind, name)
         return file
 
     return open(path, mode, opener=opener, **options)
+
+
+def _not_a_file(mode: int, path: str) -> OSError:
+    """Return the error for a path at which something other than a regular file lies."""
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    return OSError(code, f"is {kind_of(mode)}, not a file", path)
 
 
 def kind_of(mode: int) -> str:
@@ -51,9 +61,15 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def read_input(path: str | os.PathLike) -> bytes:
-    """Return the content of a regular file; see `open_input` for the errors."""
+def read_input(path: str | os.PathLike, most: int | None = None) -> bytes:
+    """Return the content of a regular file; see `open_input` for the errors.
+
+    Args:
+        most: bytes that it may have; more of them are an OSError too.
+    """
     with open_input(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"has more than {most} bytes", os.fspath(path))
         return file.read()
 
 
@@ -134,15 +150,12 @@ class _LateErrors:
 
 
 def _unwritable_kind(path: str) -> OSError | None:
-    """Return the error for a path at which something other than a regular file lies."""
+    """Return the error for an output that is there and no regular file."""
     try:
         kind = os.stat(path).st_mode
     except OSError:  # nothing there; writing says what else may be wrong
         return None
-    if stat.S_ISREG(kind):
-        return None
-    code = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
-    return OSError(code, f"is {kind_of(kind)}, not a file", path)
+    return None if stat.S_ISREG(kind) else _not_a_file(kind, path)
 
 
 def check_output_file(flag: str, path: str) -> None:

@@ -1,22 +1,32 @@
-"""How far long work has come."""
+"""Progress reporting."""
 
+from __future__ import annotations
+
+import sys
 import time
 from datetime import timedelta
+from typing import TextIO
 
 
 class Progress:
-    """A line at most every few seconds, and one at the end.
+    """Print a line at most every few seconds, and one at the end.
 
     Args:
-        total: of what is counted; None where nobody knows, as of a camera.
+        total: number of what is counted; None where it is unknown, as for a camera.
         what: the name of one.
         interval: seconds between lines.
+        stream: where the lines go, standard output without it. Another one that is a terminal gets one line,
+            which is drawn again in place.
     """
 
-    def __init__(self, total: int | None, what: str = "picture", interval: float = 5.0):
+    def __init__(
+        self, total: int | None, what: str = "picture", interval: float = 5.0, stream: TextIO | None = None
+    ):
         self.total = total
         self.what = what
-        self.interval = interval
+        self.stream = stream
+        self.in_place = stream is not None and stream.isatty()
+        self.interval = 0.1 if self.in_place else interval
         self.start = self.last = time.monotonic()
 
     def show(self, done: int) -> None:
@@ -31,4 +41,9 @@ class Progress:
             line += f"/{self.total}  {rate:.2f} {self.what}s/s  {left} left"
         else:
             line += f"  {rate:.2f} {self.what}s/s"
-        print(line, flush=True)
+        if self.in_place:
+            # To the line's beginning, and what is left of a longer one removed.
+            end = "\n" if done == self.total else ""
+            print(f"\r{line}\x1b[K", end=end, file=self.stream, flush=True)
+        else:
+            print(line, file=self.stream or sys.stdout, flush=True)
