@@ -15,8 +15,8 @@ from engine import signals
 from engine.transfer import Batch, Samples, Transfer
 from utils.errors import DataError, RunError
 
-#: Keeps the random streams of the order and of the augmentation apart.
-ORDER, AUGMENTATION = 0, 1
+#: Keep the random streams of the order, the augmentation and the dropout masks apart.
+ORDER, AUGMENTATION, DROPOUT = range(3)
 
 
 class SampleSource(Protocol):

@@ -61,7 +61,7 @@ def main() -> int:
             gradients = {name: weight.grad for name, weight in model.named_parameters()}
             torch.save({"loss": report.loss, "norm": report.gradient_norm, "gradients": gradients}, args.out)
 
-    return distributed.run(distributed.choose_devices(None, args.nproc), lambda: None, body, ())
+    return distributed.run(distributed.choose_devices(None, args.nproc), lambda: None, body)
 
 
 if __name__ == "__main__":

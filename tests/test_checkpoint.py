@@ -99,7 +99,7 @@ def test_damaged_state_is_passed_over_with_a_line(tmp_path, parts, damage, capsy
     else:
         description.write_text("{")
     assert checkpoint.newest_state(str(tmp_path)).step == 1
-    said = "incomplete, passed over" if damage == "undescribed" else "damaged, passed over"
+    said = "incomplete, skipped" if damage == "undescribed" else "damaged, skipped"
     assert f"state_2.pt: {said}" in capsys.readouterr().out
     left = [path.name for path in tmp_path.glob("*state_2*")]
     damaged = ["damaged_state_2.json", "damaged_state_2.pt"]
