@@ -394,7 +394,8 @@ def remove_leftovers(directory: str) -> None:
     """Delete what a killed run had half written. Only while the directory is `locked`."""
     for name in ("state_*", "CS_scenes_*", *RUN_FILES):
         for path in glob.glob(temporary_name(os.path.join(glob.escape(directory), name), "*")):
-            os.unlink(path)
+            if os.path.isfile(path):
+                os.unlink(path)
 
 
 def _steps(directory: str) -> list[int]:
