@@ -396,8 +396,13 @@ def make_parallel(
     if args.backend == "apex":
         parallel = apex.data_parallel(model) if world.size > 1 else model
     else:
-        parallel = world.data_parallel(model, all_used=args.recurrence > 0)
+        parallel = world.data_parallel(model, all_used=uses_all_weights(args))
     return cast(torch.nn.Module, torch.compile(parallel)) if args.compile else parallel
+
+
+def uses_all_weights(args: argparse.Namespace) -> bool:
+    """Return whether every weight has a gradient: without recurrence, the attention's have none."""
+    return args.recurrence > 0
 
 
 def seed_of(*numbers: int) -> int:
@@ -433,6 +438,7 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
             world,
             precision=args.amp,
             accumulate=args.grad_accum,
+            seed=args.random_seed,
         )
         run = Run(
             args.snapshot_dir,
@@ -448,6 +454,7 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
             args.keep_states,
             recipe={name: getattr(args, name) for name in RECIPE} | {"data": dataset.digest()},
             arguments=vars(args),
+            all_used=uses_all_weights(args),
         )
         # Restarts are counted on each machine by itself.
         if world.first(args.resume or distributed.is_restarted() or None):
@@ -504,7 +511,6 @@ def make_task(
     return Task(
         batches,
         learning_rate=lambda step: schedule.poly_lr(args.learning_rate, step, args.num_steps, args.power),
-        # Of dropout: another one for each process.
         seed=lambda step: seed_of(args.random_seed, step, world.rank),
         train_mode=lambda: train_mode(model, args.freeze_bn),
         validate=validate,

@@ -8,9 +8,12 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import pickle
+import re
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,11 +21,17 @@ import torch
 from torch import Tensor
 
 from utils.errors import RunError, UsageError
-from utils.files import replacing, temporary_name, writing
+from utils.files import kind_of, open_input, put_aside, replacing, temporary_name, write_file, writing
 
 #: What a run leaves beside snapshots and states.
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
 LOCK = ".lock"
+#: Number of the states' format. Version 1 had no number; its dropout depended on the number of processes.
+FORMAT = 2
+#: Bytes of a state's JSON file that are read. Those of a real one are less than 10,000.
+LARGEST_DESCRIPTION = 1 << 20
+#: What the optimizer keeps for each weight.
+OPTIMIZER_ENTRIES = {"momentum_buffer"}
 
 
 class Validation(NamedTuple):
@@ -35,7 +44,7 @@ class Validation(NamedTuple):
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Validation:
         kinds = {"step": int, "best_step": int, "best_mean_iou": float}
-        return cls(**{name: kinds[name](value) for name, value in fields.items()})
+        return cls(**{name: kind(fields[name]) for name, kind in kinds.items()})
 
     def with_score(self, step: int, mean_iou: float) -> Validation:
         if mean_iou > self.best_mean_iou:
@@ -57,13 +66,19 @@ def locked(directory: str) -> Iterator[None]:
     """Keep other runs out of `directory`; the lock goes when this process goes, however it ends.
 
     Raises:
-        UsageError: another run has it.
+        UsageError: another run has it, or the lock is no file.
     """
     path = os.path.join(directory, LOCK)
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # No link is followed: the file is emptied.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(kind := os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(errno.EINVAL, f"is {kind_of(kind)}, not a file")
     except OSError as error:
-        raise UsageError(f"--snapshot-dir {directory}: can't be locked ({error.strerror})") from error
+        raise UsageError(
+            f"--snapshot-dir {directory}: {LOCK} can't be locked ({error.strerror}); move it away"
+        ) from error
     try:
         # A lock of the process and not of the file (flock): helper processes that outlive a killed run do not
         # hold it.
@@ -117,53 +132,123 @@ def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
         parts: state dicts by name.
     """
     _describe(state, *_write(state.path, dict(parts)))
-    described = [path for path in _states(os.path.dirname(state.path)) if os.path.exists(_description(path))]
-    for old in described[keep:]:
+    directory = os.path.dirname(state.path)
+    complete = []
+    for step in _steps(directory):
+        path = state_path(directory, step)
+        if os.path.isfile(path) and os.path.isfile(_description(path)):
+            complete.append(path)
+        elif step < state.step and os.path.isfile(path) and not os.path.lexists(_description(path)):
+            os.unlink(path)  # of a save, or of a deletion, that was killed
+    for old in complete[keep:]:
         # The description first: what it describes is whole as long as it is there.
         os.unlink(_description(old))
         os.unlink(old)
-    for path in _states(os.path.dirname(state.path)):
-        if _step_of(path) < state.step and not os.path.exists(_description(path)):
-            os.unlink(path)  # of a save, or of a deletion, that was killed
 
 
 def note_validation(state: State) -> None:
-    """Write what `state.validation` is now; the state itself is saved."""
-    description = _read_description(state.path)
+    """Write what `state.validation` is now; the state itself is saved.
+
+    Raises:
+        OSError: the disk refuses it.
+        RunError: somebody has changed the state's JSON file.
+    """
+    try:
+        description = _read_description(state.path)
+    except _Damaged as error:
+        raise RunError(
+            f"{_description(state.path)}: was changed while the run went on; --resume continues before it"
+        ) from error
     _describe(state, description["size"], description["sha256"])
 
 
 def newest_state(directory: str) -> State | None:
-    """The newest complete state in `directory`.
+    """Return the newest complete state in `directory`.
 
-    A damaged one is renamed, one without its description passed over, with a line saying so.
+    A damaged one is renamed, one that lacks a file is skipped, with a line saying so.
 
     Raises:
+        UsageError: it is of another version of this program.
         RunError: the disk can't be read.
     """
-    for path in _states(directory):
+    for step in _steps(directory):
+        path = state_path(directory, step)
         try:
-            description = _read_description(path)
-            whole = description["size"] == os.path.getsize(path) and description["sha256"] == _sha256(path)
-            validation = Validation.read(description.get("validation", {}))
-            state = State(int(description["step"]), path, dict(description["recipe"]), validation)
-        except FileNotFoundError:
-            print(f"{path}: incomplete, passed over", flush=True)
-            continue
+            if state := _state_or_aside(path):
+                return state
         except OSError as error:
-            raise RunError(f"{path}: can't be read ({error.strerror}); see to the disk") from error
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            whole = False
-        if whole:
-            return state
-        print(f"{path}: damaged, passed over", flush=True)
-        for part in (path, _description(path)):
-            os.replace(part, os.path.join(directory, "damaged_" + os.path.basename(part)))
+            file = os.fsdecode(error.filename or path)
+            raise RunError(f"{file}: can't be read ({error.strerror}); check the disk") from error
     return None
 
 
+def _state_or_aside(path: str) -> State | None:
+    """Return the state at `path`; None, with a line, where it is incomplete, or damaged and renamed."""
+    parts = [part for part in (path, _description(path)) if os.path.lexists(part)]
+    try:
+        if not all(map(_is_file, parts)):
+            raise _Damaged
+        if len(parts) == 2:
+            return _read_state(path)
+        print(f"{path}: incomplete, skipped", flush=True)
+    except _Damaged:
+        aside = [os.path.basename(put_aside(part)) for part in parts]
+        print(f"{path}: damaged, skipped; now {' and '.join(aside)}", flush=True)
+    return None
+
+
+class _Damaged(Exception):
+    """A state is not as it was written."""
+
+
+def _read_state(path: str) -> State:
+    """Return a state whose tensors and JSON file are as they were written.
+
+    Raises:
+        _Damaged, OSError, UsageError: see `newest_state`.
+    """
+    description = _read_description(path)
+    try:
+        step, size, sha256 = (description[name] for name in ("step", "size", "sha256"))
+        state = State(
+            _step_of(path), path, dict(description["recipe"]), Validation.read(description["validation"])
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _Damaged from error
+    # The name too: a state under another one would count steps that were never done.
+    if step != state.step or size != os.path.getsize(path) or sha256 != _sha256(path):
+        raise _Damaged
+    return state
+
+
+def _is_file(path: str) -> bool:
+    """Return whether `path` is a file, not a folder, a FIFO or a link that leads nowhere.
+
+    Raises:
+        OSError: that can't be found out; os.path.isfile would say no.
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def check_run_files(directory: str) -> None:
+    """Check that a resumed run can go on with the files of its earlier starts.
+
+    Raises:
+        UsageError: one is a folder, a FIFO or a link that leads nowhere.
+    """
+    for name in RUN_FILES:
+        path = os.path.join(directory, name)
+        is_right, wanted = (os.path.isdir, "folder") if name == "tensorboard" else (os.path.isfile, "file")
+        if os.path.lexists(path) and not is_right(path):
+            found = kind_of(os.stat(path).st_mode) if os.path.exists(path) else "a link that leads nowhere"
+            raise UsageError(f"{path}: is {found}, not a {wanted}; move it away")
+
+
 def check_recipe(state: State, recipe: Mapping[str, Any]) -> None:
-    """See that a run with `recipe` may continue from `state`.
+    """Check that a run with `recipe` may continue from `state`.
 
     Raises:
         UsageError: it would be another run.
@@ -178,18 +263,23 @@ def check_recipe(state: State, recipe: Mapping[str, Any]) -> None:
             )
             raise UsageError(
                 f"{what} of the run of {state.path}; resume with the same, add --change-recipe, or start "
-                "anew in another --snapshot-dir"
+                "over in another --snapshot-dir"
             )
 
 
-def load(state: State, parts: Mapping[str, Any]) -> None:
-    """Load `state` into `parts`, which have load_state_dict.
+def load(state: State, parts: Mapping[str, Any], partial: bool = False) -> None:
+    """Load `state` into `parts`, which have load_state_dict; all of it is checked before anything is changed.
 
     The optimizer's own options (learning rate, weight decay) stay what they are; a moving average that the
     state lacks starts from its weights.
 
+    Args:
+        partial: whether the state may lack the momentum of some weights, because the network does not use
+            them, or did not in an earlier part of the run.
+
     Raises:
-        UsageError: the file is no state of this network, or would run code when unpickled (none of it runs).
+        UsageError: the file is no state of this network, holds numbers that are not finite, or would run code
+            when unpickled (none of it runs).
     """
     try:
         content = torch.load(state.path, map_location="cpu", weights_only=True)
@@ -199,31 +289,92 @@ def load(state: State, parts: Mapping[str, Any]) -> None:
         ) from error
     except Exception as error:  # what is no checkpoint can fail in any way while it is unpickled
         raise UsageError(f"{state.path}: not a state of a training run; remove it") from error
-    options = [{**group, "params": None} for group in parts["optimizer"].param_groups]
+    model, optimizer = parts["model"], parts["optimizer"]
     try:
-        for name, part in parts.items():
-            saved = content[name] if name in ("model", "optimizer") else content.get(name)
-            if saved:
-                part.load_state_dict(saved)
-            elif name == "average":
-                part.load_state_dict(content["model"])
-    except Exception as error:  # nor need its entries be what load_state_dict expects
+        weights, entries = content["model"], content["optimizer"]
+        average, scale = content.get("average", weights), content.get("scaler", {})
+        _check_tensors(model.state_dict(), weights)
+        _check_optimizer(optimizer, entries, partial)
+        if "average" in parts:
+            _check_tensors(parts["average"].state_dict(), average)
+        if "scaler" in parts:
+            _check_scale(parts["scaler"].state_dict(), scale)
+    except Exception as error:  # the content can be anything
+        problem = error if isinstance(error, _Misfit) else "its entries are other ones"
         raise UsageError(
-            f"{state.path}: not a state of this network; give the flags of its run, or start anew in another "
-            "--snapshot-dir"
+            f"{state.path}: not a state of this network: {problem}; give the flags of its run, or move its "
+            ".pt and .json away to continue from the state before"
         ) from error
-    for group, own in zip(parts["optimizer"].param_groups, options, strict=True):
-        group.update({name: value for name, value in own.items() if name != "params"})
+    model.load_state_dict(weights)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": entries["state"], "param_groups": groups})
+    if "average" in parts:
+        parts["average"].load_state_dict(average)
+    if "scaler" in parts and scale:
+        parts["scaler"].load_state_dict(scale)
+
+
+class _Misfit(Exception):
+    """The content of a state does not fit this run; says where."""
+
+
+def _check_tensors(own: Mapping[str, Tensor], saved: Any) -> None:
+    """Check that `saved` can take the place of the tensors `own`."""
+    if saved.keys() != own.keys():
+        raise _Misfit("its weights have other names")
+    for name, value in own.items():
+        _check_tensor(name, value, saved[name])
+
+
+def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
+    plain = isinstance(saved, Tensor) and saved.layout == torch.strided and not saved.is_nested
+    if not plain or saved.is_meta:
+        raise _Misfit(f"{name} is no plain tensor")
+    if saved.shape != own.shape or saved.dtype != own.dtype:
+        found, wanted = (f"{list(each.shape)} of {each.dtype}" for each in (saved, own))
+        raise _Misfit(f"{name} is {found}, not {wanted}")
+    # Both ends are NaN where any value is.
+    if saved.numel() and not all(end.isfinite() for end in torch.aminmax(saved)):
+        raise _Misfit(f"{name} has values that are not finite")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, partial: bool) -> None:
+    """Check that `saved` has the momentum of all weights of `optimizer`, or of none yet.
+
+    load_state_dict would take anything: the first step would then fail, or broadcast.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    groups, own = (
+        [group["params"] for group in state["param_groups"]] for state in (saved, optimizer.state_dict())
+    )
+    entries = saved["state"]
+    if groups != own or not set(entries) <= set(range(len(weights))):
+        raise _Misfit("its optimizer has other weights")
+    if entries and not partial and len(entries) < len(weights):
+        raise _Misfit(f"its optimizer lacks {len(weights) - len(entries)} of {len(weights)} weights")
+    for number, entry in entries.items():
+        if entry.keys() != OPTIMIZER_ENTRIES:
+            raise _Misfit(f"its optimizer has other entries for weight {number}")
+        for name, value in entry.items():
+            _check_tensor(f"{name} of weight {number}", weights[number], value)
+
+
+def _check_scale(own: Mapping[str, float], saved: Any) -> None:
+    if own and saved and saved.keys() != own.keys():
+        raise _Misfit("its loss scale has other entries")
+    for name, value in saved.items():
+        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+            raise _Misfit(f"{name} of its loss scale is no number from 0")
 
 
 def set_aside(directory: str) -> str | None:
     """Move the states and log of an earlier run to a folder of their own and return it; None: no such run."""
     found = glob.glob(os.path.join(glob.escape(directory), "state_*"))
-    found += [path for name in RUN_FILES if os.path.exists(path := os.path.join(directory, name))]
+    found += [path for name in RUN_FILES if os.path.lexists(path := os.path.join(directory, name))]
     if not found:
         return None
     number = 1
-    while os.path.exists(target := os.path.join(directory, f"earlier_{number}")):
+    while os.path.lexists(target := os.path.join(directory, f"earlier_{number}")):
         number += 1
     os.makedirs(target)
     for path in found:
@@ -235,19 +386,24 @@ def remove_leftovers(directory: str) -> None:
     """Delete what a killed run had half written. Only while the directory is `locked`."""
     for name in ("state_*", "CS_scenes_*", *RUN_FILES):
         for path in glob.glob(temporary_name(os.path.join(glob.escape(directory), name), "*")):
-            os.unlink(path)
+            if os.path.isfile(path):
+                os.unlink(path)
 
 
-def _states(directory: str) -> list[str]:
-    """The paths of all states, newest first; those that lack their description too."""
-    paths = glob.glob(os.path.join(glob.escape(directory), "state_*.pt"))
-    return sorted((path for path in paths if _step_of(path) >= 0), key=_step_of, reverse=True)
+def _steps(directory: str) -> list[int]:
+    """Return the steps of all states, newest first; those that lack a file too."""
+    names = (os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(directory), "state_*")))
+    # Only names that state_path gives: neither state_07 nor digits of other scripts.
+    steps = {
+        int(found[1])
+        for name in names
+        if (found := re.fullmatch(r"state_(0|[1-9][0-9]*)\.(?:pt|json)", name))
+    }
+    return sorted(steps, reverse=True)
 
 
 def _step_of(state: str) -> int:
-    """The step in a state's name, -1 where there is none."""
-    step = os.path.basename(state)[len("state_") : -len(".pt")]
-    return int(step) if step.isdecimal() else -1
+    return int(os.path.basename(state)[len("state_") : -len(".pt")])
 
 
 def _description(state: str) -> str:
@@ -255,19 +411,54 @@ def _description(state: str) -> str:
 
 
 def _describe(state: State, size: int, sha256: str) -> None:
-    with replacing(_description(state.path)) as path, open(path, "w", encoding="utf-8") as file:
-        content = {"step": state.step, "size": size, "sha256": sha256, "recipe": state.recipe}
-        json.dump({**content, "validation": state.validation._asdict()}, file)
+    content = {
+        "format": FORMAT,
+        "step": state.step,
+        "size": size,
+        "sha256": sha256,
+        "recipe": state.recipe,
+        "validation": state.validation._asdict(),
+    }
+    write_file(_description(state.path), json.dumps({**content, "checksum": _checksum(content)}))
 
 
 def _read_description(state: str) -> dict[str, Any]:
-    with open(_description(state), encoding="utf-8") as file:
-        return json.load(file)
+    """Return the content of a state's JSON file, which its own checksum covers.
+
+    Raises:
+        OSError: it can't be read.
+        _Damaged: it is not as it was written.
+        UsageError: it is of another version of this program.
+    """
+    with open_input(_description(state)) as file:
+        text = file.read(LARGEST_DESCRIPTION)
+    try:
+        content = json.loads(text)
+        checksum = content.pop("checksum", None)
+        whole = checksum == _checksum(content)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _Damaged from error
+    if content.keys() - {"validation"} == {"step", "size", "sha256", "recipe"} and checksum is None:
+        raise UsageError(
+            f"{state}: written by an earlier version, whose dropout depended on the number of processes; "
+            "resume with that version, or continue from its weights in another --snapshot-dir: "
+            f"--restore-from {state} --start-iters {_step_of(state)}"
+        )
+    if not whole:
+        raise _Damaged
+    if content.get("format") != FORMAT:
+        raise UsageError(f"{state}: written by another version; resume with that version")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Return the checksum of a state's JSON file: whoever edits a value changes it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: str) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

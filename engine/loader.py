@@ -23,8 +23,8 @@ NO_SHARED_MEMORY = RunError(
     "/dev/shm: too small for the pictures that the readers pass on; enlarge it (docker run --shm-size), or "
     "lower --num-workers (0 needs no shared memory)"
 )
-#: Keeps the random streams of the order and of the augmentation apart.
-ORDER, AUGMENTATION = 0, 1
+#: Keep the random streams of the order, the augmentation and the dropout masks apart.
+ORDER, AUGMENTATION, DROPOUT = range(3)
 
 
 class SampleSource(Protocol):

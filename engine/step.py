@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.distributed import World
+from engine.dropout import DropoutMasks
 from utils.errors import RunError
 
 #: Autocast's type for each precision that train.py offers.
@@ -57,8 +58,9 @@ class Report(NamedTuple):
 class Stepper:
     """Takes training steps.
 
-    The loss is the mean over the kept pixels of all processes together, so that it and its gradient are the
-    same for any number of them; with `accumulate` the mean of that over the parts of the batch.
+    The loss is the mean over the kept pixels of all processes together, and the channels that dropout zeroes
+    depend on `seed`, the step and the sample: the loss and its gradient are the same for any number of
+    processes. With `accumulate` the loss is the mean of that over the parts of the batch.
 
     Args:
         model: whose weights are trained.
@@ -66,6 +68,7 @@ class Stepper:
         precision: one of PRECISIONS or None for that of the weights. fp16 scales the loss and skips the steps
             that overflow.
         accumulate: parts in which the share of a process is computed, one after the other.
+        seed: seed of the dropout masks.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Stepper:
         world: World,
         precision: str | None = None,
         accumulate: int = 1,
+        seed: int = 0,
     ):
         self.parallel = parallel
         self.criterion = criterion
@@ -84,16 +88,18 @@ class Stepper:
         self.world = world
         self.precision = precision
         self.accumulate = accumulate
+        self.dropout = DropoutMasks(model, seed, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         # The forward changes the running statistics before it is known whether the step is sound.
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._statistics_before = [buffer.clone() for buffer in self._statistics]
 
     def step(self, number: int, images: Tensor, labels: Tensor, records: Sequence[str]) -> Report:
-        """Take step `number` with this process's share of the batch.
+        """Take step `number` with this process's share of the batch: rank r has samples r n to r n + n - 1.
 
         Args:
-            images, labels: [n, 3, h, w] and [n, h, w] on the device, n divisible by `accumulate`.
+            images, labels: [n, 3, h, w] and [n, h, w] on the device, n divisible by `accumulate`; the same n
+                on every process.
             records: a line for each sample.
 
         Raises:
@@ -101,6 +107,8 @@ class Stepper:
         """
         torch._foreach_copy_(self._statistics_before, self._statistics)
         self.optimizer.zero_grad()
+        first = self.world.rank * len(images)
+        self.dropout.draw(number, range(first, first + len(images)))
         parts, own, outputs = self._backward(images, labels)
         self.scaler.unscale_(self.optimizer)
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
@@ -127,9 +135,10 @@ class Stepper:
         device, outputs = self.world.device, []
         own = torch.zeros(0)
         for part, (some_images, some_labels) in enumerate(
-            zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True), 1
+            zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True)
         ):
-            with self._synchronised(part == self.accumulate):
+            last = part == self.accumulate - 1
+            with self._synchronised(last), self.dropout.handed_in(part, self.accumulate):
                 with torch.autocast(
                     device.type, PRECISIONS.get(self.precision or ""), enabled=self.precision is not None
                 ):
@@ -144,7 +153,7 @@ class Stepper:
                 loss = torch.stack(weighted).sum() * (self.world.size / self.accumulate)
                 self.scaler.scale(loss).backward()
             shares = shares.detach() / self.accumulate
-            own = shares if part == 1 else own + shares
+            own = own + shares if part else shares
         common = own.clone()
         self.world.all_reduce(common)
         return common, own, [output.detach() for output in outputs]

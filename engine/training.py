@@ -24,7 +24,7 @@ from engine.step import Diverged, Report, Stepper
 from engine.transfer import Batch
 from utils.environment import commit, machine
 from utils.errors import RunError, UsageError
-from utils.files import replacing
+from utils.files import put_aside, read_input, unwritable, write_file
 from utils.logger import RunLog
 
 
@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
     batches: (steps from 0) -> this process's share of each, or the error that ends the run before it.
     learning_rate: (step from 0) -> of that step.
-    seed: (step from 1) -> of its dropout on this process.
+    seed: (step from 1) -> seed of PyTorch's random numbers in that step, on this process.
     train_mode: sets the network to training.
     validate: (network, error that ends it early) -> mean IoU over all processes.
     examples: (image, label, outputs) of a sample -> what TensorBoard shows of it: names, uint8 [h, w, 3] RGB.
@@ -70,6 +70,7 @@ class Run:
         stop: when to end early.
         recipe: what decides the result of the run.
         arguments: noted beside the log.
+        all_used: whether the loss uses every weight; otherwise a state may lack the momentum of some.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Run:
         keep_states: int,
         recipe: Mapping[str, Any],
         arguments: Mapping[str, Any],
+        all_used: bool = True,
     ):
         self.directory = directory
         self.world = world
@@ -100,6 +102,7 @@ class Run:
         self.keep_states = keep_states
         self.recipe = recipe
         self.arguments = arguments
+        self.all_used = all_used
         self.optimizer = optimizer
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": stepper.scaler}
         if average is not None:
@@ -108,13 +111,13 @@ class Run:
         self.validation = Validation()
 
     def restore(self, change_recipe: bool) -> None:
-        """Go to the newest state, if there is one.
+        """Load the newest state, if there is one. Until every process has it, no file of the run is changed.
 
         Args:
             change_recipe: whether the state may be of a run with another recipe.
 
         Raises:
-            UsageError: it is and may not, or it can't be used.
+            UsageError: the state is of another recipe and may not be, or can't be used.
         """
         # Rank 0 decides for all: the others may see another state of a shared disk.
         found: list[State | None] = []
@@ -122,15 +125,36 @@ class Run:
         state = self.world.gather(found[0] if found else None)[0]
         if state is None:
             return
+        self.world.on_main(lambda: checkpoint.check_run_files(self.directory))
         if unseen := self.world.first(None if os.path.exists(state.path) else state.path):
             raise UsageError(f"--snapshot-dir: {unseen} is not on every machine; share the directory")
         if not change_recipe:
             checkpoint.check_recipe(state, self.recipe)
-        checkpoint.load(state, self.parts)
+        if state.step > self.steps:
+            raise UsageError(
+                f"--num-steps {self.steps}: {state.path} is the state after step {state.step}; give at least "
+                f"{state.step}"
+            )
+        failure = None
+        try:
+            checkpoint.load(state, self.parts, partial=change_recipe or not self.all_used)
+        except UsageError as error:
+            failure = error
+        if failure := self.world.first(failure):
+            raise failure
         self.state, self.validation = state, state.validation
 
     def train(self, start: int) -> None:
-        """Take the steps after `start`, where there is no state to continue from; else those after it."""
+        """Take the steps after those of the state that was restored; without one, those after `start`.
+
+        Raises:
+            UsageError: the state is of a step before `start`.
+        """
+        if self.state is not None and self.state.step < start:
+            raise UsageError(
+                f"--start-iters {start}: {self.state.path} is the state after step {self.state.step}; leave "
+                "the flag out, or start over in another --snapshot-dir"
+            )
         start = self.state.step if self.state is not None else start
         interrupted = self.state is not None and self._due(
             start, self.intervals.validation, self.validation.step
@@ -150,23 +174,27 @@ class Run:
         elif earlier := checkpoint.set_aside(self.directory):
             self._say(f"{self.directory}: states and log of an earlier run are now in {earlier}")
         checkpoint.remove_leftovers(self.directory)
-        with replacing(os.path.join(self.directory, "args.json")) as path, open(path, "w") as file:
-            json.dump(dict(self.arguments), file, indent=2)
+        write_file(os.path.join(self.directory, "args.json"), json.dumps(dict(self.arguments), indent=2))
         self._note_environment(start)
         self.log = RunLog(self.directory, start, self.steps, self.arguments["batch_size"])
         return self.log
 
     def _note_environment(self, start: int) -> None:
-        """Note in environment.json on what this start of the run runs, beside those before it."""
+        """Add the machine, software and step of this start to those of earlier starts in environment.json."""
         path = os.path.join(self.directory, "environment.json")
-        try:
-            with open(path) as file:
-                starts = json.load(file)
-        except (OSError, ValueError):
-            starts = []
         about = machine(str(self.world.device)) | {"processes": self.world.size, "commit": commit()}
-        with replacing(path) as temporary, open(temporary, "w") as file:
-            json.dump([*starts, {"step": start, **about}], file, indent=2)
+        starts = [{"step": start, **about}]
+        try:
+            if os.path.exists(path):
+                earlier = json.loads(read_input(path))
+                if not isinstance(earlier, list):
+                    raise ValueError
+                starts = earlier + starts
+            text = json.dumps(starts, indent=2)
+        except (ValueError, RecursionError):
+            self._say(f"{path}: no list of starts; now {put_aside(path)}")
+            text = json.dumps(starts[-1:], indent=2)
+        write_file(path, text)
 
     def _take_steps(self, start: int) -> None:
         if start >= self.steps:
@@ -184,7 +212,8 @@ class Run:
             end = self.world.first(end)
             if end is not None:
                 self._end(end, step - 1, start)
-            # A function of (seed, step, rank), so that a resumed run needs no random state.
+            # Dropout has masks of its own (engine/dropout.py). For other random layers: a function of (seed,
+            # step, rank), so that a resumed run needs no random state.
             torch.manual_seed(self.task.seed(step))
             try:
                 report = self.stepper.step(step, batch.images, batch.labels, batch.records)
@@ -237,10 +266,8 @@ class Run:
                 then = "start it again: it had no state yet"
                 if self.state is not None:
                     then = f"--resume continues after step {self.state.step}"
-                raise RunError(
-                    f"{error.filename or self.directory}: can't be written ({error.strerror or error}); make "
-                    f"room, then {then}"
-                ) from error
+                error.filename = error.filename or self.directory
+                raise unwritable(error, then) from error
 
         self.world.on_main(guarded)
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from networks.abn import ABN, synchronise, train_mode
 from networks.ccnet import Seg_Model
+from networks.dropout import ChannelDropout
 from networks.weights import load_weights, match_weights
 from utils.errors import CheckpointError
 
@@ -14,6 +15,7 @@ MODELS: dict[str, type[nn.Module]] = {"ccnet": Seg_Model}
 __all__ = [
     "ABN",
     "MODELS",
+    "ChannelDropout",
     "CheckpointError",
     "Seg_Model",
     "load_weights",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cc_attention import RecurrentCrissCrossAttention
 from networks.abn import ABN
+from networks.dropout import ChannelDropout
 from networks.resnet import ResNet, convolution
 from networks.weights import load_weights
 
@@ -37,7 +38,7 @@ class RCCAHead(nn.Module):
         self.bottleneck = nn.Sequential(
             convolution(in_channels + channels, channels, 3),
             ABN(channels, activation, backend),
-            nn.Dropout2d(dropout),
+            ChannelDropout(channels, dropout),
             nn.Conv2d(channels, num_classes, 1),
         )
 
@@ -86,7 +87,7 @@ class Seg_Model(ResNet):
         self.dsn = nn.Sequential(
             nn.Conv2d(1024, dsn_channels, 3, padding=1),
             ABN(dsn_channels, activation, abn),
-            nn.Dropout2d(dropout),
+            ChannelDropout(dsn_channels, dropout),
             nn.Conv2d(dsn_channels, num_classes, 1),
         )
         self.criterion = criterion

@@ -279,6 +279,6 @@ class TestInput:
         with Training(data, tmp_path / "cut", *flags, 3, "--resume") as run:
             output, errors = run.process.communicate(timeout=120)
         assert run.process.returncode == 0, errors
-        assert "state_3.pt: damaged, passed over" in output and "continuing after step 2" in output
+        assert "state_3.pt: damaged, skipped" in output and "continuing after step 2" in output
         ends = [(tmp_path / name / "CS_scenes_3.pth").read_bytes() for name in ("whole", "cut")]
         assert ends[0] == ends[1]

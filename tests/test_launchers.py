@@ -294,7 +294,7 @@ def machines() -> Iterator[list[str]]:
 
 class TestTwoMachines:
     def test_same_samples_and_loss_and_one_failure_ends_both(self, machines, data, tmp_path):
-        flags = ["--data-dir", data, *FLAGS, "--dropout", 0, "--save-state-every", 1000]
+        flags = ["--data-dir", data, *FLAGS, "--save-state-every", 1000]
         one, two = tmp_path / "one", tmp_path / "two"
         done = run("train.py", *flags, "--num-steps", 2, "--snapshot-dir", one, environment=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
@@ -326,4 +326,4 @@ class TestTwoMachines:
         assert "process 0 of 2: lost the connection to another process" in texts[0]
         logs = entries(one), entries(two)
         assert [entry["samples"] for entry in logs[0]] == [entry["samples"] for entry in logs[1][:2]]
-        assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-3)
+        assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-4)

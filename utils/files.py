@@ -149,6 +149,22 @@ class _LateErrors:
         """Do nothing: closing the file flushes it."""
 
 
+def put_aside(path: str) -> str:
+    """Rename a damaged file, folder or link to damaged_NAME, or damaged_2_NAME if that is taken, and so on.
+
+    Returns:
+        The new path, in the same folder.
+    """
+    folder, name = os.path.split(path)
+    aside = os.path.join(folder, f"damaged_{name}")
+    number = 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = os.path.join(folder, f"damaged_{number}_{name}")
+    os.rename(path, aside)
+    return aside
+
+
 def _unwritable_kind(path: str) -> OSError | None:
     """Return the error for an output that is there and no regular file."""
     try:
@@ -194,8 +210,12 @@ def check_writable(flag: str, directory: str) -> None:
         ) from error
 
 
-def unwritable(error: OSError) -> RunError:
-    """Return the error that ends a command when a result can't be written: which file, why, what to do."""
+def unwritable(error: OSError, then: str = "run it again") -> RunError:
+    """Return the error that ends a command when a result can't be written: which file, why, what to do.
+
+    Args:
+        then: what to do once the file can be written.
+    """
     advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check the disk"
     what = os.fsdecode(error.filename) if error.filename else "the results"
-    return RunError(f"{what}: can't be written ({error.strerror or error}); {advice}, then run it again")
+    return RunError(f"{what}: can't be written ({error.strerror or error}); {advice}, then {then}")

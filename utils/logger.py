@@ -14,11 +14,16 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from utils.files import replacing
+from utils.files import open_input, put_aside, write_file
+
+#: How each line of log.jsonl begins.
+ENTRY = '{"step": '
 
 
 class RunLog:
     """The log of one run; entries of a resumed run continue those up to the step that it continues from.
+
+    A log.jsonl that holds anything but entries is kept under another name, with a line saying so.
 
     Everything is written at once, so that whatever the disk refuses is an OSError here. (SummaryWriter writes
     from a thread; where that fails, the run waits for it for ever.)
@@ -49,18 +54,26 @@ class RunLog:
         """Drop the entries after `step`: those steps are about to be done again."""
         if not os.path.exists(path):
             return
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file if 0 < RunLog._step_of(line) <= step]
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(lines)
+        with open_input(path, "r", encoding="utf-8", errors="surrogateescape") as file:
+            lines = list(file)
+        if lines and not lines[-1].endswith("\n") and lines[-1].startswith(ENTRY):
+            lines.pop()  # what a kill or a power cut left of an entry
+        steps = [RunLog._step_of(line) for line in lines]
+        if 0 in steps:
+            print(
+                f"{path}: line {steps.index(0) + 1} is no entry of a log; now {put_aside(path)}", flush=True
+            )
+        kept = [line for line, number in zip(lines, steps, strict=True) if 0 < number <= step]
+        write_file(path, "".join(kept))
 
     @staticmethod
     def _step_of(line: str) -> int:
-        """The step of an entry, 0 for what is none (the end of a log that a power cut left)."""
+        """Return the step of an entry, 0 for a line that is none."""
         try:
-            return int(json.loads(line)["step"]) if line.endswith("\n") else 0
-        except (ValueError, KeyError, TypeError):
+            step = json.loads(line)["step"] if line.endswith("\n") else 0
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             return 0
+        return max(step, 0) if type(step) is int else 0
 
     def write(self, step: int, loss: float, lr: float, **more: Any) -> None:
         """Log `step` (from 1) with its loss and learning rate; numbers among `more` become curves too."""
