@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", type=number, default=120, help="pictures to train on")
     parser.add_argument("--val", type=number, default=24, help="pictures to validate on")
     parser.add_argument("--size", type=_size, default=(128, 256), help="HEIGHTxWIDTH of the pictures")
-    parser.add_argument("--seed", type=flags.count, default=0, help="another seed, another set")
+    parser.add_argument("--seed", type=flags.seed, default=0, help="another seed, another set")
     args = parser.parse_args(argv)
     what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"
     try:

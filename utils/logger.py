@@ -14,7 +14,9 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from utils.files import replacing
+from utils.errors import UsageError
+from utils.files import check_outputs, read_input, write_file
+from utils.run_files import LOG, entry
 
 
 class RunLog:
@@ -28,15 +30,21 @@ class RunLog:
         start: steps done before.
         steps: steps of the whole run.
         samples_per_step: the global batch size.
+
+    Raises:
+        UsageError: something other than a file has the log's name, or other than a folder that of the events.
+        OSError: the disk refuses it.
     """
 
     def __init__(self, directory: str, start: int, steps: int, samples_per_step: int):
         self.steps = steps
         self.samples_per_step = samples_per_step
-        path = os.path.join(directory, "log.jsonl")
+        path, events = os.path.join(directory, LOG), os.path.join(directory, "tensorboard")
+        check_outputs("--snapshot-dir", [path])
+        if not os.path.isdir(events) and os.path.lexists(events):
+            raise UsageError(f"--snapshot-dir: {events} is no folder; take it away")
         self._keep_until(path, start)
         self._file = open(path, "a", encoding="utf-8")
-        events = os.path.join(directory, "tensorboard")
         os.makedirs(events, exist_ok=True)
         self._events = EventsWriter(os.path.join(events, "events"), f".{os.getpid()}")
         # TensorBoard then hides what an earlier process wrote after `start`.
@@ -47,20 +55,13 @@ class RunLog:
     @staticmethod
     def _keep_until(path: str, step: int) -> None:
         """Drop the entries after `step`: those steps are about to be done again."""
-        if not os.path.exists(path):
-            return
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file if 0 < RunLog._step_of(line) <= step]
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-
-    @staticmethod
-    def _step_of(line: str) -> int:
-        """The step of an entry, 0 for what is none (the end of a log that a power cut left)."""
         try:
-            return int(json.loads(line)["step"]) if line.endswith("\n") else 0
-        except (ValueError, KeyError, TypeError):
-            return 0
+            lines = read_input(path).splitlines(keepends=True)
+        except FileNotFoundError:
+            return
+        # What is no entry goes too, such as the end of a log that a power cut left.
+        steps = ((line, entry(line)) for line in lines if line.endswith(b"\n"))
+        write_file(path, b"".join(line for line, found in steps if found and found["step"] <= step))
 
     def write(self, step: int, loss: float, lr: float, **more: Any) -> None:
         """Log `step` (from 1) with its loss and learning rate; numbers among `more` become curves too."""
