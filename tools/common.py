@@ -83,7 +83,7 @@ def beside(checkpoint: str) -> str:
 
 
 def recipe_of(checkpoint: str) -> dict[str, Any]:
-    """Return the flags of the run that wrote a checkpoint, from the file beside it; empty where there is none.
+    """Return the flags of the run that wrote a checkpoint; empty where they are not beside it.
 
     Raises:
         UsageError: the file is damaged.

@@ -32,7 +32,7 @@ from networks import ABN, Seg_Model
 from tools import common
 from utils import args as flags
 from utils.errors import RunError, UsageError
-from utils.files import check_output_file, replacing
+from utils.files import check_outputs, check_writable, replacing
 
 #: The one that PyTorch's exporter writes by itself, without a conversion; TensorRT 10 reads 9 to 20 and more.
 OPSET = 18
@@ -314,7 +314,8 @@ def main() -> None:
     if ending == ".onnx":
         require_packages(args.out)
     network = common.open_network(args)
-    check_output_file("--out", args.out, network.files)
+    check_outputs("--out", [args.out], network.files)
+    check_writable("--out", os.path.dirname(args.out) or ".")
     print(
         f"{args.restore_from}: {network.backbone}, R={network.recurrence}, {network.num_classes} classes",
         flush=True,

@@ -26,6 +26,7 @@ if not __package__:
 import argparse
 import functools
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ from tools.cost import (
 )
 from utils import args as flags
 from utils.errors import UsageError
-from utils.files import check_output_file, write_file
+from utils.files import check_outputs, check_writable, write_file
 from utils.progress import Progress
 from utils.resources import check_fits
 
@@ -334,7 +335,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = get_parser().parse_args()
     if args.json:
-        check_output_file("--json", args.json, [args.restore_from])
+        check_outputs("--json", [args.json], [args.restore_from])
+        check_writable("--json", os.path.dirname(args.json) or ".")
     setting = Setting(
         args.backbone,
         args.num_classes,

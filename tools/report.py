@@ -36,7 +36,7 @@ from utils import args as flags
 from utils import run_files
 from utils.attention_figure import draw_attention
 from utils.errors import DataError, InputError, UsageError
-from utils.files import check_output_file, read_input, write_file
+from utils.files import check_outputs, check_writable, read_input, write_file
 from utils.palette import colored, make_palette
 from utils.progress import Progress
 
@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         missing.append(f"no scores and pictures: there is no {RESULT} in {results}; evaluate.py writes it")
     out = args.out or os.path.join(args.run, "report.html")
-    check_output_file("--out", out, inputs_of(args.run, results, args.restore_from, evaluation))
+    check_outputs("--out", [out], inputs_of(args.run, results, args.restore_from, evaluation))
+    check_writable("--out", os.path.dirname(out) or ".")
     log, odd = run_files.read_log(args.run)
     if odd:
         path = os.path.join(args.run, run_files.LOG)
@@ -210,7 +211,10 @@ def read_validation(folder: str) -> list[tuple[float, float]]:
 
 
 def read_events(path: str) -> Iterator[Any]:
-    """Yield the events of a file of TensorBoard's: records of length (8 bytes), checksum (4), content, checksum."""
+    """Yield the events of a file of TensorBoard's.
+
+    It has records of length (8 bytes), checksum (4 bytes), content, checksum.
+    """
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
