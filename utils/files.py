@@ -90,7 +90,8 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename in (None, temporary, target):
-            error.filename, error.filename2 = path, None
+            reason = error.strerror or str(error)
+            raise OSError(error.errno or errno.EIO, reason, path) from error
         raise
 
 

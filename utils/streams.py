@@ -48,8 +48,9 @@ def secure() -> None:
         if stream is not None and _descriptor(stream) != number:
             continue  # captured, as by a test
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         line_buffering = name == "stderr" or os.isatty(number) or getattr(stream, "write_through", False)
         secured = io.TextIOWrapper(
             io.BufferedWriter(_Forgiving(number)), encoding, "backslashreplace", line_buffering=line_buffering
