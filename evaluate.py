@@ -9,6 +9,7 @@ no labels, the archive that the benchmark's server takes. See --help for all fla
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 
@@ -17,21 +18,23 @@ import torch
 
 from dataset import CSDataSet
 from dataset.labels import LABELS, choose_table
+from dataset.layout import LABEL_IDS, instances_of
 from engine import distributed, report
 from engine.evaluation import Keep, evaluate
 from engine.inference import predict_classes
-from engine.metrics import CityscapesEvaluation
+from engine.metrics import CityscapesEvaluation, OfficialScores
 from networks import MODELS, load_weights, match_weights
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags
 from utils.errors import DataError, UsageError
-from utils.files import check_writable, unwritable
+from utils.files import check_outputs, check_writable, unwritable
 from utils.palette import make_palette, save_grey_png, save_indexed_png
-from utils.submission import write_archive
+from utils.resources import LEAST_BYTES, check_fits
+from utils.submission import check_names, write_archive
 
-#: The split without labels, and what its predictions are gathered in.
-TEST, SUBMISSION = "test", "submission"
+#: The folder of the coloured predictions; the split without labels, and what its predictions are gathered in.
+OUTPUTS, TEST, SUBMISSION = "outputs", "test", "submission"
 #: Of the flags: what was evaluated, and how.
 DESCRIPTION = (
     "data_dir", "data_list", "split", "classes", "num_classes", "ignore_label", "model", "backbone",
@@ -60,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--ignore-label", type=flags.label, default=255, help="train id of void pixels")
     add("--model", choices=sorted(MODELS), default="ccnet", help="network")
     add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone")
-    add("--recurrence", type=flags.count, default=2, help="how often the attention is applied")
+    add("--recurrence", type=flags.recurrence, default=2, help="how often the attention is applied")
     add("--restore-from", metavar="FILE", help="checkpoint; random weights without it")
     add("--input-size", type=flags.size, default=(769, 769), metavar="H,W", help="tile")
     add(
@@ -74,20 +77,20 @@ def get_parser() -> argparse.ArgumentParser:
     flags.add_averaging(parser)
     add(
         "--batch-size",
-        type=flags.positive_int,
+        type=flags.batch,
         default=1,
         help="pictures of a size at once, for each process",
     )
     add(
         "--tile-batch",
-        type=flags.positive_int,
+        type=flags.batch,
         metavar="N",
         help="tiles at once, for each process; without it 4 on a GPU, 1 on the CPU, or --batch-size if more",
     )
-    add("--num-workers", type=flags.count, default=2, help="processes that read pictures, for each process")
+    add("--num-workers", type=flags.workers, default=2, help="processes that read pictures, for each process")
     add("--output-dir", help="where the results go; without it beside the checkpoint")
     add("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
-    add("--nproc", type=flags.positive_int, metavar="N", help="run N processes on the CPU")
+    add("--nproc", type=flags.processes, metavar="N", help="run N processes on the CPU")
     # torch.distributed.launch passes it; the environment says the same.
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -99,10 +102,12 @@ def main() -> int:
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    return distributed.run(devices, check=lambda: check(args), body=lambda world: run(args, world))
+    return distributed.run(
+        devices, check=lambda: check(args, devices[0]), body=lambda world: run(args, world)
+    )
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, device: torch.device) -> None:
     """Everything that can be known before the first picture; also makes the folder for the predictions.
 
     Raises:
@@ -116,17 +121,36 @@ def check(args: argparse.Namespace) -> None:
     else:
         print("no --restore-from: evaluating random weights", flush=True)
     dataset = make_dataset(args)
-    print(dataset.check(instances=wants_official_scores(args, dataset)), flush=True)
+    lacking = lacks_for_instances(dataset)
+    print(dataset.check(instances=lacking is None), flush=True)
+    if lacking:
+        print(lacking, flush=True)
     if args.split == TEST:
-        names = [pair.name for pair in dataset.pairs]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise DataError(f"{dataset.source}: {twice} is in it twice; name each picture once")
-        check_writable("--output-dir", os.path.join(args.output_dir, SUBMISSION))
-    check_writable("--output-dir", os.path.join(args.output_dir, "outputs"))
-    check_writable("--output-dir", args.output_dir or ".")
-    for name in (f"{SUBMISSION}.zip",) if args.split == TEST else report.FILES:
-        if os.path.isdir(os.path.join(args.output_dir, name)):
-            raise UsageError(f"--output-dir {args.output_dir}: {name} is a folder there; name another folder")
+        check_names(dataset.source, [pair.name for pair in dataset.pairs])
+    if device.type == "cpu":
+        largest = max(dataset.sizes(), key=math.prod) if args.whole else args.input_size
+        pixels = math.prod(largest) * (max(args.scales) ** 2 if args.whole else 1)
+        check_fits("--input-size, --scales, --whole", int(LEAST_BYTES * pixels))
+    check_written(args, dataset)
+
+
+def check_written(args: argparse.Namespace, dataset: CSDataSet) -> None:
+    """See that all results can be written and replace nothing that is read; makes their folders.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    names = [pair.name for pair in dataset.pairs]
+    results = [output(args, name) for name in names]
+    if args.split == TEST:
+        results += [submitted(args, name) for name in names]
+    files = [f"{SUBMISSION}.zip"] if args.split == TEST else report.FILES
+    results += [os.path.join(args.output_dir, name) for name in files]
+    inputs = [args.data_list, args.classes, args.restore_from, *dataset.files()]
+    flag = f"--output-dir {args.output_dir}"
+    check_outputs(flag, results, inputs)
+    for folder in sorted({os.path.dirname(path) for path in results}):
+        check_writable("--output-dir", folder or ".")
 
 
 def make_dataset(args: argparse.Namespace) -> CSDataSet:
@@ -144,9 +168,31 @@ def make_dataset(args: argparse.Namespace) -> CSDataSet:
     )
 
 
-def wants_official_scores(args: argparse.Namespace, dataset: CSDataSet) -> bool:
-    """Whether the data set has what the official scores need: Cityscapes' classes, label and instance ids."""
-    return dataset.labels.is_cityscapes() and dataset.has_instances()
+def has_cityscapes_classes(dataset: CSDataSet) -> bool:
+    """Whether predictions are scored, and by the benchmark's classes."""
+    return dataset.labelled and dataset.labels.is_cityscapes()
+
+
+def lacks_for_instances(dataset: CSDataSet) -> str | None:
+    """Return the line that says why the official scores of instances are left out.
+
+    They need Cityscapes' classes, label ids and instance ids. None where all is there; empty where nobody
+    expects them, as of other classes.
+    """
+    if not has_cityscapes_classes(dataset):
+        return ""
+    if dataset.has_instances():
+        return None
+    paths = [dataset.path(pair.label) for pair in dataset.pairs]
+    if lacking := [path for path in paths if not path.endswith(LABEL_IDS)]:
+        what = f"{len(lacking)} of {len(paths)} labels are not *{LABEL_IDS}, the first is {lacking[0]}"
+    else:
+        lacking = [path for path in map(instances_of, paths) if not os.path.isfile(path)]
+        what = (
+            f"{len(lacking)} of {len(paths)} files of instance ids are missing, the first is {lacking[0]}; "
+            "unpack the whole gtFine_trainvaltest.zip"
+        )
+    return f"averageScoreInstClasses and averageScoreInstCategories are left out: {what}"
 
 
 def make_model(args: argparse.Namespace, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
@@ -174,6 +220,7 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
     model = restore(args)
     model.to(world.device).eval()
     dataset = make_dataset(args)
+    lacking = lacks_for_instances(dataset)
     tile_size = None if args.whole else args.input_size
     tile_batch = args.tile_batch or max(args.batch_size, 4 if world.device.type == "cuda" else 1)
     result = evaluate(
@@ -184,11 +231,16 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
         world,
         args.num_classes,
         args.ignore_label,
-        official=CityscapesEvaluation(LABELS) if wants_official_scores(args, dataset) else None,
+        official=CityscapesEvaluation(LABELS) if lacking is None else None,
         batch_size=args.batch_size,
         workers=args.num_workers,
         keep=keeper(args, dataset),
     )
+
+    # Ground truth that is not scored here counts in the official scores, unless it is void.
+    if result.official is None and has_cityscapes_classes(dataset) and args.ignore_label >= args.num_classes:
+        scores = CityscapesEvaluation(LABELS).pixel_scores(result.confusion)
+        result = result._replace(official=OfficialScores(**scores))
 
     def finish() -> None:
         try:
@@ -217,11 +269,16 @@ def keeper(args: argparse.Namespace, dataset: CSDataSet) -> Keep:
     label_ids = dataset.labels.label_ids()
 
     def keep(name: str, prediction: np.ndarray) -> None:
-        save_indexed_png(os.path.join(args.output_dir, "outputs", f"{name}.png"), prediction, palette)
+        save_indexed_png(output(args, name), prediction, palette)
         if args.split == TEST:
             save_grey_png(submitted(args, name), label_ids[prediction])
 
     return keep
+
+
+def output(args: argparse.Namespace, name: str) -> str:
+    """The file of the coloured prediction of a picture."""
+    return os.path.join(args.output_dir, OUTPUTS, f"{name}.png")
 
 
 def submitted(args: argparse.Namespace, name: str) -> str:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -38,8 +41,9 @@ from networks.variants import DEPTHS, options_of
 from utils import args as flags
 from utils.attention_figure import draw_attention
 from utils.errors import DataError, UsageError
-from utils.files import check_writable
+from utils.files import check_outputs, check_writable
 from utils.palette import colored, make_palette
+from utils.resources import LEAST_BYTES, check_fits
 
 #: Of which the features at 1/8 size are 2 x 2, enough for the statistics of a batch of one.
 SMALLEST_CROP = 9
@@ -69,7 +73,7 @@ def get_parser() -> argparse.ArgumentParser:
     data("--random-scale", action="store_true", help="scale samples by 0.7 to 2.1")
     data(
         "--num-workers",
-        type=flags.count,
+        type=flags.workers,
         default=8,
         help="processes that read pictures, for each training process",
     )
@@ -85,7 +89,7 @@ def get_parser() -> argparse.ArgumentParser:
     net = parser.add_argument_group("network").add_argument
     net("--model", choices=sorted(MODELS), default="ccnet", help="network")
     net("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone")
-    net("--recurrence", type=flags.count, default=2, help="how often the attention is applied")
+    net("--recurrence", type=flags.recurrence, default=2, help="how often the attention is applied")
     net("--dropout", type=flags.fraction, default=0.1, help="channel dropout of both heads")
     net(
         "--abn",
@@ -106,11 +110,14 @@ def get_parser() -> argparse.ArgumentParser:
         help="start both classifiers fresh (fine-tuning to other classes)",
     )
     recipe = parser.add_argument_group("recipe").add_argument
-    recipe("--batch-size", type=flags.positive_int, default=8, help="of all processes together")
+    recipe("--batch-size", type=flags.batch, default=8, help="of all processes together")
     recipe("--num-steps", type=flags.positive_int, default=60000, help="training steps")
     recipe("--learning-rate", type=flags.positive_float, default=1e-2, help="at the first step")
     recipe(
-        "--power", type=flags.positive_float, default=0.9, help="of the polynomial decay of the learning rate"
+        "--power",
+        type=flags.number(float, 0, 100, open_low=True),
+        default=0.9,
+        help="of the polynomial decay of the learning rate",
     )
     recipe("--momentum", type=flags.fraction, default=0.9, help="of SGD")
     recipe("--weight-decay", type=flags.number(float, 0), default=1e-4, help="of all parameters")
@@ -132,7 +139,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="also keep the moving average of the weights, such as 0.9999",
     )
     recipe(
-        "--random-seed", type=flags.count, default=12345, help="of weights, order, augmentation and dropout"
+        "--random-seed", type=flags.seed, default=12345, help="of weights, order, augmentation and dropout"
     )
     speed = parser.add_argument_group("speed").add_argument
     speed("--amp", choices=sorted(PRECISIONS), help="mixed precision")
@@ -141,7 +148,7 @@ def get_parser() -> argparse.ArgumentParser:
     speed("--fused-sgd", action="store_true", help="update all weights in one kernel")
     speed(
         "--grad-accum",
-        type=flags.positive_int,
+        type=flags.batch,
         default=1,
         metavar="N",
         help="compute each batch in N parts, one after the other, where memory is short",
@@ -154,7 +161,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     run = parser.add_argument_group("run").add_argument
     run("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
-    run("--nproc", type=flags.positive_int, metavar="N", help="run N processes on the CPU")
+    run("--nproc", type=flags.processes, metavar="N", help="run N processes on the CPU")
     run("--deterministic", action="store_true", help="the same bits each time on GPUs too, more slowly")
     run("--snapshot-dir", default="snapshots", help="where snapshots, states and the log go")
     run(
@@ -253,13 +260,33 @@ def check(args: argparse.Namespace, processes: int, device: torch.device) -> Non
         print(match_weights(model, args.restore_from, args.not_restore_last, state=weights)[0], flush=True)
     else:
         print("no --restore-from: training from random weights", flush=True)
+    if device.type == "cpu":
+        pixels = args.batch_size // (processes * args.grad_accum) * math.prod(args.input_size)
+        check_fits("--batch-size, --input-size", LEAST_BYTES * pixels)
     dataset = make_dataset(args)
     print(dataset.check(), flush=True)
+    inputs = [args.restore_from, args.data_list, args.val_list, args.classes, *dataset.files()]
     if args.val_every:
-        print(make_val_dataset(args).check(), flush=True)
+        val_dataset = make_val_dataset(args)
+        print(val_dataset.check(), flush=True)
+        inputs += val_dataset.files()
+    check_outputs(f"--snapshot-dir {args.snapshot_dir}", replaced(args), inputs)
     check_writable("--snapshot-dir", args.snapshot_dir)
     if args.cache:
         print(check_cache(args, dataset), flush=True)
+
+
+def replaced(args: argparse.Namespace) -> list[str]:
+    """Return the files of --snapshot-dir that the run replaces or moves away, of those that are there now."""
+    folder = glob.escape(args.snapshot_dir)
+    found = [path for name in checkpoint.RUN_FILES for path in glob.glob(os.path.join(folder, name))]
+    found += glob.glob(os.path.join(folder, "state_*"))
+    for path in glob.glob(checkpoint.snapshot_path(folder, "*")):
+        step = re.search(r"_(\d+)(_ema)?\.pth$", path)
+        number = int(step[1]) if step else 0
+        if number == args.num_steps or (0 < number < args.num_steps and number % args.save_pred_every == 0):
+            found.append(path)
+    return [path for path in found if not os.path.isdir(path)]
 
 
 def require_inplace_abn(processes: int, device: torch.device) -> None:

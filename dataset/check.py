@@ -193,29 +193,20 @@ def find_split(root: str, name: str, partial: bool) -> Found:
     return Found(name, pairs, problems, notes, {} if partial else official)
 
 
-def check_outputs(args: argparse.Namespace, found: Sequence[Found]) -> None:
-    """Raise UsageError where --plot or --json can't be written, or would replace what is read."""
+def check_written(args: argparse.Namespace, found: Sequence[Found]) -> None:
+    """See that --plot and --json can be written, and replace no picture, label, list or table.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    pairs = [pair for each in found for pair in each.pairs]
+    files = [file for pair in pairs for file in (pair.image, pair.label, instances_of(pair.label)) if file]
+    inputs = [args.data_list, args.classes, *(os.path.join(args.root, file) for file in files)]
     outputs = {f"--{flag}": getattr(args, flag) for flag in ("plot", "json") if getattr(args, flag)}
     for flag, path in outputs.items():
-        check_output_file(flag, path)
+        check_output_file(flag, path, inputs)
     if len(outputs) == 2 and os.path.realpath(args.plot) == os.path.realpath(args.json):
         raise UsageError(f"--plot {args.plot}: is the file of --json too; name another")
-    existing = {_identity(path): flag for flag, path in outputs.items() if os.path.exists(path)}
-    if not existing:
-        return
-    inputs = [path for path in (args.data_list, args.classes) if path]
-    for pair in (pair for each in found for pair in each.pairs):
-        files = [pair.image, *((pair.label, instances_of(pair.label)) if pair.label else ())]
-        inputs += [os.path.join(args.root, file) for file in files]
-    for path in inputs:
-        if os.path.exists(path) and (same := existing.get(_identity(path))):
-            raise UsageError(f"{same} {outputs[same]}: is a file of the data set; name another")
-
-
-def _identity(path: str) -> tuple[int, int]:
-    """Return what is the same for all names of a file."""
-    about = os.stat(path)
-    return about.st_dev, about.st_ino
 
 
 # What is said of it
@@ -322,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     labels = LabelReader(table, args.ignore_label, num_classes)
     splits: list[Split] = []
     found = find(args)
-    check_outputs(args, found)
+    check_written(args, found)
     try:
         for each in found:
             splits.append(look_at(each, args.root, labels, args.num_workers))

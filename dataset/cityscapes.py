@@ -185,6 +185,12 @@ class CSDataSet(Dataset):
             folder, self.root, files, f"{self.digest()} {self.labels.ignore_label} {self.labels.num_classes}"
         )
 
+    def files(self) -> list[str]:
+        """Return the paths of all pictures and labels, and of the instanceIds that may lie beside them."""
+        labels = [pair.label for pair in self.pairs if pair.label]
+        instances = [instances_of(label) for label in labels if label.endswith(LABEL_IDS)]
+        return [self.path(file) for file in (*(pair.image for pair in self.pairs), *labels, *instances)]
+
     def has_instances(self) -> bool:
         """Whether every label is a labelIds file with an instanceIds file beside it."""
         return all(

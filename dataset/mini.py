@@ -124,7 +124,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=number, default=120, help="pictures to train on")
     parser.add_argument("--val", type=number, default=24, help="pictures to validate on")
     parser.add_argument("--size", type=_size, default=(128, 256), help="HEIGHTxWIDTH of the pictures")
-    parser.add_argument("--seed", type=flags.count, default=0, help="another seed, another set")
+    parser.add_argument("--seed", type=flags.seed, default=0, help="another seed, another set")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import inspect
@@ -22,11 +23,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.signals import IMPATIENCE, SIGNALS
+from utils.args import count, exhausted, program
 from utils.errors import InputError, RunError, UsageError
+from utils.resources import shortage
 
 #: Set for the processes that `launch` starts, to its process id; what the parent has checked they need not
 #: check again.
 LAUNCHED = "CCNET_LAUNCHED"
+#: The exit status of a process of `launch` for which the machine had too little of something.
+EXHAUSTED = 71
 #: A filter of the warning that cc_attention gives where its library was not built.
 OPERATOR_MISSING = "ignore:the compiled criss-cross attention is missing"
 
@@ -138,6 +143,18 @@ def run(
     return 0
 
 
+def from_environment(name: str, default: int) -> int:
+    """Return a number that a launcher gives its processes.
+
+    Raises:
+        UsageError: the variable holds something else.
+    """
+    try:
+        return int(count(os.environ.get(name, str(default))))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"environment variable {name}: {error}, or unset it") from error
+
+
 def is_launched() -> bool:
     """Whether this process has siblings that somebody started: `launch`, torchrun or a scheduler."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -146,18 +163,18 @@ def is_launched() -> bool:
 def is_restarted() -> bool:
     """Whether torchrun or Slurm has started this run again after a failure or a requeue."""
     return any(
-        int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        from_environment(name, 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     )
 
 
 def is_checked_elsewhere() -> bool:
     """Whether another process of this machine checks the input before the run: parent or local rank 0."""
-    return LAUNCHED in os.environ or int(os.environ.get("LOCAL_RANK", 0)) > 0
+    return LAUNCHED in os.environ or from_environment("LOCAL_RANK", 0) > 0
 
 
 def processes(devices: Sequence[torch.device]) -> int:
     """How many processes the run has, or will have when `launch` starts one for each device."""
-    return int(os.environ["WORLD_SIZE"]) if is_launched() else len(devices)
+    return from_environment("WORLD_SIZE", 1) if is_launched() else len(devices)
 
 
 def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
@@ -182,8 +199,8 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
     if gpu is None:
         return [torch.device("cuda", index) for index in range(visible)]
     try:
-        ids = [int(part) for part in gpu.split(",")]
-    except ValueError:
+        ids = [int(count(part)) for part in gpu.split(",")]
+    except argparse.ArgumentTypeError:
         raise UsageError(f"--gpu {gpu}: not a list of ids; give ids such as 0,1,2,3, or cpu") from None
     for index in ids:
         if not 0 <= index < visible:
@@ -193,7 +210,7 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
                 else "no GPU is visible here; give --gpu cpu"
             )
             raise UsageError(f"--gpu {gpu}: there is no GPU {index}; {there}")
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", len(ids))) if is_launched() else len(ids)
+    started = from_environment("LOCAL_WORLD_SIZE", len(ids)) if is_launched() else len(ids)
     if started != len(ids):
         raise UsageError(
             f"--gpu {gpu}: names {len(ids)} GPUs and {started} processes were started on this machine; "
@@ -211,7 +228,7 @@ def launch(processes: int) -> int:
         0 when all ended well, 2 when the first to fail met wrong input, 1 when it failed otherwise.
 
     Raises:
-        RunError: one was killed.
+        RunError: one was killed, or the machine had too little memory for it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -228,11 +245,11 @@ def launch(processes: int) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         shared["OMP_NUM_THREADS"] = max(1, torch.get_num_threads() // processes)
     children: list[subprocess.Popen] = []
-    for rank in range(processes):
-        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        children.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
     try:
+        for rank in range(processes):
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+            children.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
         return _wait(children)
     finally:
         for child in children:
@@ -288,6 +305,8 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
             f"{signal.Signals(-killed[0].returncode).name} (for want of memory, perhaps), and the others "
             "ended with it; what is complete is kept: run it again, train.py with --resume"
         )
+    if any(child.returncode == EXHAUSTED for child in children):
+        raise exhausted("the machine has too little for all processes, as said above")
     return 0 if not failed else 2 if failed[0].returncode == 2 else 1
 
 
@@ -314,8 +333,8 @@ def world(devices: Sequence[torch.device]) -> Iterator[World]:
     """
     if LAUNCHED in os.environ:
         _end_with_parent()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    local_rank = from_environment("LOCAL_RANK", rank)
     device = devices[0]
     if device.type == "cuda":
         if local_rank >= len(devices):
@@ -337,6 +356,13 @@ def world(devices: Sequence[torch.device]) -> Iterator[World]:
             dist.destroy_process_group()
             raise
         # The others wait in a collective for this process: an orderly end would wait for them.
+        if what := shortage(error):
+            what = f"process {rank} of {size}: {what}"
+            if LAUNCHED in os.environ:  # whose last line it is to be
+                print(what, file=sys.stderr, flush=True)
+                os._exit(EXHAUSTED)
+            print(f"{program()}: error: {exhausted(what)}", file=sys.stderr, flush=True)
+            os._exit(1)
         if _is_lost_connection(error):
             reason = [line[:200] for line in str(error).strip().splitlines()[:1]]
             print(

@@ -110,16 +110,21 @@ class PictureStatistics(NamedTuple):
     instances: np.ndarray  # int64 [n, 4]
 
 
-class OfficialScores(TypedDict):
+class PixelScores(TypedDict):
     """Scores in 0..1, or None where there is nothing to score; names as in the official evaluation's file."""
 
     averageScoreClasses: float | None
-    averageScoreInstClasses: float | None
     averageScoreCategories: float | None
-    averageScoreInstCategories: float | None
     classScores: dict[str, float | None]
-    classInstScores: dict[str, float | None]
     categoryScores: dict[str, float | None]
+
+
+class OfficialScores(PixelScores, total=False):
+    """Those of pixels, and those of instances where there are instance ids."""
+
+    averageScoreInstClasses: float | None
+    averageScoreInstCategories: float | None
+    classInstScores: dict[str, float | None]
     categoryInstScores: dict[str, float | None]
 
 
@@ -165,6 +170,7 @@ class CityscapesEvaluation:
         self._average_size = np.array([AVERAGE_INSTANCE_SIZE.get(name, math.nan) for name in self._names])
         if np.isnan(self._average_size[self._scored_instances]).any():
             raise ValueError(f"average instance sizes are known for {', '.join(AVERAGE_INSTANCE_SIZE)} only")
+        self._only = dict(zip(self._names, np.eye(len(labels), dtype=bool), strict=True))  # bool [I] each
         category = np.array([row.category for row in labels])
         self._same_category = category[:, None] == category  # bool [I, I]
         self._members = {str(name): category == name for name in dict.fromkeys(category)}  # bool [I] each
@@ -241,46 +247,62 @@ class CityscapesEvaluation:
         return PictureStatistics(confusion, np.concatenate(instances))
 
     def scores(self, statistics: Iterable[PictureStatistics]) -> OfficialScores:
-        """Scores over all pictures together, ready for JSON; ignored labels are listed and have None."""
+        """Return the scores over all pictures together, ready for JSON; those of ignored labels are None."""
         confusion, instances = self.merge(statistics)
         label_of, size, hits, category_hits = instances.T
         weight = self._average_size[label_of] / size
-
-        def false_positives(members: np.ndarray) -> int:
-            return int(confusion[self._evaluated & ~members][:, members].sum())
-
-        def pixel_score(members: np.ndarray) -> float | None:
-            members = members & self._evaluated
-            hit = int(confusion[members][:, members].sum())
-            missed = int(confusion[members].sum()) - hit
-            return _ratio(hit, missed, false_positives(members))
 
         def instance_score(members: np.ndarray, hits: np.ndarray) -> float | None:
             of_members = members[label_of]
             hit = math.fsum((weight * hits)[of_members].tolist())
             missed = math.fsum((weight * (size - hits))[of_members].tolist())
-            return _ratio(hit, missed, false_positives(members))
+            return _ratio(hit, missed, self._false_positives(confusion, members))
 
-        only = dict(zip(self._names, np.eye(len(self._names), dtype=bool), strict=True))  # bool [I] each
         with_instances = [self._names[i] for i in np.flatnonzero(self._scored_instances)]
-        classes = {name: pixel_score(only[name]) for name in self._names}
-        categories = {name: pixel_score(members) for name, members in self._members.items()}
         class_instances = dict.fromkeys(self._names) | {
-            name: instance_score(only[name], hits) for name in with_instances
+            name: instance_score(self._only[name], hits) for name in with_instances
         }
         category_instances = dict.fromkeys(self._members) | {
             name: instance_score(self._members[name], category_hits) for name in self._instance_categories
         }
         return {
-            "averageScoreClasses": _mean_of_existing(classes.values()),
+            **self._scores_of_pixels(confusion),
             "averageScoreInstClasses": _mean_of_existing(class_instances.values()),
-            "averageScoreCategories": _mean_of_existing(categories.values()),
             "averageScoreInstCategories": _mean_of_existing(category_instances.values()),
-            "classScores": classes,
             "classInstScores": class_instances,
-            "categoryScores": categories,
             "categoryInstScores": category_instances,
         }
+
+    def pixel_scores(self, confusion: torch.Tensor) -> PixelScores:
+        """Return the scores that need no instances, of a confusion matrix [K, K] over train ids.
+
+        They are those of `scores`: a prediction has train ids alone, and ignored ground truth counts nowhere.
+        """
+        ids = self._id_of_train_id
+        of_ids = np.zeros((len(self._names),) * 2, dtype=np.int64)
+        of_ids[np.ix_(ids, ids)] = confusion.numpy()
+        return self._scores_of_pixels(of_ids)
+
+    def _scores_of_pixels(self, confusion: np.ndarray) -> PixelScores:
+        """confusion: int64 [I, I] over label ids."""
+
+        def score(members: np.ndarray) -> float | None:
+            members = members & self._evaluated
+            hit = int(confusion[members][:, members].sum())
+            missed = int(confusion[members].sum()) - hit
+            return _ratio(hit, missed, self._false_positives(confusion, members))
+
+        classes = {name: score(self._only[name]) for name in self._names}
+        categories = {name: score(members) for name, members in self._members.items()}
+        return {
+            "averageScoreClasses": _mean_of_existing(classes.values()),
+            "averageScoreCategories": _mean_of_existing(categories.values()),
+            "classScores": classes,
+            "categoryScores": categories,
+        }
+
+    def _false_positives(self, confusion: np.ndarray, members: np.ndarray) -> int:
+        return int(confusion[self._evaluated & ~members][:, members].sum())
 
 
 def _check_range(name: str, values: np.ndarray, upper: int) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from engine.evaluation import Result
 from engine.metrics import format_confusion, format_table, iou_per_class, mean_iou
-from utils.files import replacing
+from utils import run_files
+from utils.files import replacing, write_file
 from utils.heat_map import draw_heat_map
 
 #: JSON (the original's file, with more in it), text, picture.
-FILES = RESULT, SCORES, CONFUSION = "result.txt", "scores.txt", "confusion.png"
+FILES = RESULT, SCORES, CONFUSION = run_files.RESULT, "scores.txt", "confusion.png"
 
 
 def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[str, Any]) -> str:
@@ -32,7 +33,8 @@ def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[
     instance_iou = None
     if result.official is not None:
         scores.update(result.official)
-        instance_iou = [result.official["classInstScores"][name] for name in names]
+        of_instances = result.official.get("classInstScores")
+        instance_iou = [of_instances[name] for name in names] if of_instances is not None else None
     lines = [format_table(names, iou, instance_iou)]
     for name in ("averageScoreCategories", "averageScoreInstCategories"):
         if scores.get(name) is not None:
@@ -40,18 +42,13 @@ def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[
     scores |= {"classes": list(names), "confusion": result.confusion.tolist(), "arguments": dict(arguments)}
     # nan is no JSON: what has no score is null.
     content = json.dumps({name: _without_nan(value) for name, value in scores.items()}, allow_nan=False)
-    _write_text(os.path.join(folder, RESULT), content)
+    write_file(os.path.join(folder, RESULT), content)
     confusion = format_confusion(names, result.confusion)
-    _write_text(os.path.join(folder, SCORES), "\n".join([*lines, "", confusion, ""]))
+    write_file(os.path.join(folder, SCORES), "\n".join([*lines, "", confusion, ""]))
     with replacing(os.path.join(folder, CONFUSION)) as temporary:
         draw_heat_map(names, result.confusion.numpy()).save(temporary, format="PNG")
     path = os.path.join(folder, RESULT)
     return "\n".join([*lines, f"mean IoU {scores['meanIU']:.4f}, written to {path}"])
-
-
-def _write_text(path: str, content: str) -> None:
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
 
 
 def _without_nan(value: Any) -> Any:

@@ -121,7 +121,7 @@ def test_best_and_worst_by_their_own_scores(finished: Path, scenes: Path) -> Non
     for number in range(len(dataset)):
         picture = dataset.picture(number, instances=False)
         prediction = cv2.imread(str(finished / f"outputs/{picture.name}.png"), cv2.IMREAD_UNCHANGED)
-        prediction = report.read_prediction(str(finished / "outputs"), picture.name)
+        prediction = report.read_prediction(str(finished / "outputs"), picture.name, 19)
         confusion = confusion_matrix(torch.from_numpy(picture.label), torch.from_numpy(prediction), 19)
         scores[picture.name] = mean_iou(confusion)
     ranked = sorted(scores, key=lambda name: -scores[name])

@@ -22,18 +22,22 @@ from dataset.pictures import decode_upright, load
 from engine.transfer import subtract_mean
 from networks.attention import picture_attention
 from tools import common
-from tools.sources import find
+from tools.sources import PictureFile, find
+from utils import args as flags
 from utils.attention_figure import draw_attention
 from utils.errors import UsageError
-from utils.files import check_writable, replacing
+from utils.files import check_outputs, check_writable, replacing
 
 
 def pixel(text: str) -> tuple[int, int]:
-    """'row,column'"""
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no pixel; give row,column such as 120,340")
-    return int(parts[0]), int(parts[1])
+    """Parse 'row,column'."""
+    try:
+        row, column = (int(flags.count(part)) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{flags.quoted(text)} is not a pixel; give row,column such as 120,340"
+        ) from None
+    return row, column
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -61,29 +65,45 @@ def main(argv: list[str] | None = None) -> None:
     network = common.open_network(args)
     if network.recurrence == 0:
         raise UsageError("--recurrence 0: leaves the attention out; give 1 or more")
+    chosen = [pixels_of(args.pixels, picture) for picture in pictures]
+    stems = [
+        [os.path.join(args.out, f"{name}_{row}_{column}") for row, column in pixels]
+        for (_, name), pixels in zip(pictures, chosen, strict=True)
+    ]
+    results = [f"{stem}{ending}" for several in stems for stem in several for ending in (".png", ".npy")]
+    listed = [path for path in args.pictures if os.path.isfile(path)]
+    check_outputs("--out", results, [*(path for path, _ in pictures), *listed, *network.files])
     check_writable("--out", args.out)
     mean = torch.tensor(IMG_MEAN, device=network.device)
-    for path, name in pictures:
+    for (path, _), pixels, of_pixels in zip(pictures, chosen, stems, strict=True):
         picture = decode_upright(load(path))
-        height, width = picture.shape[:2]
-        for row, column in args.pixels or []:
-            if row >= height or column >= width:
-                raise UsageError(
-                    f"--pixel {row},{column}: {path} has {height} rows and {width} columns, from 0; "
-                    "give a pixel in it"
-                )
-        pixels = args.pixels or [(height // 2, width // 2)]
         image = subtract_mean(torch.from_numpy(picture)[None].to(network.device), mean)
         maps = picture_attention(network.model, image, pixels).cpu().numpy()
         shown = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-        for number, (row, column) in enumerate(pixels):
-            stem = os.path.join(args.out, f"{name}_{row}_{column}")
+        for number, (pixel, stem) in enumerate(zip(pixels, of_pixels, strict=True)):
             os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
             with replacing(f"{stem}.npy") as temporary:
                 np.save(temporary, maps[:, number])
             with replacing(f"{stem}.png") as temporary:
-                draw_attention(shown, (row, column), maps[:, number]).save(temporary)
+                draw_attention(shown, pixel, maps[:, number]).save(temporary)
             print(f"{stem}.png and .npy: {'x'.join(map(str, maps[:, number].shape))}", flush=True)
+
+
+def pixels_of(asked: list[tuple[int, int]] | None, picture: PictureFile) -> list[tuple[int, int]]:
+    """Return the pixels to look at in a picture: those asked for, or the middle.
+
+    Raises:
+        DataError: the picture can't be read.
+        UsageError: it has no such pixel.
+    """
+    height, width = decode_upright(load(picture.path)).shape[:2]
+    for row, column in asked or []:
+        if row >= height or column >= width:
+            raise UsageError(
+                f"--pixel {row},{column}: {picture.path} has {height} rows and {width} columns, from 0; "
+                "give a pixel in it"
+            )
+    return asked or [(height // 2, width // 2)]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,10 +17,10 @@ from networks import Seg_Model, load_weights
 from networks.variants import DEPTHS, blocks_of, variant_of
 from networks.weights import classes_of, read_state_dict
 from utils import args as flags
+from utils import run_files
 from utils.errors import CheckpointError, UsageError
-from utils.files import read_input, unwritable
-
-RECIPE = "args.json"  # train.py writes it beside the checkpoints
+from utils.files import unwritable
+from utils.resources import shortage
 
 
 class Network(NamedTuple):
@@ -34,6 +33,7 @@ class Network(NamedTuple):
     recurrence: int
     num_classes: int
     labels: LabelReader  # names and colours of the classes
+    files: list[str]  # that were read for it
 
 
 class Parser(flags.Parser):
@@ -61,7 +61,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--recurrence",
-        type=flags.count,
+        type=flags.recurrence,
         help="how often the attention is applied; without it as in the checkpoint's run, or 2",
     )
     add("--gpu", metavar="ID", help="a GPU's number, or cpu; without it the first GPU, or the CPU")
@@ -75,23 +75,18 @@ def choose_device(gpu: str | None) -> torch.device:
     return devices[0]
 
 
+def beside(checkpoint: str) -> str:
+    """Return the file with the flags of the run that wrote a checkpoint, which need not exist."""
+    return os.path.join(os.path.dirname(checkpoint), run_files.RECIPE)
+
+
 def recipe_of(checkpoint: str) -> dict[str, Any]:
-    """Return the flags of the run that wrote a checkpoint, from the file beside it; empty without one.
+    """Return the flags of the run that wrote a checkpoint; empty where they are not beside it.
 
     Raises:
-        UsageError: it can't be read, or holds something else.
+        UsageError: the file is damaged.
     """
-    path = os.path.join(os.path.dirname(checkpoint), RECIPE)
-    try:
-        recipe = json.loads(read_input(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path}: can't be read ({reason}); fix it or take it away") from error
-    if not isinstance(recipe, dict):
-        raise UsageError(f"{path}: holds no flags of a run; fix it or take it away")
-    return recipe
+    return run_files.read_recipe(os.path.dirname(checkpoint))
 
 
 def backbone_of(path: str, state: Mapping[str, Tensor]) -> str:
@@ -127,8 +122,7 @@ def open_network(args: argparse.Namespace) -> Network:
     if num_classes > 255:
         raise CheckpointError(f"{path}: has {num_classes} classes; predictions have room for 255")
     recipe = recipe_of(path)
-    where = os.path.join(os.path.dirname(path), RECIPE)
-    table_path = args.classes or _table_of(where, recipe, num_classes)
+    table_path = args.classes or _table_of(beside(path), recipe, num_classes)
     table, _ = choose_table(table_path, None)
     if table is not None and len(table.classes) != num_classes:
         raise UsageError(
@@ -138,13 +132,17 @@ def open_network(args: argparse.Namespace) -> Network:
     recurrence = args.recurrence
     if recurrence is None:
         recurrence = recipe.get("recurrence", 2)
-        if type(recurrence) is not int or not 0 <= recurrence < 2**31:  # a boolean is an int too
-            raise UsageError(f"{where}: recurrence is {recurrence!r}, no count; give --recurrence")
+        if not (type(recurrence) is int and run_files.is_number(recurrence, 0, 100)):
+            raise UsageError(
+                f"{beside(path)}: recurrence is {repr(recurrence)[:40]}, not a number from 0 to 100; "
+                "give --recurrence"
+            )
     model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone, variant=variant_of(state))
     load_weights(model, path, complete=True, state=state)
     model.to(device).eval()
     labels = LabelReader(table, num_classes=num_classes)
-    return Network(model, device, path, backbone, recurrence, num_classes, labels)
+    files = [path, beside(path), *filter(None, [table_path])]
+    return Network(model, device, path, backbone, recurrence, num_classes, labels, files)
 
 
 def _table_of(where: str, recipe: Mapping[str, Any], num_classes: int) -> str | None:
@@ -171,13 +169,14 @@ def _table_of(where: str, recipe: Mapping[str, Any], num_classes: int) -> str | 
 
 
 def end(main: Callable[[], int | None]) -> None:
-    """Run a tool's main and exit: 0, 2 with one line for wrong input, 1 for anything else, a full disk with
-    one line, 130 after Ctrl-C."""
+    """Run a tool's main and exit as `exit_status` says; a file that can't be written is one line too."""
 
     def run() -> int | None:
         try:
             return main()
         except OSError as error:
+            if shortage(error):
+                raise
             raise unwritable(error) from error
 
     sys.exit(flags.exit_status(run))

@@ -20,7 +20,6 @@ from benchmarks.measure import mark, seconds
 from engine.step import PRECISIONS
 from loss import CriterionDSN, CriterionOhemDSN
 from networks import Seg_Model
-from utils.errors import UsageError
 from utils.progress import Progress
 
 #: The network's parts between the stem and the loss, in the order in which they run.
@@ -332,11 +331,7 @@ class Times(NamedTuple):
 
 
 def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: int) -> Times:
-    """Medians over `rounds` runs, after one to warm up.
-
-    Raises:
-        UsageError: the device has too little memory.
-    """
+    """Return the medians over `rounds` runs, after one to warm up."""
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     torch.backends.cudnn.benchmark = True
     model.to(device).to(memory_format=layout).train(setting.train)
@@ -374,11 +369,6 @@ def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
                 if number > 0:
                     runs.append(times)
                 progress.show(number + 1)
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"--batch-size {setting.batch}: more than {device} has memory for; give less, or --rounds 0 for "
-            "the estimate alone"
-        ) from error
     finally:
         passage.remove()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -34,7 +34,7 @@ from networks import ABN, Seg_Model
 from tools import common
 from utils import args as flags
 from utils.errors import CheckpointError, RunError, UsageError
-from utils.files import check_output_file, check_writable, replacing
+from utils.files import check_outputs, check_writable, replacing
 
 #: The one that PyTorch's exporter writes by itself, without a conversion; TensorRT 10 reads 9 to 20 and more.
 OPSET = 18
@@ -313,7 +313,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add(
         "--recurrence",
-        type=flags.count,
+        type=flags.recurrence,
         help="how often the attention is applied; without it as in the checkpoint's run, or 2",
     )
     parser.set_defaults(gpu="cpu")  # where the network runs that the file is compared with
@@ -327,12 +327,9 @@ def main() -> None:
         raise UsageError(f"--out {args.out}: ends in neither .onnx nor .pt2; give one of them")
     if ending == ".onnx":
         require_packages(args.out)
-    for path in (args.restore_from, args.classes):
-        if path and os.path.exists(args.out) and os.path.exists(path) and os.path.samefile(args.out, path):
-            raise UsageError(f"--out {args.out}: would replace {path}, which is read; name another file")
-    check_writable("--out", os.path.dirname(args.out) or ".")
-    check_output_file("--out", args.out)
     network = common.open_network(args)
+    check_outputs("--out", [args.out], network.files)
+    check_writable("--out", os.path.dirname(args.out) or ".")
     print(
         f"{args.restore_from}: {network.backbone}, R={network.recurrence}, {network.num_classes} classes",
         flush=True,

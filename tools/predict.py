@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -36,15 +37,18 @@ from dataset.pictures import decode_upright, load
 from engine.inference import predict_classes, predict_multiscale
 from engine.transfer import subtract_mean
 from tools import common
-from tools.sources import PictureFile, Video, find, frames
+from tools.sources import PictureFile, Video, check_video_name, find, frames
 from utils import args as flags
 from utils.errors import RunError
-from utils.files import check_writable, replacing
+from utils.files import check_outputs, check_writable, replacing
 from utils.palette import colored, make_palette, save_grey_png, save_indexed_png
 from utils.progress import Progress
 from utils.sheet import Sheet, overlay
 
 OVERLAY, COLOR, LABEL_IDS, PROBABILITIES = KINDS = ("overlay", "color", "labelIds", "probabilities")
+ENDINGS = {OVERLAY: ".jpg", COLOR: ".png", LABEL_IDS: ".png", PROBABILITIES: ".npy"}
+#: Of a video: what becomes a video, and what a file for each frame.
+FILMED, FRAMES = (OVERLAY, COLOR), (LABEL_IDS, PROBABILITIES)
 SHEET = "sheet.jpg"
 #: Pictures that are read ahead, and results that may wait to be written; threads for each.
 AHEAD, THREADS = 4, 3
@@ -95,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     pictures, videos = find(args.inputs, leave_out=os.path.realpath(args.out))
     network = common.open_network(args)
+    check_written(args, pictures, videos, network)
     check_writable("--out", args.out)
     sheet = Sheet(network.labels.names(), make_palette(network.labels.colors()))
     work = Work(args, network, sheet)
@@ -118,6 +123,43 @@ def main(argv: list[str] | None = None) -> int:
         several = f" ({len(unreadable)} inputs were left out)" if len(unreadable) > 1 else ""
         raise DataError(unreadable[-1] + several)
     return 0
+
+
+def result_path(out: str, kind: str, name: str) -> str:
+    """Return the file of a kind for a picture or frame of this name."""
+    return os.path.join(out, kind, f"{name}{ENDINGS[kind]}")
+
+
+def film_path(out: str, kind: str, video: Video) -> str:
+    """Return the video of a kind for a video."""
+    return os.path.join(out, kind, f"{video.name}.mp4")
+
+
+def check_written(
+    args: argparse.Namespace,
+    pictures: Sequence[PictureFile],
+    videos: Sequence[Video],
+    network: common.Network,
+) -> None:
+    """See that no result would replace what is read, and that each can have its place.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    inputs = [picture.path for picture in pictures]
+    inputs += [video.path for video in videos if isinstance(video.path, str)]
+    inputs += [path for path in args.inputs if os.path.isfile(path)]
+    results = [os.path.join(args.out, SHEET)]
+    results += [result_path(args.out, kind, picture.name) for picture in pictures for kind in args.save]
+    for video in videos:
+        check_video_name(os.path.abspath(args.out))
+        results += [film_path(args.out, kind, video) for kind in FILMED if kind in args.save]
+        for kind in FRAMES:
+            if kind in args.save:
+                # How many frames there are is seen while they are read: those that an input may be.
+                folder = os.path.join(args.out, kind, video.name)
+                results += glob.glob(os.path.join(glob.escape(folder), f"*{ENDINGS[kind]}"))
+    check_outputs("--out", results, [*inputs, *network.files])
 
 
 class Work:
@@ -162,8 +204,8 @@ class Work:
         progress = Progress(total, "frame")
         with contextlib.ExitStack() as stack:
             films = {
-                kind: stack.enter_context(Film(os.path.join(self.args.out, kind, f"{video.name}.mp4"), rate))
-                for kind in (OVERLAY, COLOR)
+                kind: stack.enter_context(Film(film_path(self.args.out, kind, video), rate))
+                for kind in FILMED
                 if kind in self.args.save
             }
             # A camera has no end of its own: what is there when it is interrupted is the result.
@@ -205,22 +247,22 @@ class Work:
     def _write(self, name: str, laid_over: np.ndarray, prediction: Prediction) -> None:
         """All that is asked for of a picture."""
         if OVERLAY in self.args.save:
-            with replacing(self._path(OVERLAY, f"{name}.jpg")) as temporary:
+            with replacing(self._path(OVERLAY, name)) as temporary:
                 Image.fromarray(laid_over).save(temporary, quality=92)
         if COLOR in self.args.save:
-            save_indexed_png(self._path(COLOR, f"{name}.png"), prediction.classes, self.palette)
+            save_indexed_png(self._path(COLOR, name), prediction.classes, self.palette)
         self._write_values(name, prediction)
 
     def _write_values(self, name: str, prediction: Prediction) -> None:
         """What is no picture to look at."""
         if LABEL_IDS in self.args.save:
-            save_grey_png(self._path(LABEL_IDS, f"{name}.png"), self.label_ids[prediction.classes])
+            save_grey_png(self._path(LABEL_IDS, name), self.label_ids[prediction.classes])
         if prediction.probabilities is not None:
-            with replacing(self._path(PROBABILITIES, f"{name}.npy")) as temporary:
+            with replacing(self._path(PROBABILITIES, name)) as temporary:
                 np.save(temporary, prediction.probabilities)
 
     def _path(self, kind: str, name: str) -> str:
-        path = os.path.join(self.args.out, kind, name)
+        path = result_path(self.args.out, kind, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
 

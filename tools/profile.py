@@ -51,12 +51,15 @@ from tools.cost import (
 )
 from utils import args as flags
 from utils.errors import UsageError
-from utils.files import check_writable, replacing
+from utils.files import check_outputs, check_writable, write_file
 from utils.progress import Progress
+from utils.resources import check_fits
 
 #: --fit: what a GPU holds besides the tensors. One H200 step had 3 % above them; the context takes about half
 #: a GiB, and memory falls into pieces.
 OVERHEAD, RESERVE = 1.05, 1 * GIB
+#: Batches beyond it are not looked for: train.py takes none.
+LARGEST_BATCH = 2**16
 #: --paper: GFLOPs and memory (MB) that the paper gives (ICCV, tables 3 and 5; input 3x769x769).
 PAPER = {"R=1": (8.3, 53), "R=2": (16.5, 127), "R=3": (24.7, 208), "non-local": (108, 1411)}
 PAPER_SIZE = (769, 769)
@@ -96,6 +99,8 @@ def columns(headings: list[str], rows: list[list[str]]) -> str:
 def profile(setting: Setting, model: Seg_Model, device: torch.device, rounds: int) -> dict[str, Any]:
     """Everything about one setting, in bytes, seconds and FLOPs, ready for JSON."""
     simulation = simulate(setting)
+    if rounds and device.type == "cpu":
+        check_fits("--batch-size, --input-size", simulation.peak)
     times = measure(setting, model, device, rounds) if rounds else Times({}, None)
     parameters = parameters_of(model)
     parts: dict[str, dict[str, Any]] = {}
@@ -176,9 +181,13 @@ def fit(setting: Setting, rooms: list[float], sizes: list[tuple[int, int]]) -> d
         for room in rooms:
             # A large batch may take more than a line through the first two says, never less: its peak is the
             # highest of the lines of several moments.
-            batch = max(0, int((room - first) / further + 1))
-            while batch and needs(batch) > room:
-                batch -= 1
+            batch = beyond = min(LARGEST_BATCH, max(0, int((room - first) / further + 1)))
+            step = 1
+            while batch and needs(batch) > room:  # most often the line is right, or off by one
+                batch, beyond, step = max(0, batch - step), batch, 2 * step
+            while beyond - batch > 1:
+                middle = (batch + beyond) // 2
+                batch, beyond = (middle, beyond) if needs(middle) <= room else (batch, middle)
             batches.append(batch)
         rows.append(
             {"size": one.size, "amp": one.amp, "first": first, "further": further, "batches": batches}
@@ -283,7 +292,12 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="resnet101 without it")
     add("--num-classes", type=flags.classes, default=19, help="19 without it")
-    add("--recurrence", type=flags.count, default=2, help="how often the attention is applied; 2 without it")
+    add(
+        "--recurrence",
+        type=flags.recurrence,
+        default=2,
+        help="how often the attention is applied; 2 without it",
+    )
     add("--restore-from", metavar="FILE", help="checkpoint; random weights without it")
     add(
         "--input-size",
@@ -293,7 +307,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="H,W",
         help="769,769 without it; --fit takes several",
     )
-    add("--batch-size", type=flags.positive_int, default=1, help="1 without it")
+    add("--batch-size", type=flags.batch, default=1, help="1 without it")
     add("--train", action="store_true", help="a training step instead of a prediction")
     add("--amp", choices=sorted(PRECISIONS), help="mixed precision")
     add("--channels-last", action="store_true", help="the layout [N, h, w, C], which tensor cores want")
@@ -301,7 +315,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--gpu", metavar="ID", help="a GPU's number, or cpu; without it the first GPU, or the CPU")
     add(
         "--rounds",
-        type=flags.count,
+        type=flags.number(int, 0, 10000),
         default=3,
         metavar="N",
         help="timed runs, 3 without it; 0 measures nothing, so that no device is needed",
@@ -310,7 +324,7 @@ def get_parser() -> argparse.ArgumentParser:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--fit",
-        type=flags.numbers,
+        type=flags.several(flags.number(float, 0.01, 100_000)),
         metavar="GIB,GIB",
         help="instead: the largest batch that trains on GPUs of these sizes, as a Markdown table",
     )
@@ -321,6 +335,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = get_parser().parse_args()
     if args.json:
+        check_outputs("--json", [args.json], [args.restore_from])
         check_writable("--json", os.path.dirname(args.json) or ".")
     setting = Setting(
         args.backbone,
@@ -351,10 +366,7 @@ def main() -> None:
         result = profile(setting, model, device, args.rounds)
         print(page(setting, result))
     if args.json:
-        with replacing(args.json) as temporary, open(temporary, "w") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
-            file.flush()
+        write_file(args.json, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

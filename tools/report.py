@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import os
 import struct
 from collections.abc import Iterator
@@ -25,22 +24,25 @@ import torch
 import train
 from dataset import IMG_MEAN, CSDataSet
 from dataset.labels import choose_table
-from dataset.pictures import decode_label, load
+from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
 from engine.metrics import confusion_matrix, mean_iou
-from engine.report import CONFUSION, RESULT
+from engine.report import CONFUSION, FILES, RESULT
 from engine.transfer import subtract_mean
 from networks.attention import picture_attention
 from networks.weights import read_state_dict
 from tools import common
 from tools.report_page import Example, Report, page
 from utils import args as flags
+from utils import run_files
 from utils.attention_figure import draw_attention
-from utils.errors import InputError, UsageError
-from utils.files import check_writable, replacing
+from utils.errors import DataError, InputError, UsageError
+from utils.files import check_outputs, check_writable, read_input, write_file
 from utils.palette import colored, make_palette
 from utils.progress import Progress
 
-LOG, ENVIRONMENT, OUTPUTS = "log.jsonl", "environment.json", "outputs"
+OUTPUTS, EVENTS = "outputs", "tensorboard"
+#: Pictures on a page, of a kind.
+MOST = 1000
 
 
 class Scored(NamedTuple):
@@ -56,8 +58,18 @@ def get_parser() -> argparse.ArgumentParser:
     add("run", metavar="RUN_DIR", help="folder of a training run")
     add("--out", metavar="FILE", help="the page; without it RUN_DIR/report.html")
     add("--results", metavar="DIR", help="where evaluate.py wrote to, if not to RUN_DIR")
-    add("--pictures", type=flags.count, default=3, help="best and worst, of each (default: %(default)s)")
-    add("--attention", type=flags.count, default=2, help="attention examples (default: %(default)s)")
+    add(
+        "--pictures",
+        type=flags.number(int, 0, MOST),
+        default=3,
+        help="best and worst, of each (default: %(default)s)",
+    )
+    add(
+        "--attention",
+        type=flags.number(int, 0, MOST),
+        default=2,
+        help="attention examples (default: %(default)s)",
+    )
     add("--restore-from", metavar="FILE", help="checkpoint for the attention; without it the evaluated one")
     add("--gpu", metavar="ID", help="a GPU's number, or cpu; without it the first GPU, or the CPU")
     return parser
@@ -68,100 +80,148 @@ def main(argv: list[str] | None = None) -> None:
     if not os.path.isdir(args.run):
         raise UsageError(f"{args.run}: no such folder; name the --snapshot-dir of a run")
     results = args.results or args.run
-    recipe, result = read_json(args.run, common.RECIPE, dict), read_json(results, RESULT, dict)
+    recipe, result = run_files.read_recipe(args.run), run_files.read_result(results)
     common.choose_device(args.gpu)
     if args.restore_from:
         read_state_dict(args.restore_from)
     if not recipe and not result:
         raise UsageError(
-            f"{args.run}: has neither {common.RECIPE} nor {RESULT}; name the --snapshot-dir of a run"
+            f"{args.run}: has neither {run_files.RECIPE} nor {RESULT}; name the --snapshot-dir of a run"
         )
-    out = args.out or os.path.join(args.run, "report.html")
-    check_writable("--out", os.path.dirname(out) or ".")
-    report = Report(
-        name=os.path.basename(os.path.abspath(args.run)),
-        recipe=recipe or {},
-        defaults=vars(train.get_parser().parse_args(["--data-dir", ""])),
-        environment=read_json(args.run, ENVIRONMENT, list) or [],
-        log=read_log(os.path.join(args.run, LOG)),
-        validation=read_validation(os.path.join(args.run, "tensorboard")),
-        result=result or {},
-        confusion=read_bytes(os.path.join(results, CONFUSION)),
-        missing=[],
-    )
+    missing: list[str] = []
+    evaluation = None
     if result:
         try:
-            report = with_examples(report, args, results)
+            evaluation = Evaluation.open(results, result)
         except InputError as error:
             # Run and data may have parted; the rest of the page stands by itself.
-            report.missing.append(f"no pictures: {error}")
+            missing.append(f"no pictures: {error}")
     else:
-        report.missing.append(
-            f"no scores and pictures: there is no {RESULT} in {results}; evaluate.py writes it"
-        )
-    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(page(report))
+        missing.append(f"no scores and pictures: there is no {RESULT} in {results}; evaluate.py writes it")
+    out = args.out or os.path.join(args.run, "report.html")
+    check_outputs("--out", [out], inputs_of(args.run, results, args.restore_from, evaluation))
+    check_writable("--out", os.path.dirname(out) or ".")
+    log, odd = run_files.read_log(args.run)
+    if odd:
+        path = os.path.join(args.run, run_files.LOG)
+        missing.append(f"{path}: left out {odd} of {odd + len(log)} lines, which are no entries of a log")
+    report = Report(
+        name=os.path.basename(os.path.abspath(args.run)),
+        recipe=recipe,
+        defaults=vars(train.get_parser().parse_args(["--data-dir", ""])),
+        environment=run_files.read_environment(args.run),
+        log=log,
+        validation=read_validation(os.path.join(args.run, EVENTS)),
+        result=result or {},
+        confusion=read_confusion(os.path.join(results, CONFUSION), missing),
+        missing=missing,
+    )
+    if evaluation:
+        try:
+            report = with_examples(report, args, evaluation)
+        except InputError as error:
+            report.missing.append(f"no pictures: {error}")
+    write_file(out, page(report))
     print(f"{out}: {os.path.getsize(out) / 2**20:.1f} MiB")
     for line in report.missing:
         print(line)
 
 
+class Evaluation(NamedTuple):
+    """What was evaluated."""
+
+    dataset: CSDataSet
+    arguments: dict[str, Any]  # of result.txt
+    predictions: str  # their folder
+
+    @classmethod
+    def open(cls, results: str, result: dict[str, Any]) -> Evaluation:
+        """Return the evaluation that `result` is of.
+
+        Raises:
+            DataError, UsageError: it is not noted, or its data set is not there any more.
+        """
+        how = run_files.arguments_of(results, result)
+        dataset = CSDataSet(
+            how["data_dir"],
+            how["data_list"],
+            crop_size=None,
+            scale=False,
+            mirror=False,
+            ignore_label=how["ignore_label"],
+            num_classes=how["num_classes"],
+            split=how["split"],
+            table=choose_table(how["classes"], how["num_classes"])[0],
+        )
+        return cls(dataset, how, os.path.join(results, OUTPUTS))
+
+
+def inputs_of(
+    run: str, results: str, checkpoint: str | None, evaluation: Evaluation | None
+) -> list[str | None]:
+    """Return the files that the page is made from; None, and what is not there, among them."""
+    names = (run_files.RECIPE, run_files.ENVIRONMENT, run_files.LOG)
+    inputs: list[str | None] = [os.path.join(run, name) for name in names]
+    inputs += [os.path.join(results, name) for name in FILES]
+    inputs += event_files(os.path.join(run, EVENTS))
+    if evaluation:
+        dataset, how, predictions = evaluation
+        inputs += [prediction_path(predictions, pair.name) for pair in dataset.pairs]
+        inputs += [*dataset.files(), how["data_list"], how["classes"]]
+        checkpoint = checkpoint or how["restore_from"]
+    if checkpoint:
+        inputs += [checkpoint, common.beside(checkpoint)]
+    return inputs
+
+
 # What a run leaves
 
 
-def read_json(folder: str, name: str, kind: type) -> Any:
-    """The content, of that kind; None where there is no such file."""
-    path = os.path.join(folder, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
+def read_confusion(path: str, missing: list[str]) -> bytes | None:
+    """Return a picture of PNG; None where there is none, with a line in `missing` where it is damaged."""
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: can't be read ({error}); mend it or take it away") from error
-    if not isinstance(content, kind):
-        raise UsageError(f"{path}: holds a {type(content).__name__}; mend it or take it away")
-    return content
-
-
-def read_bytes(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError:
-        return None
+        content = read_input(path)
+        if decode_image(load(path)) is not None and content.startswith(PNG_SIGNATURE):
+            return content
+        missing.append(f"no confusion matrix: {path} is not PNG; run evaluate.py again")
+    except (OSError, DataError) as error:
+        missing.append(f"no confusion matrix: {path} can't be read ({error}); run evaluate.py again")
+    return None
 
 
-def read_log(path: str) -> list[dict[str, Any]]:
-    """The lines of log.jsonl; a last one that a killed run left unfinished is none."""
-    entries = []
-    for line in (read_bytes(path) or b"").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and {"step", "loss"} <= entry.keys():
-            entries.append(entry)
-    return entries
+def event_files(folder: str) -> list[str]:
+    """Return TensorBoard's files, the oldest first."""
+    found = [
+        path for path in glob.glob(os.path.join(glob.escape(folder), "events.*")) if os.path.isfile(path)
+    ]
+    return sorted(found, key=os.path.getmtime)
 
 
 def read_validation(folder: str) -> list[tuple[float, float]]:
-    """(step, mean IoU) of the validations, from TensorBoard's files; of a repeated step the last."""
+    """Return (step, mean IoU) of the validations, from TensorBoard's files; of a repeated step the last."""
     scores: dict[float, float] = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "events.*")), key=os.path.getmtime):
+    for path in event_files(folder):
         for event in read_events(path):
             for value in event.summary.value:
-                if value.tag == "val/mean_iou":
+                if value.tag == "val/mean_iou" and run_files.is_number(value.simple_value, 0, 1):
                     scores[float(event.step)] = value.simple_value
     return sorted(scores.items())
 
 
 def read_events(path: str) -> Iterator[Any]:
-    """The events of a file of TensorBoard's, records of length (8 bytes), checksum (4), content, checksum."""
+    """Yield the events of a file of TensorBoard's.
+
+    It has records of length (8 bytes), checksum (4 bytes), content, checksum.
+    """
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
-    content = read_bytes(path) or b""
+    try:
+        content = read_input(path)
+    except OSError:
+        return
     position = 0
     while position + 12 <= len(content):
         (length,) = struct.unpack_from("<Q", content, position)
@@ -177,29 +237,13 @@ def read_events(path: str) -> Iterator[Any]:
 # Pictures
 
 
-def with_examples(report: Report, args: argparse.Namespace, results: str) -> Report:
+def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluation) -> Report:
     """The report with its best and worst pictures, and with attention maps.
 
     Raises:
-        DataError, UsageError: the data set, its predictions or the checkpoint are not there any more.
+        DataError, UsageError: pictures, labels, predictions or the checkpoint are not there any more.
     """
-    how = report.result.get("arguments")
-    if not how:
-        raise UsageError(
-            f"{os.path.join(results, RESULT)}: does not say what was evaluated; run evaluate.py again"
-        )
-    dataset = CSDataSet(
-        how["data_dir"],
-        how["data_list"],
-        crop_size=None,
-        scale=False,
-        mirror=False,
-        ignore_label=how["ignore_label"],
-        num_classes=how["num_classes"],
-        split=how["split"],
-        table=choose_table(how["classes"], None)[0],
-    )
-    predictions = os.path.join(results, OUTPUTS)
+    dataset, how, predictions = evaluation
     scored = score_pictures(dataset, predictions)
     ranked = sorted((each for each in scored if not np.isnan(each.score)), key=lambda each: -each.score)
     half = (len(ranked) + 1) // 2
@@ -211,7 +255,7 @@ def with_examples(report: Report, args: argparse.Namespace, results: str) -> Rep
         for number, score in several:
             picture = dataset.picture(number, instances=False)
             assert picture.label is not None
-            prediction = read_prediction(predictions, picture.name)
+            prediction = read_prediction(predictions, picture.name, dataset.labels.num_classes)
             examples.append(
                 Example(
                     picture.name,
@@ -244,10 +288,10 @@ def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
     scored = []
     for index, pair in enumerate(dataset.pairs):
         label = torch.from_numpy(dataset.labels.read(load(dataset.path(pair.label))))
-        prediction = torch.from_numpy(read_prediction(predictions, pair.name))
+        prediction = torch.from_numpy(read_prediction(predictions, pair.name, dataset.labels.num_classes))
         if label.shape != prediction.shape:
             raise UsageError(
-                f"{os.path.join(predictions, pair.name)}.png: of another size than its label; "
+                f"{prediction_path(predictions, pair.name)}: of another size than its label; "
                 "run evaluate.py again"
             )
         confusion = confusion_matrix(
@@ -258,9 +302,22 @@ def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
     return scored
 
 
-def read_prediction(folder: str, name: str) -> np.ndarray:
-    """uint8 [h, w]"""
-    return decode_label(load(os.path.join(folder, f"{name}.png"))).astype(np.uint8)
+def prediction_path(folder: str, name: str) -> str:
+    return os.path.join(folder, f"{name}.png")
+
+
+def read_prediction(folder: str, name: str, num_classes: int) -> np.ndarray:
+    """Return the classes of a picture, uint8 [h, w].
+
+    Raises:
+        DataError: no such picture, or a damaged one.
+        UsageError: it holds other things than classes.
+    """
+    path = prediction_path(folder, name)
+    classes = decode_label(load(path))
+    if classes.ndim != 2 or classes.dtype != np.uint8 or classes.max(initial=0) >= num_classes:
+        raise UsageError(f"{path}: not a picture of {num_classes} classes; run evaluate.py again")
+    return classes
 
 
 def attention_of(
@@ -279,6 +336,7 @@ def attention_of(
     )
     if network.recurrence == 0 or not ranked:
         return []
+    number_of_pictures = min(number_of_pictures, len(ranked))
     mean = torch.tensor(IMG_MEAN, device=network.device)
     examples = []
     for index in np.linspace(0, len(ranked) - 1, number_of_pictures + 2).round().astype(int)[1:-1]:

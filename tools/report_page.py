@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from utils.chart import draw_curves
+from utils.run_files import OFFICIAL_SCORES, is_number
 
 #: Pixels that a picture is wide at most.
 WIDTH = 640
@@ -24,11 +25,12 @@ CURVES = (
     ("Norm of the gradient", ("gradient_norm",)),
     ("Images per second", ("images_per_second",)),
 )
-OFFICIAL = (
-    ("averageScoreClasses", "IoU of classes"),
-    ("averageScoreInstClasses", "iIoU of classes"),
-    ("averageScoreCategories", "IoU of categories"),
-    ("averageScoreInstCategories", "iIoU of categories"),
+OFFICIAL = dict(
+    zip(
+        OFFICIAL_SCORES,
+        ("IoU of classes", "iIoU of classes", "IoU of categories", "iIoU of categories"),
+        strict=True,
+    )
 )
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #1f6fb4; }
@@ -72,7 +74,7 @@ class Report(NamedTuple):
     recipe: dict[str, Any]  # args.json
     defaults: dict[str, Any]  # of train.py's flags
     environment: list[dict[str, Any]]  # environment.json
-    log: list[dict[str, Any]]  # log.jsonl
+    log: list[dict[str, Any]]  # log.jsonl; utils.run_files has what is sure of each file
     validation: list[tuple[float, float]]  # (step, mean IoU)
     result: dict[str, Any]  # result.txt
     confusion: bytes | None  # confusion.png
@@ -174,7 +176,7 @@ def _curves(report: Report) -> str:
     charts = []
     for title, names in CURVES:
         curves = {
-            name: [(entry["step"], entry[name]) for entry in report.log if entry.get(name) is not None]
+            name: [(entry["step"], entry[name]) for entry in report.log if is_number(entry.get(name))]
             for name in names
         }
         charts.append((title, draw_curves(curves)))
@@ -184,9 +186,9 @@ def _curves(report: Report) -> str:
 
 
 def _classes(result: dict[str, Any]) -> str:
-    if "IU_array" not in result:
+    if not result.get("IU_array"):
         return ""
-    instances = result.get("classInstScores", {})
+    instances = result["classInstScores"]
     rows = []
     for name, iou in zip(result["classes"], result["IU_array"], strict=True):
         bar = f'<div class="bar"><div style="width:{100 * (iou or 0):.1f}%"></div></div>'
@@ -196,7 +198,9 @@ def _classes(result: dict[str, Any]) -> str:
     heading += '<th class="number">iIoU</th></tr>' if instances else "</tr>"
     averages = (
         "".join(
-            f"<tr><td>{title}</td>{_number(result[name])}</tr>" for name, title in OFFICIAL if name in result
+            f"<tr><td>{title}</td>{_number(result[name])}</tr>"
+            for name, title in OFFICIAL.items()
+            if name in result
         )
         or f"<tr><td>mean IoU</td>{_number(result['meanIU'])}</tr>"
     )

@@ -25,11 +25,13 @@ import train
 from dataset.labels import choose_table
 from tools import common
 from utils import args as flags
-from utils.errors import RunError, UsageError
-from utils.files import check_writable, replacing
+from utils import run_files
+from utils.errors import InputError, RunError, UsageError
+from utils.files import check_outputs, check_writable, write_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN, EVALUATE = "--train", "--evaluate"
+TABLES = ("seeds.md", "seeds.json")
 #: What both commands have to agree on.
 SHARED = (
     "data_dir", "classes", "num_classes", "ignore_label", "model", "backbone", "recurrence", "input_size",
@@ -43,8 +45,19 @@ def get_parser() -> argparse.ArgumentParser:
     parser = common.Parser("seeds", __doc__)
     add = parser.add_argument
     add("out", metavar="DIR", help="folder of the runs")
-    add("--seeds", type=flags.positive_int, default=3, metavar="N", help="how many (default: %(default)s)")
-    add("--first-seed", type=flags.count, default=12345, help="they count up from it (default: %(default)s)")
+    add(
+        "--seeds",
+        type=flags.number(int, 1, 1000),
+        default=3,
+        metavar="N",
+        help="how many (default: %(default)s)",
+    )
+    add(
+        "--first-seed",
+        type=flags.number(int, 0, 2**63 - 1001),
+        default=12345,
+        help="they count up from it (default: %(default)s)",
+    )
     return parser
 
 
@@ -55,7 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     shared = [
         part for name in SHARED if (value := getattr(recipe, name)) is not None for part in flag(name, value)
     ]
-    evaluate.get_parser().parse_args([*shared, *of_evaluate])
+    scoring = evaluate.get_parser().parse_args([*shared, *of_evaluate])
+    tables = [os.path.join(args.out, name) for name in TABLES]
+    inputs = [recipe.restore_from, recipe.data_list, recipe.val_list, recipe.classes]
+    check_outputs(f"DIR {args.out}", tables, [*inputs, scoring.data_list, scoring.classes])
     check_writable("DIR", args.out)
 
     rows = []
@@ -63,34 +79,37 @@ def main(argv: list[str] | None = None) -> None:
         folder = os.path.join(args.out, f"seed_{seed}")
         run("train.py", *of_train, "--random-seed", seed, "--snapshot-dir", folder, "--resume")
         checkpoint = os.path.join(folder, f"CS_scenes_{recipe.num_steps}.pth")
-        result = os.path.join(folder, "result.txt")
-        if not is_result_of(result, checkpoint, [*shared, *of_evaluate]):
+        if not is_result_of(folder, checkpoint, [*shared, *of_evaluate]):
             run("evaluate.py", *shared, *of_evaluate, "--restore-from", checkpoint)
-        with open(result, encoding="utf-8") as file:
-            found = json.load(file)
-        if found["meanIU"] is None:
-            raise RunError(f"{result}: has no score, as no class occurs; evaluate on other pictures")
-        rows.append({"seed": seed, **found})
+        found = run_files.read_result(folder)
+        if found is None or found["meanIU"] is None:
+            raise RunError(
+                f"{folder}: evaluate.py gave no score, as no class occurs; evaluate on other pictures"
+            )
+        rows.append({"seed": seed, "meanIU": found["meanIU"]})
 
     text = table(rows)
-    for name, content in (("seeds.md", text), ("seeds.json", json.dumps(summary(rows), indent=2) + "\n")):
-        with replacing(os.path.join(args.out, name)) as path, open(path, "w", encoding="utf-8") as file:
-            file.write(content)
+    for path, content in zip(tables, (text, json.dumps(summary(rows), indent=2) + "\n"), strict=True):
+        write_file(path, content)
     print(text, end="")
 
 
-def is_result_of(path: str, checkpoint: str, given: Sequence[str]) -> bool:
-    """Whether a result.txt is what evaluate.py would write now."""
+def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
+    """Whether the result.txt of a folder is what evaluate.py would write now."""
     try:
-        with open(path, encoding="utf-8") as file:
-            noted = json.load(file)["arguments"]
-        if os.path.getmtime(path) < os.path.getmtime(checkpoint):
+        result = run_files.read_result(folder)
+        if result is None or os.path.getmtime(os.path.join(folder, run_files.RESULT)) < os.path.getmtime(
+            checkpoint
+        ):
             return False
-    except (OSError, ValueError, KeyError):
+    except (InputError, OSError):
         return False
+    noted = result.get("arguments")
     wanted = vars(evaluate.get_parser().parse_args([*given, "--restore-from", checkpoint]))
     _, wanted["num_classes"] = choose_table(wanted["classes"], wanted["num_classes"])
-    return all(json.loads(json.dumps(wanted[name])) == noted.get(name) for name in evaluate.DESCRIPTION)
+    return isinstance(noted, dict) and all(
+        json.loads(json.dumps(wanted[name])) == noted.get(name) for name in evaluate.DESCRIPTION
+    )
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

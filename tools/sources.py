@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import numpy as np
 from dataset import DataError
 from dataset.layout import is_litter, say_skipped
 from utils.errors import UsageError
+from utils.files import kind_of, open_input
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -49,14 +52,15 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
         leave_out: the folder of the results, whose pictures are none of a folder's that it lies in.
 
     Raises:
-        UsageError: one that is missing, or of a kind that is not read.
+        UsageError: one that is missing, or of a kind that is not read: a FIFO, socket or device, a folder's
+            among them.
     """
     pictures: list[PictureFile] = []
     videos: list[Video] = []
     for text in inputs:
         if text.startswith(CAMERA):
             number = text.removeprefix(CAMERA)
-            if not number.isdecimal():
+            if not re.fullmatch("[0-9]{1,4}", number):
                 raise UsageError(f"{text}: a camera has a number; give camera:0")
             videos.append(Video(int(number), f"camera{number}"))
         elif os.path.isdir(text):
@@ -73,17 +77,45 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
             raise UsageError(
                 f"{text}: no such file or folder; name a picture, video, folder, list or camera:0"
             )
-        elif text.lower().endswith(LISTS):
+        elif _check_kind(text) and text.lower().endswith(LISTS):
             pictures += _listed(text)
         elif text.lower().endswith(VIDEOS):
+            check_video_name(text)
             videos.append(Video(text, _stem(os.path.basename(text))))
         else:
             # Whatever its name: the decoder says if it is none.
             pictures.append(PictureFile(text, _stem(os.path.basename(text))))
+    for path, _ in pictures:
+        _check_kind(path)
     names = _distinct([*pictures, *videos])
     pictures = [each._replace(name=name) for each, name in zip(pictures, names, strict=False)]
     videos = [each._replace(name=name) for each, name in zip(videos, names[len(pictures) :], strict=True)]
     return pictures, videos
+
+
+def _check_kind(path: str) -> bool:
+    """Return True for a file, and for what has none, which the decoder names.
+
+    Raises:
+        UsageError: a FIFO, socket, device or folder; some would be waited for or read without an end.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return True
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path}: is {kind_of(mode)}, not a file; take it away, or name other inputs")
+    return True
+
+
+def check_video_name(path: str) -> None:
+    """Raise UsageError where OpenCV, which reads and writes videos, would crash over the name."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{path}: videos need names of UTF-8, folders included; rename it, or make a link"
+        ) from None
 
 
 def _stem(path: str) -> str:
@@ -113,7 +145,7 @@ def _walk(folder: str, leave_out: str, skipped: list[str]) -> Iterator[PictureFi
 def _listed(path: str) -> list[PictureFile]:
     folder = os.path.dirname(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_input(path, "r", encoding="utf-8-sig") as file:
             lines = [line.rstrip("\n").split("\t")[0].strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read as a list of pictures ({error}); check the file") from error

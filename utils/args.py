@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils import streams
 from utils.errors import InputError, RunError
+from utils.resources import shortage
+
+#: Flags that decide how much memory a command takes, in the order in which they are worth a try.
+HEAVY = ("--batch-size", "--tile-batch", "--input-size", "--scales", "--num-workers", "--nproc")
+#: Those of HEAVY that this command has; None before its arguments are parsed.
+_heavy: list[str] | None = None
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors take one line, without the usage above it, and end in status 2."""
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        global _heavy
+        if _heavy is None:
+            _heavy = [flag for flag in HEAVY if flag in self._option_string_actions]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{program()}: error: {message}\n")
+        self.exit(2, f"{program()}: error: {' '.join(message.splitlines())}\n")
 
 
 def program() -> str:
@@ -25,71 +38,95 @@ def program() -> str:
     return spec.name.removesuffix(".__main__") if spec else os.path.basename(sys.argv[0])
 
 
-#: Numbers beyond it are infinite where weights are trained.
-FLOAT32_MAX = 3.4028234e38
+#: About the smallest and the largest number that float32, in which weights are trained, tells from 0 and
+#: from infinity.
+FLOAT32_MIN, FLOAT32_MAX = 1e-37, 3e38
+#: Sides of a crop or tile, in pixels.
+LONGEST_SIDE = 32768
+#: What Python's int and float take beyond these is a slip more often than meant: 1_000, " 5 ", nan.
+_WRITTEN = {
+    int: re.compile(r"[+-]?[0-9]+"),
+    float: re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"),
+}
+
+
+def quoted(text: str) -> str:
+    """Return an argument for an error: in quotes, odd letters escaped, shortened where it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:40]}...")
 
 
 def boolean(text: str) -> bool:
+    """Parse 1 or 0, or a word for them."""
     if text.lower() in ("1", "true", "yes", "y", "t", "on"):
         return True
     if text.lower() in ("0", "false", "no", "n", "f", "off"):
         return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not a boolean; give 1 or 0")
-
-
-def size(text: str) -> tuple[int, int]:
-    """'height,width', or one number for a square."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size; give positive height,width such as 769,769"
-        )
-    return numbers[0], numbers[-1]
+    raise argparse.ArgumentTypeError(f"{quoted(text)} is not a boolean; give 1 or 0")
 
 
 def number(
     kind: type, low: float, high: float = FLOAT32_MAX, open_low: bool = False
 ) -> Callable[[str], float]:
-    """An int or float between `low` and `high`, both included (`open_low`: low itself excluded)."""
+    """Return a type for an int or float from `low` to `high`, both included (`open_low`: low excluded)."""
 
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
+    def parse(text: str) -> Any:
+        value = float("nan")
+        if _WRITTEN[kind].fullmatch(text):
+            try:
+                value = kind(text)
+            except ValueError:  # more digits than Python reads
+                pass
         if not (low < value if open_low else low <= value) or not value <= high:
-            bounds = f"{'more than' if open_low else 'at least'} {low}" + (
-                f", at most {high}" if high < FLOAT32_MAX else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {bounds}")
+            what = "a whole number" if kind is int else "a number"
+            bounds = [f"{bound:.4g}" if kind is float else str(bound) for bound in (low, high)]
+            between = f"above {bounds[0]}, at most {bounds[1]}" if open_low else "from " + " to ".join(bounds)
+            raise argparse.ArgumentTypeError(f"{quoted(text)} can't be used; give {what} {between}")
         return value
 
     parse.__name__ = kind.__name__
     return parse
 
 
+def several(one: Callable[[str], float]) -> Callable[[str], list[float]]:
+    """Return a type for comma-separated values of the type `one`."""
+    return lambda text: [one(part) for part in text.split(",")]
+
+
 positive_int = number(int, 1, 2**31 - 1)
+count = number(int, 0, 2**31 - 1)
+seed = number(int, 0, 2**63 - 1)
+batch = number(int, 1, 2**16)
+workers = number(int, 0, 1024)
+processes = number(int, 1, 1024)
+recurrence = number(int, 0, 100)
 classes = number(int, 1, 255)
 label = number(int, 0, 255)
-count = number(int, 0, 2**31 - 1)
-positive_float = number(float, 0, open_low=True)
+positive_float = number(float, FLOAT32_MIN)
 fraction = number(float, 0, 1)
+numbers = several(positive_float)
+scales = several(number(float, 0.01, 16))
+_side = number(int, 1, LONGEST_SIDE)
 
 
-def numbers(text: str) -> list[float]:
-    """Comma-separated positive numbers."""
-    return [positive_float(part) for part in text.split(",")]
+def size(text: str) -> tuple[int, int]:
+    """Parse 'height,width', or one number for a square."""
+    try:
+        sides = [int(_side(part)) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)} is not a size; give height,width such as 769,769, each from 1 to {LONGEST_SIDE}"
+        )
+    return sides[0], sides[-1]
 
 
 def add_averaging(parser: argparse.ArgumentParser) -> None:
-    """--scales and --flip, of the commands that predict (engine.inference.predict_multiscale)."""
+    """Add --scales and --flip, of the commands that predict (engine.inference.predict_multiscale)."""
     add = parser.add_argument
     add(
         "--scales",
-        type=numbers,
+        type=scales,
         default=[1.0],
         metavar="S,S",
         help="average the predictions at these scales",
@@ -97,22 +134,36 @@ def add_averaging(parser: argparse.ArgumentParser) -> None:
     add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
 
 
+def exhausted(what: str) -> RunError:
+    """Return the error for a shortage (utils.resources.shortage), with the flags that help."""
+    if not _heavy:
+        return RunError(f"{what}; close other programs, or use a larger machine")
+    *others, last = _heavy
+    return RunError(f"{what}; give a smaller {', '.join(others)}{' or ' if others else ''}{last}")
+
+
 def exit_status(main: Callable[[], int | None]) -> int:
     """Run `main` and return its status: 0 when it has none, 2 after an InputError, 1 after a RunError.
 
-    The error's message is the last line on standard error. Ctrl-C ends in 130 without a word. Anything else
-    that goes wrong keeps its traceback and ends in 1, as Python does. Standard output and error are made safe
-    first (utils.streams).
+    The error's message is the last line on standard error. A machine that runs short of memory, processes or
+    open files is a RunError too. Ctrl-C ends in 130 without a word. Anything else that goes wrong keeps its
+    traceback and ends in 1, as Python does. Standard output and error are made safe first (utils.streams).
     """
+    global _heavy
+    _heavy = None
     streams.secure()
     try:
         return main() or 0
-    except (InputError, RunError) as error:
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not isinstance(error, (InputError, RunError)):
+            if (what := shortage(error)) is None:
+                raise
+            error = exhausted(what)
         sys.stdout.flush()
         # Where the processes of a run come to the same error together, one of a machine speaks.
         if not error.silent:
             message = " ".join(str(error).splitlines())
             print(f"{program()}: error: {message}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        return 130

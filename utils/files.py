@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from utils.errors import RunError, UsageError
@@ -106,14 +106,18 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename in (None, temporary, target):
-            error.filename, error.filename2 = path, None
+            reason = error.strerror or str(error)
+            raise OSError(error.errno or errno.EIO, reason, path) from error
         raise
 
 
 def write_file(path: str | os.PathLike, content: bytes | str) -> None:
-    """Write a whole file, text as UTF-8; see `replacing`."""
+    """Write a whole file, text as UTF-8; see `replacing`.
+
+    Text may have names of files that are no UTF-8: the bytes that are none are written as escapes (\\udcff).
+    """
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
@@ -174,17 +178,52 @@ def _unwritable_kind(path: str) -> OSError | None:
     return None if stat.S_ISREG(kind) else _not_a_file(kind, path)
 
 
-def check_output_file(flag: str, path: str) -> None:
-    """See that `path` can be written as a file, before the work whose result it is to hold.
+def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None] = ()) -> None:
+    """See that the files that a command is about to write replace none that it reads, and are files.
+
+    Files are compared by what they are: links, hard links, .. and other spellings of a name change nothing.
+
+    Args:
+        flag: what decides where the outputs go.
+        outputs: those that exist are looked at; their folders need not exist.
+        inputs: None, and what does not exist, is skipped.
 
     Raises:
-        UsageError: naming `flag`: its folder is missing or read-only, or `path` is no regular file.
+        UsageError: naming `flag` and the output.
     """
+    read = {}
+    for path in filter(None, inputs):
+        with contextlib.suppress(OSError, ValueError):
+            about = os.stat(path)
+            read[about.st_dev, about.st_ino] = path
+    for path in outputs:
+        if not os.path.basename(path):
+            raise UsageError(f"{flag} {path}: is no name of a file; name a file")
+        try:
+            about = os.stat(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UsageError(f"{flag}: {path} can't be written ({error.strerror}); name another") from error
+        if found := read.get((about.st_dev, about.st_ino)):
+            same = "" if found == path else f", which is {found}"
+            raise UsageError(f"{flag}: would replace its own input {path}{same}; name another")
+        if not stat.S_ISREG(about.st_mode):
+            raise UsageError(f"{flag}: {path} is {kind_of(about.st_mode)}, not a file; name another")
+
+
+def check_output_file(flag: str, path: str, inputs: Iterable[str | None] = ()) -> None:
+    """See that `path` can be written as a file, before the work whose result it is to hold.
+
+    Args:
+        inputs: see `check_outputs`.
+
+    Raises:
+        UsageError: naming `flag`: its folder is missing or read-only, or `path` is an input or no regular
+            file.
+    """
+    check_outputs(flag, [path], inputs)
     folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.basename(path):
-        raise UsageError(f"{flag} {path}: is no name of a file; name a file")
-    if problem := _unwritable_kind(os.path.realpath(path)):
-        raise UsageError(f"{flag} {path}: {problem.strerror}; name a file")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

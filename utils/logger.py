@@ -14,10 +14,12 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from utils.files import open_input, put_aside, write_file
+from utils.errors import UsageError
+from utils.files import check_outputs, put_aside, read_input, write_file
+from utils.run_files import LOG, entry
 
 #: How each line of log.jsonl begins.
-ENTRY = '{"step": '
+ENTRY = b'{"step": '
 
 
 class RunLog:
@@ -33,15 +35,21 @@ class RunLog:
         start: steps done before.
         steps: steps of the whole run.
         samples_per_step: the global batch size.
+
+    Raises:
+        UsageError: something other than a file has the log's name, or other than a folder that of the events.
+        OSError: the disk refuses it.
     """
 
     def __init__(self, directory: str, start: int, steps: int, samples_per_step: int):
         self.steps = steps
         self.samples_per_step = samples_per_step
-        path = os.path.join(directory, "log.jsonl")
+        path, events = os.path.join(directory, LOG), os.path.join(directory, "tensorboard")
+        check_outputs("--snapshot-dir", [path])
+        if not os.path.isdir(events) and os.path.lexists(events):
+            raise UsageError(f"--snapshot-dir: {events} is no folder; take it away")
         self._keep_until(path, start)
         self._file = open(path, "a", encoding="utf-8")
-        events = os.path.join(directory, "tensorboard")
         os.makedirs(events, exist_ok=True)
         self._events = EventsWriter(os.path.join(events, "events"), f".{os.getpid()}")
         # TensorBoard then hides what an earlier process wrote after `start`.
@@ -52,28 +60,20 @@ class RunLog:
     @staticmethod
     def _keep_until(path: str, step: int) -> None:
         """Drop the entries after `step`: those steps are about to be done again."""
-        if not os.path.exists(path):
-            return
-        with open_input(path, "r", encoding="utf-8", errors="surrogateescape") as file:
-            lines = list(file)
-        if lines and not lines[-1].endswith("\n") and lines[-1].startswith(ENTRY):
-            lines.pop()  # what a kill or a power cut left of an entry
-        steps = [RunLog._step_of(line) for line in lines]
-        if 0 in steps:
-            print(
-                f"{path}: line {steps.index(0) + 1} is no entry of a log; now {put_aside(path)}", flush=True
-            )
-        kept = [line for line, number in zip(lines, steps, strict=True) if 0 < number <= step]
-        write_file(path, "".join(kept))
-
-    @staticmethod
-    def _step_of(line: str) -> int:
-        """Return the step of an entry, 0 for a line that is none."""
         try:
-            step = json.loads(line)["step"] if line.endswith("\n") else 0
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            return 0
-        return max(step, 0) if type(step) is int else 0
+            lines = read_input(path).splitlines(keepends=True)
+        except FileNotFoundError:
+            return
+        if lines and not lines[-1].endswith(b"\n") and lines[-1].startswith(ENTRY):
+            lines.pop()  # what a kill or a power cut left of an entry
+        entries = [entry(line) if line.endswith(b"\n") else None for line in lines]
+        if None in entries:
+            print(
+                f"{path}: line {entries.index(None) + 1} is no entry of a log; now {put_aside(path)}",
+                flush=True,
+            )
+        kept = [line for line, found in zip(lines, entries, strict=True) if found and found["step"] <= step]
+        write_file(path, b"".join(kept))
 
     def write(self, step: int, loss: float, lr: float, **more: Any) -> None:
         """Log `step` (from 1) with its loss and learning rate; numbers among `more` become curves too."""

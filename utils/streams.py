@@ -42,14 +42,16 @@ def secure() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            os.set_inheritable(number, True)  # processes that this one starts would have it closed again
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is not None and _descriptor(stream) != number:
             continue  # captured, as by a test
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-        line_buffering = name == "stderr" or os.isatty(number)
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        line_buffering = name == "stderr" or os.isatty(number) or getattr(stream, "write_through", False)
         secured = io.TextIOWrapper(
             io.BufferedWriter(_Forgiving(number)), encoding, "backslashreplace", line_buffering=line_buffering
         )

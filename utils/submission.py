@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 
-from utils.errors import RunError
+from utils.errors import DataError, RunError
 from utils.files import replacing
+
+
+def check_names(source: str, names: Sequence[str]) -> None:
+    """See that an archive can hold pictures of these names, before they are predicted.
+
+    Args:
+        source: where the names come from, for the error.
+
+    Raises:
+        DataError: a name occurs twice, or is not UTF-8, in which zip files have their names.
+    """
+    if twice := next((name for name, times in Counter(names).items() if times > 1), None):
+        raise DataError(f"{source}: {twice} is in it twice; name each picture once")
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{source}: the name of {name!r} is not UTF-8, as names in a zip file are; rename the picture"
+            ) from None
 
 
 def write_archive(
@@ -32,8 +53,7 @@ def write_archive(
     allowed = np.zeros(256, bool)
     allowed[np.asarray(label_ids, np.intp)] = True
     names = [os.path.basename(file) for file, _ in pictures]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if twice := next((name for name, times in Counter(names).items() if times > 1), None):
         raise RunError(f"{path}: {twice} would be in it twice; give the pictures other names")
 
     def check(picture: tuple[str, tuple[int, int]]) -> None:
@@ -52,7 +72,8 @@ def write_archive(
         for _ in threads.map(check, pictures):
             pass
     with replacing(path) as temporary:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed
+        # PNGs are compressed already. A wrong clock gives times that zip files have no room for.
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
             for (file, _), name in zip(pictures, names, strict=True):
                 archive.write(file, name)
         with zipfile.ZipFile(temporary) as archive:
