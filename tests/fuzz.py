@@ -50,12 +50,13 @@ import evaluate  # noqa: E402
 import train  # noqa: E402
 from dataset import CSDataSet, check, mini, pictures  # noqa: E402
 from dataset.labels import LabelReader, read_table  # noqa: E402
+from engine import checkpoint  # noqa: E402
 from networks import Seg_Model  # noqa: E402
 from networks.variants import DEPTHS  # noqa: E402
 from networks.weights import match_weights, read_state_dict  # noqa: E402
 from tools import attention, convert, export, predict, profile, report, seeds  # noqa: E402
 from utils.args import exit_status  # noqa: E402
-from utils.errors import InputError  # noqa: E402
+from utils.errors import InputError, RunError  # noqa: E402
 
 #: Seconds; an input that takes longer hangs.
 LIMIT = 60.0
@@ -624,13 +625,13 @@ def damaged_json(draw: st.DrawFn, content: Any) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(_places(content)))
         if not path:
-            content = draw(st.sampled_from(ODD_JSON))
+            content = copy.deepcopy(draw(st.sampled_from(ODD_JSON)))
             continue
         at = content
         for key in path[:-1]:
             at = at[key]
         if draw(st.booleans()):
-            at[path[-1]] = draw(st.sampled_from(ODD_JSON))
+            at[path[-1]] = copy.deepcopy(draw(st.sampled_from(ODD_JSON)))
         else:
             del at[path[-1]]
     return json.dumps(content).encode()
@@ -668,6 +669,70 @@ def report_body(drawn: tuple[str, bytes]) -> None:
         assert Path(folder, name).read_bytes() == content
 
 
+# The states of a run
+
+STATES = (1, 2)
+
+
+@functools.cache
+def _states() -> dict[str, bytes]:
+    """Return the files of two states of a small run, whose weights are the number of their step."""
+    with tempfile.TemporaryDirectory() as folder:
+        for step in STATES:
+            recipe, path = {"batch_size": 4, "input_size": [33, 33]}, checkpoint.state_path(folder, step)
+            parts = {name: part.state_dict() for name, part in _parts(step).items()}
+            checkpoint.save(checkpoint.State(step, path, recipe, checkpoint.Validation()), parts, len(STATES))
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def _parts(value: float) -> dict[str, Any]:
+    """Return a network whose weights are `value`, and its optimizer with momentum."""
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(value)
+    return {"model": model, "optimizer": optimizer}
+
+
+@st.composite
+def damaged_states(draw: st.DrawFn) -> list[tuple[str, bytes]]:
+    """Draw files of states with other content than was written."""
+    found = []
+    for name in draw(st.lists(st.sampled_from(sorted(_states())), min_size=1, max_size=2, unique=True)):
+        content = _states()[name]
+        if name.endswith(".json"):
+            found.append((name, draw(damaged_json(json.loads(content)))))
+        else:
+            at, value = draw(st.integers(0, len(content) - 1)), draw(st.integers(0, 255))
+            found.append(
+                (name, content[:at] + bytes([value]) + content[at + 1 :][: draw(st.integers(0, 9999))])
+            )
+    return found
+
+
+def state_body(drawn: list[tuple[str, bytes]]) -> None:
+    """A state is resumed from with the step that its weights are of, or is not; nothing of it is gone."""
+    with tempfile.TemporaryDirectory() as folder, time_limit(LIMIT):
+        for name, content in (_states() | dict(drawn)).items():
+            Path(folder, name).write_bytes(content)
+        before = sorted(path.read_bytes() for path in Path(folder).iterdir())
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                state = checkpoint.newest_state(folder)
+                if state is not None:
+                    parts = _parts(0)
+                    checkpoint.load(state, parts)
+            except (InputError, RunError) as error:
+                _is_one_line(error)
+                state = None
+        if state is not None:
+            assert all((weight == state.step).all() for weight in parts["model"].parameters())
+        assert sorted(path.read_bytes() for path in Path(folder).iterdir()) == before
+
+
 # The targets
 
 Target = Callable[[], tuple[st.SearchStrategy[Any], Callable[[Any], None]]]
@@ -688,6 +753,7 @@ def targets() -> dict[str, Target]:
         "damaged pictures": lambda: (damaged_pictures(), picture_body),
         "checkpoint entries": lambda: (checkpoint_edits(), checkpoint_body),
         "checkpoint bytes": lambda: (st.lists(byte, min_size=1, max_size=8), checkpoint_bytes_body),
+        "states": lambda: (damaged_states(), state_body),
         "run files": lambda: (damaged_runs(), report_body),
     }
 
