@@ -269,7 +269,8 @@ class LabelReader:
         train_ids = self._unchanged if as_they_are else self._by_id
         for value in present.tolist():
             if not 0 <= value < 256 or train_ids[value] < 0:
-                raise self._unknown(path, f"{'train' if as_they_are else 'label'} id {value}", value == 255)
+                what = f"{'train' if as_they_are else 'label'} id {value}"
+                raise self._unknown(path, what, value == 255 and not path.endswith(LABEL_TRAIN_IDS))
         return train_ids
 
     def notes(self, counts: Counts) -> list[str]:

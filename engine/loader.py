@@ -19,7 +19,7 @@ from utils.errors import DataError, RunError
 
 #: What errors of shared memory say: too little of it, or none.
 SHARED_MEMORY = ("shared memory", "unable to write to file </torch_", "No space left on device")
-NO_SHARED_MEMORY = RunError(
+NO_SHARED_MEMORY = (
     "/dev/shm: too small for the pictures that the readers pass on; enlarge it (docker run --shm-size), or "
     "lower --num-workers (0 needs no shared memory)"
 )
@@ -96,7 +96,7 @@ def _no_shared_memory(error: Exception) -> RunError:
     """Return the error for too little shared memory; raises `error` where it is another one."""
     if not any(words in str(error) for words in SHARED_MEMORY):
         raise error
-    return NO_SHARED_MEMORY
+    return RunError(NO_SHARED_MEMORY)
 
 
 def _set_up_worker(_worker: int) -> None:
@@ -181,7 +181,7 @@ def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
             if not str(error).startswith(("DataLoader worker", "Pin memory thread")):
                 raise
             if any(worker.exitcode == -signal.SIGBUS for worker in getattr(batches, "_workers", ())):
-                yield NO_SHARED_MEMORY
+                yield RunError(NO_SHARED_MEMORY)
             yield RunError(
                 "a process that reads pictures was killed (for want of memory, perhaps: --num-workers says "
                 "how many there are); run it again, train.py with --resume"

@@ -206,10 +206,14 @@ def from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network with our batch norm as one with plain batch norm: weight <- |weight| + eps, to the bit."""
+    """Return a network with our batch norm as one with plain batch norm.
+
+    Its weight is |weight| + eps, to the bit. Weights of 16 bits, which can't hold the sum, become float32.
+    """
     result = dict(state)
     for norm in norms_of(state):
-        result[f"{norm}.weight"] = state[f"{norm}.weight"].abs() + EPS
+        weight = state[f"{norm}.weight"]
+        result[f"{norm}.weight"] = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs() + EPS
     return result
 
 

@@ -160,10 +160,11 @@ def _why_not(path: str | os.PathLike, file: IO[bytes], head: bytes, error: Excep
         return f"is a TorchScript archive, which is a program; {_extraction(path, 'script')}"
     if "archive_format" in names or "serialized_exported_program.json" in names:
         return "is a program of torch.export; name the checkpoint that it was made from"
-    with contextlib.suppress(Exception):
-        file.seek(0)
-        if tarfile.is_tarfile(file):
-            return f"is a tar file, as torch.save wrote before 0.4; {_extraction(path, 'torch')}"
+    file.seek(0)
+    with contextlib.suppress(Exception), tarfile.open(fileobj=file, mode="r:") as packed:
+        if {"storages", "pickle"} <= set(packed.getnames()):
+            return f"is a tar file, as the first torch.save wrote them; {_extraction(path, 'torch')}"
+        return "is a tar file; unpack it and name the checkpoint in it"
     if isinstance(error, pickle.UnpicklingError) and (names or head.startswith(b"\x80")):
         if blocked := re.search(r"GLOBAL (\S{1,200}) whose module \S+ is blocked", str(error)):
             return f"would call {blocked[1]}, as no checkpoint does; delete it (nothing of it was run)"
@@ -179,7 +180,9 @@ def _why_not(path: str | os.PathLike, file: IO[bytes], head: bytes, error: Excep
 def _extraction(path: str | os.PathLike, kind: str) -> str:
     """Return the advice how the owner of a file that could run code gets its weights out of it."""
     code = EXTRACT.format(load=UNSAFE_LOADS[kind])
-    out = os.path.splitext(path)[0] + "_weights.pth"
+    start, number = os.path.splitext(path)[0], 1
+    while os.path.exists(out := f"{start}_weights{number if number > 1 else ''}.pth"):
+        number += 1
     return (
         "if you trust whoever made it, take the weights out with "
         f"python -c '{code}' {shlex.quote(str(path))} {shlex.quote(out)} and use {out}"

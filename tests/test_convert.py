@@ -375,6 +375,20 @@ def test_plain_batch_norm_and_back(tmp_path):
         torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("target", convert.TARGETS)
+def test_weights_of_16_bits(dtype, target, tmp_path, monkeypatch):
+    """Out and, but for the sum with eps, to the bit."""
+    monkeypatch.setattr(convert, "compare", lambda *_: None)
+    state = {"layer1.0.bn1.weight": torch.randn(64).to(dtype), "layer1.0.bn1.running_mean": torch.ones(64)}
+    content = to_batch_norm(state) if target == "batch-norm" else state
+    convert.write(str(tmp_path / "output.pth"), target, content, convert.Source(state, "ccnet", None))
+    weight = read_state_dict(tmp_path / "output.pth")["layer1.0.bn1.weight"]
+    assert weight.dtype == (dtype if target == "ccnet" else torch.float32)
+    right = state["layer1.0.bn1.weight"].float()
+    assert torch.equal(weight.float(), right.abs() + 1e-5 if target == "batch-norm" else right)
+
+
 def small_state(**changes: Tensor | None) -> dict[str, Tensor]:
     """CCNet's ResNet-50 with the same number everywhere, entries replaced, added, or left out (None)."""
     with torch.device("meta"):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import CSDataSet, DataError
+import evaluate
+import train
+from dataset import CSDataSet, DataError, check
 from dataset.labels import (
     CITYSCAPES,
     ClassTable,
@@ -19,6 +21,7 @@ from dataset.labels import (
     read_table,
 )
 from dataset.pictures import load
+from utils.args import exit_status
 
 HEADER = "name\tid\ttrain_id\tcolor\n"
 TABLE = HEADER + "wood\t7\t0\t10,20,30\nmeadow\t9\t1\t0,200,0\nthicket\t-\t0\t11,20,30\nrest\t0\t255\t0,0,0\n"
@@ -202,6 +205,14 @@ def test_one_class_is_refused(tmp_path):
     for number in (None, 1):
         with pytest.raises(DataError, match="table: has one class.* background"):
             choose_table(str(tmp_path / "table"), number)
+
+
+@pytest.mark.parametrize("command", [train, evaluate, check], ids=lambda command: command.__name__)
+def test_commands_refuse_one_class(command, tmp_path, monkeypatch, capsys):
+    arguments = [str(tmp_path)] if command is check else ["--data-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["command", *arguments, "--num-classes", "1"])
+    assert exit_status(command.main) == 2
+    assert "--num-classes 1: " in capsys.readouterr().err
 
 
 def test_colours_go_through_the_table(table, tmp_path):

@@ -267,6 +267,18 @@ def test_links_of_windows_lists_and_loops(tmp_path: Path) -> None:
     assert [each.name for each in sources.find([str(tmp_path / "windows.txt")], "")[0]] == ["in/p"]
 
 
+def test_what_systems_leave_in_a_folder_is_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("p.png", "._p.png", ".DS_Store", "@eaDir/p.jpg", "__MACOSX/p.png", "a/._q.png", "a/q.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [each.name for each in sources.find([str(tmp_path)], "")[0]] == ["p", "a/q"]
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path}: 5 hidden or system files skipped, the first: ")
+    assert said.count("\n") == 1
+
+
 def test_a_long_name(tmp_path: Path, checkpoint: Path) -> None:
     path = write(tmp_path / f"{'n' * 240}.png", picture(0))
     assert run(checkpoint, path, "--out", tmp_path / "out", "--save", "color") == 0

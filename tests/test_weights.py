@@ -124,7 +124,11 @@ WRONG: dict[str, tuple[str, Callable[[], object], str]] = {
     "booleans": ("bn1.weight", lambda: torch.ones(64, dtype=torch.bool), "bool"),
     "8 bits": ("bn1.weight", lambda: torch.ones(64).to(torch.float8_e4m3fn), "float8_e4m3fn"),
     "large view": ("bn1.weight", lambda: torch.ones(1).expand(10**12), "[1000000000000]"),
-    "overlapping view": ("bn1.weight", lambda: torch.ones(99999).as_strided((50000, 50000), (1, 1)), "50000"),
+    "overlapping view": (
+        "bn1.weight",
+        lambda: torch.ones(99999).as_strided((50000, 50000), (1, 1)),
+        "larger",
+    ),
     "dictionary": ("bn1.weight", lambda: {"a": torch.ones(64)}, "of type dict"),
     "number": ("bn1.weight", lambda: 1.0, "of type float"),
     "nan": ("bn1.bias", lambda: torch.full((64,), torch.nan), "in 1 of its 307 entries, the first is"),
@@ -291,7 +295,15 @@ class TestFiles:
         assert "program of torch.export" in refused(tmp_path / "program.pt2")
         with tarfile.open(path, "w") as archive:
             archive.add(__file__, "storages")
-        assert "tar file" in refused(path)
+        assert "is a tar file; unpack it" in refused(path)
+        with tarfile.open(path, "a") as archive:
+            archive.add(__file__, "pickle")
+        message = refused(path)
+        assert "is a tar file, as the first torch.save wrote them; if you trust" in message
+        # The advice replaces nothing.
+        assert message.endswith(f" and use {tmp_path}/weights_weights.pth")
+        (tmp_path / "weights_weights.pth").touch()
+        assert refused(path).endswith(f" and use {tmp_path}/weights_weights2.pth")
         torch.save({"a": torch.zeros(100000)}, tmp_path / "plain.pth")
         with (
             zipfile.ZipFile(tmp_path / "plain.pth") as plain,

@@ -221,6 +221,8 @@ def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -
     content = {
         name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()
     }
+    if target == "original":  # whose PyTorch knows no bfloat16, and float16 on a GPU alone
+        content = {name: value.float() for name, value in content.items()}
     plain = target == "batch-norm"
     with replacing(path) as temporary:
         with writing(temporary) as file:
