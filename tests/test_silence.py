@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from dataset.pictures import decode_image, load
 from utils.progress import Progress
-from utils.silence import Silence
+from utils.silence import Silence, silence
 
 
 @pytest.fixture
@@ -32,22 +32,22 @@ def test_decoders_write_nothing_to_the_terminal(odd, capfd):
 
 
 def test_lines_are_kept_where_they_are_asked_for(capfd):
-    silence = Silence()
-    with silence:
+    kept = Silence()
+    with kept:
         os.write(2, b"dropped\n")
-    assert silence.take() == []
-    silence.collect()
-    with silence:
+    assert kept.take() == []
+    kept.collect()
+    with kept:
         os.write(2, b"a line\nanother\na line\n")
-    assert silence.take() == ["a line", "another"] and silence.take() == []
-    with silence:
+    assert kept.take() == ["a line", "another"] and kept.take() == []
+    with kept:
         os.write(2, b"short")
-    assert silence.take() == ["short"]
+    assert kept.take() == ["short"]
     assert capfd.readouterr().err == ""
 
 
 def test_the_last_thread_out_puts_it_back(capfd):
-    silence, inside, leave = Silence(), threading.Event(), threading.Event()
+    inside, leave = threading.Event(), threading.Event()
 
     def stay():
         with silence:
@@ -62,7 +62,6 @@ def test_the_last_thread_out_puts_it_back(capfd):
     os.write(2, b"still silent\n")
     # A process that is forked now has no such thread.
     if (child := os.fork()) == 0:
-        silence.reset()
         with silence:
             pass
         os.write(2, b"child\n")
