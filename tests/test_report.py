@@ -245,6 +245,7 @@ def test_a_damaged_result_is_named(finished: Path, change, words: str) -> None:
         lambda r: r["arguments"].pop("data_dir"),
         lambda r: r["arguments"].update(data_dir="a\0b"),
         lambda r: r["arguments"].update(data_dir=7),
+        lambda r: r["arguments"].update(data_list="\ud800"),
         lambda r: r["arguments"].update(num_classes=10**30),
         lambda r: r["arguments"].update(num_classes=True),
         lambda r: r["arguments"].update(ignore_label=None),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from engine import distributed
 from utils import args as flags
 from utils import run_files
 from utils.chart import draw_curves
@@ -371,6 +372,52 @@ def test_a_shortage_ends_a_command_with_one_line(capsys: pytest.CaptureFixture[s
     line = capsys.readouterr().err
     assert "error: out of memory (for another" in line and line.count("\n") == 1
     assert line.endswith("; give a smaller --batch-size or --input-size\n")
+
+
+#: Two processes, one of which meets what its first argument names.
+PROCESSES = """
+import sys, torch
+from engine import distributed
+from utils import args
+def body(world):
+    if world.rank == 1:
+        if sys.argv[1] == "memory":
+            raise MemoryError("Unable to allocate 3.00 GiB")
+        raise ZeroDivisionError("a bug")
+    world.barrier()
+def main():
+    args.Parser().parse_known_args()
+    return distributed.run([torch.device("cpu")] * 2, lambda: None, body)
+sys.exit(args.exit_status(main))
+"""
+
+
+@pytest.mark.parametrize("what", ["memory", "bug"])
+def test_a_shortage_of_one_process_is_the_last_line_of_the_command(tmp_path: Path, what: str) -> None:
+    (tmp_path / "command.py").write_text(PROCESSES)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "command.py", what],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1 and ("Traceback" in done.stderr) == (what == "bug")
+    if what == "memory":
+        assert "process 1 of 2: out of memory (for another 3.00 GiB)" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith(
+            "command.py: error: the machine has too little for all"
+        )
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["", "x", "-1", "1_0", "9" * 30])
+def test_a_launcher_s_variables_are_numbers(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(each, "0")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"environment variable {name}: "):
+        distributed.run([torch.device("cpu")], lambda: None, lambda world: None)
 
 
 def test_statuses(capsys: pytest.CaptureFixture[str]) -> None:
