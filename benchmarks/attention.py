@@ -51,8 +51,9 @@ from torch.nn import functional as F
 
 from benchmarks import measure
 from cc_attention import criss_cross_attention, ops, reference
-from utils.args import positive_int
-from utils.files import replacing
+from tools.common import end
+from utils.args import Parser, positive_int, processes
+from utils.files import check_output_file, replacing, write_file
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 Shape = tuple[int, int, int]  # N, H, W
@@ -602,9 +603,7 @@ def shape_argument(text: str) -> Shape:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.attention", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog="python -m benchmarks.attention", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     cuda = torch.cuda.is_available()
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="default: %(default)s")
@@ -632,7 +631,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--contenders", nargs="+", choices=CHOICES, default=list(CHOICES))
     add("--graphs", action=argparse.BooleanOptionalAction, default=True, help="time CUDA graphs as well")
     add("--rounds", type=positive_int, default=5, help="turns of each contender (default: %(default)s)")
-    add("--threads", type=positive_int, help="of the CPU; default: PyTorch's choice")
+    add("--threads", type=processes, help="of the CPU; default: PyTorch's choice")
     add("--out", metavar="FILE.json", help="where all numbers go, after every case")
     add("--plot", metavar="FILE.png", help="a bar chart of the times")
     return parser
@@ -661,8 +660,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu" and "tf32" in args.dtypes:
         parser.error("argument --dtypes: tf32 is for CUDA only")
     for flag, path in (("--out", args.out), ("--plot", args.plot)):
-        if path and not Path(path).absolute().parent.is_dir():
-            parser.error(f"argument {flag}: the folder of {path} does not exist")
+        if path:
+            check_output_file(flag, path)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
@@ -712,8 +711,7 @@ def compare_all(args: argparse.Namespace) -> int:
         show(entry)
         report["float32_over_bfloat16"] = float32_over_bfloat16(cases)
         if args.out:
-            with replacing(args.out) as path:
-                Path(path).write_text(json.dumps(report, indent=2) + "\n")
+            write_file(args.out, json.dumps(report, indent=2) + "\n")
         if args.plot:
             plot(report, args.plot)
     for name, ratios in report["float32_over_bfloat16"].items():
@@ -723,4 +721,4 @@ def compare_all(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -7,9 +7,7 @@ row prior: the most frequent class at each relative height; position prior: the 
 mean colour: the class whose mean BGR colour is nearest. Without lists, the layout is that of Cityscapes.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +15,9 @@ import torch
 from dataset import CSDataSet, DataError
 from dataset.labels import IGNORE, NUM_CLASSES
 from engine.metrics import confusion_matrix, mean_iou
+from tools.common import end
+from utils import args as flags
+from utils.files import check_output_file, write_file
 
 ROWS, COLUMNS = 128, 32  # cells of the priors, over the whole picture
 
@@ -90,9 +91,7 @@ def whole_pictures(root: str, list_path: str | None, split: str, num_classes: in
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.baselines", description=__doc__.splitlines()[0]
-    )
+    parser = flags.Parser(prog="python -m benchmarks.baselines", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data-dir",
         required=True,
@@ -102,9 +101,11 @@ def main(argv: list[str] | None = None) -> int:
         "--train-list", help="list of image<TAB>label lines to fit on; default: the layout's train split"
     )
     parser.add_argument("--val-list", help="list to score on; default: the layout's val split")
-    parser.add_argument("--num-classes", type=int, default=NUM_CLASSES)
+    parser.add_argument("--num-classes", type=flags.classes, default=NUM_CLASSES)
     parser.add_argument("--out", help="write the scores to this JSON file too")
     args = parser.parse_args(argv)
+    if args.out:
+        check_output_file("--out", args.out)
     try:
         train = whole_pictures(args.data_dir, args.train_list, "train", args.num_classes)
         val = whole_pictures(args.data_dir, args.val_list, "val", args.num_classes)
@@ -114,9 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, score in scores.items():
         print(f"{name.replace('_', ' '):<15} mean IoU {score:.4f}")
     if args.out:
-        Path(args.out).write_text(json.dumps(scores, indent=2) + "\n")
+        write_file(args.out, json.dumps(scores, indent=2) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end(main)

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,9 @@ from engine.inference import predict_classes
 from engine.metrics import CityscapesEvaluation
 from networks import MODELS
 from networks.variants import DEPTHS
+from tools.common import end
 from utils import args as flags
+from utils.files import check_output_file, write_file
 from utils.palette import make_palette, save_indexed_png
 
 #: Different pictures.
@@ -131,7 +132,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m benchmarks.evaluation",
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -142,18 +143,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--pictures", type=flags.positive_int, default=6, help="in an evaluation")
     add("--size", type=size, default="512x1024", metavar="HxW", help="of the pictures")
     add("--tile", type=flags.size, default="385,385", metavar="H,W", help="tile")
-    add("--tile-batch", type=flags.positive_int, default=1, help="tiles at once")
-    add("--num-workers", type=flags.count, default=1, help="processes that read pictures")
+    add("--tile-batch", type=flags.batch, default=1, help="tiles at once")
+    add("--num-workers", type=flags.workers, default=1, help="processes that read pictures")
     add("--rounds", type=flags.positive_int, default=3, help="turns of both")
     add("--out", help="write the results to this JSON file too")
     args = parser.parse_args(argv)
+    if args.out:
+        check_output_file("--out", args.out)
     with tempfile.TemporaryDirectory() as folder:
         report = measured(args, folder)
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+        write_file(args.out, json.dumps(report, indent=2) + "\n")
     print(f"{report['setting']}: {report['ratio']:.3f} times the forward passes alone (at most {BAR})")
     return int(report["ratio"] > BAR)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

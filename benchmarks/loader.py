@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,10 +27,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks import measure
-from dataset import IMG_MEAN, CSDataSet, DataError, cache, mini, pictures, transforms
+from dataset import IMG_MEAN, CSDataSet, cache, mini, pictures, transforms
 from dataset.labels import LABELS
 from engine.loader import SampleStream, train_batches
 from engine.transfer import subtract_mean
+from tools.common import end
+from utils import args as flags
+from utils.files import check_output_file, write_file
 
 CROP = (769, 769)
 BATCH, SEED = 2, 0
@@ -101,7 +103,7 @@ def one_thread(_worker: int) -> None:
 
 def plain_batches(plain: Plain) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Through one worker, as the original's DataLoader."""
-    stream = SampleStream(plain, SEED, DataError)
+    stream = SampleStream(plain, SEED)
     shares = [list(range(first, first + BATCH)) for first in range(0, (TURN + 1) * BATCH, BATCH)]
     loader = DataLoader(stream, batch_sampler=shares, num_workers=1, worker_init_fn=one_thread)
     for images, labels in loader:
@@ -249,15 +251,17 @@ def measured(root: str, rounds: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m benchmarks.loader",
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data-dir", help="data set of Cityscapes' layout; generated frames without it")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
+    parser.add_argument("--rounds", type=flags.positive_int, default=7, help="turns of each contender")
     parser.add_argument("--out", help="write the results to this JSON file too")
     args = parser.parse_args(argv)
+    if args.out:
+        check_output_file("--out", args.out)
     with tempfile.TemporaryDirectory() as folder:
         if args.data_dir is None:
             write_frames(Path(folder))
@@ -271,9 +275,9 @@ def main(argv: list[str] | None = None) -> int:
         bar = f" (at least {BARS[name]:g})" if name in BARS else ""
         print(f"{name:<26} {ratio:.2f} times the plain way{bar}")
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+        write_file(args.out, json.dumps(report, indent=2) + "\n")
     return int(any(report["ratios"][name] < bar for name, bar in BARS.items()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

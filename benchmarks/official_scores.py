@@ -8,12 +8,10 @@ classes and categories and the four averages; exit status 1 where it is above 1e
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,10 @@ from PIL import Image
 
 from dataset import CSDataSet, DataError
 from dataset.labels import CITYSCAPES
+from tools.common import end
+from utils import args as flags
+from utils import run_files
+from utils.files import check_output_file, write_file
 
 #: What both write, under the same names.
 KEYS = (
@@ -102,7 +104,9 @@ def compare(data_dir: str, run: str, split: str) -> dict[str, Any]:
     data = CSDataSet(data_dir, split=split)
     if not data.has_instances():
         raise DataError(f"--data-dir {data_dir}: its labels have no instanceIds beside them")
-    ours = json.loads((Path(run) / "result.txt").read_text())
+    ours = run_files.read_result(run)
+    if ours is None:
+        raise DataError(f"{run}: has no {run_files.RESULT}; evaluate.py writes it")
     if any(key not in ours for key in KEYS):
         raise DataError(f"{run}/result.txt: has no official scores; evaluate a data set with instances")
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +127,7 @@ def compare(data_dir: str, run: str, split: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m benchmarks.official_scores", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--data-dir", required=True, help="data set in the layout of Cityscapes")
@@ -131,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="val", help="that was evaluated (default: val)")
     parser.add_argument("--out", help="write the comparison to this JSON file too")
     args = parser.parse_args(argv)
+    if args.out:
+        check_output_file("--out", args.out)
     try:
         report = compare(args.data_dir, args.run, args.split)
     except (DataError, OSError, ValueError, ImportError) as error:
@@ -140,9 +146,10 @@ def main(argv: list[str] | None = None) -> int:
     difference = report["largest_difference"]
     print(f"{report['pictures']} pictures, largest difference {difference:.1e} (at most {BAR})")
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+        write_file(args.out, json.dumps(report, indent=2) + "
+")
     return int(not difference <= BAR)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -25,6 +25,9 @@ from pathlib import Path
 
 from benchmarks import measure
 from dataset import CSDataSet, mini
+from tools.common import end
+from utils import args as flags
+from utils.files import check_output_file, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, DONE, IMAGES = 60_000, 50_000, 2975
@@ -104,14 +107,16 @@ def measured(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m benchmarks.resume",
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=7, help="of a fresh and a resumed start")
+    parser.add_argument("--rounds", type=flags.positive_int, default=7, help="of a fresh and a resumed start")
     parser.add_argument("--out", help="write the results to this JSON file too")
     args = parser.parse_args(argv)
+    if args.out:
+        check_output_file("--out", args.out)
     with tempfile.TemporaryDirectory() as folder:
         times = measured(Path(folder), args.rounds)
     fresh, resumed = (measure.quartiles(each)["median"] for each in times.values())
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         "bar": BAR,
     }
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+        write_file(args.out, json.dumps(report, indent=2) + "\n")
     print(
         f"median of {args.rounds}: fresh {fresh:.2f} s, resumed {resumed:.2f} s, ratio "
         f"{resumed / fresh:.2f}, {resumed - fresh:.2f} s later (at most {BAR:.0f} s)"
@@ -133,4 +138,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -27,19 +27,11 @@ def street(tmp_path: Path) -> Path:
     return path
 
 
-def run(checkpoint: Path, street: Path, *arguments: str) -> None:
-    attention.main(
-        [
-            str(street),
-            "--restore-from",
-            str(checkpoint),
-            "--gpu",
-            "cpu",
-            "--out",
-            str(street.parent),
-            *arguments,
-        ]
-    )
+def run(checkpoint: Path, pictures: Path | list[Path], *arguments: str) -> None:
+    """Run the command with its results beside the first picture."""
+    pictures = pictures if isinstance(pictures, list) else [pictures]
+    given = [*map(str, pictures), "--out", str(pictures[0].parent), "--restore-from", str(checkpoint)]
+    attention.main([*given, "--gpu", "cpu", *arguments])
 
 
 def test_the_arrays_are_the_network_s_maps(checkpoint: Path, street: Path) -> None:
@@ -128,3 +120,17 @@ def test_a_moved_class_table_is_spoken_of(
     (folder / "CS_scenes_1.pth").write_bytes(checkpoint.read_bytes())
     run(folder / "CS_scenes_1.pth", street)
     assert "gone.tsv, the class table of the run, is not there" in capsys.readouterr().out
+
+
+def test_nothing_that_is_read_is_replaced_and_all_is_looked_at_first(checkpoint: Path, street: Path) -> None:
+    """The figure of one picture would be the other picture; a pixel lies outside of the second one."""
+    other = street.parent / "street_24_32.png"
+    other.write_bytes(street.read_bytes())
+    with pytest.raises(UsageError, match="--out: would replace its own input .*street_24_32.png"):
+        run(checkpoint, [street, other])
+    small = street.parent / "a" / "small.png"
+    small.parent.mkdir()
+    assert cv2.imwrite(str(small), np.zeros((20, 20, 3), np.uint8))
+    with pytest.raises(UsageError, match="--pixel 40,8: .*small.png has 20 rows"):
+        run(checkpoint, [street, small], "--pixel", "40,8")
+    assert other.read_bytes() == street.read_bytes() and not list(street.parent.rglob("*.npy"))

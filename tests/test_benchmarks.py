@@ -17,6 +17,7 @@ from benchmarks.attention import Case, Contender
 from benchmarks.gpu_report import Part
 from cc_attention import ops
 from dataset import CSDataSet
+from utils.errors import UsageError
 
 PEERS = [
     contender
@@ -118,12 +119,17 @@ def test_peak_memory_on_the_cpu_is_that_of_the_run_alone():
 @pytest.mark.parametrize(
     "arguments",
     ["--shapes 8x97", "--shapes 0x3x3", "--dtypes int8", "--channels 24", "--device cpu --dtypes tf32"]
-    + ["--contenders theirs", "--rounds 0", "--out no/folder/a.json"],
+    + ["--contenders theirs", "--rounds 0"],
 )
 def test_bad_arguments_end_in_status_2(arguments: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as ended:
         attention.main(arguments.split())
     assert ended.value.code == 2 and arguments.split()[-2] in last_line(capsys.readouterr().err)
+
+
+def test_a_folder_that_is_missing_is_named():
+    with pytest.raises(UsageError, match=r"--out no/folder/a.json: no file can be written in"):
+        attention.main("--out no/folder/a.json".split())
 
 
 def test_our_float32_over_our_bfloat16():

@@ -510,6 +510,17 @@ class TestWrongUsage:
             (["--cache", "ram", "--cache-gb", "0"], ["--cache-gb"]),
             (["--classes", "nowhere.tsv"], ["nowhere.tsv", "--classes"]),
             (["--unknown"], ["--unknown"]),
+            (["--learning-rate", "1e39"], ["--learning-rate", "1e-37 to 3e+38"]),
+            (["--batch-size", "99999999999999999998"], ["--batch-size", "1 to 65536"]),
+            (["--input-size", "1000000,1000000"], ["--input-size", "32768"]),
+            (["--input-size", "32768,32768", "--batch-size", "64"], ["--input-size", "GiB of memory"]),
+            (["--recurrence", "1000000000"], ["--recurrence", "0 to 100"]),
+            (["--num-workers", "1000000000"], ["--num-workers", "0 to 1024"]),
+            (["--nproc", "1000000000"], ["--nproc", "1 to 1024"]),
+            (["--random-seed", str(2**63)], ["--random-seed", str(2**63 - 1)]),
+            (["--power", "1e38"], ["--power", "at most 100"]),
+            (["--grad-accum", "1_0"], ["--grad-accum", "'1_0'"]),
+            (["--gpu", "0_0"], ["--gpu 0_0"]),
         ],
     )
     def test_train(self, flags, words, scenes, tmp_path, monkeypatch, capsys):
@@ -529,6 +540,28 @@ class TestWrongUsage:
         for word in words:
             assert word in line
         assert not (tmp_path / "snapshots").exists()
+
+    @pytest.mark.parametrize("name", ["CS_scenes_4.pth", "CS_scenes_best.pth", "log.jsonl"])
+    def test_snapshots_replace_no_input(self, trained, tmp_path, name, monkeypatch, capsys):
+        folder, _, arguments = trained
+        own = tmp_path / name
+        own.write_bytes((folder / "snapshots/CS_scenes_4.pth").read_bytes())
+        (tmp_path / "link").mkdir()
+        (tmp_path / "link/weights.pth").symlink_to(own)
+        for path in (own, tmp_path / "link/weights.pth"):
+            flags = ["--restore-from", path, "--snapshot-dir", tmp_path]
+            status, line = called(train, [*arguments, *flags], monkeypatch, capsys)
+            assert status == 2 and "--snapshot-dir" in line and f"would replace its own input {own}" in line
+        assert sorted(os.listdir(tmp_path)) == sorted([name, "link"])
+
+    def test_snapshots_beside_the_weights_they_start_from(self, trained, tmp_path, monkeypatch, capsys):
+        folder, _, arguments = trained
+        own = tmp_path / "CS_scenes_60000.pth"  # that this run does not write
+        own.write_bytes((folder / "snapshots/CS_scenes_4.pth").read_bytes())
+        before = own.read_bytes()
+        flags = ["--restore-from", own, "--snapshot-dir", tmp_path, "--num-steps", 1]
+        assert called(train, [*arguments, *flags], monkeypatch, capsys)[0] == 0
+        assert own.read_bytes() == before and (tmp_path / "CS_scenes_1.pth").exists()
 
     def test_snapshot_directory_that_is_a_file(self, scenes, tmp_path, monkeypatch, capsys):
         (tmp_path / "file").touch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import os
 import sys
 import zipfile
 
@@ -347,3 +348,163 @@ def test_official_scores_of_written_predictions(tmp_path, monkeypatch, capsys):
     assert largest_difference(ours, theirs) < 1e-12 and not math.isnan(theirs["averageScoreInstClasses"])
     theirs["classScores"]["car"] += 1e-6
     assert largest_difference(ours, theirs) > 1e-7
+
+
+def labelled(folder, number):
+    """Pictures with label and instance ids: the paths of the label ids."""
+    rng = np.random.default_rng(9)
+    paths = []
+    for index in range(number):
+        _, label = write_pair(folder, "val", index, (48, 64))
+        ids = cv2.imread(str(folder / label), cv2.IMREAD_GRAYSCALE)
+        ids[:9, :20], ids[20:30, 40:50] = 29, 0  # a caravan and void, which are not scored
+        cv2.imwrite(str(folder / label), ids)
+        instances = np.where(ids >= 24, ids.astype(np.uint16) * 1000 + rng.integers(3), ids)
+        cv2.imwrite(str(folder / label.replace("labelIds", "instanceIds")), instances.astype(np.uint16))
+        paths.append(folder / label)
+    return paths
+
+
+def test_scores_without_instance_ids_are_the_official_ones_and_the_file_is_named(
+    tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", exc_type=ImportError)
+    truths = labelled(tmp_path / "data", 3)
+    arguments = ["--data-dir", tmp_path / "data", *SMALL, "--output-dir", tmp_path / "out"]
+    predictions = []
+    assert run(arguments, monkeypatch, capsys)[0] == 0
+    whole = json.loads((tmp_path / "out/result.txt").read_text())
+    for number in range(3):
+        name = f"ulm_000000_{number:06d}.png"
+        train_ids = np.asarray(Image.open(tmp_path / "out/outputs" / name))
+        Image.fromarray(CITYSCAPES.label_ids()[train_ids]).save(tmp_path / name)
+        predictions.append(str(tmp_path / name))
+    theirs = official_scores([str(path) for path in truths], predictions)
+    missing = truths[1].with_name(truths[1].name.replace("labelIds", "instanceIds"))
+    missing.unlink()
+    status, output, _ = run(arguments, monkeypatch, capsys)
+    assert status == 0
+    (line,) = [line for line in output.splitlines() if "left out" in line]
+    assert "averageScoreInstClasses and averageScoreInstCategories are left out: 1 of 3" in line
+    assert str(missing) in line and output.count("averageScoreCategories ") == 1
+    ours = json.loads((tmp_path / "out/result.txt").read_text())
+    assert "averageScoreInstClasses" not in ours and "classInstScores" not in ours
+    for name in ("averageScoreClasses", "averageScoreCategories"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-12) == pytest.approx(whole[name], abs=1e-12)
+    for name in ("classScores", "categoryScores"):
+        for key, value in ours[name].items():
+            their = theirs[name][key]
+            assert value == (None if math.isnan(their) else pytest.approx(their, abs=1e-12))
+
+
+def test_labels_of_train_ids_have_the_scores_of_pixels(tmp_path, monkeypatch, capsys):
+    truths = labelled(tmp_path / "data", 2)
+    arguments = ["--data-dir", tmp_path / "data", *SMALL, "--output-dir", tmp_path / "out"]
+    assert run(arguments, monkeypatch, capsys)[0] == 0
+    whole = json.loads((tmp_path / "out/result.txt").read_text())
+    table = CITYSCAPES.train_ids().astype(np.uint8)
+    for path in truths:
+        train_ids = table[cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)]
+        cv2.imwrite(str(path).replace("labelIds", "labelTrainIds"), train_ids)
+        path.unlink()
+    status, output, _ = run(arguments, monkeypatch, capsys)
+    assert status == 0 and "left out: 2 of 2 labels are not *_labelIds.png, the first is" in output
+    ours = json.loads((tmp_path / "out/result.txt").read_text())
+    for name in ("meanIU", "averageScoreClasses", "averageScoreCategories", "categoryScores"):
+        assert ours[name] == whole[name]
+
+
+class TestWritten:
+    """No result replaces what is read, and each has the place of a file."""
+
+    @pytest.fixture
+    def listed(self, tmp_path):
+        """A data set in the folders that results have: pictures in outputs/, labels in submission/."""
+        for folder in ("outputs", "submission"):
+            (tmp_path / folder).mkdir()
+        rng = np.random.default_rng(0)
+        for name in "ab":
+            picture = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            cv2.imwrite(str(tmp_path / f"outputs/{name}.png"), picture)
+            cv2.imwrite(str(tmp_path / f"submission/{name}_labelIds.png"), np.full((40, 40), 7, np.uint8))
+        lines = [f"outputs/{name}.png\tsubmission/{name}_labelIds.png\n" for name in "ab"]
+        (tmp_path / "scores.txt").write_text("".join(lines))
+        (tmp_path / "list").write_text("".join(lines))
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        "place, flags, words",
+        [
+            (".", ["--data-list", "list"], "outputs/a.png"),
+            ("run", ["--data-list", "list"], "outputs/a.png"),
+            ("other", ["--data-list", "scores.txt"], "scores.txt"),
+            ("third", ["--data-list", "list", "--split", "test"], "submission/a_labelIds.png"),
+            ("fourth", ["--data-list", "list"], "result.txt is a FIFO"),
+            ("fifth", ["--data-list", "list"], "outputs/b.png is a folder"),
+            ("sixth", ["--data-list", "list", "--split", "test"], "submission.zip is a device"),
+        ],
+    )
+    def test_refused(self, listed, place, flags, words, monkeypatch, capsys):
+        monkeypatch.chdir(listed)
+        out = listed / place
+        if place != ".":
+            (out / "outputs").mkdir(parents=True)
+        if place == "run":
+            (out / "outputs").rmdir()
+            (out / "outputs").symlink_to("../outputs")
+        elif place == "other":
+            os.link(listed / "scores.txt", out / "scores.txt")
+        elif place == "third":  # where label ids are pictures too
+            (listed / "list").write_text("submission/a_labelIds.png\n")
+            (out / "submission").symlink_to("../submission")
+            words = "submission/a_labelIds_labelIds.png"
+            os.link(listed / "submission/a_labelIds.png", listed / words)
+        elif place == "fourth":
+            os.mkfifo(out / "result.txt")
+        elif place == "fifth":
+            (out / "outputs/b.png").mkdir()
+        elif place == "sixth":
+            (out / "submission.zip").symlink_to("/dev/null")
+        before = {path: path.read_bytes() for path in listed.rglob("*") if path.is_file()}
+        status, _, line = run(["--data-dir", ".", *flags, *SMALL, "--output-dir", place], monkeypatch, capsys)
+        assert status == 2 and "--output-dir" in line and words in line
+        assert {path: path.read_bytes() for path in listed.rglob("*") if path.is_file()} == before
+
+    def test_names_that_an_archive_has_no_room_for(self, tmp_path, monkeypatch, capsys):
+        folder = tmp_path / "data/leftImg8bit/test/ulm"
+        folder.mkdir(parents=True)
+        picture = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
+        arguments = [
+            "--data-dir",
+            tmp_path / "data",
+            "--split",
+            "test",
+            *SMALL,
+            "--output-dir",
+            tmp_path / "out",
+        ]
+        odd = folder / "ulm\udcff_leftImg8bit.png"
+        odd.write_bytes(picture)
+        status, _, line = run(arguments, monkeypatch, capsys)
+        assert status == 2 and "ulm\\udcff" in line and "is not UTF-8" in line
+        odd.unlink()
+        long = tmp_path / "data" / f"{'n' * 250}.png"  # and _labelIds behind it is more than a name can have
+        long.write_bytes(picture)
+        (tmp_path / "list").write_text(f"{long.name}\n")
+        status, _, line = run([*arguments, "--data-list", tmp_path / "list"], monkeypatch, capsys)
+        assert status == 2 and "name too long" in line and not (tmp_path / "out").exists()
+        (folder / "ulm道_leftImg8bit.png").write_bytes(picture)
+        (folder / "ULM道_leftImg8bit.png").write_bytes(picture)
+        assert run(arguments, monkeypatch, capsys)[0] == 0
+        with zipfile.ZipFile(tmp_path / "out/submission.zip") as archive:
+            assert archive.namelist() == ["ULM道_labelIds.png", "ulm道_labelIds.png"]
+
+
+def test_a_tile_beyond_all_memory_is_refused(tmp_path, monkeypatch, capsys):
+    write_pair(tmp_path / "data", "val", 0, (48, 64))
+    monkeypatch.setattr(command, "LEAST_BYTES", 2**60)
+    arguments = ["--data-dir", tmp_path / "data", *SMALL, "--output-dir", tmp_path / "out"]
+    for flag in ([], ["--whole"]):
+        status, _, line = run([*arguments, *flag], monkeypatch, capsys)
+        assert status == 2 and "--input-size" in line and "GiB of memory" in line
+    assert not (tmp_path / "out").exists()

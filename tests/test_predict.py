@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -343,6 +344,116 @@ def test_find_gives_a_file_of_any_name_to_the_decoder(tmp_path: Path) -> None:
     path = tmp_path / "picture.data"
     path.write_bytes(write(tmp_path / "p.png", picture(0)).read_bytes())
     assert sources.find([str(path)], "")[0] == [PictureFile(str(path), "picture")]
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+@pytest.mark.parametrize("name", ["p.png", "p.mp4", "p.lst", "folder/p.png", "list of it"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str, name: str) -> None:
+    path = tmp_path / ("p.png" if name == "list of it" else name)
+    path.parent.mkdir(exist_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    given = path.parent if "/" in name else path
+    if name == "list of it":
+        given = tmp_path / "some.lst"
+        given.write_text("p.png\n")
+    with pytest.raises(UsageError, match=f"is a {kind}, not a file|is no file"):
+        sources.find([str(given)], "")
+
+
+def test_a_video_whose_name_would_crash_opencv_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v\udcff.mp4"
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match="videos need names of UTF-8"):
+        sources.find([str(path)], "")
+
+
+def test_names_that_are_no_utf8(tmp_path: Path, checkpoint: Path) -> None:
+    path = write(tmp_path / "p.png", picture(0)).rename(tmp_path / "p\udcff.png")
+    out = tmp_path / "out\udcfe"
+    assert run(checkpoint, path, "--out", out) == 0
+    assert (out / "labelIds/p\udcff.png").exists() and (out / "overlay/p\udcff.jpg").exists()
+
+
+# What is there already
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments"),
+    [
+        (["in/color/p.png"], ["in/color", "--out", "in"]),
+        (["in/color/p.png"], ["in/color/p.png", "--out", "in/color/.."]),
+        (["in/color/p.png"], ["in/color/some.lst", "--out", "in"]),
+        (["in/labelIds/p.png"], ["in/labelIds", "--save", "labelIds", "--out", "in"]),
+        (["in/overlay/p.jpg"], ["in/overlay", "--save", "overlay", "--out", "in"]),
+        (["in/sheet.jpg"], ["in/sheet.jpg", "--out", "in"]),
+        (["a/p.png", "in/color/q.png"], ["a/p.png", "in/color/q.png", "--out", "in"]),
+        (["link to in: in/p.png"], ["in", "--out", "out"]),
+        (["hard: in/p.png"], ["in", "--out", "out"]),
+        (["video: in/color/v.mp4"], ["in/color/v.mp4", "--save", "color", "--out", "in"]),
+        (["video: in/v.mp4", "in/labelIds/v/000001.png"], ["in/v.mp4", "in/labelIds/v", "--out", "in"]),
+        (["in/p.png", "table: in/color/p.png"], ["in/p.png", "--classes", "in/color/p.png", "--out", "in"]),
+    ],
+)
+def test_no_result_replaces_what_is_read(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = "name\tid\ttrain_id\tcolor\n" + "".join(f"c{k}\t{k}\t{k}\t{k},1,2\n" for k in range(19))
+    for name in files:
+        kind, _, path = name.rpartition(": ")
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        if kind == "video":
+            make_video(tmp_path / path, 1)
+        elif kind == "table":
+            (tmp_path / path).write_text(table)
+        else:
+            write(tmp_path / path, picture(0))
+        if kind == "link to in":
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/color").symlink_to("../in")
+        elif kind == "hard":
+            (tmp_path / "out/color").mkdir(parents=True)
+            os.link(tmp_path / path, tmp_path / "out/color/p.png")
+    if arguments[0].endswith(".lst"):
+        (tmp_path / arguments[0]).write_text("p.png\n")
+    before = files_of(tmp_path)
+    with pytest.raises(UsageError, match="--out: would replace its own input"):
+        run(checkpoint, *arguments)
+    assert files_of(tmp_path) == before
+
+
+def test_nothing_of_the_network_is_replaced(tmp_path: Path, checkpoint: Path) -> None:
+    write(tmp_path / "p.png", picture(0))
+    (tmp_path / "out").mkdir()
+    own = tmp_path / "out/sheet.jpg"
+    own.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(UsageError, match="--out: would replace its own input"):
+        predict.main(
+            [str(tmp_path / "p.png"), "--restore-from", str(own), "--gpu", "cpu", "--out", str(own.parent)]
+        )
+    assert own.read_bytes() == checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["sheet.jpg", "color/p.png", "color/v.mp4", "color"])
+def test_a_result_s_place_is_a_file_s(tmp_path: Path, checkpoint: Path, name: str) -> None:
+    path = write(tmp_path / "p.png", picture(0))
+    make_video(tmp_path / "v.mp4", 1)
+    (tmp_path / "out/color").mkdir(parents=True)
+    if name == "color":
+        (tmp_path / "out/color").rmdir()
+        (tmp_path / "out/color").write_text("kept")
+    else:
+        os.mkfifo(tmp_path / "out" / name)
+    with pytest.raises(UsageError, match=r"--out: .*(is a FIFO, not a file|Not a directory)"):
+        run(checkpoint, path, tmp_path / "v.mp4", "--out", tmp_path / "out", "--save", "color")
+    assert (tmp_path / "out" / name).is_fifo() or (tmp_path / "out/color").read_text() == "kept"
 
 
 # The sheet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from cc_attention import criss_cross_attention, ops, reference
 from networks import Seg_Model
 from networks.variants import DEPTHS
 from tools import profile
-from tools.cost import BACKWARD, FORWARD, PARTS, STEM, Alive, Setting, parameters_of, simulate
+from tools.cost import BACKWARD, FORWARD, PARTS, STEM, Alive, Setting, Simulation, parameters_of, simulate
 from utils.errors import InputError, UsageError
 
 compiled = pytest.mark.skipif(
@@ -228,3 +229,29 @@ def test_other_variants_are_profiled_as_they_are(monkeypatch, tmp_path):
     parts = json.loads((tmp_path / "profile.json").read_text())["parts"]
     assert parts["stem"]["parameters"] == 64 * 3 * 49 + 2 * 64
     assert parts["stem"]["flops_forward"] == 2 * 33 * 49 * 64 * 3 * 49
+
+
+def test_json_replaces_no_input_and_no_pipe(tmp_path, monkeypatch, checkpoint):
+    link = tmp_path / "x.json"
+    link.symlink_to(checkpoint)
+    for path, words in ((link, "would replace its own input"), (tmp_path / "pipe", "is a FIFO, not a file")):
+        if path != link:
+            os.mkfifo(path)
+        with pytest.raises(UsageError, match=f"--json.*{words}"):
+            run_main(monkeypatch, "--restore-from", checkpoint, "--json", path)
+
+
+def test_what_does_not_fit_is_not_tried(monkeypatch):
+    monkeypatch.setattr(profile, "simulate", lambda setting: Simulation({}, 1 << 60, 0, 0, 0))
+    with pytest.raises(UsageError, match="--batch-size, --input-size: needs more than"):
+        run_main(monkeypatch, "--backbone", "tiny", "--input-size", "33,33", "--gpu", "cpu")
+
+
+def test_the_largest_batch_is_found_wherever_it_is(monkeypatch):
+    """Of needs that grow by a line, and of one that is far above the line through the first two."""
+    for needs in (lambda batch: 2.0 + batch, lambda batch: 2.0 + batch + 3 * max(0, batch - 2)):
+        monkeypatch.setattr(profile, "need", lambda setting, needs=needs: needs(setting.batch))
+        rooms = [1.0, 3.0, 4.5, 30.0, 401.0]
+        rows = profile.fit(SMALL, rooms, [(9, 9)])["rows"]
+        best = [max((b for b in range(1, 500) if needs(b) <= room), default=0) for room in rooms]
+        assert [row["batches"] for row in rows] == [best, best]

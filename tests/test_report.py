@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -202,6 +203,113 @@ def test_a_run_without_a_score_and_odd_lines(finished: Path) -> None:
     (finished / "args.json").write_text("[1]")
     with pytest.raises(UsageError, match="args.json: holds a list"):
         report.main([str(finished), "--gpu", "cpu"])
+
+
+# Damaged runs
+
+
+def damaged(result: dict, change) -> str:
+    change(result)
+    return json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.update(meanIU="x"), "meanIU is no score"),
+        (lambda r: r.update(meanIU=float("nan")), "can't be read"),
+        (lambda r: r.update(meanIU=1e30), "meanIU is no score"),
+        (lambda r: r.update(meanIU=True), "meanIU is no score"),
+        (lambda r: r.pop("meanIU"), "has no meanIU"),
+        (lambda r: r["IU_array"].pop(), "18 scores for 19 classes"),
+        (lambda r: r.update(IU_array={}), "IU_array is no list"),
+        (lambda r: r.update(IU_array=["a"] * 19), "IU_array is no list"),
+        (lambda r: r.update(classes=[[]] * 19), "classes is no list of names"),
+        (lambda r: r.update(classInstScores=[1]), "classInstScores"),
+        (lambda r: r.update(averageScoreCategories="x"), "averageScoreCategories is no score"),
+    ],
+)
+def test_a_damaged_result_is_named(finished: Path, change, words: str) -> None:
+    path = finished / "result.txt"
+    path.write_text(damaged(json.loads(path.read_text()), change))
+    with pytest.raises(UsageError, match=rf"result.txt: .*{words}.*; repair it, or take it away"):
+        made(finished, "--pictures", "0", "--attention", "0")
+    assert not (finished / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.update(arguments=[1]),
+        lambda r: r.pop("arguments"),
+        lambda r: r["arguments"].pop("data_dir"),
+        lambda r: r["arguments"].update(data_dir="a\0b"),
+        lambda r: r["arguments"].update(data_dir=7),
+        lambda r: r["arguments"].update(data_list="\ud800"),
+        lambda r: r["arguments"].update(num_classes=10**30),
+        lambda r: r["arguments"].update(num_classes=True),
+        lambda r: r["arguments"].update(ignore_label=None),
+        lambda r: r["arguments"].update(recurrence=[]),
+        lambda r: r["arguments"].pop("data_list"),
+    ],
+)
+def test_damaged_arguments_cost_the_pictures_alone(finished: Path, change) -> None:
+    path = finished / "result.txt"
+    path.write_text(damaged(json.loads(path.read_text()), change))
+    text, _ = made(finished, "--pictures", "1", "--attention", "1")
+    assert "no pictures: " in text and "does not say what was evaluated" in text and "Classes" in text
+
+
+@pytest.mark.parametrize("content", ['["abc"]', "[1, 2]", "{}", "3", "[" * 100_000])
+def test_a_damaged_environment_is_named(finished: Path, content: str) -> None:
+    (finished / "environment.json").write_text(content)
+    with pytest.raises(UsageError, match=r"environment.json: .*; repair it, or take it away"):
+        made(finished, "--pictures", "0", "--attention", "0")
+
+
+def test_odd_values_of_the_recipe_and_the_log_are_shown_or_left_out(finished: Path) -> None:
+    (finished / "args.json").write_text(
+        json.dumps({"a <b>": {"c": [None]}, "num_steps": [1], "\udcff": 10**400})
+    )
+    (finished / "log.jsonl").write_text(
+        '{"step": 1, "loss": 2.5, "lr": "x"}\n'
+        '{"step": 9223372036854775807, "loss": -1e38, "lr": 1, "main_loss": "y"}\n'
+        "\x00\xff\n"
+    )
+    (finished / "outputs/ulm_000000_000002.png").write_bytes(b"")
+    (finished / "confusion.png").write_bytes((finished / "confusion.png").read_bytes()[:99])
+    text, page = made(finished, "--pictures", "1", "--attention", "0")
+    assert "log.jsonl: left out 2 of 3 lines" in text and "no confusion matrix: " in text
+    assert "no pictures: " in text and "Confusion matrix" not in text and not page.open
+
+
+@pytest.mark.parametrize("value", [19, 255])
+def test_predictions_of_other_classes_are_named(finished: Path, value: int) -> None:
+    picture = finished / "outputs/ulm_000000_000002.png"
+    save_indexed_png(picture, np.full((48, 64), value, np.uint8), make_palette([]))
+    text, _ = made(finished, "--pictures", "1", "--attention", "0")
+    assert "ulm_000000_000002.png: not a picture of 19 classes; run evaluate.py again" in text
+
+
+def test_a_page_replaces_nothing_that_it_shows(finished: Path, scenes: Path, checkpoint: Path) -> None:
+    (finished / "list").write_text("")
+    os.link(checkpoint, finished / "other name")
+    shown = [
+        *(finished / name for name in ("args.json", "environment.json", "log.jsonl", "result.txt")),
+        *(finished / name for name in ("confusion.png", "scores.txt", "outputs/ulm_000000_000001.png")),
+        *finished.glob("tensorboard/*"),
+        scenes / "leftImg8bit/val/ulm/ulm_000000_000001_leftImg8bit.png",
+        scenes / "gtFine/val/ulm/ulm_000000_000001_gtFine_labelIds.png",
+        finished / "other name",
+    ]
+    for path in shown:
+        before = path.read_bytes()
+        with pytest.raises(UsageError, match="--out: would replace its own input"):
+            report.main([str(finished), "--gpu", "cpu", "--out", str(path)])
+        assert path.read_bytes() == before
+    # The page itself may be replaced.
+    for _ in range(2):
+        made(finished, "--pictures", "0", "--attention", "0")
 
 
 # Curves

@@ -102,3 +102,25 @@ def test_a_broken_run_names_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeds.subprocess, "run", lambda command: Broken())
     with pytest.raises(RunError, match="ended with status 1"):
         seeds.run("train.py")
+
+
+def test_the_tables_replace_nothing_that_is_read(tmp_path: Path, commands: list[list[str]]) -> None:
+    (tmp_path / "seeds.md").write_text("a\tb\n")
+    for flag in ("--data-list", "--classes", "--restore-from"):
+        with pytest.raises(UsageError, match="DIR .*: would replace its own input .*seeds.md"):
+            seeds.main([str(tmp_path), "--train", "--data-dir", "CS", flag, str(tmp_path / "seeds.md")])
+    os.mkfifo(tmp_path / "seeds.json")
+    with pytest.raises(UsageError, match="seeds.json is a FIFO, not a file"):
+        seeds.main([str(tmp_path), "--train", "--data-dir", "CS"])
+    assert commands == [] and (tmp_path / "seeds.md").read_text() == "a\tb\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "[" * 99_999, '{"meanIU": "x"}', '{"arguments": 1, "meanIU": 0.5}']
+)
+def test_a_damaged_result_is_evaluated_again(tmp_path: Path, commands: list[list[str]], content: str) -> None:
+    arguments = [str(tmp_path), "--seeds", "1", "--first-seed", "40", "--train", "--data-dir", "CS"]
+    seeds.main(arguments)
+    (tmp_path / "seed_40/result.txt").write_text(content)
+    seeds.main(arguments)
+    assert [command[0] for command in commands] == ["train.py", "evaluate.py"] * 2

@@ -14,7 +14,7 @@ from utils.errors import InputError, RunError
 from utils.resources import shortage
 
 #: Flags that decide how much memory a command takes, in the order in which they are worth a try.
-HEAVY = ("--batch-size", "--tile-batch", "--input-size", "--scales", "--num-workers", "--nproc")
+HEAVY = ("--batch-size", "--tile-batch", "--input-size", "--scales", "--num-workers")
 #: Those of HEAVY that this command has; None before its arguments are parsed.
 _heavy: list[str] | None = None
 
@@ -160,6 +160,8 @@ def exit_status(main: Callable[[], int | None]) -> int:
         if not isinstance(error, (InputError, RunError)):
             if (what := shortage(error)) is None:
                 raise
+            # What was half made, such as a DataLoader, complains while it is taken apart.
+            sys.unraisablehook = lambda _: None
             error = exhausted(what)
         sys.stdout.flush()
         # Where the processes of a run come to the same error together, one of a machine speaks.

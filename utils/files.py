@@ -13,8 +13,8 @@ from typing import IO, Any
 
 from utils.errors import RunError, UsageError
 
-#: Bytes of a file's name that its temporary name keeps.
-LONGEST = 200
+#: Bytes that file systems take for a name; those that a temporary name keeps of it.
+LONGEST_NAME, LONGEST = 255, 200
 
 
 def open_input(path: str | os.PathLike, mode: str = "rb", **options: Any) -> IO[Any]:
@@ -76,7 +76,7 @@ def read_input(path: str | os.PathLike, most: int | None = None) -> bytes:
 def temporary_name(path: str, writer: int | str) -> str:
     """Return the name under which `writer`, a process and thread, writes `path` before it is renamed."""
     folder, name = os.path.split(path)
-    name = os.fsdecode(os.fsencode(name)[-LONGEST:])  # file systems take names of 255 bytes
+    name = os.fsdecode(os.fsencode(name)[-LONGEST:])
     # The ending stays last: writers such as Pillow choose the format by it.
     return os.path.join(folder, f".writing-{writer}-{name}")
 
@@ -200,6 +200,8 @@ def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None
         if not os.path.basename(path):
             raise UsageError(f"{flag} {path}: is no name of a file; name a file")
         try:
+            if len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             about = os.stat(path)
         except FileNotFoundError:
             continue

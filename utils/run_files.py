@@ -70,7 +70,14 @@ def is_score(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and "\0" not in value  # no file has a name with it
+    """Whether `value`, from JSON, is text, and text that the name of a file can have."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _damaged(path: str, what: str) -> UsageError:
