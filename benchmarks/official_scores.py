@@ -146,8 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     difference = report["largest_difference"]
     print(f"{report['pictures']} pictures, largest difference {difference:.1e} (at most {BAR})")
     if args.out:
-        write_file(args.out, json.dumps(report, indent=2) + "
-")
+        write_file(args.out, json.dumps(report, indent=2) + "\n")
     return int(not difference <= BAR)
 
 

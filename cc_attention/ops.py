@@ -18,7 +18,7 @@ _BUILD = (
 
 
 def _load_library() -> bool:
-    """Registers the compiled operators with PyTorch; False where they were not built.
+    """Register the compiled operators with PyTorch; return False where the reference has to serve.
 
     A library that is there and does not load is an error, since silence would only show as slowness.
     """
@@ -36,12 +36,22 @@ def _load_library() -> bool:
             f"{spec.origin} does not load: it is damaged or was built for another PyTorch. Build it again "
             f"({_BUILD}), or delete it to use the reference."
         ) from error
+    try:
+        importlib.import_module("cc_attention._registration")
+    except (ImportError, AttributeError) as error:
+        # It builds on what PyTorch's own registration of operators is made of, which is not public.
+        warnings.warn(
+            f"PyTorch {torch.__version__} has changed what the compiled criss-cross attention builds on "
+            f"({error}), the plain PyTorch reference serves; install a version of PyTorch named in "
+            "docs/operator.md, or a newer cc_attention",
+            stacklevel=2,
+        )
+        return False
     return True
 
 
 DEVICE_TYPES: frozenset[str] = frozenset()  # those with compiled kernels
 if _load_library():
-    importlib.import_module("cc_attention._registration")
     DEVICE_TYPES = frozenset(
         device_type
         for device_type in ("cpu", "cuda")

@@ -652,15 +652,21 @@ def test_a_gpu_without_cuda_kernels_uses_the_reference_and_says_so_once(
     assert len(record) == 1
 
 
-def run_copy_of_the_package(folder: Path, library: bytes | None) -> subprocess.CompletedProcess[str]:
-    """Uses a copy of the package with the given bytes for its library, in a process of its own."""
+def run_copy_of_the_package(
+    folder: Path, library: bytes | None, before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Use a copy of the package with the given bytes for its library, in a process of its own.
+
+    Args:
+        before: statements to run before the package is imported.
+    """
     shutil.copytree(
         PACKAGE, folder / "cc_attention", ignore=shutil.ignore_patterns("_C*", "csrc", "__pycache__")
     )
     if library is not None:
         (folder / "cc_attention/_C.abi3.so").write_bytes(library)
     program = (
-        "import torch, cc_attention; from cc_attention import ca_weight, reference;"
+        f"import torch; {before}\nimport cc_attention; from cc_attention import ca_weight, reference;"
         "x = torch.randn(1, 2, 3, 4);"
         "assert torch.equal(ca_weight(x, x), reference.ca_weight(x, x)) and ca_weight(x, x).numel();"
         "print(cc_attention.__file__)"
@@ -686,3 +692,14 @@ def test_broken_library_is_an_error(tmp_path: Path) -> None:
     result = run_copy_of_the_package(tmp_path, b"not a library")
     assert result.returncode != 0
     assert "ImportError" in result.stderr and "Build it again" in result.stderr
+
+
+def test_a_pytorch_without_what_the_registration_builds_on_means_the_reference(
+    tmp_path: Path, compiled: str
+) -> None:
+    (library,) = PACKAGE.glob("_C*.so")
+    gone = "import torch.autograd.function; del torch.autograd.function._SingleLevelFunction"
+    result = run_copy_of_the_package(tmp_path, library.read_bytes(), gone)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the plain PyTorch reference serves") == 1
+    assert "_SingleLevelFunction" in result.stderr
