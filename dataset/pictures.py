@@ -308,7 +308,7 @@ def _decode_ids(encoded: Encoded) -> np.ndarray:
                 raise DataError(f"{path}: {problem}; save it as PNG")
             mode = picture.mode
             label = np.array(picture)
-            if mode == "P" and not _even(picture.getpalette() or [], np.unique(label)):
+            if mode == "P" and not _even(picture.getpalette() or [], label):
                 raise DataError(
                     f"{path}: a label whose ids a palette maps to other grays, so that either may be meant; "
                     "save the ids as PNG without a palette"
@@ -326,17 +326,20 @@ def _decode_ids(encoded: Encoded) -> np.ndarray:
     return label.astype(label.dtype.newbyteorder("="), copy=False)
 
 
-def _even(palette: list[int], used: np.ndarray) -> bool:
-    """Whether the indices in a palette picture are surely its ids.
+def _even(palette: list[int], label: np.ndarray) -> bool:
+    """Whether the indices uint8 [h, w] of a palette picture are surely its ids.
 
     They are where the palette has colors, shows each index as that gray, or spreads those used from black to
     white. Other grays are what programs make of a picture without a palette, to store it in fewer bits: there
     the grays are the ids.
     """
     colors = np.reshape(palette, (-1, 3))
-    if (colors != colors[:, :1]).any() or used[-1] >= len(colors):
+    if (colors != colors[:, :1]).any():
         return True
-    grays, indices = colors[used, 0], used.astype(int)
+    indices = np.unique(label).astype(int)
+    if indices[-1] >= len(colors):
+        return True
+    grays = colors[indices, 0]
     spread = (np.abs(grays - indices * 255 / max(white, 1)) < 1 for white in (indices[-1], len(colors) - 1))
     return bool((grays == indices).all()) or any(each.all() for each in spread)
 
@@ -358,6 +361,8 @@ def _inexact(picture: Image.Image, start: bytes) -> str | None:
             return f"a TIFF label compressed by {compression} may have other ids than were drawn"
         if tags.get(PHOTOMETRIC) == 0:
             return "a TIFF label in which 0 is white may mean either value by it"
+        if tags.get(SAMPLE_FORMAT, (1,))[0] == 2 and picture.mode == "L":
+            return "a TIFF label of signed values of 8 bits, of which those below 0 are read as others"
         if tags.get(ORIENTATION, 1) != 1:
             return "a TIFF label that is stored turned or mirrored"
     return None

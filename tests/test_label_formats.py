@@ -144,6 +144,7 @@ REFUSED = {
     "WebP": (cv2.imencode(".webp", RGB)[1].tobytes(), "a WebP label"),
     "TIFF by JPEG": (by_pillow(ids(19), "TIFF", compression="jpeg"), "compressed by jpeg"),
     "TIFF, 0 is white": (tiff(ids(19).tobytes(), 8, photometric=0), "in which 0 is white"),
+    "TIFF, 8 bits, signed": (tiff(ids(19).tobytes(), 8, _339=2), "signed values of 8 bits"),
     "TIFF, upside down": (tiff(ids(19).tobytes(), 8, _274=3), "turned or mirrored"),
     "TIFF, on its side": (tiff(ids(19).tobytes(), 8, _274=6), "turned or mirrored"),
     "TIFF, floating-point": (by_pillow(ids(19).astype(np.float32), "TIFF"), "mode F"),
