@@ -13,6 +13,7 @@ relative to the list), a video, or camera:0. DIR gets, under the name and the su
 
 Pictures may have any size. One larger than the tile, --input-size, is predicted by tiles, as by evaluate.py.
 What can't be read is left out and named at the end; the exit status is then 2. A camera runs until Ctrl-C.
+Where a result would replace a file that is read, nothing is written.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ CELL, SMALLEST_CELL, NUMBERED_CELL = 40, 6, 26
 #: Longest side of the matrix beyond which cells shrink.
 EXTENT = 2000
 MARGIN = 16
+#: Letters of a name that are shown.
+LONGEST_NAME = 60
 #: White, the colour of 0, to dark blue, that of 1.
 LOW, HIGH = np.array((255, 255, 255)), np.array((8, 48, 107))
 
@@ -26,6 +28,7 @@ def draw_heat_map(names: Sequence[str], confusion: np.ndarray) -> Image.Image:
         confusion: [K, K] numbers of pixels, rows = ground truth.
     """
     number = len(names)
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in names]
     cell = max(SMALLEST_CELL, min(CELL, EXTENT // number))
     font = ImageFont.load_default(size=max(8, min(15, cell - 2)))
     small = ImageFont.load_default(size=13)
