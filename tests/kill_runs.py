@@ -39,7 +39,7 @@ from conftest import ROOT, write_pair  # noqa: E402
 
 from benchmarks.measure import machine  # noqa: E402
 from engine import checkpoint  # noqa: E402
-from utils.args import UsageError  # noqa: E402
+from utils.errors import UsageError  # noqa: E402
 
 STEPS, VALIDATE = 4, 2
 FLAGS = (
