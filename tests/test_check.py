@@ -474,6 +474,8 @@ def test_pictures_that_are_nearly_black(tmp_path, capsys):
 
 def test_no_input_is_overwritten(healthy, tmp_path, capsys):
     (tmp_path / "list").write_text(SOUND + "\n")
+    table = tmp_path / "table.tsv"
+    table.write_text("name\tid\ttrain_id\tcolor\nroad\t7\t0\t1,2,3\nrest\t8\t1\t3,2,1\n")
     (healthy / "link").symlink_to(healthy / LABEL)
     os.link(healthy / INSTANCES, tmp_path / "hard")
     content = {path: path.read_bytes() for path in healthy.rglob("*.png")}
@@ -482,13 +484,15 @@ def test_no_input_is_overwritten(healthy, tmp_path, capsys):
         ("--plot", healthy / IMAGE),
         ("--plot", healthy / "link"),
         ("--json", tmp_path / "hard"),
+        ("--json", table),
     ):
-        status, output, line = checked(healthy, capsys, "--data-list", tmp_path / "list", flag, file)
-        assert status == 2 and f"{flag} {file}: is a file of the data set" in line and output == ""
+        flags = ["--data-list", tmp_path / "list", "--classes", table, flag, file]
+        status, output, line = checked(healthy, capsys, *flags)
+        assert status == 2 and f"{flag}: would replace its own input {file}" in line and output == ""
     status, _, line = checked(healthy, capsys, "--json", tmp_path / "a", "--plot", tmp_path / "." / "a")
     assert status == 2 and "is the file of --json too" in line
     assert {path: path.read_bytes() for path in content} == content
-    assert (tmp_path / "list").read_text() == SOUND + "\n"
+    assert (tmp_path / "list").read_text() == SOUND + "\n" and table.read_text().startswith("name")
 
 
 def test_full_disk_leaves_nothing_and_names_the_result(healthy, tmp_path, capsys, monkeypatch):
@@ -542,21 +546,3 @@ def test_as_a_command(healthy, root):
     assert last_line(done.stderr).startswith("dataset.check: error: ") and IMAGE in last_line(done.stderr)
     assert "8/8" not in done.stderr and "4/4" in done.stderr
     assert "arning" not in done.stderr and f"note: {name}: libpng warning: iCCP" in done.stdout
-
-
-def test_no_output_replaces_what_is_read(healthy, tmp_path, capsys):
-    (tmp_path / "list").write_text("")
-    picture = next(healthy.glob("leftImg8bit/val/*/*.png"))
-    label = next(healthy.glob("gtFine/val/*/*labelIds.png"))
-    (tmp_path / "link.json").symlink_to(label)
-    table = tmp_path / "table.tsv"
-    table.write_text("name\tid\ttrain_id\tcolor\nroad\t7\t0\t1,2,3\n")
-    for flags in (
-        ["--json", picture],
-        ["--plot", tmp_path / "link.json"],
-        ["--json", table, "--classes", table],
-    ):
-        before = [path.read_bytes() for path in (picture, label, table)]
-        status, _, line = checked(healthy, capsys, *flags)
-        assert status == 2 and f"{flags[0]}: would replace its own input {flags[1]}" in line
-        assert [path.read_bytes() for path in (picture, label, table)] == before
