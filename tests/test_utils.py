@@ -36,12 +36,18 @@ from utils.logger import RunLog
 from utils.resources import check_fits, physical_memory, shortage
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def never_waits() -> Iterator[None]:
-    """Whatever waits for a FIFO fails."""
-    signal.alarm(100)
+    """Whatever waits for a FIFO fails, rather than wait for ever."""
+
+    def waited(_number: int, _frame: object) -> None:
+        raise TimeoutError("waits for a FIFO")
+
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(30)
     yield
     signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def make(kind: str, path: Path) -> Path:
@@ -121,6 +127,7 @@ def test_what_python_alone_takes_for_numbers_is_refused(kind, text: str) -> None
 # Files
 
 
+@pytest.mark.usefixtures("never_waits")
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_that_are_no_files_are_refused_at_once(tmp_path: Path, kind: str) -> None:
     with pytest.raises(OSError, match=rf"is a {kind}, not a file|No such device"):
@@ -146,6 +153,7 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
     assert (tmp_path / "dangling").is_symlink() and (tmp_path / "there/y").read_text() == "made"
 
 
+@pytest.mark.usefixtures("never_waits")
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_that_are_no_files_stay_what_they_are(tmp_path: Path, kind: str) -> None:
     path = make(kind, tmp_path / "x")
@@ -249,6 +257,7 @@ def test_json_is_read_as_it_is(tmp_path: Path) -> None:
     assert run_files.read_recipe(str(tmp_path)) == {"a": [1, {"b": None}]}
 
 
+@pytest.mark.usefixtures("never_waits")
 @pytest.mark.parametrize("kind", KINDS)
 def test_run_files_that_are_no_files(tmp_path: Path, kind: str) -> None:
     for name, read in (
@@ -289,6 +298,7 @@ def test_a_log_goes_on_after_what_is_no_entry(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2
 
 
+@pytest.mark.usefixtures("never_waits")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_log_is_a_file(tmp_path: Path, kind: str) -> None:
     make(kind, tmp_path / "log.jsonl")
