@@ -219,7 +219,7 @@ def test_dual_tensors(name: str) -> None:
             leaves = [t.clone().requires_grad_(not inference) for t in inputs]
             duals = [forward_ad.make_dual(t, tangent) for t, tangent in zip(leaves, tangents, strict=True)]
             agree(tuple(forward_ad.unpack_dual(getattr(ops, name)(*duals))), expected)
-            if not inference:
+            if ops.DEVICE_TYPES and not inference:  # PyTorch can't, through its own softmax
                 tangent = forward_ad.unpack_dual(getattr(ops, name)(*duals)).tangent
                 agree(torch.autograd.grad(tangent.sum(), leaves[0])[0], of_tangent)
 
@@ -341,8 +341,8 @@ def test_a_module_s_weights_under_transforms_of_its_input(module: RecurrentCriss
     agree(by_tangent, by_difference, tolerance=1e-7)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager"])
-def test_transforms_within_torch_compile(module: RecurrentCrissCrossAttention, compiler: str) -> None:
+@compiled
+def test_transforms_within_torch_compile(module: RecurrentCrissCrossAttention) -> None:
     torch.compiler.reset()
     x, weights = pictures(), detached(module)
     gradients = vmap(grad(lambda w, picture: sample_loss(module, w, picture)), (None, 0))
@@ -351,7 +351,7 @@ def test_transforms_within_torch_compile(module: RecurrentCrissCrossAttention, c
         return jvp(module, (x,), (2 * x,))[1]
 
     for function, arguments in ((gradients, (weights, x)), (tangent, (x,))):
-        traced = torch.compile(function, backend=compiler, fullgraph=True)
+        traced = torch.compile(function, backend="aot_eager", fullgraph=True)
         agree(traced(*arguments), function(*arguments))
 
 
