@@ -250,7 +250,6 @@ def splits_of(args: argparse.Namespace, labels: LabelReader) -> Iterator[Split]:
     root, workers = args.root, args.num_workers
     if args.data_list:
         pairs = layout.read_list(root, args.data_list)
-        check_written(args, pairs)
         yield split_of(args.data_list, root, pairs, labels, workers)
         return
     layout.check_root(root)
@@ -263,7 +262,6 @@ def splits_of(args: argparse.Namespace, labels: LabelReader) -> Iterator[Split]:
         )
     for name in names:
         found = layout.scan(root, name)
-        check_written(args, found.pairs)
         files = [*(pair.image for pair in found.pairs), *found.without_label]
         official = official_cities(name, {os.path.basename(os.path.dirname(file)) for file in files})
         unlabelled = not os.path.isdir(os.path.join(root, "gtFine", name)) and name not in ("train", "val")
@@ -288,19 +286,6 @@ def splits_of(args: argparse.Namespace, labels: LabelReader) -> Iterator[Split]:
             )
         wanted = {} if args.partial else official
         yield split_of(name, root, found.pairs, labels, workers, problems, wanted)
-
-
-def check_written(args: argparse.Namespace, pairs: Sequence[Pair]) -> None:
-    """See that --plot and --json can be written, and replace no picture, label, list or table.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    files = [file for pair in pairs for file in (pair.image, pair.label, instances_of(pair.label))]
-    inputs = [args.data_list, args.classes, *(os.path.join(args.root, file) for file in files)]
-    for flag in ("plot", "json"):
-        if named := getattr(args, flag):
-            check_output_file(f"--{flag}", named, inputs)
 
 
 # What is said of it
@@ -403,7 +388,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    check_written(args, [])
+    for flag in ("plot", "json"):
+        if named := getattr(args, flag):
+            check_output_file(f"--{flag}", named)
     table, num_classes = choose_table(args.classes, args.num_classes)
     labels = LabelReader(table, args.ignore_label, num_classes)
     splits: list[Split] = []

@@ -362,21 +362,3 @@ def test_as_a_command(healthy, root):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert last_line(done.stderr).startswith("dataset.check: error: ") and IMAGE in last_line(done.stderr)
     assert "8/8" not in done.stderr and "4/4" in done.stderr
-
-
-def test_no_output_replaces_what_is_read(healthy, tmp_path, capsys):
-    (tmp_path / "list").write_text("")
-    picture = next(healthy.glob("leftImg8bit/val/*/*.png"))
-    label = next(healthy.glob("gtFine/val/*/*labelIds.png"))
-    (tmp_path / "link.json").symlink_to(label)
-    table = tmp_path / "table.tsv"
-    table.write_text("name\tid\ttrain_id\tcolor\nroad\t7\t0\t1,2,3\n")
-    for flags in (
-        ["--json", picture],
-        ["--plot", tmp_path / "link.json"],
-        ["--json", table, "--classes", table],
-    ):
-        before = [path.read_bytes() for path in (picture, label, table)]
-        status, _, line = checked(healthy, capsys, *flags)
-        assert status == 2 and f"{flags[0]}: would replace its own input {flags[1]}" in line
-        assert [path.read_bytes() for path in (picture, label, table)] == before
