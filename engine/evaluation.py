@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.distributed import World
+from engine.inference import NAN_ADVICE, NO_CLASS
 from engine.loader import PictureSource, evaluation_pictures
 from engine.metrics import CityscapesEvaluation, OfficialScores, PictureStatistics, confusion_matrix
 from engine.transfer import subtract_mean
-from utils.errors import DataError
+from utils.errors import DataError, RunError
 from utils.files import unwritable
 from utils.progress import Progress
 
@@ -61,7 +62,7 @@ def evaluate(
 
     Raises:
         DataError: a file can't be used; raised on every process.
-        RunError: `keep` met a full disk, or a worker was killed.
+        RunError: the network gives NaN, `keep` met a full disk, or a worker was killed.
     """
     device = world.device
     mean = torch.as_tensor(source.mean, dtype=torch.float32, device=device)
@@ -85,6 +86,8 @@ def evaluate(
         ) -> tuple[Tensor | None, PictureStatistics | None]:
             """Keep and score prediction `index` of those that arrive."""
             prediction = arrived()[index]
+            if (prediction == NO_CLASS).any():
+                raise RunError(f"{picture.name}: the network gives NaN; {NAN_ADVICE}")
             if keep is not None:
                 keep(picture.name, prediction.numpy())
             counted = None
@@ -117,7 +120,7 @@ def evaluate(
                     for index, picture in enumerate(same_size):
                         waiting.append(threads.submit(finish, picture, arrived, index))
                 collect(WAITING if number < rounds else 0)
-            except DataError as found:
+            except (DataError, RunError) as found:
                 error = found
             except OSError as found:
                 error = unwritable(found)

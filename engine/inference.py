@@ -21,6 +21,9 @@ Model = Callable[[Tensor], Tensor | Sequence[Tensor]]
 OVERLAP = 1 / 3
 #: Lines of a band where no tile gives its length.
 WHOLE_BAND = 256
+#: In place of a class where the network gives NaN; no class has this number.
+NO_CLASS = 255
+NAN_ADVICE = "its finite weights overflow float32, so check the checkpoint"
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -131,13 +134,22 @@ def predict_classes(
         scales, flip, tile_size, num_classes, tile_batch: see `predict_multiscale`; at most 255 classes.
 
     Returns:
-        classes uint8 [N, h, w]; of equal logits the lowest class.
+        classes uint8 [N, h, w]; of equal logits the lowest class, NO_CLASS where a logit is NaN.
 
     Raises:
         ValueError: as `predict_multiscale`.
     """
     logits = _multiscale(model, image, scales, flip, tile_size, num_classes, tile_batch)
-    return _join(logits, tile_size, lambda band: band.argmax(1, keepdim=True).to(torch.uint8)).squeeze(1)
+    return _join(logits, tile_size, _classes).squeeze(1)
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """Return the class of the greatest logit, NO_CLASS where one is NaN.
+
+    Shape: [N, C, h, w] -> uint8 [N, 1, h, w].
+    """
+    greatest, classes = logits.max(1, keepdim=True)
+    return classes.to(torch.uint8).masked_fill_(greatest.isnan(), NO_CLASS)
 
 
 class _Lines(NamedTuple):

@@ -102,6 +102,17 @@ def test_interruption_ends_it(mixed):
         evaluate(predict, mixed, ONE, 3, 255, interrupted=lambda: RunError("enough"))
 
 
+def test_a_network_that_gives_nan_is_not_scored(mixed):
+    def overflowing(images):
+        logits = brightness(images)
+        return logits * torch.where(images[:, :1] > images[:, :1].amax((2, 3), True) - 1, math.nan, 1.0)
+
+    with pytest.raises(RunError, match="the network gives NaN"):
+        evaluate(
+            lambda images: predict_classes(overflowing, images, [1.0], False, None, 3), mixed, ONE, 3, 255
+        )
+
+
 class TestReport:
     CONFUSION = torch.tensor([[90, 10, 0], [1, 3, 0], [0, 0, 0]])
 

@@ -35,7 +35,7 @@ from PIL import Image
 
 from dataset import IMG_MEAN, DataError
 from dataset.pictures import decode_upright, load
-from engine.inference import predict_classes, predict_multiscale
+from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
 from engine.transfer import subtract_mean
 from tools import common
 from tools.sources import PictureFile, Video, check_video_name, find, frames
@@ -232,10 +232,17 @@ class Work:
         tile = None if args.whole or fits else args.input_size
         options = (args.scales, args.flip, tile, network.num_classes)
         if PROBABILITIES not in args.save:
-            return Prediction(predict_classes(network.model, image, *options)[0].cpu().numpy(), None)
-        logits = predict_multiscale(network.model, image, *options)[0]
-        probabilities = logits.softmax(0).to(torch.float16)
-        return Prediction(logits.argmax(0).to(torch.uint8).cpu().numpy(), probabilities.cpu().numpy())
+            classes, probabilities = predict_classes(network.model, image, *options)[0], None
+            finite = bool((classes != NO_CLASS).all())
+        else:
+            logits = predict_multiscale(network.model, image, *options)[0]
+            classes, probabilities = logits.argmax(0).to(torch.uint8), logits.softmax(0).to(torch.float16)
+            finite = bool(probabilities.isfinite().all())
+        if not finite:
+            raise RunError(f"{network.path}: the network gives NaN; {NAN_ADVICE}")
+        return Prediction(
+            classes.cpu().numpy(), None if probabilities is None else probabilities.cpu().numpy()
+        )
 
     def _show(self, name: str, picture: np.ndarray, prediction: Prediction) -> np.ndarray:
         """Add the picture to the sheet; returns its overlay, uint8 [h, w, 3] RGB."""
