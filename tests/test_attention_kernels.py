@@ -133,8 +133,8 @@ def check(
 
     like: another dtype than the operands' whose precision is meant.
     peaked: the softmax is nearly one-hot, and in the gradients of query and key almost everything cancels.
-        There the rounding is that of their largest terms: PyTorch, which sums the same products twice,
-        cancels their errors too, and no method that keeps one logarithm for each pixel can.
+        There the rounding is that of their largest terms: PyTorch sums the same products twice, whose errors
+        cancel too; the kernels subtract a sum of other products, those of the result and its gradient.
     """
     dtype = operands[0].dtype
     wide = [t.to(F64) for t in operands]

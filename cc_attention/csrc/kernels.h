@@ -33,8 +33,8 @@ struct Sizes {
   CC_HOST_DEVICE int64_t pixels() const { return N * H * W; }
 };
 
-// Of a pixel: exp(score - top) / total is the softmax of its scores. One logarithm in their place would lose the total
-// beside a top of 1e8. top is -inf and total 0 where all scores are -inf.
+// A pixel's softmax is exp(score - top) / total. There are two numbers because a single one, the logarithm of the sum
+// of the exponentials, would round the total away beside a large top. Where all scores are -inf, top is -inf as well.
 template <class S>
 struct alignas(2 * sizeof(S)) Normalizer {
   S top;    // the largest score
