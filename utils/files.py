@@ -127,7 +127,7 @@ def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None
         inputs: None, and what does not exist, is skipped.
 
     Raises:
-        UsageError: naming `flag` and the output; also where it is no file but a folder, FIFO, socket or device.
+        UsageError: naming `flag` and the output, which may also be a folder, FIFO, socket or device.
     """
     read = {}
     for path in filter(None, inputs):
