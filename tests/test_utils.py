@@ -209,6 +209,17 @@ def test_no_output_is_an_input_whatever_its_name(tmp_path: Path) -> None:
     check_output_file("--json", str(tmp_path / "in/other.png"), [str(path)])
 
 
+def test_no_output_is_another_one(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to("a")
+    outputs = [str(tmp_path / name) for name in ("a/x.png", "a/y.png", "b/x.png")]
+    for _ in range(2):
+        check_outputs("--out", outputs[:2])
+        with pytest.raises(UsageError, match="a/x.png and .*b/x.png are the same file"):
+            check_outputs("--out", outputs)
+        (tmp_path / "a/x.png").touch()
+
+
 def test_outputs_that_can_have_no_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")

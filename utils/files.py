@@ -179,7 +179,7 @@ def _unwritable_kind(path: str) -> OSError | None:
 
 
 def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None] = ()) -> None:
-    """See that the files that a command is about to write replace none that it reads, and are files.
+    """See that the files that a command is about to write replace none that it reads, nor each other.
 
     Files are compared by what they are: links, hard links, .. and other spellings of a name change nothing.
 
@@ -189,13 +189,14 @@ def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None
         inputs: None, and what does not exist, is skipped.
 
     Raises:
-        UsageError: naming `flag` and the output.
+        UsageError: naming `flag` and the output, which may also be a folder, FIFO, socket or device.
     """
     read = {}
     for path in filter(None, inputs):
         with contextlib.suppress(OSError, ValueError):
             about = os.stat(path)
             read[about.st_dev, about.st_ino] = path
+    written: dict[object, str] = {}
     for path in outputs:
         if not os.path.basename(path):
             raise UsageError(f"{flag} {path}: is no name of a file; name a file")
@@ -204,14 +205,18 @@ def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             about = os.stat(path)
         except FileNotFoundError:
-            continue
+            place: object = os.path.realpath(path)
         except OSError as error:
             raise UsageError(f"{flag}: {path} can't be written ({error.strerror}); name another") from error
-        if found := read.get((about.st_dev, about.st_ino)):
-            same = "" if found == path else f", which is {found}"
-            raise UsageError(f"{flag}: would replace its own input {path}{same}; name another")
-        if not stat.S_ISREG(about.st_mode):
-            raise UsageError(f"{flag}: {path} is {kind_of(about.st_mode)}, not a file; name another")
+        else:
+            place = about.st_dev, about.st_ino
+            if found := read.get(place):
+                same = "" if found == path else f", which is {found}"
+                raise UsageError(f"{flag}: would replace its own input {path}{same}; name another")
+            if not stat.S_ISREG(about.st_mode):
+                raise UsageError(f"{flag}: {path} is {kind_of(about.st_mode)}, not a file; name another")
+        if (other := written.setdefault(place, path)) != path:
+            raise UsageError(f"{flag}: {other} and {path} are the same file; name another")
 
 
 def check_output_file(flag: str, path: str, inputs: Iterable[str | None] = ()) -> None:
