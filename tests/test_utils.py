@@ -528,3 +528,14 @@ def test_order_of_output_and_errors_on_one_file(tmp_path: Path) -> None:
     done = shell(tmp_path, "2>&1", "fail")
     ends = [line[-8:] for line in done.stdout.decode().splitlines()]
     assert ends == ["道 \\udcff", "child", "more", "is wrong"]
+
+
+@pytest.mark.parametrize("arguments", [["--name", ""], ["--name="], ["--other", "a", "--name", ""]])
+def test_an_empty_value_is_refused(arguments, capsys):
+    parser = flags.Parser()
+    parser.add_argument("--name")
+    parser.add_argument("--other", default=None)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(arguments)
+    assert ended.value.code == 2 and "--name: is empty" in capsys.readouterr().err
+    assert parser.parse_args(["--name", "a"]).name == "a" and parser.parse_args([]).name is None

@@ -26,7 +26,14 @@ class Parser(argparse.ArgumentParser):
         global _heavy
         if _heavy is None:
             _heavy = [flag for flag in HEAVY if flag in self._option_string_actions]
-        return super().parse_known_args(args, namespace)
+        found, others = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            # An unset variable of a script: --restore-from "$WEIGHTS" would train from random weights.
+            if getattr(found, action.dest, None) == "":
+                self.error(
+                    f"argument {'/'.join(action.option_strings) or action.metavar}: is empty; give a value"
+                )
+        return found, others
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{program()}: error: {' '.join(message.splitlines())}\n")
