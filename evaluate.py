@@ -102,12 +102,10 @@ def main() -> int:
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
     devices = distributed.choose_devices(args.gpu, args.nproc)
-    return distributed.run(
-        devices, check=lambda: check(args, devices[0]), body=lambda world: run(args, world)
-    )
+    return distributed.run(devices, check=lambda: check(args), body=lambda world: run(args, world))
 
 
-def check(args: argparse.Namespace, device: torch.device) -> None:
+def check(args: argparse.Namespace) -> None:
     """Everything that can be known before the first picture; also makes the folder for the predictions.
 
     Raises:
@@ -127,7 +125,7 @@ def check(args: argparse.Namespace, device: torch.device) -> None:
         print(lacking, flush=True)
     if args.split == TEST:
         check_names(dataset.source, [pair.name for pair in dataset.pairs])
-    if device.type == "cpu":
+    if distributed.choose_devices(args.gpu, args.nproc)[0].type == "cpu":
         largest = max(dataset.sizes(), key=math.prod) if args.whole else args.input_size
         pixels = math.prod(largest) * (max(args.scales) ** 2 if args.whole else 1)
         check_fits("--input-size, --scales, --whole", int(LEAST_BYTES * pixels))
