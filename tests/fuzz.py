@@ -122,12 +122,12 @@ class Ground:
         ]
         self.before = self.contents()
 
-    def contents(self) -> set[str]:
-        """Return the digests of all regular files."""
+    def contents(self) -> dict[str, Path]:
+        """Return the digests of all regular files but the lock of the run, which each run writes anew."""
         return {
-            hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in self.folder.rglob("*")
-            if path.is_file() and not path.is_symlink()
+            hashlib.sha256(path.read_bytes()).hexdigest(): path
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and not path.is_symlink() and path.name != checkpoint.LOCK
         }
 
 
@@ -207,8 +207,9 @@ def check_command(name: str, main: Callable[[], int | None], arguments: list[str
     if ended.status:
         last = ended.errors.rstrip("\n").rsplit("\n", 1)[-1]
         assert ": error: " in last, f"status {ended.status} without a line: {last!r}"
-    missing = ground().before - ground().contents()
-    assert not missing, f"{len(missing)} files were changed or deleted"
+    now = ground().contents()
+    missing = [str(path) for digest, path in ground().before.items() if digest not in now]
+    assert not missing, f"changed or deleted: {missing}"
 
 
 # Flags
