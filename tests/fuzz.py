@@ -114,7 +114,7 @@ class Ground:
                 "",
                 "/dev/null",
                 "/dev/zero",
-                "/nowhere/file",
+                "/dev/null/file",
                 "two\nlines",
                 os.fsdecode(b"not\xffutf8"),
                 "x" * 5000,
