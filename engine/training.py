@@ -227,6 +227,12 @@ class Run:
             snapshot, validate = (
                 self._due(step, interval) for interval in (self.intervals.snapshot, self.intervals.validation)
             )
+            if (snapshot or validate or self._due(step, self.intervals.state)) and not self._is_finite():
+                self.world.barrier()  # a launcher may end rank 0 as soon as another one is gone
+                raise RunError(
+                    f"step {step}: its update made weights that are not finite; they are not saved. Lower "
+                    "--learning-rate; --resume continues from the newest state"
+                )
             if snapshot:
                 self._save_snapshot(step)
             if snapshot or validate:
@@ -235,6 +241,11 @@ class Run:
                 self._save_state(step)
             if validate:
                 self._validate(step)
+
+    def _is_finite(self) -> bool:
+        """Return whether all weights and statistics, which every process has alike, are finite."""
+        values = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        return math.isfinite(torch.nn.utils.get_total_norm(values, float("inf")))
 
     def _end(self, error: Exception, step: int, start: int) -> NoReturn:
         """Raise `error` with the state after `step` saved; every process does."""

@@ -258,6 +258,13 @@ class TestInput:
         assert f"step {done + 1}: the loss is" in last and "on process 0" in last and "ulm_000000_" in last
         assert_nothing_lost(tmp_path)
 
+    def test_weights_that_overflow_in_the_last_step_are_not_saved(self, data, tmp_path):
+        """No later step looks at them."""
+        with Training(data, tmp_path, *ENDLESS, *CPU, "--num-steps", 1, "--learning-rate", 3e38) as run:
+            status, errors = run.end()
+        assert status == 1 and "weights that are not finite" in last_line(errors), errors
+        assert not list(tmp_path.glob("CS_scenes_*")) and not list(tmp_path.glob("state_*"))
+
     def test_truncated_newest_state(self, data, tmp_path):
         flags = [
             *CPU,

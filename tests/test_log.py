@@ -8,7 +8,10 @@ import pytest
 
 from utils.logger import RunLog
 
-ENTRIES = [json.dumps({"step": step, "loss": 0.5, "samples": ["caf\u00e9"]}) + "\n" for step in (1, 2, 3, 4)]
+ENTRIES = [
+    json.dumps({"step": step, "loss": 0.5, "lr": 0.1, "samples": ["caf\u00e9"]}) + "\n"
+    for step in (1, 2, 3, 4)
+]
 
 
 def resumed(folder, content: bytes, start: int) -> bytes:
