@@ -14,6 +14,11 @@ ENTRIES = [
 ]
 
 
+def of_step(text: str) -> bytes:
+    """An entry whose step is `text`."""
+    return b'{"step": %s, "loss": 0.5, "lr": 0.1}\n' % text.encode()
+
+
 def resumed(folder, content: bytes, start: int) -> bytes:
     """What a log of this content holds when a run goes on after step `start`."""
     (folder / "log.jsonl").write_bytes(content)
@@ -45,14 +50,16 @@ def test_half_an_entry_at_the_end_is_dropped(tmp_path, length):
         b"notes of mine\n",
         b"\n",
         b"[" * 100_000 + b"\n",
-        b'{"step": ' + b"[" * 5000 + b"]" * 5000 + b"}\n",
-        b'{"step": "2"}\n',
-        b'{"step": true}\n',
-        b'{"step": 1e999}\n',
-        b'{"step": NaN}\n',
-        b'{"step": -3}\n',
-        b'{"step": 2.5}\n',
-        b'{"loss": 1}\n',
+        of_step("[" * 5000 + "]" * 5000),
+        of_step('"2"'),
+        of_step("true"),
+        of_step("1e999"),
+        of_step("NaN"),
+        of_step("-3"),
+        of_step("0"),
+        of_step("2.5"),
+        b'{"loss": 1, "lr": 1}\n',
+        b'{"step": 2, "lr": 1}\n',
         b"[]\n",
         b"2\n",
     ],
