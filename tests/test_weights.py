@@ -358,7 +358,7 @@ class TestRecipe:
             (b"\xff\xfe\x00", "can't be read"),
             (b"[" * 100000, "can't be read"),
             (b"9" * 10000, "can't be read"),
-            (b"[1]", "holds no flags of a run"),
+            (b"[1]", "holds a list, not a dict"),
             (b'{"recurrence": true}', "recurrence is True"),
             (b'{"recurrence": 1e300}', "recurrence is 1e"),
             (b'{"recurrence": 9999999999}', "recurrence is 9999999999"),
