@@ -63,6 +63,8 @@ def test_a_refusal_is_in_order():
 def test_the_fuzzer_finds(fault, ground):
     """A traceback, a file that is gone, a status that there is not, a refusal without a line."""
     content = ground.picture.read_bytes()
-    with pytest.raises((AssertionError, KeyError)):
-        fuzz.Command("faulty", Faulty(fault), lambda *_: []).body(["--fault"])
-    ground.picture.write_bytes(content)
+    try:
+        with pytest.raises((AssertionError, KeyError)):
+            fuzz.Command("faulty", Faulty(fault), lambda *_: []).body(["--fault"])
+    finally:
+        ground.picture.write_bytes(content)
