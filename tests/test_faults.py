@@ -260,7 +260,8 @@ class TestInput:
 
     def test_weights_that_overflow_in_the_last_step_are_not_saved(self, data, tmp_path):
         """No later step looks at them."""
-        with Training(data, tmp_path, *ENDLESS, *CPU, "--num-steps", 1, "--learning-rate", 3e38) as run:
+        flags = ["--num-steps", 1, "--learning-rate", 1e30, "--weight-decay", 1e30]
+        with Training(data, tmp_path, *ENDLESS, *CPU, *flags) as run:
             status, errors = run.end()
         assert status == 1 and "weights that are not finite" in last_line(errors), errors
         assert not list(tmp_path.glob("CS_scenes_*")) and not list(tmp_path.glob("state_*"))

@@ -47,6 +47,7 @@ def draw_attention(picture: np.ndarray, pixel: tuple[int, int], maps: np.ndarray
 
 def _laid_over(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Bright where the weight is large, the grey picture shining through where it is not."""
+    weights = np.nan_to_num(weights)  # NaN, of a network that has diverged, is not shown
     strength = np.sqrt(weights / max(float(weights.max()), 1e-12))
     rows, columns = (
         np.linspace(0, few - 1, many, dtype=np.float32)
