@@ -33,7 +33,7 @@ from utils.palette import make_palette, save_grey_png, save_indexed_png
 from utils.resources import LEAST_BYTES, check_fits
 from utils.submission import check_names, write_archive
 
-#: The folder of the coloured predictions; the split without labels, and what its predictions are gathered in.
+#: The folder of the colored predictions; the split without labels, and what its predictions are gathered in.
 OUTPUTS, TEST, SUBMISSION = "outputs", "test", "submission"
 #: Of the flags: what was evaluated, and how.
 DESCRIPTION = (
@@ -167,7 +167,7 @@ def make_dataset(args: argparse.Namespace) -> CSDataSet:
 
 
 def has_cityscapes_classes(dataset: CSDataSet) -> bool:
-    """Whether predictions are scored, and by the benchmark's classes."""
+    """Return whether predictions are scored, and by the benchmark's classes."""
     return dataset.labelled and dataset.labels.is_cityscapes()
 
 
@@ -262,7 +262,7 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
 
 
 def keeper(args: argparse.Namespace, dataset: CSDataSet) -> Keep:
-    """Writes a prediction as a coloured picture, and for the test split as one of label ids too."""
+    """Writes a prediction as a colored picture, and for the test split as one of label ids too."""
     palette = make_palette(dataset.labels.colors())
     label_ids = dataset.labels.label_ids()
 
@@ -275,7 +275,7 @@ def keeper(args: argparse.Namespace, dataset: CSDataSet) -> Keep:
 
 
 def output(args: argparse.Namespace, name: str) -> str:
-    """The file of the coloured prediction of a picture."""
+    """The file of the colored prediction of a picture."""
     return os.path.join(args.output_dir, OUTPUTS, f"{name}.png")
 
 

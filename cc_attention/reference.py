@@ -61,7 +61,7 @@ def check_channels(op: str, expected: int, meaning: str, **operand: Tensor) -> N
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
-    """Whether an autocast region is active for the tensor's device (some devices know no autocast)."""
+    """Return whether an autocast region is active for the tensor's device (some devices know no autocast)."""
     device_type = tensor.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 

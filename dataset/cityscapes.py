@@ -192,7 +192,7 @@ class CSDataSet(Dataset):
         return [self.path(file) for file in (*(pair.image for pair in self.pairs), *labels, *instances)]
 
     def has_instances(self) -> bool:
-        """Whether every label is a labelIds file with an instanceIds file beside it."""
+        """Return whether every label is a labelIds file with an instanceIds file beside it."""
         return all(
             pair.label.endswith(LABEL_IDS) and os.path.isfile(self.path(instances_of(pair.label)))
             for pair in self.pairs

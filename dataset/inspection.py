@@ -75,7 +75,7 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
 
 
 def has_ids(pair: Pair) -> bool:
-    """Whether the label holds Cityscapes' label ids, which instance ids can belong to."""
+    """Return whether the label holds Cityscapes' label ids, which instance ids can belong to."""
     return pair.label.endswith(LABEL_IDS)
 
 

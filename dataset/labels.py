@@ -223,11 +223,11 @@ class LabelReader:
         return known if len(known) == self.num_classes else np.arange(self.num_classes, dtype=np.uint8)
 
     def is_cityscapes(self) -> bool:
-        """Whether the classes are those of the benchmark."""
+        """Return whether the classes are those of the benchmark."""
         return self.table is None and self.num_classes == NUM_CLASSES
 
     def may_be_colors(self, path: str) -> bool:
-        """Whether a label file may be a picture of colors."""
+        """Return whether a label file may be a picture of colors."""
         return self.table is not None and not path.endswith((LABEL_IDS, LABEL_TRAIN_IDS))
 
     def read(self, encoded: Encoded, rows: int | None = None) -> np.ndarray:

@@ -51,7 +51,7 @@ def instances_of(label: str) -> str:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or a system's: ._a.png, .DS_Store, Thumbs.db."""
+    """Return whether a file or folder of this name is hidden or a system's: ._a.png, .DS_Store, Thumbs.db."""
     return name.startswith(".") or name.lower() in LITTER
 
 

@@ -212,7 +212,7 @@ def _ends(file: IO[bytes]) -> tuple[bytes, bytes]:
 
 
 def _lacks_end(start: bytes, end: bytes) -> bool:
-    """Whether a PNG or JPEG lacks its closing marker near the end (other formats are left to the decoder)."""
+    """Return whether a PNG or JPEG lacks its closing marker near its end; decoders judge other formats."""
     if start == PNG_SIGNATURE:
         return b"IEND" not in end
     # Cameras write more behind the end.
@@ -327,7 +327,7 @@ def _decode_ids(encoded: Encoded) -> np.ndarray:
 
 
 def _even(palette: list[int], label: np.ndarray) -> bool:
-    """Whether the indices uint8 [h, w] of a palette picture are surely its ids.
+    """Return whether the indices uint8 [h, w] of a palette picture are surely its ids.
 
     They are where the palette has colors, shows each index as that gray, or spreads those used from black to
     white. Other grays are what programs make of a picture without a palette, to store it in fewer bits: there
@@ -394,7 +394,7 @@ def no_label(path: str, mode: str, gray: bool = False, colors: bool = True) -> D
 
 
 def is_gray(pixels: np.ndarray) -> bool:
-    """Whether red, green and blue of [h, w, 3 or more] are equal everywhere."""
+    """Return whether red, green and blue of [h, w, 3 or more] are equal everywhere."""
     return bool((pixels[..., 1:3] == pixels[..., :1]).all())
 
 
@@ -437,7 +437,7 @@ def _decode(encoded: Encoded, flags: int) -> np.ndarray:
 
 
 def _png_is_whole(content: bytes) -> bool:
-    """Whether it begins with a header, and every chunk up to IEND is there and has its checksum."""
+    """Return whether it begins with a header, and every chunk up to IEND is there and has its checksum."""
     if content[12:16] != b"IHDR":
         return False
     view = memoryview(content)

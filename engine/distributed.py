@@ -113,7 +113,7 @@ class World:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone, which then is the cause to speak of."""
+    """Return whether a collective failed because another process is gone, which is then the cause."""
     # Gloo says it in a plain RuntimeError.
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
@@ -156,19 +156,19 @@ def from_environment(name: str, default: int) -> int:
 
 
 def is_launched() -> bool:
-    """Whether this process has siblings that somebody started: `launch`, torchrun or a scheduler."""
+    """Return whether this process has siblings that somebody started: `launch`, torchrun or a scheduler."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_restarted() -> bool:
-    """Whether torchrun or Slurm has started this run again after a failure or a requeue."""
+    """Return whether torchrun or Slurm has started this run again after a failure or a requeue."""
     return any(
         from_environment(name, 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     )
 
 
 def is_checked_elsewhere() -> bool:
-    """Whether another process of this machine checks the input before the run: parent or local rank 0."""
+    """Return whether another process of this machine, parent or local rank 0, checks the input."""
     return LAUNCHED in os.environ or from_environment("LOCAL_RANK", 0) > 0
 
 

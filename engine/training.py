@@ -255,7 +255,7 @@ class Run:
         raise error
 
     def _due(self, step: int, interval: int, done: int = -1) -> bool:
-        """Whether what happens at this interval happens after `step`, and has not happened by step `done`."""
+        """Return whether an action of this interval is due after `step` and was not done by step `done`."""
         return interval > 0 and 0 < step and step > done and (step % interval == 0 or step == self.steps)
 
     def _stopped(self, step: int) -> RunError | None:

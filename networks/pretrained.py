@@ -30,7 +30,7 @@ class Pretrained(NamedTuple):
 
 
 def is_library(source: str | os.PathLike) -> bool:
-    """Whether `source` names a library's weights, and not a file."""
+    """Return whether `source` names a library's weights, and not a file."""
     return isinstance(source, str) and source.partition(":")[0] in LIBRARIES
 
 

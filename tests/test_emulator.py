@@ -150,7 +150,7 @@ def test_launches_that_no_gpu_takes(kernels: Emulator, grid: tuple[int, int, int
 
 
 def run_pipeline(kernels: Emulator, fault: str, schedule: int, shared_memory: int = 65536) -> bool:
-    """Whether the result is right."""
+    """Return whether the result is right."""
     rows = torch.randn(6, 512, generator=torch.Generator().manual_seed(2))
     out = torch.full((6, 128), float("nan"))
     arguments = (at(rows), at(out), len(rows), FAULTS.index(fault))

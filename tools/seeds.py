@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
-    """Whether the result.txt of a folder is what evaluate.py would write now."""
+    """Return whether the result.txt of a folder is what evaluate.py would write now."""
     try:
         result = run_files.read_result(folder)
         if result is None or os.path.getmtime(os.path.join(folder, run_files.RESULT)) < os.path.getmtime(

@@ -60,17 +60,17 @@ def _holds(value: Any) -> bool:
 
 
 def is_number(value: Any, low: float = -LARGEST, high: float = LARGEST) -> bool:
-    """Whether `value`, from JSON, is a number from `low` to `high`."""
+    """Return whether `value`, from JSON, is a number from `low` to `high`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_score(value: Any) -> bool:
-    """Whether `value`, from JSON, is a share, or None where there was nothing to score."""
+    """Return whether `value`, from JSON, is a share, or None where there was nothing to score."""
     return value is None or is_number(value, 0, 1)
 
 
 def _is_text(value: Any) -> bool:
-    """Whether `value`, from JSON, is text, and text that the name of a file can have."""
+    """Return whether `value`, from JSON, is text, and text that the name of a file can have."""
     if not isinstance(value, str) or "\0" in value:
         return False
     try:

@@ -86,13 +86,13 @@ inline Tensor channels_last(const Tensor& map) {
   return torch::stable::contiguous(map, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// Uninitialised [N,channels,H,W] in that layout, else like `map`.
+// Uninitialized [N,channels,H,W] in that layout, else like `map`.
 inline Tensor empty_map(const Tensor& map, int64_t channels) {
   return torch::stable::empty({map.size(0), channels, map.size(2), map.size(3)}, map.scalar_type(), std::nullopt,
                               map.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// Uninitialised [N,H,W,2]: a Normalizer of each pixel.
+// Uninitialized [N,H,W,2]: a Normalizer of each pixel.
 inline Tensor empty_normalizer(const Tensor& value) {
   return torch::stable::new_empty(value, {value.size(0), value.size(2), value.size(3), 2}, normalizer_dtype(value));
 }
