@@ -19,19 +19,20 @@ import torch
 from dataset import CSDataSet
 from dataset.labels import LABELS, choose_table
 from dataset.layout import LABEL_IDS, instances_of
-from engine import distributed, report
-from engine.evaluation import Keep, evaluate
+from engine.evaluation import results
+from engine.evaluation.evaluate import Keep, evaluate
+from engine.evaluation.metrics import CityscapesEvaluation, OfficialScores
+from engine.evaluation.submission import check_names, write_archive
 from engine.inference import predict_classes
-from engine.metrics import CityscapesEvaluation, OfficialScores
+from engine.runtime import distributed
 from networks import MODELS, load_weights, match_weights
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags
+from utils.drawing.palette import make_palette, save_gray_png, save_indexed_png
 from utils.errors import DataError, UsageError
 from utils.files import check_outputs, check_writable, unwritable
-from utils.palette import make_palette, save_grey_png, save_indexed_png
 from utils.resources import LEAST_BYTES, check_fits
-from utils.submission import check_names, write_archive
 
 #: The folder of the colored predictions; the split without labels, and what its predictions are gathered in.
 OUTPUTS, TEST, SUBMISSION = "outputs", "test", "submission"
@@ -139,15 +140,15 @@ def check_written(args: argparse.Namespace, dataset: CSDataSet) -> None:
         UsageError: naming the file.
     """
     names = [pair.name for pair in dataset.pairs]
-    results = [output(args, name) for name in names]
+    written = [output(args, name) for name in names]
     if args.split == TEST:
-        results += [submitted(args, name) for name in names]
-    files = [f"{SUBMISSION}.zip"] if args.split == TEST else report.FILES
-    results += [os.path.join(args.output_dir, name) for name in files]
+        written += [submitted(args, name) for name in names]
+    files = [f"{SUBMISSION}.zip"] if args.split == TEST else results.FILES
+    written += [os.path.join(args.output_dir, name) for name in files]
     inputs = [args.data_list, args.classes, args.restore_from, *dataset.files()]
     flag = f"--output-dir {args.output_dir}"
-    check_outputs(flag, results, inputs)
-    for folder in sorted({os.path.dirname(path) for path in results}):
+    check_outputs(flag, written, inputs)
+    for folder in sorted({os.path.dirname(path) for path in written}):
         check_writable("--output-dir", folder or ".")
 
 
@@ -162,13 +163,13 @@ def make_dataset(args: argparse.Namespace) -> CSDataSet:
         num_classes=args.num_classes,
         split=args.split,
         table=choose_table(args.classes, None)[0],
-        labelled=args.split != TEST,
+        labeled=args.split != TEST,
     )
 
 
 def has_cityscapes_classes(dataset: CSDataSet) -> bool:
     """Return whether predictions are scored, and by the benchmark's classes."""
-    return dataset.labelled and dataset.labels.is_cityscapes()
+    return dataset.labeled and dataset.labels.is_cityscapes()
 
 
 def lacks_for_instances(dataset: CSDataSet) -> str | None:
@@ -246,7 +247,7 @@ def run(args: argparse.Namespace, world: distributed.World) -> None:
                 submit(args, dataset)
             else:
                 print(
-                    report.write(
+                    results.write(
                         args.output_dir,
                         result,
                         dataset.labels.names(),
@@ -269,7 +270,7 @@ def keeper(args: argparse.Namespace, dataset: CSDataSet) -> Keep:
     def keep(name: str, prediction: np.ndarray) -> None:
         save_indexed_png(output(args, name), prediction, palette)
         if args.split == TEST:
-            save_grey_png(submitted(args, name), label_ids[prediction])
+            save_gray_png(submitted(args, name), label_ids[prediction])
 
     return keep
 

@@ -24,25 +24,27 @@ import torch
 
 from dataset import IMG_MEAN, CSDataSet, cache
 from dataset.labels import choose_table
-from engine import apex, checkpoint, distributed, loader, schedule, signals
-from engine.ema import WeightAverage
-from engine.evaluation import evaluate
+from engine.data import loader
+from engine.data.transfer import Batch
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.metrics import mean_iou
 from engine.inference import predict_classes
-from engine.metrics import mean_iou
-from engine.step import PRECISIONS, Stepper
-from engine.training import Intervals, Run, Task
-from engine.transfer import Batch
+from engine.runtime import apex, distributed, signals
+from engine.training import checkpoint, schedule
+from engine.training.ema import WeightAverage
+from engine.training.run import Intervals, Run, Task
+from engine.training.step import PRECISIONS, Stepper
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
-from networks import MODELS, Seg_Model, load_weights, match_weights, synchronise, train_mode
+from networks import MODELS, Seg_Model, load_weights, match_weights, synchronize, train_mode
 from networks.attention import picture_attention
 from networks.pretrained import read_weights
 from networks.variants import DEPTHS, options_of
 from utils import args as flags
-from utils.attention_figure import draw_attention
+from utils.drawing.attention_figure import draw_attention
+from utils.drawing.palette import colored, make_palette
 from utils.errors import DataError, UsageError
 from utils.files import check_outputs, check_writable
-from utils.palette import colored, make_palette
 from utils.resources import LEAST_BYTES, check_fits
 
 #: Of which the features at 1/8 size are 2 x 2, enough for the statistics of a batch of one.
@@ -97,7 +99,7 @@ def get_parser() -> argparse.ArgumentParser:
         default="torch",
         help="activated batch norm: torch's, or the inplace-abn package's",
     )
-    net("--freeze-bn", action="store_true", help="normalise by the checkpoint's statistics, and keep them")
+    net("--freeze-bn", action="store_true", help="normalize by the checkpoint's statistics, and keep them")
     net(
         "--restore-from",
         metavar="FILE",
@@ -157,7 +159,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--backend",
         choices=("torch", "apex"),
         default="torch",
-        help="of optimizer, data parallelism, synchronised batch norm: torch, or NVIDIA's apex (tag 25.05)",
+        help="of optimizer, data parallelism, synchronized batch norm: torch, or NVIDIA's apex (tag 25.05)",
     )
     run = parser.add_argument_group("run").add_argument
     run("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
@@ -433,7 +435,7 @@ def uses_all_weights(args: argparse.Namespace) -> bool:
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, mixed so that neighbours share nothing."""
+    """One seed from several numbers, mixed so that neighbors share nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -454,7 +456,7 @@ def train(args: argparse.Namespace, world: distributed.World) -> None:
         model = make_start(args)
         model.to(world.device).to(memory_format=layout_of(args))
         average = WeightAverage(model, args.ema) if args.ema is not None else None
-        synchronise(model, world)
+        synchronize(model, world)
         train_mode(model, args.freeze_bn)
         optimizer = make_optimizer(args, model)
         stepper = Stepper(

@@ -49,10 +49,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import measure
 from cc_attention import criss_cross_attention, ops, reference
 from tools.common import end
+from utils import timing
 from utils.args import Parser, positive_int, processes
+from utils.environment import machine
 from utils.files import check_output_file, replacing, write_file
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -358,9 +359,9 @@ def peak_of_process(contender: Contender, case: Case, action: str, threads: int)
     small = Case((1, 3, 5), case.channels, case.precision, case.device)
     run(function, [small.inputs(contender.layout)])  # libraries and threads begin
     sets = [case.inputs(contender.layout)]
-    before = measure.resident_peak()
+    before = timing.resident_peak()
     run(function, sets)
-    return measure.resident_peak() - before
+    return timing.resident_peak() - before
 
 
 def measure_case(
@@ -379,7 +380,7 @@ def measure_case(
             result["error"] = relative_error(contender, function, case)
             result["wrong"] = not result["error"] <= ERROR_LIMITS[case.precision]
         except Exception as error:  # out of memory, no compiler: the others go on
-            result["failed"]["all"] = measure.reason(error)
+            result["failed"]["all"] = timing.reason(error)
             continue
         if result["wrong"]:
             result["failed"]["all"] = f"wrong: relative error {result['error']:.2g}"
@@ -397,7 +398,7 @@ def measure_case(
                         contender, functions[contender.name], case, action
                     )
                 except Exception as error:
-                    results[contender.name]["failed"][f"{action} peak"] = measure.reason(error)
+                    results[contender.name]["failed"][f"{action} peak"] = timing.reason(error)
     return results
 
 
@@ -416,27 +417,27 @@ def time_case(
         runs = {c.name: partial(run, functions[c.name], sets[c.layout]) for c in contenders}
         collect(results, action, runs, case.device, rounds, count)
         if graphs:
-            replays: dict[str, measure.Run] = {}
+            replays: dict[str, timing.Run] = {}
             for name, launched in runs.items():
                 try:
-                    replays[name] = measure.captured(launched)
+                    replays[name] = timing.captured(launched)
                 except Exception as error:  # not every function can be captured
-                    results[name]["failed"][f"{action} graph"] = measure.reason(error)
+                    results[name]["failed"][f"{action} graph"] = timing.reason(error)
             collect(results, f"{action} graph", replays, case.device, rounds, count)
 
 
 def collect(
     results: dict[str, dict[str, Any]],
     column: str,
-    runs: Mapping[str, measure.Run],
+    runs: Mapping[str, timing.Run],
     device: str,
     rounds: int,
     sets: int,
 ) -> None:
     """Times of the runs, each over so many sets of inputs, into one column of the results."""
-    times, failures = measure.interleaved(runs, device, rounds)
+    times, failures = timing.interleaved(runs, device, rounds)
     for name, values in times.items():
-        results[name][column] = measure.quartiles([value / sets for value in values])
+        results[name][column] = timing.quartiles([value / sets for value in values])
     for name, why in failures.items():
         results[name]["failed"][column] = why
 
@@ -541,7 +542,7 @@ def show(case: dict[str, Any]) -> None:
 
 def plot(report: dict[str, Any], path: str) -> None:
     """A panel for each case and time, a bar for each kind of contender: its best, launched or replayed."""
-    colours = {
+    colors = {
         "ours": (31, 119, 180),
         "pure PyTorch": (150, 150, 150),
         "views": (110, 110, 110),
@@ -580,7 +581,7 @@ def plot(report: dict[str, Any], path: str) -> None:
             middle = top + bar * row + bar // 2
             end = x + left + round(scale * (math.log(ms) - low) / (high - low))
             draw.text((x + left - 8, middle), kind, ink, plain, anchor="rm")
-            draw.rectangle((x + left, middle - 8, end, middle + 8), colours[family])
+            draw.rectangle((x + left, middle - 8, end, middle + 8), colors[family])
             draw.text((end + 6, middle), f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}", ink, plain, anchor="lm")
         bottom = top + bar * len(bars)
         draw.line((x + left, top, x + left, bottom), pale)
@@ -665,19 +666,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
-        measure.limit_memory()
+        timing.limit_memory()
     return compare_all(args)
 
 
 def compare_all(args: argparse.Namespace) -> int:
     """Measures every case, prints it and writes what there is; 1 where a contender was wrong."""
-    about = measure.machine(args.device) | {"compiled_for": sorted(ops.DEVICE_TYPES)}
+    about = machine(args.device) | {"compiled_for": sorted(ops.DEVICE_TYPES)}
     contenders = make_contenders(args.contenders)
-    bandwidth = measure.copy_bandwidth(args.device)
+    bandwidth = timing.copy_bandwidth(args.device)
     rates = {}
     for precision in args.dtypes:
         Case((1, 1, 1), (1, 1), precision, args.device).apply_precision()
-        rates[precision] = measure.matrix_rate(DTYPES[precision], args.device)
+        rates[precision] = timing.matrix_rate(DTYPES[precision], args.device)
     cases: list[dict[str, Any]] = []
     report: dict[str, Any] = {
         "machine": about,

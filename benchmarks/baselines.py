@@ -1,10 +1,10 @@
-"""What a network has to beat: predictors that know only where a pixel is, or only its colour.
+"""What a network has to beat: predictors that know only where a pixel is, or only its color.
 
     python -m benchmarks.baselines --data-dir D [--train-list L --val-list L] [--num-classes K] [--out JSON]
 
 Fitted on the training split and scored on the validation split by mean IoU, void excluded:
 row prior: the most frequent class at each relative height; position prior: the same for each cell of a grid;
-mean colour: the class whose mean BGR colour is nearest. Without lists, the layout is that of Cityscapes.
+mean color: the class whose mean BGR color is nearest. Without lists, the layout is that of Cityscapes.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 from dataset import CSDataSet, DataError
 from dataset.labels import IGNORE, NUM_CLASSES
-from engine.metrics import confusion_matrix, mean_iou
+from engine.evaluation.metrics import confusion_matrix, mean_iou
 from tools.common import end
 from utils import args as flags
 from utils.files import check_output_file, write_file
@@ -38,15 +38,15 @@ class Baselines:
             row, column = _cells(label.shape)
             keys = (row * COLUMNS + column)[known] * num_classes + label[known]
             counts += np.bincount(keys, minlength=counts.size).reshape(counts.shape)
-            classes, colours = label[known], image[known]
+            classes, colors = label[known], image[known]
             for channel in range(3):
-                sums[:, channel] += np.bincount(classes, colours[:, channel], num_classes)
+                sums[:, channel] += np.bincount(classes, colors[:, channel], num_classes)
         grid = counts.reshape(ROWS, COLUMNS, num_classes)
         self._row = grid.sum(1).argmax(-1)
         self._cell = grid.argmax(-1)
         total = counts.sum(0)
         means = sums / np.maximum(total, 1)[:, None]
-        self._colours = means.astype(np.float32)  # [K, 3]
+        self._colors = means.astype(np.float32)  # [K, 3]
         self._lengths = np.where(total > 0, (means**2).sum(1), np.inf).astype(np.float32)
 
     def row_prior(self, image: np.ndarray) -> np.ndarray:
@@ -56,17 +56,17 @@ class Baselines:
     def position_prior(self, image: np.ndarray) -> np.ndarray:
         return self._cell[_cells(image.shape[:2])]
 
-    def mean_colour(self, image: np.ndarray) -> np.ndarray:
+    def mean_color(self, image: np.ndarray) -> np.ndarray:
         # |x - m|^2 = |x|^2 - 2 x m + |m|^2, whose first term is the same for every class.
-        return (self._lengths - 2 * image.astype(np.float32) @ self._colours.T).argmin(-1)
+        return (self._lengths - 2 * image.astype(np.float32) @ self._colors.T).argmin(-1)
 
     def scores(self, pairs) -> dict[str, float]:
         """Mean IoU of each predictor over (image, label) pairs."""
-        num_classes = len(self._colours)
+        num_classes = len(self._colors)
         predictors = {
             "row_prior": self.row_prior,
             "position_prior": self.position_prior,
-            "mean_colour": self.mean_colour,
+            "mean_color": self.mean_color,
         }
         total = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in predictors}
         for image, label in pairs:

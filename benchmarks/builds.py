@@ -47,8 +47,8 @@ def operands(shape: str, dtype: torch.dtype, device: str, channels: list[int], s
 def one(folder: str, device: str, shapes: list[str], channels: list[int]) -> dict[str, Any]:
     """The errors and the times, in microseconds, of the build in `folder`."""
     sys.path[:0] = [folder, str(ROOT)]
-    from benchmarks.measure import captured, samples
     from cc_attention import ops, reference
+    from utils.timing import captured, samples
 
     if device not in ops.DEVICE_TYPES:
         raise SystemExit(f"{folder}: its library was not built for {device}")

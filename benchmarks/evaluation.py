@@ -3,7 +3,7 @@
     python -m benchmarks.evaluation [--device cuda] [--size 1024x2048] [--tile 769,769] [--out JSON]
 
 Generated street scenes with labels and instances are evaluated as evaluate.py does: decoding in workers,
-tiles in batches, class scores summed, the four official scores, a coloured PNG of each prediction. In turns
+tiles in batches, class scores summed, the four official scores, a colored PNG of each prediction. In turns
 with it the same forward passes run alone, on tensors of the same sizes that are on the device already. Exit
 status 1 where the evaluation takes more than 10 % longer.
 """
@@ -23,20 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
 from dataset import CSDataSet, mini
 from dataset.labels import LABELS, NUM_CLASSES
 from dataset.layout import instances_of
-from engine.distributed import World
-from engine.evaluation import evaluate
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.metrics import CityscapesEvaluation
 from engine.inference import predict_classes
-from engine.metrics import CityscapesEvaluation
+from engine.runtime.distributed import World
 from networks import MODELS
 from networks.variants import DEPTHS
 from tools.common import end
 from utils import args as flags
+from utils import timing
+from utils.drawing.palette import make_palette, save_indexed_png
+from utils.environment import machine
 from utils.files import check_output_file, write_file
-from utils.palette import make_palette, save_indexed_png
 
 #: Different pictures.
 SCENES = 3
@@ -117,10 +118,10 @@ def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         print("  ".join(f"{name} {several[-1]:.2f} s" for name, several in times.items()), flush=True)
     median = {name: statistics.median(several) for name, several in times.items()}
     return {
-        "machine": measure.machine(device.type),
+        "machine": machine(device.type),
         "setting": f"{args.pictures} pictures of {args.size[0]}x{args.size[1]}, CCNet on {args.backbone}, "
         f"tiles of {args.tile[0]}x{args.tile[1]}, {args.tile_batch} at once, {args.num_workers} workers",
-        "seconds": {name: measure.quartiles(several) | {"all": several} for name, several in times.items()},
+        "seconds": {name: timing.quartiles(several) | {"all": several} for name, several in times.items()},
         "ratio": median["evaluation"] / median["forward passes"],
         "bar": BAR,
     }

@@ -46,7 +46,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from benchmarks.measure import Mark
+    from utils.timing import Mark
 
 # Started as a file, this has no path to the project: what needs it runs as `python -m`, and imports it there.
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +138,9 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
             "--shapes 1x5x7 --memory-shapes --dtypes float32 --channels 16 --rounds 1 --contenders ours bmm"
         )
         return [
-            Part("tests", [*python, "pytest", "-v", "tests/test_benchmarks.py", "-k", "floors"], 60),
+            Part(
+                "tests", [*python, "pytest", "-v", "tests/integration/test_benchmarks.py", "-k", "floors"], 60
+            ),
             Part("attention", [*attention, *tiny.split(), *written("attention")], 60),
             Part("training", own("training"), 60),
             Part("training-bmm", own("training-bmm"), 60),
@@ -146,7 +148,7 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
         ]
     tests = [
         name
-        for name in ("test_cc_attention.py", "test_attention_kernels.py", "test_loader.py")
+        for name in ("unit/test_cc_attention.py", "kernels/test_attention_kernels.py", "unit/test_loader.py")
         if (ROOT / "tests" / name).exists()
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -316,10 +318,11 @@ def attention_page(name: str, report: dict[str, Any]) -> list[str]:
 
 def environment(device: str) -> dict[str, Any]:
     """The machine, and what the operator was compiled for."""
-    from benchmarks import measure
     from cc_attention import ops
+    from utils import timing
+    from utils.environment import machine
 
-    about = measure.machine(device) | {"compiled_for": sorted(ops.DEVICE_TYPES)}
+    about = machine(device) | {"compiled_for": sorted(ops.DEVICE_TYPES)}
     if device == "cuda":
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
         clocks = [f"--query-gpu={query}", "--format=csv"]
@@ -328,7 +331,7 @@ def environment(device: str) -> dict[str, Any]:
                 answer = subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=20)
                 about[name] = answer.stdout.strip()
             except (OSError, subprocess.TimeoutExpired) as error:
-                about[name] = measure.reason(error)
+                about[name] = timing.reason(error)
     return about
 
 
@@ -336,7 +339,7 @@ class Stopwatch:
     """An attention function that marks where each of its forwards and backwards begins and ends."""
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], device: str):
-        from benchmarks.measure import mark
+        from utils.timing import mark
 
         self.function = function
         self.mark = lambda: mark(device)
@@ -357,7 +360,7 @@ class Stopwatch:
 
     def seconds(self) -> float:
         """The sum over all calls so far."""
-        from benchmarks.measure import seconds
+        from utils.timing import seconds
 
         return sum(seconds(begin, end) for begin, end in self.spans)
 
@@ -372,10 +375,10 @@ def training(device: str, quick: bool, attention: str) -> dict[str, Any]:
         peak_bytes: of the device's memory, on the CPU of the process.
     """
     import cc_attention.module
-    from benchmarks import measure
     from benchmarks.attention import bmm_attention
     from loss import CriterionDSN
     from networks import Seg_Model
+    from utils import timing
 
     backbone, batch, size, steps = ("resnet50", 2, 17, 1) if quick else ("resnet101", 8, 769, 10)
     function = {"ours": cc_attention.module.criss_cross_attention, "bmm": bmm_attention}[attention]
@@ -411,9 +414,9 @@ def training(device: str, quick: bool, attention: str) -> dict[str, Any]:
     whole, parts = [], []
     for _ in range(steps):
         watch.spans.clear()
-        begin = measure.mark(device)
+        begin = timing.mark(device)
         loss = step()
-        whole.append(measure.seconds(begin, measure.mark(device)))
+        whole.append(timing.seconds(begin, timing.mark(device)))
         parts.append(watch.seconds())
     if not torch.isfinite(loss):
         raise RuntimeError(f"the loss is {float(loss)}")
@@ -424,7 +427,7 @@ def training(device: str, quick: bool, attention: str) -> dict[str, Any]:
         "step_seconds": seconds,
         "attention_seconds": statistics.median(parts),
         "images_per_second": batch / seconds,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else measure.resident_peak(),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else timing.resident_peak(),
         "loss": float(loss),
     }
 

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks import measure
 from dataset import IMG_MEAN, CSDataSet, cache, mini, pictures, transforms
 from dataset.labels import LABELS
-from engine.loader import SampleStream, train_batches
-from engine.transfer import subtract_mean
+from engine.data.loader import SampleStream, train_batches
+from engine.data.transfer import subtract_mean
 from tools.common import end
 from utils import args as flags
+from utils import timing
+from utils.environment import machine
 from utils.files import check_output_file, write_file
 
 CROP = (769, 769)
@@ -239,11 +240,11 @@ def measured(root: str, rounds: int) -> dict[str, Any]:
     }
     sizes = [Path(dataset.path(pair.image)).stat().st_size for pair in dataset.pairs]
     return {
-        "machine": measure.machine("cpu"),
+        "machine": machine("cpu"),
         "setting": f"{len(dataset)} pictures, PNG of {statistics.mean(sizes) / 1e6:.2f} MB on average, crop "
         f"{CROP[0]}x{CROP[1]}, scale and mirror, one worker, batch {BATCH}",
         "libspng": decoder is not None,
-        "samples_per_second": {name: measure.quartiles(several) for name, several in rates.items()},
+        "samples_per_second": {name: timing.quartiles(several) for name, several in rates.items()},
         "milliseconds": times,
         "ratios": ratios,
         "bars": BARS,

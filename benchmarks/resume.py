@@ -23,10 +23,11 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks import measure
 from dataset import CSDataSet, mini
 from tools.common import end
 from utils import args as flags
+from utils import timing
+from utils.environment import machine
 from utils.files import check_output_file, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,11 +120,11 @@ def main(argv: list[str] | None = None) -> int:
         check_output_file("--out", args.out)
     with tempfile.TemporaryDirectory() as folder:
         times = measured(Path(folder), args.rounds)
-    fresh, resumed = (measure.quartiles(each)["median"] for each in times.values())
+    fresh, resumed = (timing.quartiles(each)["median"] for each in times.values())
     report = {
-        "machine": measure.machine("cpu") | {"threads": 1},
+        "machine": machine("cpu") | {"threads": 1},
         "setting": f"train.py {FLAGS}, {IMAGES} images, the state of step {DONE}",
-        "seconds": {name: measure.quartiles(each) | {"all": each} for name, each in times.items()},
+        "seconds": {name: timing.quartiles(each) | {"all": each} for name, each in times.items()},
         "later": resumed - fresh,
         "ratio": resumed / fresh,
         "bar": BAR,

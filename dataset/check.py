@@ -168,10 +168,10 @@ def find_split(root: str, name: str, partial: bool) -> Found:
     found = layout.scan(root, name)
     cities = {os.path.basename(os.path.dirname(pair.image)) for pair in (*found.pairs, *found.without_label)}
     official = official_cities(name, cities)
-    unlabelled = not os.path.isdir(os.path.join(root, "gtFine", name)) and name not in ("train", "val")
-    if unlabelled or (name == "test" and official):
+    unlabeled = not os.path.isdir(os.path.join(root, "gtFine", name)) and name not in ("train", "val")
+    if unlabeled or (name == "test" and official):
         # The benchmark keeps its labels: what gtFine/test has is void alone.
-        found = layout.scan(root, name, labelled=False)
+        found = layout.scan(root, name, labeled=False)
     problems = [
         f"{os.path.join(root, pair.label)}: no such label; unpack the whole gtFine_trainvaltest.zip"
         for pair in found.without_label

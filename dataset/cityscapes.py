@@ -87,7 +87,7 @@ class CSDataSet(Dataset):
             as the table has.
         split: "train", "val" or another folder below leftImg8bit, when there is no list.
         table: what the values of the label pictures mean.
-        labelled: whether there are labels; without them only `picture` and `check` can be called.
+        labeled: whether there are labels; without them only `picture` and `check` can be called.
         cache: where decoded pictures are kept, of `sizes()`.
 
     Items: (image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, size (height, width, 3) of
@@ -95,7 +95,7 @@ class CSDataSet(Dataset):
 
     Raises:
         DataError: see `layout.read_list` and `layout.discover`; an item raises it for an unreadable or
-            mislabelled file.
+            mislabeled file.
     """
 
     def __init__(
@@ -110,24 +110,24 @@ class CSDataSet(Dataset):
         num_classes: int | None = None,
         split: str = "train",
         table: ClassTable | None = None,
-        labelled: bool = True,
+        labeled: bool = True,
         cache: PictureCache | None = None,
     ):
         self.skipped: list[str] = []
         if list_path is None:
-            found = layout.discover(root, split, labelled)
+            found = layout.discover(root, split, labeled)
             self.pairs, self.skipped = found.pairs, found.skipped
         else:
             if not os.path.isdir(root):
                 layout.check_root(root)
-            self.pairs = layout.read_list(root, list_path, labelled)
+            self.pairs = layout.read_list(root, list_path, labeled)
         self.root = root
         self.source = os.path.join(root, "leftImg8bit", split) if list_path is None else list_path
         self.crop_size = crop_size
         self.mean = np.asarray(mean)
         self.scale = scale
         self.mirror = mirror
-        self.labelled = labelled
+        self.labeled = labeled
         self.cache = cache
         self.labels = LabelReader(table, ignore_label, num_classes)
 
@@ -201,7 +201,7 @@ class CSDataSet(Dataset):
     def picture(self, index: int, instances: bool) -> Picture:
         """Item `index` whole and unchanged, with label and instance ids if `instances`."""
         pair = self.pairs[index]
-        if not self.labelled:
+        if not self.labeled:
             return Picture(decode_image(load(self.path(pair.image))), None, pair.name, None, None)
         encoded = self._load(index)
         image, label = self._decode(encoded)
@@ -242,7 +242,7 @@ class CSDataSet(Dataset):
         folders = len({os.path.dirname(pair.image) for pair in self.pairs})
         line = f"{self.source}: {len(self.pairs)} pictures in {folders} folders, "
         notes = []
-        if self.labelled:
+        if self.labeled:
             void = counts.train_ids[self.labels.ignore_label] / counts.train_ids.sum()
             line += f"each with its label, none missing; {100 * void:.1f} % of the pixels are void"
             notes = self.labels.notes(counts)
@@ -265,7 +265,7 @@ class CSDataSet(Dataset):
         """Return the header of the picture, and what its label holds."""
         image = read_header(self.path(pair.image))
         check_picture(self.path(pair.image), image)
-        if not self.labelled:
+        if not self.labeled:
             return image, Counts()
         label = load(self.path(pair.label))
         check_size(label.path, label, pair.image, image)

@@ -60,13 +60,13 @@ def say_skipped(skipped: Sequence[str]) -> str:
     return f"{len(skipped)} hidden or system files skipped, the first: {skipped[0]}"
 
 
-def read_list(root: str, list_path: str, labelled: bool = True) -> list[Pair]:
+def read_list(root: str, list_path: str, labeled: bool = True) -> list[Pair]:
     """Read `image<TAB>label` lines, both relative to `root`. Empty lines are skipped.
 
     File names may hold bytes that are no UTF-8.
 
     Args:
-        labelled: whether labels are wanted; otherwise lines may also hold the picture alone.
+        labeled: whether labels are wanted; otherwise lines may also hold the picture alone.
 
     Raises:
         DataError: no such list, a line of other columns, or no line at all.
@@ -84,16 +84,16 @@ def read_list(root: str, list_path: str, labelled: bool = True) -> list[Pair]:
             continue
         # A tab allows spaces in file names; the original's lists have either.
         columns = [column.strip() for column in line.split("\t")] if "\t" in line else line.split()
-        if not labelled and os.path.isfile(os.path.join(root, line.strip())):
+        if not labeled and os.path.isfile(os.path.join(root, line.strip())):
             columns = [line.strip()]
         where = f"{list_path}:{number}: {_clipped(line.strip())!r}"
-        if labelled and len(columns) == 1:
+        if labeled and len(columns) == 1:
             raise DataError(
                 f"{where} names no label, as 'image<TAB>label' does; evaluate.py --split test needs none"
             )
         if not all(columns) or len(columns) > 2:
             raise DataError(f"{where} is not 'image<TAB>label'; fix the line")
-        pairs.append((columns[0], columns[1] if labelled else ""))
+        pairs.append((columns[0], columns[1] if labeled else ""))
     if not pairs:
         raise DataError(f"{list_path}: the list is empty; check --data-list")
     return _named(pairs)
@@ -153,13 +153,13 @@ def _folders(place: str) -> list[str]:
         return sorted(e.name for e in entries if os.path.isdir(e.path) and not is_litter(e.name))
 
 
-def scan(root: str, split: str, labelled: bool = True) -> Found:
+def scan(root: str, split: str, labeled: bool = True) -> Found:
     """Return everything in the folders of `split`, ordered by city and name.
 
     labelIds serve where there are both kinds of labels.
 
     Args:
-        labelled: whether labels are looked for.
+        labeled: whether labels are looked for.
 
     Raises:
         DataError: no name of a split, or a folder that can't be read.
@@ -179,12 +179,12 @@ def scan(root: str, split: str, labelled: bool = True) -> Found:
         kinds = [base + kind for kind in (LABEL_IDS, LABEL_TRAIN_IDS)]
         # A label that is there but can't be read is named as such when it is opened.
         label = next((kind for kind in kinds if os.path.lexists(os.path.join(root, kind))), None)
-        if labelled and label is None:
+        if labeled and label is None:
             without_label.append((image, kinds[0]))
         else:
-            pairs.append((image, label if labelled and label else ""))
+            pairs.append((image, label if labeled and label else ""))
     without_picture = []
-    if labelled:
+    if labeled:
         expected = {label for _, label in pairs}
         expected |= {label.removesuffix(LABEL_IDS) + LABEL_TRAIN_IDS for label in expected}
         files, more = _files(root, os.path.join("gtFine", split))
@@ -196,18 +196,18 @@ def scan(root: str, split: str, labelled: bool = True) -> Found:
     return Found(_named(pairs), _named(without_label), without_picture, strays, skipped)
 
 
-def discover(root: str, split: str, labelled: bool = True) -> Found:
+def discover(root: str, split: str, labeled: bool = True) -> Found:
     """Return the pairs of `split` in a directory of Cityscapes' layout, and what was skipped.
 
     Args:
-        labelled: whether labels are wanted.
+        labeled: whether labels are wanted.
 
     Raises:
         DataError: no such directory, no picture, pictures without a label or labels without a picture (with
             their number).
     """
     check_root(root)
-    found = scan(root, split, labelled)
+    found = scan(root, split, labeled)
     number = len(found.pairs)
     if found.without_label:
         count = len(found.without_label)

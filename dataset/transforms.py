@@ -31,7 +31,7 @@ class Content(NamedTuple):
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """(height, width) that OpenCV gives a picture resized by the factor `scale`."""
-    # OpenCV rounds halves to the even neighbour, as numpy does.
+    # OpenCV rounds halves to the even neighbor, as numpy does.
     return int(np.rint(size[0] * scale)), int(np.rint(size[1] * scale))
 
 
@@ -91,7 +91,7 @@ def apply(
     """Augment one picture and its label.
 
     Only what the crop shows is resized. The labels are those that a resize of the whole gives; the picture is
-    at most one grey level off, here and there: OpenCV rounds positions to float32, far from the corner more.
+    at most one gray level off, here and there: OpenCV rounds positions to float32, far from the corner more.
 
     Args:
         image: uint8 [h, w, 3]; rows below those of `rows_needed` are not looked at, and may be missing.

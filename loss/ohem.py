@@ -111,7 +111,7 @@ def _zoom(size: int, factor: int, device: torch.device) -> tuple[Tensor, Tensor,
     """Where scipy.ndimage.zoom(., 1 / factor) samples an axis of `size` pixels: the ends fall together.
 
     Returns:
-        lower and upper neighbour, weight of the upper (float64), nearest neighbour, and whether the position
+        lower and upper neighbor, weight of the upper (float64), nearest neighbor, and whether the position
         is on the axis: rounding can push the last one beyond the end, where scipy puts zero.
     """
     samples = round(size / factor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from networks.abn import ABN, synchronise, train_mode
+from networks.abn import ABN, synchronize, train_mode
 from networks.ccnet import Seg_Model
 from networks.dropout import ChannelDropout
 from networks.weights import load_weights, match_weights
@@ -20,6 +20,6 @@ __all__ = [
     "Seg_Model",
     "load_weights",
     "match_weights",
-    "synchronise",
+    "synchronize",
     "train_mode",
 ]

@@ -1,4 +1,4 @@
-"""Activated batch norm: the one normalisation layer of the network, whichever backend runs it."""
+"""Activated batch norm: the one normalization layer of the network, whichever backend runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BACKENDS = ("torch", "inplace", "apex")
 
 
 class StatisticsGroup(Protocol):
-    """The processes that share batch statistics (engine.distributed makes one; networks never import it)."""
+    """The processes that share batch statistics (engine.runtime.distributed.World)."""
 
     size: int
     group: Any  # the torch.distributed process group
@@ -62,7 +62,7 @@ class ABN(nn.Module):
         self.backend = backend
         self.eps = eps
         self.momentum = momentum
-        self.group: StatisticsGroup | None = None  # set by synchronise()
+        self.group: StatisticsGroup | None = None  # set by synchronize()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.running_mean: Tensor
@@ -77,7 +77,7 @@ class ABN(nn.Module):
         if self.training and self.group is not None:
             # apex has kernels for these two types only.
             by_apex = self.backend == "apex" and x.dtype in (torch.float32, torch.float16)
-            batch_norm = _apex_batch_norm if by_apex else _synchronised_batch_norm
+            batch_norm = _apex_batch_norm if by_apex else _synchronized_batch_norm
             y = batch_norm(
                 x, weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum, self.group
             )
@@ -109,8 +109,8 @@ class ABN(nn.Module):
             "activation_param": self.slope,
         }
         if self.training and self.group is not None:
-            # The group is named: the package's default is no longer recognised by today's torch and would
-            # silently leave the statistics unsynchronised.
+            # The group is named: the package's default is no longer recognized by today's torch and would
+            # silently leave the statistics unsynchronized.
             y = functions.inplace_abn_sync(*arguments, group=self.group.group, **options)
         else:
             y = functions.inplace_abn(*arguments, **options)
@@ -125,7 +125,7 @@ class ABN(nn.Module):
         return f"{self.weight.numel()}, activation={self.activation!r}, backend={self.backend!r}"
 
 
-def synchronise(model: nn.Module, group: StatisticsGroup | None) -> None:
+def synchronize(model: nn.Module, group: StatisticsGroup | None) -> None:
     """Let every ABN of `model` take its training statistics over all processes of `group` (None: its own)."""
     for module in model.modules():
         if isinstance(module, ABN):
@@ -133,7 +133,7 @@ def synchronise(model: nn.Module, group: StatisticsGroup | None) -> None:
 
 
 def train_mode(model: nn.Module, keep_statistics: bool) -> None:
-    """Set `model` to training; `keep_statistics`: every ABN still normalises by its running ones."""
+    """Set `model` to training; `keep_statistics`: every ABN still normalizes by its running ones."""
     model.train()
     for module in model.modules():
         if keep_statistics and isinstance(module, ABN):
@@ -151,7 +151,7 @@ def _apex_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, 
     return y
 
 
-def _synchronised_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):
+def _synchronized_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):
     if x.is_cuda:
         # torch's own kernels, as nn.SyncBatchNorm calls them; the function lets us pass |weight| + eps.
         from torch.nn.modules._functions import SyncBatchNorm
@@ -159,10 +159,10 @@ def _synchronised_batch_norm(x, weight, bias, running_mean, running_var, eps, mo
         return SyncBatchNorm.apply(
             x, weight, bias, running_mean, running_var, eps, momentum, group.group, group.size
         )
-    return _SynchronisedBatchNorm.apply(x, weight, bias, running_mean, running_var, eps, momentum, group)
+    return _SynchronizedBatchNorm.apply(x, weight, bias, running_mean, running_var, eps, momentum, group)
 
 
-class _SynchronisedBatchNorm(torch.autograd.Function):
+class _SynchronizedBatchNorm(torch.autograd.Function):
     """Batch norm over several processes where torch has none (the CPU): one collective each way.
 
     The processes may hold different numbers of pixels; each counts by its own.
@@ -187,24 +187,24 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         inverse = (variance + eps).rsqrt()
-        normalised = (x.to(wide) - mean.to(wide).view(shape)) * inverse.to(wide).view(shape)
+        normalized = (x.to(wide) - mean.to(wide).view(shape)) * inverse.to(wide).view(shape)
         ctx.save_for_backward(x, weight, mean.to(wide), inverse.to(wide), total)
         ctx.group, ctx.axes, ctx.shape = group, axes, shape
-        return torch.addcmul(bias.to(wide).view(shape), normalised, weight.to(wide).view(shape)).to(x.dtype)
+        return torch.addcmul(bias.to(wide).view(shape), normalized, weight.to(wide).view(shape)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, inverse, total = ctx.saved_tensors
         wide, shape = mean.dtype, ctx.shape
         grad = grad.to(wide)
-        normalised = (x.to(wide) - mean.view(shape)) * inverse.view(shape)
+        normalized = (x.to(wide) - mean.view(shape)) * inverse.view(shape)
         grad_bias = grad.sum(ctx.axes)
-        grad_weight = (grad * normalised).sum(ctx.axes)
+        grad_weight = (grad * normalized).sum(ctx.axes)
         sums = torch.cat([grad_bias, grad_weight])
         ctx.group.all_reduce(sums)
         mean_grad, mean_product = (sums / total.to(wide)).chunk(2)
         scale = (weight.to(wide) * inverse).view(shape)
-        grad_x = scale * (grad - mean_grad.view(shape) - normalised * mean_product.view(shape))
+        grad_x = scale * (grad - mean_grad.view(shape) - normalized * mean_product.view(shape))
         # weight and bias get this process's share; the data-parallel wrapper averages them with all the
         # others.
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 5

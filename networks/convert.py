@@ -17,7 +17,7 @@ from utils.errors import CheckpointError
 
 #: Of the activated batch norm (networks/abn.py), and of every release's batch norm.
 EPS = 1e-5
-#: Mean and standard deviation of ImageNet's pictures, R G B in 0..255: what most releases normalise by.
+#: Mean and standard deviation of ImageNet's pictures, R G B in 0..255: what most releases normalize by.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 #: timm's deep stem, one nn.Sequential but for its last batch norm, in our names.

@@ -9,8 +9,9 @@ class ChannelDropout(nn.Dropout2d):
     """Zero whole channels of each sample in training, and scale the others by 1 / (1 - p).
 
     The training step draws `kept` before the forward pass, from the step and the sample alone
-    (engine/dropout.py). A sample then loses the same channels on any number of processes, and a compiled
-    network or CUDA graph holds no random numbers. Without `kept`, masks come from PyTorch's generator.
+    (engine/training/dropout.py). A sample then loses the same channels on any number of processes, and a
+    compiled network or CUDA graph holds no random numbers. Without `kept`, masks come from PyTorch's
+    generator.
 
     Args:
         channels: number of channels C.

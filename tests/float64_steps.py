@@ -14,11 +14,11 @@ import torch
 from conftest import fill
 from torch import nn
 
-from engine import distributed
-from engine.step import Stepper
+from engine.runtime import distributed
+from engine.training.step import Stepper
 from loss import CriterionDSN
-from networks import ABN, ChannelDropout, Seg_Model, synchronise
-from networks.ccnet import RCCAHead
+from networks import ABN, ChannelDropout, Seg_Model, synchronize
+from networks.heads import RCCAHead
 from utils.args import exit_status
 
 SAMPLES, CLASSES, SIZE = 4, 5, 33
@@ -63,7 +63,7 @@ def main() -> int:
         model = (SmallModel() if args.small else Seg_Model(CLASSES, backbone="resnet50")).double()
         fill(model)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        synchronise(model, world)
+        synchronize(model, world)
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         parallel = world.data_parallel(model, all_used=True)

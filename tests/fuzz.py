@@ -6,7 +6,7 @@ Whatever the input, a command ends with status 0, 1 or 2 and without a traceback
 every file is still there that was there before. Unless the status is 0, the last line says what is wrong. A
 function that reads a file raises an InputError or returns what is in the file.
 
-tests/test_fuzz.py runs a few inputs of each target, the same ones each time. This command runs new ones for
+tests/integration/test_fuzz.py runs a few inputs of each target, the same ones each time. This command runs new ones for
 as long as it is told to, and prints how many. Its exit status is 1 if one of them fails.
 """
 
@@ -48,9 +48,10 @@ from PIL import Image  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from dataset import CSDataSet, check, mini, pictures  # noqa: E402
+from dataset import CSDataSet, check, pictures  # noqa: E402
 from dataset.labels import LabelReader, read_table  # noqa: E402
-from engine import checkpoint  # noqa: E402
+from dataset.mini import __main__ as mini  # noqa: E402
+from engine.training import checkpoint  # noqa: E402
 from networks import Seg_Model  # noqa: E402
 from networks.variants import DEPTHS  # noqa: E402
 from networks.weights import match_weights, read_state_dict  # noqa: E402

@@ -37,8 +37,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # r
 
 from conftest import ROOT, write_pair  # noqa: E402
 
-from benchmarks.measure import machine  # noqa: E402
-from engine import checkpoint  # noqa: E402
+from engine.training import checkpoint  # noqa: E402
+from utils.environment import machine  # noqa: E402
 from utils.errors import UsageError  # noqa: E402
 
 STEPS, VALIDATE = 4, 2

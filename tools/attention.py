@@ -19,12 +19,12 @@ import torch
 
 from dataset import IMG_MEAN
 from dataset.pictures import decode_upright, load
-from engine.transfer import subtract_mean
+from engine.data.transfer import subtract_mean
 from networks.attention import picture_attention
 from tools import common
 from tools.sources import PictureFile, find
 from utils import args as flags
-from utils.attention_figure import draw_attention
+from utils.drawing.attention_figure import draw_attention
 from utils.errors import UsageError
 from utils.files import check_outputs, check_writable, replacing
 

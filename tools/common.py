@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dataset.labels import LabelReader, choose_table
-from engine.distributed import choose_devices
+from engine.runtime.distributed import choose_devices
 from networks import Seg_Model, load_weights
 from networks.variants import DEPTHS, blocks_of, variant_of
 from networks.weights import classes_of, read_state_dict
@@ -32,7 +32,7 @@ class Network(NamedTuple):
     backbone: str
     recurrence: int
     num_classes: int
-    labels: LabelReader  # names and colours of the classes
+    labels: LabelReader  # names and colors of the classes
     files: list[str]  # that were read for it
 
 
@@ -56,7 +56,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--classes",
         metavar="TABLE",
-        help="names and colours of another data set's classes (docs/own_data.md); without it those of the "
+        help="names and colors of another data set's classes (docs/own_data.md); without it those of the "
         "checkpoint's run, or Cityscapes'",
     )
     add(

@@ -107,7 +107,7 @@ def get_parser() -> Parser:
             f"--{name}",
             type=triple(name),
             metavar="R,G,B",
-            help=f"{what} that SOURCE's pictures are normalised by, in 0..255; without it its library's, or "
+            help=f"{what} that SOURCE's pictures are normalized by, in 0..255; without it its library's, or "
             "ImageNet's",
         )
     return parser
@@ -296,14 +296,14 @@ def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
             ours = ours + state["shift"].view(3, 1, 1)
         return plain_outputs(state, ours)
 
-    def normalised(pixels: Tensor) -> Tensor:
+    def normalized(pixels: Tensor) -> Tensor:
         mean, std = (torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in source.pictures or ())
         return (pixels - mean) / std
 
     if VARIANTS[variant_of(state)].shift or own_border:
-        return plain_outputs(state, normalised(rgb))
+        return plain_outputs(state, normalized(rgb))
     mean = torch.tensor(IMG_MEAN, dtype=torch.float64).flip(0).view(1, 3, 1, 1)
-    return plain_outputs(state, normalised(rgb), around=normalised(mean))
+    return plain_outputs(state, normalized(rgb), around=normalized(mean))
 
 
 def network_outputs(state: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:

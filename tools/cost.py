@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from benchmarks.measure import mark, seconds
-from engine.step import PRECISIONS
+from engine.training.step import PRECISIONS
 from loss import CriterionDSN, CriterionOhemDSN
 from networks import Seg_Model
 from utils.progress import Progress
+from utils.timing import mark, seconds
 
 #: The network's parts between the stem and the loss, in the order in which they run.
 PARTS = (

@@ -5,8 +5,8 @@
 An input is a picture, a folder (the pictures in it and below), a list (.txt or .lst: in each line a path,
 relative to the list), a video, or camera:0. DIR gets, under the name and the subfolder that the input has:
 
-    overlay/        the classes' colours over the picture (JPEG; of a video, a video)
-    color/          the classes' colours: PNG with a palette, values are train ids (of a video, a video)
+    overlay/        the classes' colors over the picture (JPEG; of a video, a video)
+    color/          the classes' colors: PNG with a palette, values are train ids (of a video, a video)
     labelIds/       the ids of the class table: PNG (of a video, one for each frame)
     probabilities/  with --save probabilities: float16 [K, h, w], .npy
     sheet.jpg       a look at up to 24 of them, with the legend
@@ -35,16 +35,16 @@ from PIL import Image
 
 from dataset import IMG_MEAN, DataError
 from dataset.pictures import decode_upright, load
+from engine.data.transfer import subtract_mean
 from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
-from engine.transfer import subtract_mean
 from tools import common
 from tools.sources import PictureFile, Video, check_video_name, find, frames
 from utils import args as flags
+from utils.drawing.palette import colored, make_palette, save_gray_png, save_indexed_png
+from utils.drawing.sheet import Sheet, overlay
 from utils.errors import RunError
 from utils.files import check_outputs, check_writable, replacing
-from utils.palette import colored, make_palette, save_grey_png, save_indexed_png
 from utils.progress import Progress
-from utils.sheet import Sheet, overlay
 
 OVERLAY, COLOR, LABEL_IDS, PROBABILITIES = KINDS = ("overlay", "color", "labelIds", "probabilities")
 ENDINGS = {OVERLAY: ".jpg", COLOR: ".png", LABEL_IDS: ".png", PROBABILITIES: ".npy"}
@@ -81,7 +81,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="KIND,KIND",
         help=f"of {', '.join(KINDS)} (default: the first three)",
     )
-    add("--opacity", type=flags.fraction, default=0.5, help="of an overlay's colours (default: %(default)s)")
+    add("--opacity", type=flags.fraction, default=0.5, help="of an overlay's colors (default: %(default)s)")
     add(
         "--input-size",
         type=flags.size,
@@ -264,7 +264,7 @@ class Work:
     def _write_values(self, name: str, prediction: Prediction) -> None:
         """What is no picture to look at."""
         if LABEL_IDS in self.args.save:
-            save_grey_png(self._path(LABEL_IDS, name), self.label_ids[prediction.classes])
+            save_gray_png(self._path(LABEL_IDS, name), self.label_ids[prediction.classes])
         if prediction.probabilities is not None:
             with replacing(self._path(PROBABILITIES, name)) as temporary:
                 np.save(temporary, prediction.probabilities)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from cc_attention import CrissCrossAttention, ops
-from engine.step import PRECISIONS
+from engine.training.step import PRECISIONS
 from networks import Seg_Model, load_weights
 from networks.variants import DEPTHS, variant_of
 from networks.weights import read_state_dict

@@ -25,19 +25,19 @@ import train
 from dataset import IMG_MEAN, CSDataSet
 from dataset.labels import choose_table
 from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
-from engine.metrics import confusion_matrix, mean_iou
-from engine.report import CONFUSION, FILES, RESULT
-from engine.transfer import subtract_mean
+from engine.data.transfer import subtract_mean
+from engine.evaluation.metrics import confusion_matrix, mean_iou
+from engine.evaluation.results import CONFUSION, FILES, RESULT
 from networks.attention import picture_attention
 from networks.weights import read_state_dict
 from tools import common
 from tools.report_page import Example, Report, page
 from utils import args as flags
 from utils import run_files
-from utils.attention_figure import draw_attention
+from utils.drawing.attention_figure import draw_attention
+from utils.drawing.palette import colored, make_palette
 from utils.errors import DataError, InputError, UsageError
 from utils.files import check_outputs, check_writable, read_input, write_file
-from utils.palette import colored, make_palette
 from utils.progress import Progress
 
 OUTPUTS, EVENTS = "outputs", "tensorboard"

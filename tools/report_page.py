@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from utils.chart import draw_curves
+from utils.drawing.chart import draw_curves
 from utils.run_files import OFFICIAL_SCORES, is_number
 
 #: Pixels that a picture is wide at most.
@@ -254,7 +254,7 @@ def _attention(examples: Sequence[Example]) -> str:
 
 
 def _picture(picture: np.ndarray, text: str, width: int = WIDTH) -> str:
-    """Scaled down to the width; photographs as JPEG, pictures of few colours as PNG."""
+    """Scaled down to the width; photographs as JPEG, pictures of few colors as PNG."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     few = image.getcolors(256) is not None
     if image.width > width:

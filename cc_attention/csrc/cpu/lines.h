@@ -18,7 +18,7 @@ constexpr int64_t kChunk = 64;       // channels; a multiple of every vector's l
 constexpr int64_t kGrain = 1 << 16;  // multiplications that make a task worth a thread
 
 struct Line {
-  int64_t first, step, count;  // pixels: index of the first, distance of neighbours, number
+  int64_t first, step, count;  // pixels: index of the first, distance of neighbors, number
   int64_t next;                // distance to the next line
   bool column;                 // then a pixel does not see itself
 

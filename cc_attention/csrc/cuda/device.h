@@ -36,7 +36,7 @@ struct float16 {
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Four neighbouring elements, moved in one instruction.
+// Four neighboring elements, moved in one instruction.
 template <class T>
 struct alignas(4 * sizeof(T)) Vec4 {
   T at[4];

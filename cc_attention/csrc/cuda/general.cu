@@ -9,7 +9,7 @@
 //               few channels, turned so that a thread reads four pixels in one load; a thread holds a square of
 //               products.
 //   accumulate  [targets] x [channels] sums over source pixels, times weights in shared memory. A thread holds
-//               kPerThread targets x a few channels, neighbouring threads neighbouring channels. The sources pass
+//               kPerThread targets x a few channels, neighboring threads neighboring channels. The sources pass
 //               through shared memory in pieces of a few pixels, read coalesced whatever the alignment.
 //
 // In both, a thread holds its part of a later piece in registers while the block works on this one. The shared memory
@@ -77,7 +77,7 @@ constexpr CC_HOST_DEVICE I ceil_div(I a, I b) {
   return (a + b - 1) / b;
 }
 
-// Some neighbouring pixels of a line.
+// Some neighboring pixels of a line.
 struct Range {
   int first, count;
   // The part of it that block `tile` of tiles of `size` has.
@@ -105,8 +105,8 @@ __device__ __forceinline__ unsigned block_of_pass(bool column) {
 }
 
 // A side of multiply on its way from global to shared memory, kPiece channels of up to kRows pixels at a time. A thread
-// carries kLoads fours of neighbouring pixels of one channel, so that it writes Vec4; neighbouring threads have
-// neighbouring channels. The block has at least kRows / kLoads threads.
+// carries kLoads fours of neighboring pixels of one channel, so that it writes Vec4; neighboring threads have
+// neighboring channels. The block has at least kRows / kLoads threads.
 template <class T, int kRows, int kLoads>
 struct Pieces {
   static constexpr int kPitch = kRows + kPad;
@@ -149,7 +149,7 @@ struct Pieces {
 };
 
 // Which products multiply leaves with a thread: kQuads * 4 pixels of either side, in fours far apart, so that
-// neighbouring threads read neighbouring fours. By device::lane, so that a second one, for what follows the products,
+// neighboring threads read neighboring fours. By device::lane, so that a second one, for what follows the products,
 // takes no registers from them.
 template <int kQuads>
 struct Square {
@@ -700,7 +700,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sum_kernel(WeightedSum a
     const Range sources{a.sources.first + first, min(Shape::kSources, a.sources.count - first)};
     __syncthreads();  // all have used the weights before
     const Range queries = a.targets_see ? targets : sources, keys = a.targets_see ? sources : targets;
-    const int query = threadIdx.x % query_side;  // neighbouring queries have neighbouring weights
+    const int query = threadIdx.x % query_side;  // neighboring queries have neighboring weights
 #pragma unroll 4
     for (int key = threadIdx.x / query_side; key < key_side; key += kThreads / query_side) {
       const bool exists =

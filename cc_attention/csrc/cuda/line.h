@@ -14,7 +14,7 @@ struct Line {
 
 inline int64_t lines(const Sizes& sizes, bool column) { return sizes.N * (column ? sizes.W : sizes.H); }
 
-// Line number `index` of lines(sizes, column): neighbouring columns are neighbours in memory.
+// Line number `index` of lines(sizes, column): neighboring columns are neighbors in memory.
 __device__ __forceinline__ Line line_of(const Sizes& sizes, bool column, int64_t index) {
   if (column) return {index / sizes.W * sizes.H * sizes.W + index % sizes.W, sizes.W, static_cast<int>(sizes.H)};
   return {index * sizes.W, 1, static_cast<int>(sizes.W)};

@@ -178,7 +178,7 @@ __device__ __forceinline__ int steps_from(int channel, int channels) {
 }
 
 // Where 16 rows of results belong: pixels row .. row + 15 of a line, from channel `channel` on. They leave the
-// fragments as runs of four neighbouring channels: lanes of even and odd `pair` swap halves of two neighbouring 16 x 8
+// fragments as runs of four neighboring channels: lanes of even and odd `pair` swap halves of two neighboring 16 x 8
 // results, numbers j (even) and j + 1, and hold then four channels of row lane.row + 8 * half.
 struct Place {
   int64_t first;  // element of the lane's run of results 0 and 1 in the first 8 rows, in a feature map [N,H,W,channels]
@@ -254,7 +254,7 @@ __device__ __forceinline__ Vec4<T> narrow(const Vec4<float>& run) {
   }
 }
 
-// Two neighbouring elements of shared memory.
+// Two neighboring elements of shared memory.
 template <class T>
 __device__ __forceinline__ void store_pair(unsigned char* to, float first, float second) {
   if constexpr (std::is_same_v<T, float>) {

@@ -100,7 +100,7 @@ __device__ __forceinline__ void write_sum(const Place& place, const float (&resu
     }
 }
 
-// Two neighbouring weights, as the products take them.
+// Two neighboring weights, as the products take them.
 template <class T>
 __device__ __forceinline__ void store_weights(unsigned char* to, float first, float second) {
   if constexpr (std::is_same_v<T, float>) {

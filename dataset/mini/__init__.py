@@ -1,0 +1,104 @@
+"""Generated street scenes in the Cityscapes layout: a small data set to try everything without the real one.
+
+    python -m dataset.mini OUT [--train N] [--val N] [--size HxW] [--seed S]
+
+Every class of the benchmark occurs in both splits, with instances, occlusion, perspective and void regions.
+Light, colors and the place of things differ from picture to picture and from city to city, so that shape,
+texture and context tell the classes apart rather than color or position. Picture i of a split depends on
+seed, split, i and size alone.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dataset.mini.street import City, render
+from utils.errors import UsageError
+from utils.files import write_file
+
+__all__ = ["picture", "render", "write"]
+
+#: Raised whenever the same parameters would give other files.
+FORMAT = 1
+
+CITIES = {
+    "train": (
+        "ambersund",
+        "brinkhaven",
+        "corvale",
+        "dunmarch",
+        "eastmoor",
+        "fennick",
+        "galdorf",
+        "hollbrueck",
+    ),
+    "val": ("ivenstadt", "jorvelle", "kestrel", "lunebrook"),
+}
+
+_COMPLETE, _STARTED = "mini.json", "mini.started.json"
+#: Smallest and largest (height, width) of the pictures.
+SIZES = ((32, 64), (1024, 2048))
+
+
+def _png(array: np.ndarray) -> bytes:
+    return cv2.imencode(".png", array)[1].tobytes()
+
+
+def picture(split: str, index: int, size: tuple[int, int], seed: int) -> tuple[str, str, tuple]:
+    """City, file name stem and arrays (see `render`) of picture `index` of a split."""
+    names = CITIES[split]
+    which, number = index % len(names), list(CITIES).index(split)
+    city = City.draw(np.random.default_rng((seed, number, 0, which)))
+    arrays = render(size, np.random.default_rng((seed, number, 1, index)), city)
+    return names[which], f"{names[which]}_{index // len(names):06d}_000019", arrays
+
+
+def _is_complete(out: Path, parameters: dict) -> bool:
+    """Return whether the whole set is in `out`, rather than a part of it or nothing; see `write`."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: name a folder")
+    # A full disk or a crash may leave the first marker alone, half written.
+    begun = out.is_dir() and any(not entry.name.endswith(_STARTED) for entry in out.iterdir())
+    marker = next((out / name for name in (_COMPLETE, _STARTED) if (out / name).is_file()), None)
+    if not begun:
+        return False
+    if marker is None:
+        raise UsageError(f"{out} is not empty and holds no generated set: name a new or empty folder")
+    try:
+        found = json.loads(marker.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{marker} is damaged: remove {out} or name another folder") from error
+    if found != parameters:
+        raise UsageError(f"{out} holds a set with other parameters: remove it or name another folder")
+    return marker.name == _COMPLETE
+
+
+def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: int) -> bool:
+    """Write the data set under `out`.
+
+    Returns:
+        False where a complete set with the same parameters was there already, and nothing was done.
+
+    Raises:
+        UsageError: `out` is a file, or holds anything but (part of) a set with the same parameters.
+    """
+    out = Path(out)
+    parameters = {"format": FORMAT, "train": train, "val": val, "size": list(size), "seed": seed}
+    if _is_complete(out, parameters):
+        return False
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / _STARTED, json.dumps(parameters).encode())
+    for split, count in (("train", train), ("val", val)):
+        for index in range(count):
+            city, stem, (image, labels, instances) = picture(split, index, size, seed)
+            pictures, truth = out / "leftImg8bit" / split / city, out / "gtFine" / split / city
+            pictures.mkdir(parents=True, exist_ok=True)
+            truth.mkdir(parents=True, exist_ok=True)
+            write_file(pictures / f"{stem}_leftImg8bit.png", _png(image))
+            write_file(truth / f"{stem}_gtFine_labelIds.png", _png(labels))
+            write_file(truth / f"{stem}_gtFine_instanceIds.png", _png(instances))
+    os.replace(out / _STARTED, out / _COMPLETE)
+    return True

@@ -1,0 +1,48 @@
+"""Write the generated data set (`python -m dataset.mini OUT`)."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+
+from dataset import mini
+from dataset.mini import SIZES
+from utils import args as flags
+from utils.files import unwritable
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    (low_h, low_w), (high_h, high_w) = SIZES
+    if match is None or not (low_h <= int(match[1]) <= high_h and low_w <= int(match[2]) <= high_w):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' does not fit: give HxW from {low_h}x{low_w} to {high_h}x{high_w}, such as 128x256"
+        )
+    return int(match[1]), int(match[2])
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = flags.Parser(prog="python -m dataset.mini", description=(mini.__doc__ or "").splitlines()[0])
+    parser.add_argument("out", metavar="OUT", help="folder to write; new, empty, or the same set")
+    number = flags.number(int, 1, 999_999)
+    parser.add_argument("--train", type=number, default=120, help="pictures to train on")
+    parser.add_argument("--val", type=number, default=24, help="pictures to validate on")
+    parser.add_argument("--size", type=_size, default=(128, 256), help="HEIGHTxWIDTH of the pictures")
+    parser.add_argument("--seed", type=flags.seed, default=0, help="another seed, another set")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"
+    try:
+        written = mini.write(args.out, args.train, args.val, args.size, args.seed)
+    except OSError as error:
+        raise unwritable(error) from error
+    print(f"{args.out}: {'wrote' if written else 'already holds'} {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(flags.exit_status(main))

@@ -1,0 +1,57 @@
+"""What an evaluation leaves: the scores as JSON and as text, and the confusion matrix as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.evaluation.evaluate import Result
+from engine.evaluation.metrics import format_confusion, format_table, iou_per_class, mean_iou
+from utils import run_files
+from utils.drawing.heat_map import draw_heat_map
+from utils.files import replacing, write_file
+
+#: JSON (the original's file, with more in it), text, picture.
+FILES = RESULT, SCORES, CONFUSION = run_files.RESULT, "scores.txt", "confusion.png"
+
+
+def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[str, Any]) -> str:
+    """Write FILES into `folder`.
+
+    Args:
+        names: of the K classes.
+        arguments: what was evaluated and how, noted beside the scores.
+
+    Returns:
+        The table of classes and the averages, to print.
+    """
+    iou = iou_per_class(result.confusion).tolist()
+    scores: dict[str, Any] = {"meanIU": mean_iou(result.confusion), "IU_array": iou}
+    instance_iou = None
+    if result.official is not None:
+        scores.update(result.official)
+        of_instances = result.official.get("classInstScores")
+        instance_iou = [of_instances[name] for name in names] if of_instances is not None else None
+    lines = [format_table(names, iou, instance_iou)]
+    for name in ("averageScoreCategories", "averageScoreInstCategories"):
+        if scores.get(name) is not None:
+            lines.append(f"{name} {scores[name]:.4f}")
+    scores |= {"classes": list(names), "confusion": result.confusion.tolist(), "arguments": dict(arguments)}
+    # nan is no JSON: what has no score is null.
+    content = json.dumps({name: _without_nan(value) for name, value in scores.items()}, allow_nan=False)
+    write_file(os.path.join(folder, RESULT), content)
+    confusion = format_confusion(names, result.confusion)
+    write_file(os.path.join(folder, SCORES), "\n".join([*lines, "", confusion, ""]))
+    with replacing(os.path.join(folder, CONFUSION)) as temporary:
+        draw_heat_map(names, result.confusion.numpy()).save(temporary, format="PNG")
+    path = os.path.join(folder, RESULT)
+    return "\n".join([*lines, f"mean IoU {scores['meanIU']:.4f}, written to {path}"])
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,1 @@
+"""Processes, signals, and the optional apex backend."""

@@ -1,0 +1,378 @@
+"""Processes: how they start, share and agree. The only file that imports torch.distributed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import inspect
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.runtime.signals import IMPATIENCE, SIGNALS
+from utils.args import count, exhausted, program
+from utils.errors import InputError, RunError, UsageError
+from utils.resources import shortage
+
+#: Set for the processes that `launch` starts, to its process id; what the parent has checked they need not
+#: check again.
+LAUNCHED = "CCNET_LAUNCHED"
+#: The exit status of a process of `launch` for which the machine had too little of something.
+EXHAUSTED = 71
+#: A filter of the warning that cc_attention gives where its library was not built.
+OPERATOR_MISSING = "ignore:the compiled criss-cross attention is missing"
+
+
+class World:
+    """This process among the others of the run: rank, device, collectives; one alone is a world too."""
+
+    def __init__(self, rank: int, size: int, device: torch.device):
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.group = dist.group.WORLD if size > 1 else None  # what the activated batch norm reduces over
+        # Python objects and flags go over gloo: no GPU waits for them.
+        self._control: Any = dist.new_group(backend="gloo") if size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum `tensor` over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in the order of their ranks, on every process."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def first(self, value: Any | None) -> Any | None:
+        """The first `value` that is not None over the ranks, on every process; cheap where there is none."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor([int(value is not None)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
+        if not flag.item():
+            return None
+        return next(found for found in self.gather(value) if found is not None)
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do `action` on rank 0 while the others wait; an InputError or RunError of it is raised on all."""
+        failure = None
+        if self.is_main:
+            try:
+                action()
+            except (InputError, RunError) as error:
+                failure = error
+        if failure := self.first(failure):
+            self.barrier()  # a launcher may end rank 0 as soon as another one is gone
+            raise failure
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self._control)
+
+    def data_parallel(self, model: nn.Module, all_used: bool) -> nn.Module:
+        """`model` with gradients averaged over the processes; `all_used`: the loss uses every parameter."""
+        if self.size == 1:
+            return model
+        # Buckets of 25 MB, torch's default, are all-reduced while the layers before them still compute. The
+        # first step of a run has others; three or more processes then add up in another order, and a resumed
+        # run would round otherwise. Looking for unused weights keeps the first ones.
+        exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        keep_buckets = exact and self.size > 2
+        # Synchronized batch norm keeps the buffers equal. (The older name gives a warning on newer torch.)
+        options = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        buffers: dict[str, Any] = {name: False}
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            **buffers,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=not all_used or keep_buckets,
+        )
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Return whether a collective failed because another process is gone, which is then the cause."""
+    # Gloo says it in a plain RuntimeError.
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def run(
+    devices: Sequence[torch.device],
+    check: Callable[[], None],
+    body: Callable[[World], None],
+) -> int:
+    """Run a command as one process for each device, started from here unless they were started already.
+
+    Args:
+        devices: see `choose_devices`.
+        check: looks at the input; once on each machine, before anything is started.
+        body: what each process does.
+
+    Returns:
+        The exit status.
+    """
+    if not is_checked_elsewhere():
+        check()
+    if len(devices) > 1 and not is_launched():
+        return launch(len(devices))
+    with world(devices) as joined:
+        body(joined)
+    return 0
+
+
+def from_environment(name: str, default: int) -> int:
+    """Return a number that a launcher gives its processes.
+
+    Raises:
+        UsageError: the variable holds something else.
+    """
+    try:
+        return int(count(os.environ.get(name, str(default))))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"environment variable {name}: {error}, or unset it") from error
+
+
+def is_launched() -> bool:
+    """Return whether this process has siblings that somebody started: `launch`, torchrun or a scheduler."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun or Slurm has started this run again after a failure or a requeue."""
+    return any(
+        from_environment(name, 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
+
+
+def is_checked_elsewhere() -> bool:
+    """Return whether another process of this machine, parent or local rank 0, checks the input."""
+    return LAUNCHED in os.environ or from_environment("LOCAL_RANK", 0) > 0
+
+
+def processes(devices: Sequence[torch.device]) -> int:
+    """How many processes the run has, or will have when `launch` starts one for each device."""
+    return from_environment("WORLD_SIZE", 1) if is_launched() else len(devices)
+
+
+def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
+    """The device of each process on this machine.
+
+    Args:
+        gpu: comma-separated GPU ids, "cpu", or None for every visible GPU (the CPU where there is none).
+        nproc: number of CPU processes; implies the CPU.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    visible = torch.cuda.device_count()
+    if nproc is not None:
+        if gpu not in (None, "cpu"):
+            raise UsageError(
+                f"--nproc {nproc}: is for CPU processes, --gpu {gpu} asks for GPUs; give one of the two"
+            )
+        return [torch.device("cpu")] * nproc
+    if gpu == "cpu" or (gpu is None and visible == 0):
+        return [torch.device("cpu")]
+    if gpu is None:
+        return [torch.device("cuda", index) for index in range(visible)]
+    try:
+        ids = [int(count(part)) for part in gpu.split(",")]
+    except argparse.ArgumentTypeError:
+        raise UsageError(f"--gpu {gpu}: not a list of ids; give ids such as 0,1,2,3, or cpu") from None
+    for index in ids:
+        if not 0 <= index < visible:
+            there = (
+                f"there are {visible}, numbered from 0"
+                if visible
+                else "no GPU is visible here; give --gpu cpu"
+            )
+            raise UsageError(f"--gpu {gpu}: there is no GPU {index}; {there}")
+    started = from_environment("LOCAL_WORLD_SIZE", len(ids)) if is_launched() else len(ids)
+    if started != len(ids):
+        raise UsageError(
+            f"--gpu {gpu}: names {len(ids)} GPUs and {started} processes were started on this machine; "
+            "start as many, or unset RANK and WORLD_SIZE to have them started from here"
+        )
+    if len(set(ids)) < len(ids):
+        raise UsageError(f"--gpu {gpu}: an id is given twice; give each GPU once")
+    return [torch.device("cuda", index) for index in ids]
+
+
+def launch(processes: int) -> int:
+    """Run this command as each of `processes` ranks on this machine and wait; one failure ends all.
+
+    Returns:
+        0 when all ended well, 2 when the first to fail met wrong input, 1 when it failed otherwise.
+
+    Raises:
+        RunError: one was killed, or the machine had too little memory for it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        LAUNCHED: os.getpid(),
+        # This process has said it already, if it is so.
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), OPERATOR_MISSING])),
+    }
+    if "OMP_NUM_THREADS" not in os.environ:
+        shared["OMP_NUM_THREADS"] = max(1, torch.get_num_threads() // processes)
+    children: list[subprocess.Popen] = []
+    try:
+        for rank in range(processes):
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+            children.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+        return _wait(children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+
+def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
+    """Wait for all; once one has failed the others get SIGTERM, and `grace` seconds to end by themselves.
+
+    SIGTERM and SIGINT go on to all; a later SIGINT kills them.
+    """
+    asked = float("inf")
+
+    def alive() -> list[subprocess.Popen]:
+        return [child for child in children if child.poll() is None]
+
+    def send(number: int) -> None:
+        for child in alive():
+            child.send_signal(number)
+
+    def forward(number: int, _frame: object) -> None:
+        nonlocal asked
+        impatient = number == signal.SIGINT and time.monotonic() - asked > IMPATIENCE
+        asked = min(asked, time.monotonic())
+        send(signal.SIGKILL if impatient else number)
+
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        deadline = float("inf")
+        failed: list[subprocess.Popen] = []
+        while alive() and time.monotonic() < deadline:
+            if not failed and (failed := [child for child in children if child.returncode]):
+                # Those that agreed on the same end (a damaged picture) come to it by themselves.
+                deadline = time.monotonic() + (3.0 if failed[0].returncode < 0 else grace)
+            time.sleep(0.05)
+        send(signal.SIGTERM)
+        end = time.monotonic() + 5.0
+        while alive() and time.monotonic() < end:
+            time.sleep(0.05)
+        failed = failed or [child for child in children if child.returncode]
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    # Where one was killed the others fail after it, for want of it.
+    killed = [child for child in failed if child.returncode < 0]
+    if killed and asked < float("inf"):
+        raise RunError("ended by a signal while it was starting")
+    if killed:
+        raise RunError(
+            f"process {children.index(killed[0])} of {len(children)} was killed by "
+            f"{signal.Signals(-killed[0].returncode).name} (for want of memory, perhaps), and the others "
+            "ended with it; what is complete is kept: run it again, train.py with --resume"
+        )
+    if any(child.returncode == EXHAUSTED for child in children):
+        raise exhausted("the machine has too little for all processes, as said above")
+    return 0 if not failed else 2 if failed[0].returncode == 2 else 1
+
+
+def _end_with_parent() -> None:
+    """Have the system send this process SIGTERM when `launch`, which would do it, is killed itself."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(os.environ[LAUNCHED]):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def world(devices: Sequence[torch.device]) -> Iterator[World]:
+    """Join the processes of this run: those of `launch` or torchrun; alone where there is no other.
+
+    An InputError or RunError is raised by all processes together; local rank 0 prints its line for all.
+
+    Args:
+        devices: the device of each local rank.
+
+    Raises:
+        UsageError: not as many GPUs as processes on this machine.
+    """
+    if LAUNCHED in os.environ:
+        _end_with_parent()
+    rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    local_rank = from_environment("LOCAL_RANK", rank)
+    device = devices[0]
+    if device.type == "cuda":
+        if local_rank >= len(devices):
+            raise UsageError(
+                f"--gpu: process {local_rank} of this machine has none of the {len(devices)} GPUs; "
+                "start fewer"
+            )
+        device = devices[local_rank]
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(rank, size, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield World(rank, size, device)
+    except BaseException as error:
+        if isinstance(error, (InputError, RunError)):
+            error.silent = local_rank > 0  # see utils.args.exit_status
+            dist.destroy_process_group()
+            raise
+        # The others wait in a collective for this process: an orderly end would wait for them.
+        if what := shortage(error):
+            what = f"process {rank} of {size}: {what}"
+            if LAUNCHED in os.environ:  # whose last line it is to be
+                print(what, file=sys.stderr, flush=True)
+                os._exit(EXHAUSTED)
+            print(f"{program()}: error: {exhausted(what)}", file=sys.stderr, flush=True)
+            os._exit(1)
+        if _is_lost_connection(error):
+            reason = [line[:200] for line in str(error).strip().splitlines()[:1]]
+            print(
+                f"process {rank} of {size}: lost the connection to another process",
+                *reason,
+                sep=": ",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()

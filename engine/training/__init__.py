@@ -1,0 +1,1 @@
+"""Steps, schedule, checkpoints and the log of a training run."""

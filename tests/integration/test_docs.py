@@ -1,0 +1,121 @@
+"""What README and docs say exists: files, commands, flags; their Python runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import runpy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from networks import MODELS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "cc_attention/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: A command: what runs it, and the module that has its parser.
+COMMAND = re.compile(r"python (?:-m ([\w.]+)|(\w[\w/]*)\.py)((?: |\\\n)[^`#\n|]*(?:\\\n[^`#\n|]*)*)?")
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", read(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", read(file), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    """Paths of the project in code style."""
+    for name in re.findall(r"`((?:\w+/)+[\w.-]+\.(?:py|sh|md|json|png|tsv|sbatch))`", read(page)):
+        if name.split("/")[0] in {path.name for path in ROOT.iterdir() if path.is_dir()} - {
+            "snapshots",
+            "data",
+        }:
+            assert (ROOT / name).exists(), name
+
+
+@cache
+def options_of(module: str) -> set[str] | None:
+    """The flags of a command; None where it has no parser to ask."""
+    found = importlib.import_module(module)
+    if hasattr(found, "get_parser"):
+        return set(found.get_parser()._option_string_actions)
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_their_flags_exist(page: Path) -> None:
+    for module, script, rest in COMMAND.findall(read(page)):
+        name = module or script.replace("/", ".")
+        if name in ("pip", "pytest", "venv"):
+            continue
+        assert importlib.util.find_spec(name), name
+        options = options_of(name) if name.split(".")[0] in ("train", "evaluate", "tools") else None
+        if options is None:
+            continue
+        known = options | (options_of("train") or set()) | (options_of("evaluate") or set())
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", rest.replace("\\\n", " ")):
+            # tools.seeds passes on what follows --train and --evaluate.
+            allowed = known | {"--train", "--evaluate"} if name == "tools.seeds" else options
+            assert flag in allowed, f"{name} {flag}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_them_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block by itself; `module` and `x` are what the page says they are."""
+    given = (
+        "import torch\nfrom cc_attention import RecurrentCrissCrossAttention\n"
+        "module, x = RecurrentCrissCrossAttention(16), torch.randn(1, 16, 20, 50)\n"
+    )
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)):
+        if (
+            "ccnet." in block
+        ):  # a file that tools.export writes; tests/integration/test_export.py runs the same
+            continue
+        file = tmp_path / f"block_{number}.py"
+        file.write_text(given + block)
+        names = runpy.run_path(str(file))
+        if "maps" in names:
+            assert names["maps"].shape == (2, 1, 20, 50)
+        if "PlainNet" in names:
+            network = names["PlainNet"](4, backbone="resnet50").eval()
+            with torch.no_grad():
+                outputs = network(torch.randn(1, 3, 33, 41))
+            assert [output.shape[1] for output in outputs] == [4, 4]
+            for command in (train, evaluate):  # build it as any other
+                monkeypatch.setitem(MODELS, "plain", names["PlainNet"])
+                given = [
+                    "--data-dir",
+                    "CS",
+                    "--model",
+                    "plain",
+                    "--backbone",
+                    "resnet50",
+                    "--num-classes",
+                    "4",
+                ]
+                args = command.get_parser().parse_args(given)
+                assert isinstance(command.make_model(args, None), names["PlainNet"])
+
+
+def test_the_parsers_that_are_asked_are_there() -> None:
+    for module in ("train", "evaluate", "tools.predict", "tools.attention", "tools.report", "tools.seeds"):
+        options = options_of(module)
+        assert options is not None and "--help" in options
+    assert isinstance(importlib.import_module("train").get_parser(), argparse.ArgumentParser)

@@ -1,0 +1,134 @@
+"""What the CUDA kernels take of a multiprocessor.
+
+    python tests/kernels/kernel_resources.py      measures and writes tests/data/kernel_resources.json
+
+Registers, spills and static shared memory of each kernel and architecture are what the compiler reports; the
+dynamic shared memory of a block is what the launches ask for (in the emulator), by operator, dtype and length
+of the line.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # run as a script, outside pytest
+
+from emulator import Emulator, build  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+TABLE = Path(__file__).parents[1] / "data/kernel_resources.json"
+LENGTHS = (64, 97, 112, 144, 257)
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '\w+'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers"
+    r"(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def find_nvcc() -> str | None:
+    """The compiler that setup.py would take."""
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    home, _ = setup.find_toolkit()
+    return str(home / "bin/nvcc") if home else None
+
+
+def nvcc_version(nvcc: str) -> str:
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", output)[1]
+
+
+def short(name: str) -> str:
+    """forward_kernel<float, 7, 7, 2> of a demangled name."""
+    name = name.replace("cc_attention::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|general::Result)\)", "", name)).strip()
+
+
+def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[str, int]]:
+    """Kernel name -> resources, of one file and architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, "-O3", "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", str(source)]
+        done = subprocess.run(
+            [*command, "-o", os.path.join(folder, "out.cubin")], capture_output=True, text=True
+        )
+    if done.returncode:
+        raise RuntimeError(f"{source.name} does not compile for {architecture}:\n{done.stderr}")
+    reports = [match.groupdict() for match in REPORT.finditer(done.stderr)]
+    mangled = "\n".join(report["name"] for report in reports)
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
+    return {
+        f"{source.stem}: {short(name)}": {
+            "registers": int(report["registers"]),
+            "spills": int(report["stores"]) + int(report["loads"]),
+            "stack": int(report["stack"]),
+            "shared": int(report["shared"] or 0),
+        }
+        for name, report in zip(names.splitlines(), reports, strict=True)
+    }
+
+
+def shared_memory() -> dict[str, dict[str, int]]:
+    """Operator and dtype -> length of the longest line -> bytes of dynamic shared memory of a block."""
+    kernels = Emulator(build())
+    table: dict[str, dict[str, int]] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for tf32 in (False, True) if dtype == torch.float32 else (False,):
+            name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+            for length in LENGTHS:
+                query, value = (
+                    torch.zeros(1, 64, 1, length, dtype=dtype),
+                    torch.zeros(1, 64, 1, length, dtype=dtype),
+                )
+                out, normalizer = kernels.forward(query, query, value, tf32=tf32)
+                forward = kernels.library.emulator_largest_shared()
+                kernels.backward(query, query, value, out, normalizer, value, tf32=tf32)
+                table.setdefault(f"forward {name}", {})[str(length)] = forward
+                backward = kernels.library.emulator_largest_shared()
+                table.setdefault(f"backward {name}", {})[str(length)] = backward
+    return table
+
+
+def measure(nvcc: str) -> dict[str, dict[str, dict[str, int]]]:
+    """Architecture -> kernel -> resources."""
+    sources = sorted((ROOT / "cc_attention/csrc/cuda").glob("*.cu"))
+    jobs = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(lambda job: compile_for(nvcc, *job), jobs))
+    table: dict[str, dict[str, dict[str, int]]] = {architecture: {} for architecture in ARCHITECTURES}
+    for (_, architecture), part in zip(jobs, parts, strict=True):
+        table[architecture] |= part
+    return table
+
+
+def main() -> int:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("kernel_resources.py: there is no nvcc for this PyTorch", file=sys.stderr)
+        return 2
+    table = {"nvcc": nvcc_version(nvcc), "shared_memory": shared_memory(), "kernels": measure(nvcc)}
+    text = json.dumps(table, indent=1)
+    # A kernel in a line.
+    text = re.sub(
+        r"\{\s+(\"(?:registers|64)\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text
+    )
+    TABLE.write_text(text + "\n")
+    for architecture, kernels in table["kernels"].items():
+        spilling = [f"{name} ({r['spills']} bytes)" for name, r in kernels.items() if r["spills"]]
+        print(f"{architecture}: {len(kernels)} kernels, spilling: {', '.join(spilling) or 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

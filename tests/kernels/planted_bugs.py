@@ -1,0 +1,391 @@
+"""Plants bugs into the CUDA kernels, one at a time, and reports which of them the emulator's tests catch.
+
+    python tests/kernels/planted_bugs.py [NAME ...]      all of them take minutes; exit status 1 if one is not caught
+
+Each is what a slip of the pen would leave: a barrier, a wait, a mask or a tail check dropped, a transposition
+swapped, a buffer taken too early. "Caught" means that the results of one of CASES are wrong, or differ
+between orders of threads, or that the emulator itself objects.
+"""
+
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # run as a script, outside pytest
+
+from emulator import CSRC, SCHEDULES, Emulator, build  # noqa: E402
+from test_attention_kernels import BF16, F32, Backend, check, check_where_finite, masked, run, sample  # noqa: E402
+
+FORWARD, BACKWARD = "cuda/tensor_core_forward.cu", "cuda/tensor_core_backward.cu"
+COMMON, GENERAL, LINE = "cuda/tensor_core.h", "cuda/general.cu", "cuda/line.h"
+
+
+@dataclass
+class Bug:
+    name: str
+    file: str
+    right: str  # occurs once in the file
+    wrong: str
+
+    def plant(self) -> dict[str, str]:
+        text = (CSRC / self.file).read_text()
+        assert text.count(self.right) == 1, f"{self.name}: {text.count(self.right)} times in {self.file}"
+        return {self.file: text.replace(self.right, self.wrong)}
+
+
+BUGS: list[Bug] = [
+    # The forward on tensor cores
+    Bug(
+        "forward: scores without a wait",
+        FORWARD,
+        "        device::wait_for_copies<2>();\n      } else {\n        device::wait_for_copies<1>();\n",
+        "      } else {\n",
+    ),
+    Bug(
+        "forward: scores without a barrier",
+        FORWARD,
+        "    __syncthreads();\n    multiply_rows",
+        "    multiply_rows",
+    ),
+    Bug("forward: next channels too early", FORWARD, "    if (channel > 0) __syncthreads();", "    ;"),
+    Bug("forward: values over keys", FORWARD, "int filling = 1;", "int filling = 0;"),
+    Bug(
+        "forward: one wait too few",
+        FORWARD,
+        "    if (stages == 3)\n      device::wait_for_copies<1>();",
+        "    if (stages == 3)\n      device::wait_for_copies<2>();",
+    ),
+    Bug(
+        "forward: one wait too few of two tiles",
+        FORWARD,
+        "    else\n      device::wait_for_copies<0>();",
+        "    else\n      device::wait_for_copies<1>();",
+    ),
+    Bug(
+        "forward: values without a barrier",
+        FORWARD,
+        "    __syncthreads();  // this chunk is there for all",
+        "    // this chunk is there for all",
+    ),
+    Bug(
+        "forward: ring overtakes",
+        FORWARD,
+        "    __syncthreads();  // this chunk is there for all, and the one before it is read\n"
+        "    start_values();",
+        "    start_values();\n    __syncthreads();",
+    ),
+    Bug(
+        "forward: no empty groups",
+        FORWARD,
+        "    device::commit_copies();  // an",
+        "    if (next_channel < C) device::commit_copies();  // an",
+    ),
+    Bug("forward: a key too many", FORWARD, "k >= line.length ||", "k > line.length ||"),
+    Bug("forward: self twice", FORWARD, "(column && k == rows[i / 2])", "false"),
+    Bug(
+        "forward: large scores lost",
+        FORWARD,
+        "exp2_approximate((scores[j][i] - base[i / 2]) * kLog2e)",
+        "exp2_approximate(fmaf(scores[j][i], kLog2e, -base[i / 2] * kLog2e))",
+    ),
+    Bug("forward: empty row", FORWARD, "total == 0.f ? 0.f : 1.f / total", "1.f / total"),
+    Bug("forward: empty column", FORWARD, "largest[half] == -INFINITY ? 0.f : largest", "largest"),
+    Bug(
+        "forward: the columns' result not read",
+        FORWARD,
+        "      if (!column)\n        copy_rows(",
+        "      if (false)\n        copy_rows(",
+    ),
+    Bug("forward: rows without a barrier", FORWARD, "    __syncwarp();\n    write_rows", "    write_rows"),
+    Bug("forward: no merge", FORWARD, "      weight[half] = here / total;\n", ""),
+    Bug(
+        "forward: normalizer beyond the line",
+        FORWARD,
+        "lane.pair == 0 && rows[half] < line.length",
+        "lane.pair == 0",
+    ),
+    # What both directions use
+    Bug(
+        "copies: channels beyond the end",
+        COMMON,
+        "from < channels ? line.length - first : 0",
+        "line.length - first",
+    ),
+    Bug("copies: rows beyond the end", COMMON, "from < channels ? line.length - first : 0", "rows"),
+    Bug("rows: beyond the line", COMMON, "    if (first + row >= line.length) break;\n", ""),
+    Bug("rows: beyond the channels", COMMON, "  if (from >= channels) return;\n", ""),
+    Bug(
+        "operands: right one swapped",
+        COMMON,
+        "operands, tile + lane % 16 * pitch + lane / 16 * 16",
+        "operands, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16",
+    ),
+    Bug(
+        "operands: left one swapped",
+        COMMON,
+        "operand, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16",
+        "operand, tile + lane % 16 * pitch + lane / 16 * 16",
+    ),
+    Bug(
+        "operands: order of tf32",
+        COMMON,
+        "operands[i] = word_at(word + i % 2 * pitch + i / 2 * 32)",
+        "operands[i] = word_at(word + i % 2 * 4 * pitch + i / 2 * 32)",
+    ),
+    Bug(
+        "operands: tf32 not rounded",
+        COMMON,
+        "device::round_tf32(results[i % 2 * 2 + i / 2])",
+        "std::bit_cast<uint32_t>(results[i % 2 * 2 + i / 2])",
+    ),
+    Bug(
+        "results: beyond the line",
+        COMMON,
+        "row + 8 * half < line.length ? channels - channel : 0",
+        "channels - channel",
+    ),
+    Bug(
+        "results: beyond the channels",
+        COMMON,
+        "row + 8 * half < line.length ? channels - channel : 0",
+        "row + 8 * half < line.length ? channels : 0",
+    ),
+    Bug(
+        "results: lanes not swapped",
+        COMMON,
+        "got[i] = __shfl_xor_sync(kAllLanes, sent[i], 1)",
+        "got[i] = sent[i]",
+    ),
+    # The backward on tensor cores
+    Bug(
+        "backward: items without a wait",
+        BACKWARD,
+        "    device::wait_for_copies<0>();\n    __syncthreads();",
+        "    __syncthreads();",
+    ),
+    Bug(
+        "backward: items without a barrier",
+        BACKWARD,
+        "    __syncthreads();  // it is there for all",
+        "    // it is there for all",
+    ),
+    Bug(
+        "backward: one tile overwritten",
+        BACKWARD,
+        "      __syncthreads();  // the one before it is read\n",
+        "",
+    ),
+    Bug(
+        "backward: ring overtakes",
+        BACKWARD,
+        "    __syncthreads();  // it is there for all, and the one before it is read\n"
+        "    if (stages == 2) start_item();",
+        "    if (stages == 2) start_item();\n    __syncthreads();",
+    ),
+    Bug(
+        "backward: dS without a barrier",
+        BACKWARD,
+        "        __syncthreads();\n      }\n#pragma unroll 1\n      for (int from",
+        "      }\n#pragma unroll 1\n      for (int from",
+    ),
+    Bug(
+        "backward: queries beyond the line",
+        BACKWARD,
+        "const bool seen = k < end &&",
+        "const bool seen = k < line.length &&",
+    ),
+    Bug("backward: self twice", BACKWARD, " && !(column && k == row)", ""),
+    Bug("backward: a key too many", BACKWARD, "k < end && !", "k <= end && !"),
+    Bug(
+        "backward: dQ of one block of keys",
+        BACKWARD,
+        "if (!column || !first_block) before.read",
+        "if (!column) before.read",
+    ),
+    Bug(
+        "backward: dQ rounded too early",
+        BACKWARD,
+        "a.grad_query, !column && last_block",
+        "a.grad_query, !column",
+    ),
+    Bug(
+        "backward: dV of the rows alone", BACKWARD, "if (!column) columns_part.read(place, a.grad_value);", ""
+    ),
+    Bug(
+        "backward: the wrong tile",
+        BACKWARD,
+        "return ring + next.stage",
+        "return ring + (stages - 1 - next.stage)",
+    ),
+    Bug(
+        "backward: half of delta",
+        BACKWARD,
+        "part < parts; ++part) {  // the",
+        "part < parts - 1; ++part) {  // the",
+    ),
+    Bug("backward: no delta", BACKWARD, "p[1] * (dp[1] - delta)", "p[1] * dp[1]"),
+    Bug(
+        "backward: P not transposed",
+        BACKWARD,
+        "a, weights + k * pitch, pitch, lane",
+        "a, weights + k * kSize<T>, pitch, lane",
+    ),
+    # The general kernels
+    Bug(
+        "general: pieces without a barrier",
+        GENERAL,
+        "    __syncthreads();  // the piece is there, and all have read the one before\n  };",
+        "  };",
+    ),
+    Bug(
+        "general: one place for pieces",
+        GENERAL,
+        "next = next == stage ? stage + kPieceSize<kARows, kBRows> : stage;",
+        ";",
+    ),
+    Bug(
+        "general: values without a barrier",
+        GENERAL,
+        "      if (piece % V::kAhead == 0) __syncthreads();",
+        "      ",
+    ),
+    Bug(
+        "general: a barrier for all values",
+        GENERAL,
+        "if (piece % V::kAhead == 0)",
+        "if (piece % V::kPieces == 0)",
+    ),
+    Bug(
+        "general: one place for values",
+        GENERAL,
+        "(piece + V::kAhead) % V::kPieces *",
+        "piece % V::kPieces *",
+    ),
+    Bug(
+        "general: scores over pieces",
+        GENERAL,
+        "    __syncthreads();  // the pieces give way to the scores\n",
+        "",
+    ),
+    Bug(
+        "general: weights overtake",
+        GENERAL,
+        "    __syncthreads();  // all have used the weights before\n",
+        "",
+    ),
+    Bug("general: empty column", GENERAL, "total == 0 ? 0 : 1 / total", "1 / total"),
+    Bug("general: all masked", GENERAL, "const S base = top == -INFINITY ? 0 : top;", "const S base = top;"),
+    Bug("general: self twice", GENERAL, "column && self ? -INFINITY : scores[i][j]", "scores[i][j]"),
+    Bug("general: self twice in P", GENERAL, "quad.at[k] = self ? 0 : ", "quad.at[k] = "),
+    Bug("general: scores overtake", GENERAL, "    __syncthreads();  // all have used the tile before\n", ""),
+    Bug("general: pixels beyond the end", GENERAL, "i * apart() + j < present ? *next : T{}", "*next"),
+    Bug(
+        "general: channels beyond the end",
+        GENERAL,
+        "const int present = channel() < channels ? rows : 0;",
+        "const int present = rows;",
+    ),
+    Bug("general: last sources", GENERAL, "row < left; ++row", "row < left - 1; ++row"),
+    Bug("general: sums of one launch", GENERAL, "Quad quad = first ? Quad{} : *to;", "Quad quad{};"),
+    Bug(
+        "general: delta of 31 lanes",
+        GENERAL,
+        "channel < b.sizes.C; channel += kWarp",
+        "channel < b.sizes.C; channel += kWarp + 1",
+    ),
+]
+
+# Shape, dtype, settings: both widths of elements, several chunks of channels, tails, a line of several blocks
+# of keys, little shared memory.
+CASES = [
+    ((1, 64, 264, 7, 33), BF16, {}),
+    ((2, 72, 40, 7, 18), F32, {"tf32": True}),
+    ((1, 8, 72, 3, 150), BF16, {}),
+    ((1, 8, 24, 150, 3), BF16, {}),
+    ((1, 8, 16, 1, 9), BF16, {}),
+    (
+        (1, 8, 72, 3, 70),
+        BF16,
+        {"shared_memory": 48_000},
+    ),  # two tiles in the forward's ring, one in the backward's
+    ((2, 5, 9, 20, 33), F32, {"capability": 75}),
+    ((1, 24, 600, 4, 18), BF16, {"capability": 75}),
+    ((1, 5, 133, 2, 9), F32, {}),  # more channels than one sum has
+    ((1, 5, 9, 1, 9), F32, {"capability": 75}),
+    ((1, 8, 72, 3, 18), BF16, {"offset": 6.0}),  # scores far below zero
+    ((2, 8, 16, 5, 19), BF16, {"masked": "row"}),  # by scores of -inf
+    ((2, 8, 16, 5, 19), BF16, {"masked": "column"}),
+    ((2, 5, 9, 5, 19), F32, {"masked": "column", "capability": 75}),
+    ((1, 8, 16, 3, 18), BF16, {"masked": "equal and large"}),
+]
+
+
+def caught(edits: dict[str, str]) -> str | None:
+    """How the tests catch the edited kernels; None if they do not.
+
+    They run in a process of their own, whose memory a bug may write all over.
+    """
+    library = build(edits)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["planted_bugs"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(failure, library).result()
+        except BrokenProcessPool:
+            return "the process died"
+
+
+def failure(library: Path) -> str | None:
+    """The first failure of the kernels in a library, or None."""
+    emulator = Emulator(library)
+    backend = Backend("emulator", emulator.forward, emulator.backward)
+    for shape, dtype, chosen in CASES:
+        settings = dict(chosen)
+        offset, kind = settings.pop("offset", 0.0), settings.pop("masked", None)
+        operands = masked(kind, shape, dtype) if kind else sample(shape, dtype, offset=offset)
+        first = None
+        for schedule in SCHEDULES:
+            try:
+                results, normalizer = run(backend, operands, schedule=schedule, **settings)
+                numbers = [t.nan_to_num(nan=7.0) for t in (*results, normalizer)]
+                if first is None:
+                    if kind:
+                        check_where_finite(results, operands, 0.06 if dtype == BF16 else 1e-4)
+                    else:
+                        like = torch.float16 if settings.get("tf32") else None
+                        check(results, normalizer, operands, like=like)
+                    first = numbers
+                assert all(torch.equal(a, b) for a, b in zip(first, numbers, strict=True)), (
+                    "not the same bits"
+                )
+            except (RuntimeError, AssertionError) as error:
+                return f"{shape}, schedule {schedule}: {(str(error) or repr(error)).splitlines()[0]}"
+    return None
+
+
+def main(names: list[str]) -> int:
+    if unknown := set(names) - {bug.name for bug in BUGS}:
+        print(f"planted_bugs.py: no such bug: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    chosen = [bug for bug in BUGS if not names or bug.name in names]
+    if how := caught({}):
+        print(f"planted_bugs.py: the kernels fail without a bug: {how}", file=sys.stderr)
+        return 1
+    missed = 0
+    for bug in chosen:
+        start = time.monotonic()
+        how = caught(bug.plant())
+        missed += how is None
+        print(f"{bug.name:32} {time.monotonic() - start:5.1f} s  {how or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} planted bugs caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

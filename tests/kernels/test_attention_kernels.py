@@ -1,0 +1,404 @@
+"""The fused kernels against float64: those of the CPU, and those of CUDA on a GPU where there is one, and
+in the emulator everywhere, which runs the very .cu files under many orders of threads (tests/kernels/emulator)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulator import COMPILER, SCHEDULES, Emulator, build
+from torch import Tensor
+
+from cc_attention import ops, reference
+
+#: In which the channels are summed for the error of plain PyTorch.
+ORDERS = 8
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
+@dataclass
+class Backend:
+    """Kernels of one device, and which of them: tensor cores (with tf32 for float32) or general."""
+
+    name: str
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    device: str = "cpu"
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler here for the emulator")
+    return Emulator(build())
+
+
+def on_device(device: str) -> Backend:
+    operators = torch.ops.cc_attention
+
+    def forward(*operands: Tensor, tf32: bool = False, **_: int) -> tuple[Tensor, Tensor]:
+        return operators.criss_cross_attention(*operands, tf32)
+
+    def backward(
+        query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, grad: Tensor, **kw: int
+    ):
+        return operators.criss_cross_attention_backward(
+            grad, query, key, value, out, normalizer, kw.get("tf32", False)
+        )
+
+    return Backend(device, forward, backward, device)
+
+
+@pytest.fixture(params=["cpu", "emulator", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "emulator":
+        emulated = request.getfixturevalue("emulator")
+        return Backend("emulator", emulated.forward, emulated.backward)
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if request.param not in ops.DEVICE_TYPES:
+        pytest.skip(f"cc_attention._C is not built for {request.param}")
+    return on_device(request.param)
+
+
+def sample(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", spread: float = 1.0, offset: float = 0.0
+) -> list[Tensor]:
+    """query, key, value and the gradient of out, for shape (N, c, C, H, W).
+
+    spread: standard deviation of the scores.
+    offset: added to the query and taken from the key, so that all scores lie far below zero.
+    """
+    n, c, channels, h, w = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    scale = (spread**2 / c) ** 0.25
+    return [
+        (factor * torch.randn(n, k, h, w, generator=generator, dtype=F64) + mean).to(device, dtype)
+        for k, factor, mean in ((c, scale, offset), (c, scale, -offset), (channels, 1, 0), (channels, 1, 0))
+    ]
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What one writes in PyTorch, in the dtype of the operands from end to end."""
+    return reference.ca_map(F.softmax(reference.ca_weight(query, key), dim=1), value)
+
+
+def results_of(function: Callable[..., Tensor], operands: list[Tensor]) -> list[Tensor]:
+    """out and the three gradients."""
+    *inputs, grad = operands
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def plain_errors(operands: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
+    """The largest error of plain PyTorch for out and the gradients, over several orders of the channels.
+
+    One order alone is a matter of luck, and of the processor, whose library sums in an order of its own: on
+    small maps the error of a gradient differs by up to three times.
+    """
+    query, key, value, grad = operands
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for number in range(ORDERS):
+        few, many = (
+            torch.randperm(t.shape[1], generator=generator) if number else torch.arange(t.shape[1])
+            for t in (query, value)
+        )
+        back, forth = few.argsort().to(query.device), many.argsort().to(query.device)
+        shuffled = [
+            t[:, order.to(t.device)] for t, order in zip(operands, (few, few, many, many), strict=True)
+        ]
+        out, *grads = results_of(plain, shuffled)
+        results = [out[:, forth], grads[0][:, back], grads[1][:, back], grads[2][:, forth]]
+        errors.append([(t.to(F64) - truth).abs().max() for t, truth in zip(results, exact, strict=True)])
+    return [torch.stack(several).max() for several in zip(*errors, strict=True)]
+
+
+def run(backend: Backend, operands: list[Tensor], **settings: int) -> tuple[list[Tensor], Tensor]:
+    """out and the three gradients; normalizer."""
+    out, normalizer = backend.forward(*operands[:3], **settings)
+    return [out, *backend.backward(*operands[:3], out, normalizer, operands[3], **settings)], normalizer
+
+
+def check(
+    results: list[Tensor],
+    normalizer: Tensor,
+    operands: list[Tensor],
+    like: torch.dtype | None = None,
+    peaked: bool = False,
+) -> None:
+    """The error against float64 is at most twice `plain_errors` in the same dtype, plus one rounding.
+
+    like: another dtype than the operands' whose precision is meant.
+    peaked: the softmax is nearly one-hot, and in the gradients of query and key almost everything cancels.
+        There the rounding is that of their largest terms: PyTorch sums the same products twice, whose errors
+        cancel too; the kernels subtract a sum of other products, those of the result and its gradient.
+    """
+    dtype = operands[0].dtype
+    wide = [t.to(F64) for t in operands]
+    query, key, value, grad = wide
+    exact = results_of(reference.criss_cross_attention, wide)
+    theirs = plain_errors([t.to(like or dtype) for t in operands], exact) if value.numel() else [query] * 4
+    single = value.shape[2] * value.shape[3] == 1  # a pixel that sees only itself: all of it cancels
+    for name, ours, other, truth in zip(
+        ["out", "grad_query", "grad_key", "grad_value"], results, theirs, exact, strict=True
+    ):
+        assert ours.dtype == dtype and ours.shape == truth.shape
+        if truth.numel() == 0:
+            continue
+        magnitude = truth.abs().max()
+        if (peaked or single) and name in ("grad_query", "grad_key"):
+            grad_weight = reference.ca_weight(grad, value).abs().max()
+            magnitude = magnitude + grad_weight * (key if name == "grad_query" else query).abs().max()
+        rounding = torch.finfo(like or dtype).eps * magnitude
+        if dtype == F64:  # there the truth is rounded as well: about once a summand
+            rounding *= query.shape[1] + sum(value.shape[1:])
+        bound = 2 * other + rounding
+        error = (ours.to(F64) - truth).abs().max()
+        assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
+    if normalizer.numel():
+        scores = reference.ca_weight(query, key)
+        tolerance = torch.finfo(like or (F64 if dtype == F64 else F32)).eps * max(
+            1, scores.abs().max().item()
+        )
+        assert normalizer.dtype == (F64 if dtype == F64 else F32)
+        top, total = normalizer.to(F64).unbind(-1)
+        error = (top + total.log() - torch.logsumexp(scores, dim=1)).abs().max()
+        assert error <= 4 * tolerance, f"normalizer: error {error:.2e}, bound {4 * tolerance:.2e}"
+
+
+# (N, c, C, H, W). For the tensor cores: every width of their kernels, tails of keys and channels, more than
+# one chunk of either channels, lines of several blocks of keys and of queries.
+ALIGNED = [
+    (2, 8, 16, 5, 7),
+    (1, 64, 136, 20, 33),
+    (1, 72, 40, 66, 97),
+    (1, 8, 8, 130, 12),
+    (1, 16, 72, 3, 150),
+    (1, 8, 8, 257, 2),
+    (5, 16, 72, 1, 9),
+    (5, 16, 72, 9, 1),
+    (5, 8, 8, 1, 1),
+]
+# What only the general kernels take.
+ODD = [
+    (2, 3, 5, 4, 7),
+    (1, 64, 512, 13, 11),
+    (5, 1, 1, 1, 1),
+    (2, 5, 9, 1, 33),
+    (2, 5, 9, 33, 1),
+    (1, 16, 40, 130, 5),
+    (1, 7, 600, 6, 17),
+    (1, 4, 8, 2, 1030),
+    (0, 4, 4, 3, 3),
+]
+
+
+@pytest.mark.parametrize("shape", ALIGNED + ODD, ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_as_exact_as_pytorch(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    operands = sample(shape, dtype, backend.device)
+    results, normalizer = run(backend, operands)
+    check(results, normalizer, operands)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 64, 136, 20, 33), (2, 5, 9, 33, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_large_scores(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """CCNet does not scale its scores: of queries and keys of unit variance they are as large as these."""
+    operands = sample(shape, dtype, backend.device, spread=8.0)
+    results, normalizer = run(backend, operands)
+    check(results, normalizer, operands, peaked=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 8, 16, 3, 150), (2, 5, 9, 33, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_scores_far_below_zero(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """What pads a line has a score of 0, whose exponential would then overflow the sums."""
+    operands = sample(shape, dtype, backend.device, offset=6.0)
+    assert reference.ca_weight(*operands[:2]).max() < -100
+    results, normalizer = run(backend, operands)
+    check(results, normalizer, operands, peaked=True)
+
+
+@pytest.mark.parametrize("shape", ALIGNED, ids=str)
+def test_tf32(backend: Backend, shape: tuple[int, ...]) -> None:
+    """tf32 has float16's ten bits of mantissa, and so has to be as exact as PyTorch in float16."""
+    if backend.name == "cpu":
+        pytest.skip("tf32 is of tensor cores")
+    operands = sample(shape, F32, backend.device)
+    results, normalizer = run(backend, operands, tf32=True)
+    check(results, normalizer, operands, like=F16)
+    exact, _ = run(backend, operands)
+    if backend.name == "emulator" and operands[0].shape[1] > 1:
+        assert not torch.equal(results[0], exact[0])  # that is, other kernels served
+
+
+@pytest.mark.parametrize("tensor_cores", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 64, 72, 18, 33), (1, 8, 40, 3, 150)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_same_bits_in_any_order_of_threads(
+    emulator: Emulator, dtype: torch.dtype, shape: tuple[int, ...], tensor_cores: bool
+) -> None:
+    settings = {"tf32": tensor_cores, "capability": 90 if tensor_cores else 75}
+    operands = sample(shape, dtype)
+    backend = Backend("emulator", emulator.forward, emulator.backward)
+    results, normalizer = run(backend, operands, **settings)
+    for schedule in SCHEDULES[1:]:
+        others, other_normalizer = run(backend, operands, schedule=schedule, **settings)
+        for name, one, other in zip(
+            ["out", "grad_query", "grad_key", "grad_value", "normalizer"],
+            [*results, normalizer],
+            [*others, other_normalizer],
+            strict=True,
+        ):
+            assert torch.equal(one, other), f"{name} differs under schedule {schedule}"
+
+
+# Scores of -inf, and those that are no numbers
+
+
+def masked(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Operands as `sample` gives them, whose scores are -inf, +inf, NaN, or large.
+
+    Queries are positive, so that a key of -inf in its first channel gives scores of -inf.
+    """
+    query, key, value, grad = sample(shape, F64)
+    query = query.abs() + 0.5
+    n, _, _, h, w = shape
+    chosen = torch.zeros(n, h, w, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(1)
+    if kind == "row":
+        chosen[0, h // 2] = True
+    elif kind == "column":
+        chosen[0, :, w // 2] = True
+    elif kind == "all":
+        chosen[0] = True
+    else:
+        chosen = torch.rand(n, h, w, generator=generator) < (0.85 if kind == "most" else 0.15)
+    if kind in ("overflow", "equal and large", "near the largest"):
+        # One channel counts, of numbers that bfloat16 has.
+        high, low, each = {
+            "overflow": (0.0, -(2.0**100), 2.0**100),  # scores of 0 and -inf in float32
+            "equal and large": (1.71875 * 2.0**50, 2.0**49, 1.6875 * 2.0**40),
+            "near the largest": (2.0**100, -(2.0**100), 1.75 * 2.0**27),  # their distance is beyond float32
+        }[kind]
+        chosen = torch.rand(n, h, w, generator=generator) < 0.5
+        key = torch.zeros_like(key)
+        key[:, 0] = torch.where(chosen, low, high)
+        query = torch.zeros_like(query)
+        query[:, 0] = each
+    elif kind == "infinite values":
+        value[:, 0][chosen] = torch.inf
+    elif kind == "infinite gradients":
+        grad[:, -1][chosen] = -torch.inf
+    else:
+        key[:, 0][chosen] = {"+inf": torch.inf, "nan": torch.nan}.get(kind, -torch.inf)
+    return [t.to(device, dtype) for t in (query, key, value, grad)]
+
+
+def largest(tensor: Tensor) -> float:
+    finite = tensor.double()[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def check_where_finite(results: list[Tensor], operands: list[Tensor], tolerance: float) -> None:
+    """Check that results are finite where the reference's are, and close to them there."""
+    query, key, value, grad = operands
+    expected = results_of(reference.criss_cross_attention, operands)
+    # The gradients of query and key are sums of which almost all may cancel.
+    products = largest(reference.ca_weight(grad.double(), value.double()))
+    scales = (0.0, products * largest(key), products * largest(query), 0.0)
+    for name, ours, truth, scale in zip(
+        ["out", "grad_query", "grad_key", "grad_value"], results, expected, scales, strict=True
+    ):
+        assert torch.equal(ours.isfinite(), truth.isfinite()), name
+        where = truth.isfinite()
+        error = largest(ours.double()[where] - truth.double()[where])
+        assert error <= tolerance * max(1.0, scale, largest(truth)), f"{name}: error {error:.2e}"
+
+
+KINDS = ("row", "column", "all", "some", "most", "+inf", "nan", "infinite values", "infinite gradients")
+LARGE = ("overflow", "equal and large", "near the largest")
+MASKED = [
+    (1, 8, 8, 1, 9),
+    (1, 8, 8, 9, 1),
+    (2, 8, 16, 5, 7),
+    (1, 16, 8, 3, 37),
+    (1, 8, 24, 35, 2),
+    (2, 3, 5, 4, 3),
+]
+
+
+@pytest.mark.parametrize("shape", MASKED, ids=str)
+@pytest.mark.parametrize("kind", KINDS + LARGE)
+def test_what_is_finite_in_the_reference_is_so_here(
+    backend: Backend, kind: str, shape: tuple[int, ...]
+) -> None:
+    tolerances = {F32: 1e-4, F64: 1e-10, F16: 1e-2, BF16: 6e-2}
+    for dtype in (F32, BF16) if kind in LARGE else tolerances:
+        operands = masked(kind, shape, dtype, backend.device)
+        exact, _ = run(backend, operands, **({"capability": 75} if backend.name == "emulator" else {}))
+        check_where_finite(exact, operands, tolerances[dtype])
+        if backend.name != "cpu" and dtype != F64:
+            others, _ = run(backend, operands, tf32=True)
+            check_where_finite(others, operands, max(tolerances[dtype], 1e-2))
+
+
+def test_equal_scores_beyond_the_precision_of_their_sum() -> None:
+    """Weights of equal scores are 1 / L however large the scores are: there a logarithm would lose L."""
+    for dtype, size in ((F32, 2.0**60), (F64, 2.0**200), (BF16, 2.0**60)):
+        query, value = torch.full((1, 1, 3, 5), size, dtype=dtype), torch.ones(1, 1, 3, 5, dtype=dtype)
+        query.requires_grad_(), value.requires_grad_()
+        out = ops.criss_cross_attention(query, query.detach(), value)
+        out.sum().backward()
+        torch.testing.assert_close(out, torch.ones_like(out))
+        torch.testing.assert_close(value.grad, torch.ones_like(value))
+
+
+def primitives(emulator: Emulator | None, name: str, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The result of ca_weight or ca_map and its two gradients."""
+    if emulator is None:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = getattr(ops, name)(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    first, second = inputs
+    calls = {
+        "ca_weight": (("score", first, second), ("gather", grad, second), ("scatter", grad, first)),
+        "ca_map": (("gather", first, second), ("score", grad, second), ("scatter", first, grad)),
+    }[name]
+    return [emulator.primitive(*call) for call in calls]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 1, 9), (1, 3, 4, 9, 1), (2, 8, 5, 5, 19)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+@pytest.mark.parametrize("name", ["ca_weight", "ca_map"])
+def test_primitives_of_inf_and_nan(
+    emulator: Emulator, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """A weight of 0 times inf is NaN, as in the reference."""
+    n, c, channels, h, w = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def spoiled(number: int, part: float) -> Tensor:
+        tensor = torch.randn(n, number, h, w, generator=generator, dtype=F64)
+        for bad in (torch.inf, -torch.inf, torch.nan, 0.0):
+            tensor[torch.rand(tensor.shape, generator=generator) < part] = bad
+        return tensor.to(dtype)
+
+    for part in (0.01, 0.1):
+        weight = spoiled(h + w - 1, part)
+        inputs = (
+            [spoiled(c, part), spoiled(c, part)] if name == "ca_weight" else [weight, spoiled(channels, part)]
+        )
+        grad = spoiled(h + w - 1 if name == "ca_weight" else channels, part)
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = getattr(reference, name)(*leaves)
+        expected = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        for library in (None, emulator):
+            for ours, truth in zip(primitives(library, name, inputs, grad), expected, strict=True):
+                torch.testing.assert_close(
+                    ours, truth, rtol=0.05, atol=0.1 if dtype in (F16, BF16) else 1e-4, equal_nan=True
+                )

@@ -1,0 +1,19 @@
+"""The kernels' tests can fail: bugs are caught. A sample of them; python tests/kernels/planted_bugs.py plants all."""
+
+import pytest
+from emulator import COMPILER
+from planted_bugs import BUGS, Bug, caught
+
+SAMPLE = ("forward: values without a barrier", "backward: dS without a barrier", "general: weights overtake")
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_the_place_of_each_bug_is_there(bug: Bug) -> None:
+    assert bug.plant()
+
+
+@pytest.mark.parametrize("bug", [b for b in BUGS if b.name in SAMPLE], ids=lambda bug: bug.name)
+def test_bugs_are_caught(bug: Bug) -> None:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler here for the emulator")
+    assert caught(bug.plant()) is not None

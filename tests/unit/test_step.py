@@ -1,0 +1,178 @@
+"""A training step: for any number of processes, in parts, in mixed precision, undone when not finite."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from conftest import ROOT, run
+from torch import nn
+from torch.nn import functional as F
+
+from engine.runtime.distributed import World
+from engine.training.ema import WeightAverage
+from engine.training.step import Diverged, Stepper
+from loss import CriterionDSN
+
+CLASSES = 3
+
+
+def take_steps(out, processes: int, *more):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return run("tests/float64_steps.py", out, "--nproc", processes, *more, environment={"PYTHONPATH": path})
+
+
+def content(out, processes: int, *more) -> dict:
+    done = take_steps(out, processes, *more)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return content(tmp_path_factory.mktemp("step") / "1.pt", 1)
+
+
+@pytest.fixture(scope="module")
+def small_alone(tmp_path_factory):
+    return content(tmp_path_factory.mktemp("step") / "1.pt", 1, "--small", "--steps", 20)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_loss_and_gradient_are_the_same_for_any_number_of_processes(alone, tmp_path, processes):
+    several = content(tmp_path / "out.pt", processes)
+    assert several["losses"] == pytest.approx(alone["losses"], rel=1e-10)
+    assert several["norm"] == pytest.approx(alone["norm"], rel=1e-9)
+    scale = max(gradient.abs().max() for gradient in alone["gradients"].values())
+    for name, gradient in alone["gradients"].items():
+        error = (several["gradients"][name] - gradient).abs().max()
+        assert error <= 1e-6 * gradient.abs().max() + 1e-12 * scale, name
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_masks_and_losses_of_twenty_steps_are_the_same_for_any_number_of_processes(
+    small_alone, tmp_path, processes
+):
+    several = content(tmp_path / "out.pt", processes, "--small", "--steps", 20)
+    assert len(set(several["losses"])) == 20
+    assert several["losses"] == pytest.approx(small_alone["losses"], rel=1e-9)
+    assert [mask.shape for mask in several["masks"]] == [(20, 4, 32), (20, 4, 16)]
+    assert all(map(torch.equal, several["masks"], small_alone["masks"]))
+    # Each sample of each step has a mask of its own, but for a few of which nothing is dropped.
+    assert len(several["masks"][0].flatten(0, 1).unique(dim=0)) > 70
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_not_finite_is_named_and_changes_nothing(tmp_path, processes):
+    done = take_steps(tmp_path / "out.pt", processes, "--nan", 3)
+    assert done.returncode == 1 and done.stdout.count("unchanged") == processes
+    last = done.stderr.splitlines()[-1]
+    assert "step 7: the loss is nan" in last and "picture 3" in last and "Traceback" not in done.stderr
+    # The statistics are common, so nan reaches the loss of every process.
+    assert f"on process {'0, 1' if processes == 2 else '0'}" in last
+
+
+class Small(nn.Module):
+    """Two heads and a running statistic."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(2, CLASSES, 3, 1, 1, generator=generator))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, images):
+        with torch.no_grad():
+            self.mean += images.float().mean()
+        return [F.conv2d(images, weight) for weight in self.weight]
+
+
+class Exploding(Small):
+    """Of finite loss and infinite gradient."""
+
+    def forward(self, images):
+        outputs = super().forward(images)
+        outputs[0].register_hook(lambda gradient: gradient * float("inf"))
+        return outputs
+
+
+def made(model, fused: bool = False, **options) -> Stepper:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    return Stepper(model, model, CriterionDSN(), optimizer, World(0, 1, torch.device("cpu")), **options)
+
+
+def samples(count: int = 4):
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(count, 3, 5, 5, generator=generator)
+    labels = torch.randint(0, CLASSES, (count, 5, 5), generator=generator)
+    labels[0, :3] = 255
+    return images, labels, [f"sample {number}" for number in range(count)]
+
+
+def test_a_batch_in_parts_has_the_mean_gradient_of_the_parts():
+    images, labels, records = samples()
+    model, expected = Small(), torch.zeros(2, CLASSES, 3, 1, 1)
+    losses = []
+    for part in (slice(0, 2), slice(2, 4)):
+        loss = CriterionDSN()(model(images[part]), labels[part])
+        losses.append(loss.item())
+        expected += torch.autograd.grad(loss, model.weight)[0] / 2
+    stepper = made(model, accumulate=2)
+    report = stepper.step(1, images, labels, records)
+    torch.testing.assert_close(model.weight.grad, expected)
+    assert report.loss == pytest.approx(sum(losses) / 2) and len(report.parts) == 2
+    assert report.gradient_norm == pytest.approx(expected.norm().item())
+
+
+def test_bfloat16_is_close_and_not_the_same():
+    reports = []
+    for precision in (None, "bf16"):
+        reports.append(made(Small(), precision=precision).step(1, *samples()))
+    assert reports[0].loss != reports[1].loss == pytest.approx(reports[0].loss, rel=2e-2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflow_of_float16_skips_the_step_and_halves_the_scale(fused):
+    model = Exploding()
+    before = model.weight.detach().clone()
+    stepper = made(model, fused, precision="fp16")
+    report = stepper.step(1, *samples())
+    assert torch.equal(model.weight, before) and model.mean != 0
+    assert stepper.scaler.get_scale() == report.scale / 2
+    assert not stepper.optimizer.state  # the fused one would begin with a momentum of chance
+    stepper.scaler.update(0.5)
+    with pytest.raises(Diverged):
+        stepper.step(2, *samples())
+
+
+@pytest.mark.parametrize("case", ["image", "gradient"])
+def test_what_is_not_finite_leaves_weights_statistics_and_momentum(case):
+    images, labels, records = samples()
+    model = Exploding() if case == "gradient" else Small()
+    if case == "image":
+        images[2, 0, 0, 0] = float("inf")
+    stepper = made(model)
+    model.mean += 5
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(Diverged, match="step 9.*sample 2"):
+        stepper.step(9, images, labels, records)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.weight.grad is None and not stepper.optimizer.state
+
+
+def test_average_follows_its_definition_and_changes_places():
+    model = Small()
+    average = WeightAverage(model, 0.75)
+    expected = model.weight.detach().double()
+    for step in range(1, 60):
+        with torch.no_grad():
+            model.weight.mul_(0.9).add_(0.01 * step)
+        average.update(step)
+        decay = min(0.75, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach().double()
+    torch.testing.assert_close(average.state_dict()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    own, averaged = model.weight.detach().clone(), average.state_dict()["weight"].clone()
+    with average.in_model():
+        assert torch.equal(model.weight, averaged)
+    assert torch.equal(model.weight, own) and torch.equal(average.state_dict()["weight"], averaged)

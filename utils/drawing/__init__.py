@@ -1,0 +1,1 @@
+"""Pictures and charts: palettes, heat maps, curves, contact sheets, attention figures."""
