@@ -84,9 +84,7 @@ def test_python_in_them_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "module, x = RecurrentCrissCrossAttention(16), torch.randn(1, 16, 20, 50)\n"
     )
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)):
-        if (
-            "ccnet." in block
-        ):  # a file that tools.export writes; tests/integration/test_export.py runs the same
+        if "ccnet." in block:  # a file that tools.export writes: test_export.py runs it
             continue
         file = tmp_path / f"block_{number}.py"
         file.write_text(given + block)

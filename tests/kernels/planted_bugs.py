@@ -1,6 +1,8 @@
 """Plants bugs into the CUDA kernels, one at a time, and reports which of them the emulator's tests catch.
 
-    python tests/kernels/planted_bugs.py [NAME ...]      all of them take minutes; exit status 1 if one is not caught
+    python tests/kernels/planted_bugs.py [NAME ...]
+
+All of them take minutes. The exit status is 1 if one is not caught.
 
 Each is what a slip of the pen would leave: a barrier, a wait, a mask or a tail check dropped, a transposition
 swapped, a buffer taken too early. "Caught" means that the results of one of CASES are wrong, or differ

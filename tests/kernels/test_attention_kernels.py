@@ -1,5 +1,8 @@
-"""The fused kernels against float64: those of the CPU, and those of CUDA on a GPU where there is one, and
-in the emulator everywhere, which runs the very .cu files under many orders of threads (tests/kernels/emulator)."""
+"""The fused kernels against float64.
+
+The CPU kernels run as they are. The CUDA kernels run on a GPU where there is one, and everywhere in the emulator
+(tests/kernels/emulator), which compiles the same .cu files and runs their threads in many orders.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

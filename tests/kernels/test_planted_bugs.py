@@ -1,4 +1,4 @@
-"""The kernels' tests can fail: bugs are caught. A sample of them; python tests/kernels/planted_bugs.py plants all."""
+"""The tests of the kernels catch planted bugs: a sample of those of tests/kernels/planted_bugs.py."""
 
 import pytest
 from emulator import COMPILER
