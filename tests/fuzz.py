@@ -6,8 +6,8 @@ Whatever the input, a command ends with status 0, 1 or 2 and without a traceback
 every file is still there that was there before. Unless the status is 0, the last line says what is wrong. A
 function that reads a file raises an InputError or returns what is in the file.
 
-tests/integration/test_fuzz.py runs a few fixed inputs of each target. This command runs new ones for the given
-time and prints how many. Its exit status is 1 if one of them fails.
+tests/integration/test_fuzz.py runs a few fixed inputs of each target. This command runs new ones for the
+given time and prints how many. Its exit status is 1 if one of them fails.
 """
 
 from __future__ import annotations

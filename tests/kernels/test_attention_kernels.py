@@ -1,7 +1,7 @@
 """The fused kernels against float64.
 
-The CPU kernels run as they are. The CUDA kernels run on a GPU where there is one, and everywhere in the emulator
-(tests/kernels/emulator), which compiles the same .cu files and runs their threads in many orders.
+The CPU kernels run as they are. The CUDA kernels run on a GPU where there is one, and everywhere in the
+emulator (tests/kernels/emulator), which compiles the same .cu files and runs their threads in many orders.
 """
 
 from collections.abc import Callable
