@@ -3,7 +3,8 @@
     python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0 --recurrence 2
 
 Writes result.txt, scores.txt, confusion.png and outputs/ beside the checkpoint; with --split test, which has
-no labels, the archive that the benchmark's server takes. See --help for all flags.
+no labels, the archive that the server of the benchmark takes. Network and classes are those of the run that
+wrote the checkpoint (args.json beside it), unless a flag says otherwise.
 """
 
 from __future__ import annotations
@@ -15,284 +16,225 @@ import sys
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from dataset import CSDataSet
-from dataset.labels import LABELS, choose_table
-from dataset.layout import LABEL_IDS, instances_of
+from dataset.labels import LABELS, ClassTable, choose_table
+from engine.data.loader import Loading
 from engine.evaluation import results
-from engine.evaluation.evaluate import Keep, evaluate
+from engine.evaluation.evaluate import Result, evaluate
 from engine.evaluation.metrics import CityscapesEvaluation, OfficialScores
 from engine.evaluation.submission import check_names, write_archive
 from engine.inference import predict_classes
+from engine.options import EvaluateOptions, add_flags
 from engine.runtime import distributed
 from networks import MODELS, load_weights, match_weights
+from networks.models import Description, args_file, describe
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags
 from utils.drawing.palette import make_palette, save_gray_png, save_indexed_png
 from utils.errors import DataError, UsageError
 from utils.files import check_outputs, check_writable, unwritable
-from utils.resources import LEAST_BYTES, check_fits
+from utils.resources import check_fits
 
-#: The folder of the colored predictions; the split without labels, and what its predictions are gathered in.
+#: The folder of the colored predictions; the split without labels, and the folder of its predictions.
 OUTPUTS, TEST, SUBMISSION = "outputs", "test", "submission"
-#: Of the flags: what was evaluated, and how.
-DESCRIPTION = (
-    "data_dir", "data_list", "split", "classes", "num_classes", "ignore_label", "model", "backbone",
-    "recurrence", "restore_from", "input_size", "whole", "scales", "flip",
-)  # fmt: skip
+Weights = dict[str, Tensor] | None
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(
-        description="Evaluate CCNet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--data-dir",
-        required=True,
-        help="data set in the Cityscapes layout, or what --data-list is relative to",
-    )
-    add("--data-list", help="file of 'image<TAB>label' lines; without it the layout's --split")
-    add(
-        "--split",
-        default="val",
-        help="folder of the layout; test has no labels, and makes an archive to submit",
-    )
-    add("--classes", metavar="TABLE", help="what the labels of another data set mean: docs/own_data.md")
-    add("--num-classes", type=flags.classes, help="number of train ids; those of --classes, or 19")
-    add("--ignore-label", type=flags.label, default=255, help="train id of void pixels")
-    add("--model", choices=sorted(MODELS), default="ccnet", help="network")
-    add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone")
-    add("--recurrence", type=flags.recurrence, default=2, help="how often the attention is applied")
-    add("--restore-from", metavar="FILE", help="checkpoint; random weights without it")
-    add("--input-size", type=flags.size, default=(769, 769), metavar="H,W", help="tile")
-    add(
-        "--whole",
-        type=flags.boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="whole pictures instead of tiles",
-    )
-    flags.add_averaging(parser)
-    add(
-        "--batch-size",
-        type=flags.batch,
-        default=1,
-        help="pictures of a size at once, for each process",
-    )
-    add(
-        "--tile-batch",
-        type=flags.batch,
-        metavar="N",
-        help="tiles at once, for each process; without it 4 on a GPU, 1 on the CPU, or --batch-size if more",
-    )
-    add("--num-workers", type=flags.workers, default=2, help="processes that read pictures, for each process")
-    add("--output-dir", help="where the results go; without it beside the checkpoint")
-    add("--gpu", metavar="IDS", help="such as 0,1,2,3, or cpu; without it every visible GPU, or the CPU")
-    add("--nproc", type=flags.processes, metavar="N", help="run N processes on the CPU")
-    # torch.distributed.launch passes it; the environment says the same.
-    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    parser = flags.Parser("evaluate.py", __doc__)
+    add_flags(parser, EvaluateOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
     return parser
 
 
 def main() -> int:
     args = get_parser().parse_args()
-    _, args.num_classes = choose_table(args.classes, args.num_classes)
-    if args.output_dir is None:
-        args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
-    devices = distributed.choose_devices(args.gpu, args.nproc)
-    return distributed.run(devices, check=lambda: check(args), body=lambda world: run(args, world))
+    weights = read_state_dict(args.restore_from) if args.restore_from else None
+    options, table, notes = resolve(args, weights)
+    devices = distributed.choose_devices(options.gpu, options.nproc)
+    return distributed.run(
+        devices,
+        check=lambda: check(options, table, weights, devices[0], notes),
+        body=lambda world: run(options, table, weights, world),
+    )
 
 
-def check(args: argparse.Namespace) -> None:
-    """Everything that can be known before the first picture; also makes the folder for the predictions.
+def resolve(
+    args: argparse.Namespace, weights: Weights
+) -> tuple[EvaluateOptions, ClassTable | None, list[str]]:
+    """Return the options, the class table, and lines about flags that differ from the run of the checkpoint.
 
     Raises:
         InputError: one line that says which flag or file is wrong.
     """
-    weights = read_state_dict(args.restore_from) if args.restore_from else None
+    notes: list[str] = []
+    given = {name: getattr(args, name) for name in Description._fields}
+    if weights is None:
+        found = Description(**{name: value for name, value in given.items() if value is not None})
+    else:
+        found, notes = describe(args.restore_from, weights, given)
+        if found.classes != given["classes"] and not os.path.isfile(str(found.classes)):
+            raise UsageError(
+                f"{args_file(args.restore_from)}: its class table {found.classes} is not there; give "
+                "--classes"
+            )
+    table, num_classes = choose_table(found.classes, None if found.classes else found.num_classes)
+    if found.num_classes not in (None, num_classes):
+        raise UsageError(
+            f"--classes {found.classes}: has {num_classes} classes, but the network {found.num_classes}; "
+            "name the table that it was trained with"
+        )
+    vars(args).update(found._replace(num_classes=num_classes)._asdict())
+    if args.output_dir is None:
+        args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
+    return EvaluateOptions.of(args), table, notes
+
+
+def check(
+    options: EvaluateOptions,
+    table: ClassTable | None,
+    weights: Weights,
+    device: torch.device,
+    notes: list[str],
+) -> None:
+    """Check everything that can be known before the first picture, and make the folders of the results.
+
+    Raises:
+        InputError: one line that says which flag or file is wrong.
+    """
+    print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     with torch.device("meta"):
-        model = make_model(args, weights)
+        model = make_model(options, weights)
     if weights:
-        print(match_weights(model, args.restore_from, complete=True, state=weights)[0], flush=True)
+        print(match_weights(model, str(options.restore_from), complete=True, state=weights)[0], flush=True)
     else:
         print("no --restore-from: evaluating random weights", flush=True)
-    dataset = make_dataset(args)
-    lacking = lacks_for_instances(dataset)
-    print(dataset.check(instances=lacking is None), flush=True)
-    if lacking:
-        print(lacking, flush=True)
-    if args.split == TEST:
+    dataset = make_dataset(options, table)
+    missing = dataset.missing_for_instances()
+    print(dataset.check(instances=missing is None), flush=True)
+    if missing:
+        print(f"averageScoreInstClasses and averageScoreInstCategories are left out: {missing}", flush=True)
+    if options.split == TEST:
         check_names(dataset.source, [pair.name for pair in dataset.pairs])
-    if distributed.choose_devices(args.gpu, args.nproc)[0].type == "cpu":
-        largest = max(dataset.sizes(), key=math.prod) if args.whole else args.input_size
-        pixels = math.prod(largest) * (max(args.scales) ** 2 if args.whole else 1)
-        check_fits("--input-size, --scales, --whole", int(LEAST_BYTES * pixels))
-    check_written(args, dataset)
+    if device.type == "cpu":
+        largest = max(dataset.sizes(), key=math.prod) if options.whole else options.input_size
+        pixels = math.prod(largest) * (max(options.scales) ** 2 if options.whole else 1)
+        check_fits("--input-size, --scales, --whole", pixels)
+    check_outputs_of(options, dataset)
 
 
-def check_written(args: argparse.Namespace, dataset: CSDataSet) -> None:
-    """See that all results can be written and replace nothing that is read; makes their folders.
+def check_outputs_of(options: EvaluateOptions, dataset: CSDataSet) -> None:
+    """Check that all results can be written and replace nothing that is read, and make their folders.
 
     Raises:
         UsageError: naming the file.
     """
     names = [pair.name for pair in dataset.pairs]
-    written = [output(args, name) for name in names]
-    if args.split == TEST:
-        written += [submitted(args, name) for name in names]
-    files = [f"{SUBMISSION}.zip"] if args.split == TEST else results.FILES
-    written += [os.path.join(args.output_dir, name) for name in files]
-    inputs = [args.data_list, args.classes, args.restore_from, *dataset.files()]
-    flag = f"--output-dir {args.output_dir}"
-    check_outputs(flag, written, inputs)
+    written = [output(options, name) for name in names]
+    if options.split == TEST:
+        written += [submitted(options, name) for name in names]
+    files = [f"{SUBMISSION}.zip"] if options.split == TEST else results.FILES
+    written += [os.path.join(options.output_dir, name) for name in files]
+    inputs = [options.data_list, options.classes, options.restore_from, *dataset.files()]
+    check_outputs(f"--output-dir {options.output_dir}", written, inputs)
     for folder in sorted({os.path.dirname(path) for path in written}):
         check_writable("--output-dir", folder or ".")
 
 
-def make_dataset(args: argparse.Namespace) -> CSDataSet:
+def run(
+    options: EvaluateOptions, table: ClassTable | None, weights: Weights, world: distributed.World
+) -> None:
+    """Evaluate the share of one process of the pictures; rank 0 prints and writes the result."""
+    torch.manual_seed(0)  # the same random weights on all processes, if there is no checkpoint
+    model = make_model(options, weights)
+    if weights:
+        load_weights(model, str(options.restore_from), complete=True, state=weights)
+    model.to(world.device).eval()
+    dataset = make_dataset(options, table)
+    tile_size = None if options.whole else options.input_size
+    tile_batch = options.tile_batch or max(options.batch_size, 4 if world.device.type == "cuda" else 1)
+    result = evaluate(
+        lambda images: predict_classes(
+            model, images, options.scales, options.flip, tile_size, options.num_classes, tile_batch
+        ),
+        dataset,
+        world,
+        Loading(options.batch_size, options.num_workers),
+        official=CityscapesEvaluation(LABELS) if dataset.missing_for_instances() is None else None,
+        keep=lambda name, prediction: keep(options, dataset, name, prediction),
+    )
+    # Label pixels of classes that are not scored here count in the official scores, unless they are void.
+    if (
+        result.official is None
+        and dataset.has_cityscapes_classes()
+        and options.ignore_label >= options.num_classes
+    ):
+        scores = CityscapesEvaluation(LABELS).pixel_scores(result.confusion)
+        result = result._replace(official=OfficialScores(**scores))
+    world.on_main(lambda: write(options, dataset, result))
+
+
+def make_dataset(options: EvaluateOptions, table: ClassTable | None) -> CSDataSet:
     return CSDataSet(
-        args.data_dir,
-        args.data_list,
+        options.data_dir,
+        options.data_list,
         crop_size=None,
         scale=False,
         mirror=False,
-        ignore_label=args.ignore_label,
-        num_classes=args.num_classes,
-        split=args.split,
-        table=choose_table(args.classes, None)[0],
-        labeled=args.split != TEST,
+        ignore_label=options.ignore_label,
+        num_classes=options.num_classes,
+        split=options.split,
+        table=table,
+        labeled=options.split != TEST,
     )
 
 
-def has_cityscapes_classes(dataset: CSDataSet) -> bool:
-    """Return whether predictions are scored, and by the benchmark's classes."""
-    return dataset.labeled and dataset.labels.is_cityscapes()
-
-
-def lacks_for_instances(dataset: CSDataSet) -> str | None:
-    """Return the line that says why the official scores of instances are left out.
-
-    They need Cityscapes' classes, label ids and instance ids. None where all is there; empty where nobody
-    expects them, as of other classes.
-    """
-    if not has_cityscapes_classes(dataset):
-        return ""
-    if dataset.has_instances():
-        return None
-    paths = [dataset.path(pair.label) for pair in dataset.pairs]
-    if lacking := [path for path in paths if not path.endswith(LABEL_IDS)]:
-        what = f"{len(lacking)} of {len(paths)} labels are not *{LABEL_IDS}, the first is {lacking[0]}"
-    else:
-        lacking = [path for path in map(instances_of, paths) if not os.path.isfile(path)]
-        what = (
-            f"{len(lacking)} of {len(paths)} files of instance ids are missing, the first is {lacking[0]}; "
-            "unpack the whole gtFine_trainvaltest.zip"
-        )
-    return f"averageScoreInstClasses and averageScoreInstCategories are left out: {what}"
-
-
-def make_model(args: argparse.Namespace, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
-    """The network, in the variant that `weights` are of."""
-    return MODELS[args.model](
-        args.num_classes,
-        recurrence=args.recurrence,
-        backbone=args.backbone,
+def make_model(options: EvaluateOptions, weights: Weights) -> nn.Module:
+    """Return the network, in the variant that `weights` belong to."""
+    return MODELS[options.model](
+        options.num_classes,
+        recurrence=options.recurrence,
+        backbone=options.backbone,
         **options_of(weights),
     )
 
 
-def restore(args: argparse.Namespace) -> torch.nn.Module:
-    """The network with the checkpoint's weights, random ones where there is none."""
-    weights = read_state_dict(args.restore_from) if args.restore_from else None
-    model = make_model(args, weights)
-    if weights:
-        load_weights(model, args.restore_from, complete=True, state=weights)
-    return model
+def output(options: EvaluateOptions, name: str) -> str:
+    """Return the file of the colored prediction of a picture."""
+    return os.path.join(options.output_dir, OUTPUTS, f"{name}.png")
 
 
-def run(args: argparse.Namespace, world: distributed.World) -> None:
-    """Evaluate one process's share of the pictures; rank 0 prints and writes the result."""
-    torch.manual_seed(0)  # the same random weights on all processes, where there is no checkpoint
-    model = restore(args)
-    model.to(world.device).eval()
-    dataset = make_dataset(args)
-    lacking = lacks_for_instances(dataset)
-    tile_size = None if args.whole else args.input_size
-    tile_batch = args.tile_batch or max(args.batch_size, 4 if world.device.type == "cuda" else 1)
-    result = evaluate(
-        lambda images: predict_classes(
-            model, images, args.scales, args.flip, tile_size, args.num_classes, tile_batch
-        ),
-        dataset,
-        world,
-        args.num_classes,
-        args.ignore_label,
-        official=CityscapesEvaluation(LABELS) if lacking is None else None,
-        batch_size=args.batch_size,
-        workers=args.num_workers,
-        keep=keeper(args, dataset),
-    )
-
-    # Ground truth that is not scored here counts in the official scores, unless it is void.
-    if result.official is None and has_cityscapes_classes(dataset) and args.ignore_label >= args.num_classes:
-        scores = CityscapesEvaluation(LABELS).pixel_scores(result.confusion)
-        result = result._replace(official=OfficialScores(**scores))
-
-    def finish() -> None:
-        try:
-            if args.split == TEST:
-                submit(args, dataset)
-            else:
-                print(
-                    results.write(
-                        args.output_dir,
-                        result,
-                        dataset.labels.names(),
-                        {name: getattr(args, name) for name in DESCRIPTION},
-                    )
-                )
-        except OSError as error:
-            raise unwritable(error) from error
-        except DataError as error:  # a picture that is gone by now
-            raise UsageError(str(error)) from error
-
-    world.on_main(finish)
+def submitted(options: EvaluateOptions, name: str) -> str:
+    """Return the file of the label ids of a picture. The server reads <city>_<sequence>_<frame> from it."""
+    return os.path.join(options.output_dir, SUBMISSION, f"{name}_labelIds.png")
 
 
-def keeper(args: argparse.Namespace, dataset: CSDataSet) -> Keep:
-    """Writes a prediction as a colored picture, and for the test split as one of label ids too."""
-    palette = make_palette(dataset.labels.colors())
-    label_ids = dataset.labels.label_ids()
-
-    def keep(name: str, prediction: np.ndarray) -> None:
-        save_indexed_png(output(args, name), prediction, palette)
-        if args.split == TEST:
-            save_gray_png(submitted(args, name), label_ids[prediction])
-
-    return keep
+def keep(options: EvaluateOptions, dataset: CSDataSet, name: str, prediction: np.ndarray) -> None:
+    """Write a prediction as a colored picture, and for the test split as label ids too."""
+    save_indexed_png(output(options, name), prediction, make_palette(dataset.labels.colors()))
+    if options.split == TEST:
+        save_gray_png(submitted(options, name), dataset.labels.label_ids()[prediction])
 
 
-def output(args: argparse.Namespace, name: str) -> str:
-    """The file of the colored prediction of a picture."""
-    return os.path.join(args.output_dir, OUTPUTS, f"{name}.png")
-
-
-def submitted(args: argparse.Namespace, name: str) -> str:
-    """The file of label ids of a picture: the server goes by the beginning, <city>_<sequence>_<frame>."""
-    return os.path.join(args.output_dir, SUBMISSION, f"{name}_labelIds.png")
-
-
-def submit(args: argparse.Namespace, dataset: CSDataSet) -> None:
-    """Check the pictures of label ids, and put them into one archive."""
-    sizes = [
-        (submitted(args, pair.name), size) for pair, size in zip(dataset.pairs, dataset.sizes(), strict=True)
-    ]
-    path = os.path.join(args.output_dir, f"{SUBMISSION}.zip")
-    write_archive(path, sizes, dataset.labels.label_ids())
-    print(f"{path}: {len(sizes)} pictures of label ids, each of its picture's size")
+def write(options: EvaluateOptions, dataset: CSDataSet, result: Result) -> None:
+    """Write the scores; for the test split, check the pictures of label ids and put them into one archive."""
+    try:
+        if options.split == TEST:
+            sizes = [
+                (submitted(options, pair.name), size)
+                for pair, size in zip(dataset.pairs, dataset.sizes(), strict=True)
+            ]
+            path = os.path.join(options.output_dir, f"{SUBMISSION}.zip")
+            write_archive(path, sizes, dataset.labels.label_ids())
+            print(f"{path}: {len(sizes)} pictures of label ids, each of its picture's size")
+        else:
+            print(results.write(options.output_dir, result, dataset.labels.names(), options.noted()))
+    except OSError as error:
+        raise unwritable(error) from error
+    except DataError as error:  # a picture that is gone by now
+        raise UsageError(str(error)) from error
 
 
 if __name__ == "__main__":

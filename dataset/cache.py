@@ -11,10 +11,11 @@ import shutil
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from utils.errors import DataError
+from utils.errors import DataError, UsageError
 
 #: Of each picture, in the table at the beginning of the file: checksum, and 1 once it is there.
 ENTRY = struct.Struct("<IB3x")
@@ -23,6 +24,30 @@ PIXEL = 4
 GB = 10**9
 #: Raised whenever the same files would be decoded otherwise.
 VERSION = 2
+
+
+class Processes(Protocol):
+    """The processes of a run, which agree on one cache (engine.runtime.distributed.World)."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every process, on every process."""
+
+    def first(self, value: Any | None) -> Any | None:
+        """Return the first value that is not None, on every process."""
+
+
+class Place(NamedTuple):
+    """Where a cache is, and how large it may become.
+
+    Attributes:
+        kind: "ram" or "disk".
+        gigabytes: its budget, shared by all processes of a machine.
+        folder: folder of a cache on disk.
+    """
+
+    kind: str
+    gigabytes: float
+    folder: str
 
 
 class Plan:
@@ -182,3 +207,54 @@ def room(kind: str, path: str) -> int:
         return int(values["MemAvailable"].split()[0]) * 1024
     taken = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0
     return shutil.disk_usage(os.path.dirname(path)).free + taken
+
+
+class Pictures(Protocol):
+    """A data set that can be cached (dataset.CSDataSet is one)."""
+
+    def __len__(self) -> int: ...
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return (height, width) of every picture."""
+
+    def cache_file(self, folder: str) -> str:
+        """Return the path of a cache of these pictures in `folder`."""
+
+
+def check(place: Place, pictures: Pictures) -> str:
+    """Return a line that says what a cache will hold.
+
+    Raises:
+        UsageError: the budget is more than what is free.
+    """
+    plan = Plan(pictures.sizes(), int(place.gigabytes * GB))
+    free = room(place.kind, pictures.cache_file(place.folder))
+    if plan.bytes > free:
+        raise UsageError(
+            f"--cache-gb {place.gigabytes:g}: {plan.bytes / GB:.1f} GB for {plan.number} pictures, but "
+            f"{free / GB:.1f} GB are free; give less"
+        )
+    size = f"{plan.bytes / GB:.1f} GB"
+    return f"--cache {place.kind}: room for {plan.number} of {len(pictures)} decoded pictures, {size}"
+
+
+def open_shared(place: Place, pictures: Pictures, processes: Processes) -> PictureCache:
+    """Open one cache for all processes of each machine.
+
+    Raises:
+        DataError: on every process; see `PictureCache`.
+    """
+    opened, failure = None, None
+    own = pictures.cache_file(place.folder) if place.kind == "disk" else in_memory()
+    # The first process of a machine names the file.
+    this = machine()
+    path = next(file for name, file in processes.gather((this, own)) if name == this)
+    try:
+        opened = PictureCache(path, Plan(pictures.sizes(), int(place.gigabytes * GB)))
+    except DataError as error:
+        failure = error
+    # A cache in memory lives as long as a process has it open: wait until all have.
+    if failure := processes.first(failure):
+        raise failure
+    assert opened is not None
+    return opened

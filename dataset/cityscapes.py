@@ -134,6 +134,16 @@ class CSDataSet(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def num_classes(self) -> int:
+        """Number of train ids."""
+        return self.labels.num_classes
+
+    @property
+    def ignore_label(self) -> int:
+        """Train id of void pixels."""
+        return self.labels.ignore_label
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         seed = int(torch.randint(2**63 - 1, ()))
         sample, size = self._augmented(index, np.random.default_rng(seed))
@@ -196,6 +206,29 @@ class CSDataSet(Dataset):
         return all(
             pair.label.endswith(LABEL_IDS) and os.path.isfile(self.path(instances_of(pair.label)))
             for pair in self.pairs
+        )
+
+    def has_cityscapes_classes(self) -> bool:
+        """Return whether there are labels, of the classes of Cityscapes."""
+        return self.labeled and self.labels.is_cityscapes()
+
+    def missing_for_instances(self) -> str | None:
+        """Return what the official scores of instances lack; None if nothing.
+
+        They need the classes of Cityscapes, label ids and instance ids. The text is empty where nobody
+        expects them, as with other classes.
+        """
+        if not self.has_cityscapes_classes():
+            return ""
+        if self.has_instances():
+            return None
+        paths = [self.path(pair.label) for pair in self.pairs]
+        if lacking := [path for path in paths if not path.endswith(LABEL_IDS)]:
+            return f"{len(lacking)} of {len(paths)} labels are not *{LABEL_IDS}, the first is {lacking[0]}"
+        lacking = [path for path in map(instances_of, paths) if not os.path.isfile(path)]
+        return (
+            f"{len(lacking)} of {len(paths)} files of instance ids are missing, the first is {lacking[0]}; "
+            "unpack the whole gtFine_trainvaltest.zip"
         )
 
     def picture(self, index: int, instances: bool) -> Picture:

@@ -1,16 +1,13 @@
-"""Networks by name (`--model`)."""
+"""Networks, their layers, and checkpoints in and out."""
 
 from __future__ import annotations
-
-from torch import nn
 
 from networks.abn import ABN, synchronize, train_mode
 from networks.ccnet import Seg_Model
 from networks.dropout import ChannelDropout
+from networks.models import MODELS
 from networks.weights import load_weights, match_weights
 from utils.errors import CheckpointError
-
-MODELS: dict[str, type[nn.Module]] = {"ccnet": Seg_Model}
 
 __all__ = [
     "ABN",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.errors import UsageError
+
 BACKENDS = ("torch", "inplace", "apex")
 
 
@@ -123,6 +125,24 @@ class ABN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, activation={self.activation!r}, backend={self.backend!r}"
+
+
+def require_inplace_abn(processes: int, device_type: str) -> None:
+    """Check that the inplace-abn package can be used.
+
+    Raises:
+        UsageError: it is not installed, or lacks what this run needs.
+    """
+    if processes > 1 and device_type == "cpu":
+        raise UsageError(
+            "--abn inplace: the package has no statistics over several CPU processes; use --abn torch"
+        )
+    try:
+        import inplace_abn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "--abn inplace: the inplace-abn package is not installed; install it, or use --abn torch"
+        ) from error
 
 
 def synchronize(model: nn.Module, group: StatisticsGroup | None) -> None:

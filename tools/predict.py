@@ -37,6 +37,7 @@ from dataset import IMG_MEAN, DataError
 from dataset.pictures import decode_upright, load
 from engine.data.transfer import subtract_mean
 from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
+from engine.options import AveragingOptions, add_flags
 from tools import common
 from tools.sources import PictureFile, Video, check_video_name, find, frames
 from utils import args as flags
@@ -90,7 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="tile (default: 769,769); a picture that fits into it is predicted in one piece",
     )
     add("--whole", action="store_true", help="larger pictures in one piece too")
-    flags.add_averaging(parser)
+    add_flags(parser, AveragingOptions)
     add("--frames", type=flags.positive_int, metavar="N", help="at most N frames of a video or camera")
     common.add_network_flags(parser)
     return parser

@@ -29,6 +29,7 @@ from engine.data.transfer import subtract_mean
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.evaluation.results import CONFUSION, FILES, RESULT
 from networks.attention import picture_attention
+from networks.models import args_file
 from networks.weights import read_state_dict
 from tools import common
 from tools.report_page import Example, Report, page
@@ -170,7 +171,7 @@ def inputs_of(
         inputs += [*dataset.files(), how["data_list"], how["classes"]]
         checkpoint = checkpoint or how["restore_from"]
     if checkpoint:
-        inputs += [checkpoint, common.beside(checkpoint)]
+        inputs += [checkpoint, args_file(checkpoint)]
     return inputs
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import evaluate
 import train
-from dataset.labels import choose_table
+from engine.options import TrainOptions
+from networks.weights import read_state_dict
 from tools import common
 from utils import args as flags
 from utils import run_files
@@ -32,11 +33,8 @@ from utils.files import check_outputs, check_writable, write_file
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN, EVALUATE = "--train", "--evaluate"
 TABLES = ("seeds.md", "seeds.json")
-#: What both commands have to agree on.
-SHARED = (
-    "data_dir", "classes", "num_classes", "ignore_label", "model", "backbone", "recurrence", "input_size",
-    "gpu", "nproc",
-)  # fmt: skip
+#: Flags whose value evaluate.py takes from --train; it takes those of the network from args.json.
+SHARED = TrainOptions.names(lambda flag: flag.shared)
 #: What this command sets, of train.py and of evaluate.py.
 OWN = (("--snapshot-dir", "--random-seed", "--resume"), ("--restore-from", "--output-dir"))
 
@@ -105,10 +103,10 @@ def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
     except (InputError, OSError):
         return False
     noted = result.get("arguments")
-    wanted = vars(evaluate.get_parser().parse_args([*given, "--restore-from", checkpoint]))
-    _, wanted["num_classes"] = choose_table(wanted["classes"], wanted["num_classes"])
+    args = evaluate.get_parser().parse_args([*given, "--restore-from", checkpoint])
+    wanted = evaluate.resolve(args, read_state_dict(checkpoint))[0].noted()
     return isinstance(noted, dict) and all(
-        json.loads(json.dumps(wanted[name])) == noted.get(name) for name in evaluate.DESCRIPTION
+        json.loads(json.dumps(value)) == noted.get(name) for name, value in wanted.items()
     )
 
 

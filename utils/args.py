@@ -19,8 +19,31 @@ HEAVY = ("--batch-size", "--tile-batch", "--input-size", "--scales", "--num-work
 _heavy: list[str] | None = None
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Print the description as it is written, and each default that is a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {','.join(f'{value:g}' for value in action.default)})"
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line, without the usage above it, and end in status 2."""
+    """A parser that describes a command by its docstring, and whose errors take one line and end in status 2.
+
+    Args:
+        prog: the command, such as `train.py` or `python -m tools.predict`.
+        doc: the docstring of its module. The first paragraph becomes the description, the rest follows the
+            flags.
+    """
+
+    def __init__(self, prog: str | None = None, doc: str | None = None, **options: Any):
+        summary, _, rest = (doc or "").partition("\n\n")
+        if doc is not None:
+            options = {"description": summary, "epilog": rest, **options}
+        super().__init__(prog=prog, **{"formatter_class": HelpFormatter, **options})
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         global _heavy
@@ -126,19 +149,6 @@ def size(text: str) -> tuple[int, int]:
             f"{quoted(text)} is not a size; give height,width such as 769,769, each from 1 to {LONGEST_SIDE}"
         )
     return sides[0], sides[-1]
-
-
-def add_averaging(parser: argparse.ArgumentParser) -> None:
-    """Add --scales and --flip, of the commands that predict (engine.inference.predict_multiscale)."""
-    add = parser.add_argument
-    add(
-        "--scales",
-        type=scales,
-        default=[1.0],
-        metavar="S,S",
-        help="average the predictions at these scales",
-    )
-    add("--flip", action="store_true", help="average with the prediction of the mirrored picture")
 
 
 def exhausted(what: str) -> RunError:

@@ -56,16 +56,17 @@ def physical_memory() -> int:
     return min(limits)
 
 
-def check_fits(flags: str, needed: int) -> None:
-    """See that a computation can fit into memory at all, rather than be killed in the midst of it.
+def check_fits(flags: str, pixels: float) -> None:
+    """Check that images can fit into memory at all, instead of being killed while they are computed.
 
     Args:
-        flags: those that decide it, for the error.
-        needed: bytes that it takes at the very least.
+        flags: the flags that decide the number of pixels, for the error.
+        pixels: number of pixels that a network processes together.
 
     Raises:
-        UsageError: this machine has less.
+        UsageError: this machine has less memory than they need at least.
     """
+    needed = LEAST_BYTES * pixels
     if needed > (there := physical_memory()):
         raise UsageError(
             f"{flags}: needs more than {needed / GIB:.0f} GiB of memory, and this machine has "

@@ -1,4 +1,7 @@
-"""From data set to device: which samples, in what order, with what randomness, for any step of a run."""
+"""Batches for training and pictures for evaluation, read by data workers.
+
+A training batch is a function of the seed and the step alone, see engine/randomness.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,21 +17,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from engine.data.transfer import Batch, Samples, Transfer
+from engine.randomness import AUGMENTATION, ORDER
 from engine.runtime import signals
 from utils.errors import DataError, RunError
 
-#: What errors of shared memory say: too little of it, or none.
+#: Parts of the errors that mean too little shared memory.
 SHARED_MEMORY = ("shared memory", "unable to write to file </torch_", "No space left on device")
 NO_SHARED_MEMORY = (
     "/dev/shm: too small for the pictures that the readers pass on; enlarge it (docker run --shm-size), or "
     "lower --num-workers (0 needs no shared memory)"
 )
-#: Keep the random streams of the order, the augmentation and the dropout masks apart.
-ORDER, AUGMENTATION, DROPOUT = range(3)
+
+
+class Loading(NamedTuple):
+    """How pictures are read.
+
+    Attributes:
+        batch_size: in training the global batch size; in evaluation the pictures of equal size that are
+            predicted together.
+        workers: data workers of each process; 0 reads in the process itself.
+    """
+
+    batch_size: int = 1
+    workers: int = 0
+
+
+class Processes(Protocol):
+    """The place of this process among those of the run (engine.runtime.distributed.World)."""
+
+    rank: int
+    size: int
+    device: torch.device
 
 
 class SampleSource(Protocol):
-    """What a data set offers to the stream (dataset.CSDataSet does)."""
+    """A data set to train on (dataset.CSDataSet is one)."""
 
     @property
     def mean(self) -> np.ndarray: ...
@@ -44,17 +67,17 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 class SampleStream(Dataset):
-    """Sample k of a run, for every k >= 0: a pure function of (seed, k).
+    """The samples of a run: sample k, for every k >= 0, is a function of (seed, k) alone.
 
-    Each epoch goes through the data set once, in an order of its own; the batches run on across epochs, so
-    none is partial. Whatever the number of processes, workers or restarts, sample k is the same.
+    Each epoch goes through the data set once, in an order of its own. Batches continue across epochs, so no
+    batch is smaller than the others.
+
+    A sample whose files cannot be used is the DataError itself. It reaches the training loop in its place in
+    the order.
 
     Args:
         source: the data set.
-        seed: of the order and of the augmentation.
-
-    A sample whose files can't be used is the DataError itself, so that it reaches the training loop as it was
-    raised, with its place in the order.
+        seed: seed of the order and of the augmentation.
     """
 
     def __init__(self, source: SampleSource, seed: int):
@@ -85,15 +108,15 @@ def _collate(samples: list[Any]) -> Samples | Exception:
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """Move a worker's tensor to memory that it shares with its parent.
+    """Move the tensor of a data worker to shared memory.
 
-    Sending the tensor would do so as well, but in a thread whose errors leave the parent waiting for ever.
+    Sending the tensor does the same, but in a thread whose errors make the parent hang.
     """
     return tensor.share_memory_() if get_worker_info() is not None else tensor
 
 
 def _no_shared_memory(error: Exception) -> RunError:
-    """Return the error for too little shared memory; raises `error` where it is another one."""
+    """Return the error for too little shared memory; raise `error` if it has another cause."""
     if not any(words in str(error) for words in SHARED_MEMORY):
         raise error
     return RunError(NO_SHARED_MEMORY)
@@ -109,42 +132,44 @@ def _set_up_worker(_worker: int) -> None:
 def train_batches(
     source: SampleSource,
     seed: int,
-    batch_size: int,
     steps: range,
-    rank: int,
-    processes: int,
-    workers: int,
-    device: torch.device,
+    processes: Processes,
+    loading: Loading,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[Batch | Exception]:
-    """This process's share of every batch of `steps`: rank r of n takes the r-th n-th of the global batch.
+    """Yield the share of this process of every batch: of n samples a process, rank r has r n to r n + n - 1.
+
+    Data workers start with the first batch and live until the last.
 
     Args:
-        batch_size: of all processes together; `processes` divides it.
-        steps: from 0; a resumed run starts at any step without touching the samples before.
-        workers: processes that read pictures, for as long as the steps last; 0 reads in this one.
-        device, memory_format: where and how the network wants its images.
+        source: the data set.
+        seed: seed of the order and of the augmentation.
+        steps: the steps, from 0. A resumed run starts at any step without reading the samples before it.
+        processes: the processes that share each batch; their number divides the batch size.
+        loading: batch size and data workers.
+        memory_format: memory format of the images.
 
     Yields:
-        A batch, or the error of the first of its samples that can't be used, or a RunError when a worker
+        A batch; the error of the first of its samples that cannot be used; or a RunError when a data worker
         died.
     """
-    share = batch_size // processes
+    share = loading.batch_size // processes.size
+    device = processes.device
     loaded = _loaded(
         DataLoader(
             SampleStream(source, seed),
-            batch_sampler=_Shares(steps, batch_size, rank * share, share),
-            num_workers=workers,
+            batch_sampler=_Shares(steps, loading.batch_size, processes.rank * share, share),
+            num_workers=loading.workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             worker_init_fn=_set_up_worker,
         )
     )
-    return Transfer(source.mean, device, memory_format)(loaded)
+    yield from Transfer(source.mean, device, memory_format)(loaded)
 
 
 class _Shares:
-    """The numbers of a process's samples, step by step."""
+    """The numbers of the samples of a process, step by step."""
 
     def __init__(self, steps: range, batch_size: int, offset: int, share: int):
         self.starts = (step * batch_size + offset for step in steps)
@@ -158,15 +183,15 @@ class _Shares:
 def _loaded(loader: DataLoader) -> Iterator[Any]:
     if loader.num_workers:
         try:
-            # As many as the workers' queues have, which are in shared memory too. Where there is no room for
-            # them, the DataLoader leaves an iterator half made, whose destructor prints a traceback.
+            # The queues of the workers have as many locks, in shared memory. If there is no room for them,
+            # the DataLoader leaves an iterator half made, whose destructor prints a traceback.
             locks = [multiprocessing.Lock() for _ in range(4 * (loader.num_workers + 2))]
         except OSError as error:
             return iter([_no_shared_memory(error)])
         del locks
     batches = iter(loader)
-    # The DataLoader's own handler raises wherever the process is when a worker dies, in the midst of an
-    # update too. Without it the next batch fails, within seconds.
+    # The handler of the DataLoader raises wherever the process is when a worker dies, even during an update.
+    # Without the handler the next batch fails, within seconds.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return _until_a_worker_dies(batches)
 
@@ -183,16 +208,22 @@ def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
             if any(worker.exitcode == -signal.SIGBUS for worker in getattr(batches, "_workers", ())):
                 yield RunError(NO_SHARED_MEMORY)
             yield RunError(
-                "a process that reads pictures was killed (for want of memory, perhaps: --num-workers says "
-                "how many there are); run it again, train.py with --resume"
+                "a data worker was killed, perhaps because the machine ran out of memory; lower "
+                "--num-workers and run it again, train.py with --resume"
             )
 
 
 class PictureSource(Protocol):
-    """What a data set offers to the evaluation (dataset.CSDataSet does)."""
+    """A data set to evaluate on (dataset.CSDataSet is one)."""
 
     @property
     def mean(self) -> np.ndarray: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def ignore_label(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -200,7 +231,7 @@ class PictureSource(Protocol):
 
 
 class _Pictures(Dataset):
-    """Whole pictures; one that can't be used is the error itself, as in SampleStream."""
+    """Whole pictures. One that cannot be used is the error itself, as in SampleStream."""
 
     def __init__(self, source: PictureSource, instances: bool):
         self.source = source
@@ -224,25 +255,20 @@ class _Pictures(Dataset):
 
 
 def evaluation_pictures(
-    source: PictureSource,
-    instances: bool,
-    rank: int,
-    processes: int,
-    workers: int,
-    pin_memory: bool = False,
+    source: PictureSource, instances: bool, processes: Processes, workers: int
 ) -> Iterator[Any]:
-    """Every `processes`-th picture from the `rank`-th on: all processes together have each picture once.
+    """Return the pictures of this process; all processes together have each picture once.
 
     Yields:
-        What `source.picture` gives, its arrays as tensors, or its error.
+        The result of `source.picture` with its arrays as tensors, or its error.
     """
     pictures = DataLoader(
         _Pictures(source, instances),
-        sampler=range(rank, len(source), processes),
+        sampler=range(processes.rank, len(source), processes.size),
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        pin_memory=pin_memory,
+        pin_memory=processes.device.type == "cuda",
         worker_init_fn=_set_up_worker,
     )
     return _loaded(pictures)

@@ -1,4 +1,4 @@
-"""Scoring a network on a data set, over one process or several."""
+"""Scores of a network on a data set, computed by one process or several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.loader import PictureSource, evaluation_pictures
+from engine.data.loader import Loading, PictureSource, evaluation_pictures
 from engine.data.transfer import subtract_mean
 from engine.evaluation.metrics import (
     CityscapesEvaluation,
@@ -25,14 +25,19 @@ from utils.errors import DataError, RunError
 from utils.files import unwritable
 from utils.progress import Progress
 
-#: Called with a picture's name and its prediction, uint8 [h, w]; several at a time, from threads.
+#: Called with the name of a picture and its prediction uint8 [h, w], from several threads at once.
 Keep = Callable[[str, np.ndarray], None]
-#: Threads that score and keep predictions while the next picture is predicted, and predictions that may wait.
+#: Threads that score and keep predictions, and the number of predictions that may wait for them.
 THREADS, WAITING = 3, 8
 
 
 class Result(NamedTuple):
-    """Of all pictures: confusion int64 [K, K] (rows = ground truth), and the official scores if asked for."""
+    """Result of an evaluation.
+
+    Attributes:
+        confusion: pixels of all pictures, int64 [K, K]; rows are labels, columns are predictions.
+        official: the official Cityscapes scores, if they were computed.
+    """
 
     confusion: Tensor
     official: OfficialScores | None
@@ -43,88 +48,48 @@ def evaluate(
     predict: Callable[[Tensor], Tensor],
     source: PictureSource,
     world: World,
-    num_classes: int,
-    ignore_label: int,
+    loading: Loading,
     official: CityscapesEvaluation | None = None,
-    batch_size: int = 1,
-    workers: int = 0,
     keep: Keep | None = None,
     interrupted: Callable[[], Exception | None] = lambda: None,
 ) -> Result:
     """Predict every picture of `source` once and score the predictions.
 
-    The result is the same on every process, and for any number of processes: counts are integers, and each
-    picture is predicted by one process alone. While one is predicted, workers decode the next ones, and
-    threads score and keep the last ones.
+    The result is the same on every process and for any number of processes: counts are integers, and each
+    picture is predicted by one process. While a picture is predicted, data workers decode the next ones and
+    threads score the previous ones.
 
     Args:
-        predict: images float32 [n, 3, h, w] on the world's device -> classes uint8 [n, h, w].
-        official: computes the official scores from label and instance ids, which `source` then has to have.
-        batch_size: pictures of equal size that are predicted together.
-        workers: processes that read pictures.
-        keep: gets every prediction.
-        interrupted: asked now and then; an error that it gives is raised on every process.
+        predict: images float32 [n, 3, h, w] on the device of the process -> classes uint8 [n, h, w].
+        source: pictures and labels.
+        world: processes that share the pictures.
+        loading: pictures of equal size to predict together, and data workers.
+        official: computes the official scores; `source` needs label ids and instance ids for them.
+        keep: called with every prediction.
+        interrupted: called between pictures; an error that it returns is raised on every process.
 
     Raises:
-        DataError: a file can't be used; raised on every process.
-        RunError: the network gives NaN, `keep` met a full disk, or a worker was killed.
+        DataError: a file cannot be used; raised on every process.
+        RunError: the network gives NaN, `keep` met a full disk, or a data worker was killed.
     """
     device = world.device
     mean = torch.as_tensor(source.mean, dtype=torch.float32, device=device)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    statistics: list[PictureStatistics] = []
-    pictures = evaluation_pictures(
-        source,
-        official is not None,
-        world.rank,
-        world.size,
-        workers,
-        pin_memory=device.type == "cuda",
-    )
-    rounds = -(-len(source) // (world.size * batch_size))
+    pictures = evaluation_pictures(source, official is not None, world, loading.workers)
+    rounds = -(-len(source) // (world.size * loading.batch_size))
     progress = Progress(len(source))
     with ThreadPoolExecutor(THREADS) as threads:
-        waiting: deque[Future] = deque()
-
-        def finish(
-            picture: Any, arrived: Callable[[], Tensor], index: int
-        ) -> tuple[Tensor | None, PictureStatistics | None]:
-            """Keep and score prediction `index` of those that arrive."""
-            prediction = arrived()[index]
-            if (prediction == NO_CLASS).any():
-                raise RunError(f"{picture.name}: the network gives NaN; {NAN_ADVICE}")
-            if keep is not None:
-                keep(picture.name, prediction.numpy())
-            counted = None
-            if picture.label is not None:
-                counted = confusion_matrix(picture.label, prediction, num_classes, ignore_label)
-            if official is None:
-                return counted, None
-            return counted, _count(official, picture, prediction.numpy())
-
-        def collect(most: int) -> None:
-            """Wait until at most so many predictions wait."""
-            while len(waiting) > most:
-                counted, of_picture = waiting.popleft().result()
-                if counted is not None:
-                    confusion.add_(counted)
-                if of_picture is not None:
-                    statistics.append(of_picture)
-
+        scoring = _Scoring(threads, source, official, keep)
         for number in range(1, rounds + 1):
-            group = [picture for _, picture in zip(range(batch_size), pictures, strict=False)]
+            group = [picture for _, picture in zip(range(loading.batch_size), pictures, strict=False)]
             error = next((picture for picture in group if isinstance(picture, Exception)), None)
             try:
                 for same_size in _by_size([] if error else group):
                     several = [picture.image for picture in same_size]
-                    # One stays in the pinned memory that it came in.
+                    # A single picture stays in its pinned memory.
                     images = several[0][None] if len(several) == 1 else torch.stack(several)
                     predictions = predict(subtract_mean(images.to(device, non_blocking=True), mean))
-                    # The threads wait for the device; this one gives it the next picture meanwhile.
-                    arrived = _to_host(predictions)
-                    for index, picture in enumerate(same_size):
-                        waiting.append(threads.submit(finish, picture, arrived, index))
-                collect(WAITING if number < rounds else 0)
+                    scoring.add(same_size, _to_host(predictions))
+                scoring.collect(WAITING if number < rounds else 0)
             except (DataError, RunError) as found:
                 error = found
             except OSError as found:
@@ -134,17 +99,67 @@ def evaluate(
                 threads.shutdown(cancel_futures=True)
                 raise error
             if world.is_main:
-                progress.show(min(number * world.size * batch_size, len(source)))
-    confusion = confusion.to(device)
+                progress.show(min(number * world.size * loading.batch_size, len(source)))
+    confusion = scoring.confusion.to(device)
     world.all_reduce(confusion)
     confusion = confusion.cpu()
     if official is None:
         return Result(confusion, None)
-    return Result(confusion, official.scores(world.gather(official.merge(statistics))))
+    return Result(confusion, official.scores(world.gather(official.merge(scoring.statistics))))
+
+
+class _Scoring:
+    """Score and keep predictions in threads, while this process predicts the next picture."""
+
+    def __init__(
+        self,
+        threads: ThreadPoolExecutor,
+        source: PictureSource,
+        official: CityscapesEvaluation | None,
+        keep: Keep | None,
+    ):
+        self.threads = threads
+        self.source = source
+        self.official = official
+        self.keep = keep
+        self.confusion = torch.zeros(source.num_classes, source.num_classes, dtype=torch.int64)
+        self.statistics: list[PictureStatistics] = []
+        self._waiting: deque[Future] = deque()
+
+    def add(self, pictures: list[Any], arrived: Callable[[], Tensor]) -> None:
+        """Score pictures whose predictions `arrived` returns once they are on the host."""
+        for index, picture in enumerate(pictures):
+            self._waiting.append(self.threads.submit(self._score, picture, arrived, index))
+
+    def collect(self, most: int) -> None:
+        """Add up scores until at most `most` predictions are waiting."""
+        while len(self._waiting) > most:
+            counted, of_picture = self._waiting.popleft().result()
+            if counted is not None:
+                self.confusion.add_(counted)
+            if of_picture is not None:
+                self.statistics.append(of_picture)
+
+    def _score(
+        self, picture: Any, arrived: Callable[[], Tensor], index: int
+    ) -> tuple[Tensor | None, PictureStatistics | None]:
+        prediction = arrived()[index]
+        if (prediction == NO_CLASS).any():
+            raise RunError(f"{picture.name}: the network gives NaN; {NAN_ADVICE}")
+        if self.keep is not None:
+            self.keep(picture.name, prediction.numpy())
+        counted = None
+        if picture.label is not None:
+            counted = confusion_matrix(
+                picture.label, prediction, self.source.num_classes, self.source.ignore_label
+            )
+        if self.official is None:
+            return counted, None
+        return counted, _count(self.official, picture, prediction.numpy())
 
 
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy to the host's memory; what is returned waits until the copy is there, and gives it."""
+    """Start a copy to the host; the function that is returned waits for the copy and returns it."""
     if tensor.device.type != "cuda":
         return lambda: tensor
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -163,10 +178,11 @@ def _count(official: CityscapesEvaluation, picture: Any, prediction: np.ndarray)
     try:
         return official.count(picture.label_ids.numpy(), picture.instance_ids.numpy(), prediction)
     except ValueError as error:
-        raise DataError(f"{picture.name}: {error}; mend the label or instance file") from error
+        raise DataError(f"{picture.name}: {error}; correct the label or instance file") from error
 
 
 def _by_size(pictures: list[Any]) -> Iterator[list[Any]]:
+    """Yield the pictures in groups of equal size."""
     sizes = dict.fromkeys(picture.image.shape for picture in pictures)
     for size in sizes:
         yield [picture for picture in pictures if picture.image.shape == size]

@@ -367,6 +367,25 @@ def _check_scale(own: Mapping[str, float], saved: Any) -> None:
             raise _Misfit(f"{name} of its loss scale is no number from 0")
 
 
+def replaced(directory: str, steps: int, interval: int) -> list[str]:
+    """Return the present files of `directory` that a run replaces or moves away.
+
+    Args:
+        directory: folder of the run.
+        steps: number of steps of the run.
+        interval: steps between its snapshots.
+    """
+    folder = glob.escape(directory)
+    found = [path for name in RUN_FILES for path in glob.glob(os.path.join(folder, name))]
+    found += glob.glob(os.path.join(folder, "state_*"))
+    for path in glob.glob(snapshot_path(folder, "*")):
+        match = re.search(r"_(\d+)(_ema)?\.pth$", path)
+        step = int(match[1]) if match else 0
+        if step == steps or (0 < step < steps and step % interval == 0):
+            found.append(path)
+    return [path for path in found if not os.path.isdir(path)]
+
+
 def set_aside(directory: str) -> str | None:
     """Move the states and log of an earlier run to a folder of their own and return it; None: no such run."""
     found = glob.glob(os.path.join(glob.escape(directory), "state_*"))

@@ -1,4 +1,4 @@
-"""Masks of channel dropout that depend on the seed, the step and the sample alone."""
+"""Masks of channel dropout, each a function of seed, step and sample."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.data.loader import DROPOUT
+from engine.randomness import DROPOUT
 
 
 @runtime_checkable
 class ChannelDropout(Protocol):
-    """A dropout layer that takes its masks from outside (networks.dropout.ChannelDropout is one)."""
+    """A dropout layer whose masks are set from outside (networks.dropout.ChannelDropout is one)."""
 
     channels: int
     p: float
@@ -23,10 +23,11 @@ class ChannelDropout(Protocol):
 
 
 class DropoutMasks:
-    """Draws the masks of a network's dropout layers and hands them in.
+    """Draw the masks of the dropout layers of a network and set them.
 
     Args:
-        model: its ChannelDropout layers whose rate is not 0 get masks; any other dropout is left alone.
+        model: network whose ChannelDropout layers with a rate above 0 get masks. Other dropout layers are not
+            changed.
         seed: seed of the run.
         device: device of the network.
     """
@@ -37,11 +38,11 @@ class DropoutMasks:
         ]
         self.seed = seed
         self.device = device
-        # One tensor for all steps: a captured CUDA graph reads its masks at a fixed address.
+        # The same tensor in all steps: a captured CUDA graph reads its masks at a fixed address.
         self._kept = torch.empty(0, dtype=torch.bool, device=device)
 
     def draw(self, step: int, samples: range) -> None:
-        """Make the masks of `step` for `samples`, given by their numbers in the global batch."""
+        """Draw the masks of `step` for `samples`, their numbers in the global batch."""
         if not self.layers:
             return
         kept = torch.from_numpy(np.stack([self._sample(step, sample) for sample in samples]))
@@ -52,13 +53,13 @@ class DropoutMasks:
         self._kept.copy_(kept, non_blocking=True)
 
     def _sample(self, step: int, sample: int) -> np.ndarray:
-        """Return what one sample keeps, bool [channels of all layers, one after the other]."""
+        """Return the channels that one sample keeps, bool [total channels of all layers, in order]."""
         rng = np.random.default_rng((self.seed, DROPOUT, step, sample))
         return np.concatenate([rng.random(layer.channels) >= layer.p for layer in self.layers])
 
     @contextlib.contextmanager
-    def handed_in(self, part: int, parts: int) -> Iterator[None]:
-        """Let the layers drop what `draw` chose for one of `parts` equal parts of its samples."""
+    def applied(self, part: int, parts: int) -> Iterator[None]:
+        """Set the masks in the layers, for part `part` of `parts` equal parts of the samples of `draw`."""
         if self.layers:
             kept = self._kept.chunk(parts)[part].split([layer.channels for layer in self.layers], 1)
             for layer, own in zip(self.layers, kept, strict=True):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 class WeightAverage:
     """Exponential moving average of weights and running statistics.
 
-    average <- d * average + (1 - d) * weights after each step, with d = min(decay, (1 + step) / (10 + step)):
-    the first steps of a short run are not held back by where it started.
+    After each step average = d * average + (1 - d) * weights, with d = min(decay, (1 + step) / (10 + step)).
+    The smaller d of the first steps lets a short run forget its initial weights.
 
     Args:
-        model: on its device; the average starts there.
-        decay: in [0, 1).
+        model: network on its device; its weights are the first average.
+        decay: d of later steps, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -27,21 +27,23 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step`, counted from 1."""
+        """Add the weights after `step`, counted from 1, to the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self._average.values()), list(self._weights.values()), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return the average by the names of the state dict of the model."""
         return dict(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy an average that `state_dict` returned."""
         for name, value in self._average.items():
             value.copy_(state[name])
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
-        """While it is entered the model has the average for its weights."""
+        """Swap the averaged weights in temporarily."""
         self._exchange()
         try:
             yield

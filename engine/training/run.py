@@ -1,4 +1,4 @@
-"""The training loop, and what keeps it from losing anything: states, snapshots, validation, orderly ends."""
+"""A training run in a directory: where it starts, what it records, and how it ends without losing a step."""
 
 from __future__ import annotations
 
@@ -9,117 +9,199 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.data.loader import Loading, PictureSource
 from engine.data.transfer import Batch
-from engine.runtime.distributed import World
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.metrics import mean_iou
+from engine.inference import predict_classes
+from engine.options import TrainOptions
+from engine.runtime.distributed import World, is_restarted
 from engine.runtime.signals import StopRequest
-from engine.training import checkpoint, schedule
+from engine.training import checkpoint
 from engine.training.checkpoint import State, Validation
 from engine.training.ema import WeightAverage
 from engine.training.log import RunLog
-from engine.training.step import Diverged, Report, Stepper
+from engine.training.step import Diverged, StepResult
 from utils.environment import commit, machine
 from utils.errors import RunError, UsageError
 from utils.files import put_aside, read_input, unwritable, write_file
 
-
-class Intervals(NamedTuple):
-    """In steps; the last step has everything."""
-
-    log: int
-    snapshot: int
-    state: int
-    validation: int  # 0 is never
+#: (image [3, h, w], label [h, w], logits [C, H, W]) of a sample -> pictures of it by name, uint8 [h, w, 3]
+#: RGB.
+Draw = Callable[[Tensor, Tensor, Tensor], Mapping[str, np.ndarray]]
 
 
-class Task(NamedTuple):
-    """What is particular to what is learnt.
+class Parts(NamedTuple):
+    """The parts of a run whose values a state holds."""
 
-    batches: (steps from 0) -> this process's share of each, or the error that ends the run before it.
-    learning_rate: (step from 0) -> of that step.
-    seed: (step from 1) -> seed of PyTorch's random numbers in that step, on this process.
-    train_mode: sets the network to training.
-    validate: (network, error that ends it early) -> mean IoU over all processes.
-    examples: (image, label, outputs) of a sample -> what TensorBoard shows of it: names, uint8 [h, w, 3] RGB.
-        May set the network to evaluation.
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: WeightAverage | None = None
+
+    def present(self) -> dict[str, Any]:
+        """Return the parts that the run has, by name."""
+        return {name: part for name, part in self._asdict().items() if part is not None}
+
+
+@contextlib.contextmanager
+def exclusive(directory: str, world: World) -> Iterator[None]:
+    """Lock the directory of a run against other runs.
+
+    Raises:
+        UsageError: on every process; see `checkpoint.locked`.
     """
-
-    batches: Callable[[range], Iterator[Batch | Exception]]
-    learning_rate: Callable[[int], float]
-    seed: Callable[[int], int]
-    train_mode: Callable[[], object]
-    validate: Callable[[nn.Module, Callable[[], Exception | None]], float]
-    examples: Callable[[Tensor, Tensor, Tensor], dict[str, np.ndarray]]
+    with contextlib.ExitStack() as held:
+        world.on_main(lambda: held.enter_context(checkpoint.locked(directory)))
+        yield
 
 
 class Run:
     """A training run in a directory, fresh or resumed.
 
-    Whatever ends it early (a signal, a picture that can't be read, a loss that is not finite, a dead data
-    worker) ends it on all processes between two steps, with a state of the last one saved; a full disk, which
-    has no room for one, with the states before. A resumed run goes the same way as one that was never
-    interrupted.
+        with Run(...) as run:
+            for step, batch in run.steps(batches):
+                run.record(step, batch, stepper.step(step, batch))
+
+    Entering restores the newest state if the run is resumed, and opens the log. A signal, an unreadable
+    picture, a loss that is not finite, or a dead data worker ends the run on all processes between two steps,
+    after the state of the last step is saved. A full disk ends it with the states that are already there. On
+    a CPU, a resumed run is bit-identical to an uninterrupted one.
 
     Args:
-        directory: where states, snapshots and the log go; `checkpoint.locked`.
-        stop: when to end early.
-        recipe: what decides the result of the run.
-        arguments: noted beside the log.
-        all_used: whether the loss uses every weight; otherwise a state may lack the momentum of some.
+        options: options of train.py.
+        world: processes of the run.
+        stop: signals that end the run early.
+        parts: parts of the run that are saved and restored.
+        recipe: values that decide the result of the run. A resumed run needs the same ones.
+        validation_source: pictures to validate on; None if --val-every is 0.
+        draw: draws a sample for TensorBoard.
     """
 
     def __init__(
         self,
-        directory: str,
+        options: TrainOptions,
         world: World,
         stop: StopRequest,
-        task: Task,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        stepper: Stepper,
-        average: WeightAverage | None,
-        steps: int,
-        intervals: Intervals,
-        keep_states: int,
+        parts: Parts,
         recipe: Mapping[str, Any],
-        arguments: Mapping[str, Any],
-        all_used: bool = True,
+        validation_source: PictureSource | None,
+        draw: Draw,
     ):
-        self.directory = directory
+        self.options = options
+        self.directory = options.snapshot_dir
         self.world = world
         self.stop = stop
-        self.task = task
-        self.model = model
-        self.stepper = stepper
-        self.average = average
-        self.steps = steps
-        self.intervals = intervals
-        self.keep_states = keep_states
+        self.parts = parts
         self.recipe = recipe
-        self.arguments = arguments
-        self.all_used = all_used
-        self.optimizer = optimizer
-        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": stepper.scaler}
-        if average is not None:
-            self.parts["average"] = average
-        self.state: State | None = None  # the newest that is saved
+        self.validation_source = validation_source
+        self.draw = draw
+        self.start = options.start_iters  # steps done before
+        self.state: State | None = None  # the newest saved state
         self.validation = Validation()
+        self._waited = 0.0  # seconds for batches since the last line of the log
+        self._step = self.start  # steps done
+        self._held = contextlib.ExitStack()
 
-    def restore(self, change_recipe: bool) -> None:
-        """Load the newest state, if there is one. Until every process has it, no file of the run is changed.
+    def __enter__(self) -> Run:
+        # Restarts are counted on each machine by itself.
+        if self.world.first(self.options.resume or is_restarted() or None):
+            self._restore()
+        if self.state is not None:
+            if self.state.step < self.start:
+                raise UsageError(
+                    f"--start-iters {self.start}: {self.state.path} is the state after step "
+                    f"{self.state.step}; leave the flag out, or start over in another --snapshot-dir"
+                )
+            self._step = self.start = self.state.step
+        if not self.remaining and not self._owes_validation():
+            self._say(f"{self.directory}: the run is finished, all {self.options.num_steps} steps are done")
+            return self
+        try:
+            self._on_main(lambda: self._held.enter_context(contextlib.closing(self._open_log())))
+        except BaseException:
+            self._held.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._held:
+            # Every process raises it, before it has changed anything.
+            if isinstance(error, Diverged):
+                self._end(error)
+
+    @property
+    def remaining(self) -> range:
+        """The steps to take, from 0: empty for a finished run."""
+        return range(self.start, self.options.num_steps)
+
+    def steps(self, batches: Iterator[Batch | Exception]) -> Iterator[tuple[int, Batch]]:
+        """Yield the number, from 1, and the batch of every remaining step.
 
         Args:
-            change_recipe: whether the state may be of a run with another recipe.
+            batches: this process's share of the batches of `remaining`, or the error that ends the run before
+                one.
 
         Raises:
-            UsageError: the state is of another recipe and may not be, or can't be used.
+            InputError, RunError: on every process, after the state of the last step is saved.
         """
-        # Rank 0 decides for all: the others may see another state of a shared disk.
+        if self._owes_validation():
+            self._validate(self.start)
+        for step in (done + 1 for done in self.remaining):
+            before = time.monotonic()
+            batch = next(batches)
+            self._waited += time.monotonic() - before
+            # A signal may have reached the data workers too: it is the cause.
+            end = self._stopped(step - 1) or (batch if isinstance(batch, Exception) else None)
+            if (end := self.world.first(end)) is not None:
+                self._end(end)
+            yield step, cast(Batch, batch)
+
+    def record(self, step: int, batch: Batch, result: StepResult) -> None:
+        """Log, save and validate what is due after `step`.
+
+        Raises:
+            RunError: the weights are not finite, or the disk is full.
+        """
+        self._step = step
+        if self._due(step, self.options.print_frequency):
+            self._log(step, batch, result)
+        snapshot = self._due(step, self.options.save_pred_every)
+        validate = self._due(step, self.options.val_every)
+        state = snapshot or validate or self._due(step, self.options.save_state_every)
+        if state and not self._is_finite():
+            self.world.barrier()  # a launcher may end rank 0 as soon as another process is gone
+            raise RunError(
+                f"step {step}: its update made weights that are not finite; they are not saved. Lower "
+                "--learning-rate; --resume continues from the newest state"
+            )
+        if snapshot:
+            self._save_snapshot(step)
+        if snapshot or validate:
+            self._show(step, batch, result)
+        if state:
+            self._save_state(step)
+        if validate:
+            self._validate(step)
+
+    def _restore(self) -> None:
+        """Load the newest state, if there is one.
+
+        No file of the run is changed before every process has loaded the state.
+
+        Raises:
+            UsageError: the state is of another recipe, or can't be used.
+        """
+        # Rank 0 decides for all: the others may see another state on a shared disk.
         found: list[State | None] = []
         self.world.on_main(lambda: found.append(checkpoint.newest_state(self.directory)))
         state = self.world.gather(found[0] if found else None)[0]
@@ -128,62 +210,39 @@ class Run:
         self.world.on_main(lambda: checkpoint.check_run_files(self.directory))
         if unseen := self.world.first(None if os.path.exists(state.path) else state.path):
             raise UsageError(f"--snapshot-dir: {unseen} is not on every machine; share the directory")
-        if not change_recipe:
+        if not self.options.change_recipe:
             checkpoint.check_recipe(state, self.recipe)
-        if state.step > self.steps:
+        if state.step > self.options.num_steps:
             raise UsageError(
-                f"--num-steps {self.steps}: {state.path} is the state after step {state.step}; give at least "
-                f"{state.step}"
+                f"--num-steps {self.options.num_steps}: {state.path} is the state after step {state.step}; "
+                f"give at least {state.step}"
             )
         failure = None
+        partial = self.options.change_recipe or not self.options.all_weights_used
         try:
-            checkpoint.load(state, self.parts, partial=change_recipe or not self.all_used)
+            checkpoint.load(state, self.parts.present(), partial)
         except UsageError as error:
             failure = error
         if failure := self.world.first(failure):
             raise failure
         self.state, self.validation = state, state.validation
 
-    def train(self, start: int) -> None:
-        """Take the steps after those of the state that was restored; without one, those after `start`.
-
-        Raises:
-            UsageError: the state is of a step before `start`.
-        """
-        if self.state is not None and self.state.step < start:
-            raise UsageError(
-                f"--start-iters {start}: {self.state.path} is the state after step {self.state.step}; leave "
-                "the flag out, or start over in another --snapshot-dir"
-            )
-        start = self.state.step if self.state is not None else start
-        interrupted = self.state is not None and self._due(
-            start, self.intervals.validation, self.validation.step
-        )
-        if start >= self.steps and not interrupted:
-            self._say(f"{self.directory}: the run is finished, all {self.steps} steps are done")
-            return
-        with contextlib.ExitStack() as held:
-            self._on_main(lambda: held.enter_context(contextlib.closing(self._open_log(start))))
-            if interrupted:
-                self._validate(start)
-            self._take_steps(start)
-
-    def _open_log(self, start: int) -> RunLog:
+    def _open_log(self) -> RunLog:
         if self.state is not None:
-            self._say(f"{self.state.path}: continuing after step {start}")
+            self._say(f"{self.state.path}: continuing after step {self.start}")
         elif earlier := checkpoint.set_aside(self.directory):
             self._say(f"{self.directory}: states and log of an earlier run are now in {earlier}")
         checkpoint.remove_leftovers(self.directory)
-        write_file(os.path.join(self.directory, "args.json"), json.dumps(dict(self.arguments), indent=2))
-        self._note_environment(start)
-        self.log = RunLog(self.directory, start, self.steps, self.arguments["batch_size"])
+        write_file(os.path.join(self.directory, "args.json"), json.dumps(vars(self.options), indent=2))
+        self._note_environment()
+        self.log = RunLog(self.directory, self.start, self.options.num_steps, self.options.batch_size)
         return self.log
 
-    def _note_environment(self, start: int) -> None:
-        """Add the machine, software and step of this start to those of earlier starts in environment.json."""
+    def _note_environment(self) -> None:
+        """Add the machine, the software and the first step of this start to environment.json."""
         path = os.path.join(self.directory, "environment.json")
         about = machine(str(self.world.device)) | {"processes": self.world.size, "commit": commit()}
-        starts = [{"step": start, **about}]
+        starts = [{"step": self.start, **about}]
         try:
             if os.path.exists(path):
                 earlier = json.loads(read_input(path))
@@ -192,71 +251,35 @@ class Run:
                 starts = earlier + starts
             text = json.dumps(starts, indent=2)
         except (ValueError, RecursionError):
-            self._say(f"{path}: no list of starts; now {put_aside(path)}")
+            self._say(f"{path}: not a list of starts; now {put_aside(path)}")
             text = json.dumps(starts[-1:], indent=2)
         write_file(path, text)
 
-    def _take_steps(self, start: int) -> None:
-        if start >= self.steps:
-            return
-        batches = self.task.batches(range(start, self.steps))
-        waited = 0.0
-        for step in range(start + 1, self.steps + 1):
-            lr = self.task.learning_rate(step - 1)
-            schedule.set_lr(self.optimizer, lr)
-            before = time.monotonic()
-            batch: Any = next(batches)
-            waited += time.monotonic() - before
-            # A signal may have reached the workers too: it is the cause.
-            end = self._stopped(step - 1) or (batch if isinstance(batch, Exception) else None)
-            end = self.world.first(end)
-            if end is not None:
-                self._end(end, step - 1, start)
-            # Dropout draws its masks by itself (engine/training/dropout.py). For other random layers: a
-            # function of (seed, step, rank), so that a resumed run needs no random state.
-            torch.manual_seed(self.task.seed(step))
-            try:
-                report = self.stepper.step(step, batch.images, batch.labels, batch.records)
-            except Diverged as error:
-                self._end(error, step - 1, start)
-            if self.average is not None:
-                self.average.update(step)
-            if self._due(step, self.intervals.log):
-                self._log(step, lr, waited, report, batch)
-                waited = 0.0
-            snapshot, validate = (
-                self._due(step, interval) for interval in (self.intervals.snapshot, self.intervals.validation)
-            )
-            if (snapshot or validate or self._due(step, self.intervals.state)) and not self._is_finite():
-                self.world.barrier()  # a launcher may end rank 0 as soon as another one is gone
-                raise RunError(
-                    f"step {step}: its update made weights that are not finite; they are not saved. Lower "
-                    "--learning-rate; --resume continues from the newest state"
-                )
-            if snapshot:
-                self._save_snapshot(step)
-            if snapshot or validate:
-                self._show(step, batch, report)
-            if snapshot or validate or self._due(step, self.intervals.state):
-                self._save_state(step)
-            if validate:
-                self._validate(step)
+    def _owes_validation(self) -> bool:
+        """Return whether the run was interrupted between a state and the validation of the same step."""
+        return self.state is not None and self._due(
+            self.start, self.options.val_every, done=self.validation.step
+        )
 
     def _is_finite(self) -> bool:
-        """Return whether all weights and statistics, which every process has alike, are finite."""
-        values = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        """Return whether all weights and statistics, equal on all processes, are finite."""
+        values = [value for value in self.parts.model.state_dict().values() if value.is_floating_point()]
         return math.isfinite(torch.nn.utils.get_total_norm(values, float("inf")))
 
-    def _end(self, error: Exception, step: int, start: int) -> NoReturn:
-        """Raise `error` with the state after `step` saved; every process does."""
-        if step > start:
-            self._save_state(step)
-        self.world.barrier()  # a launcher may end rank 0 as soon as another one is gone
+    def _end(self, error: Exception) -> NoReturn:
+        """Save the state of the last step and raise `error`, on every process."""
+        if self._step > self.start:
+            self._save_state(self._step)
+        self.world.barrier()  # a launcher may end rank 0 as soon as another process is gone
         raise error
 
     def _due(self, step: int, interval: int, done: int = -1) -> bool:
-        """Return whether an action of this interval is due after `step` and was not done by step `done`."""
-        return interval > 0 and 0 < step and step > done and (step % interval == 0 or step == self.steps)
+        """Return whether an action of this interval is due after `step` and was not done by step `done`.
+
+        The last step has every action but those with interval 0.
+        """
+        last = self.options.num_steps
+        return interval > 0 and step > max(0, done) and (step % interval == 0 or step == last)
 
     def _stopped(self, step: int) -> RunError | None:
         if self.stop.signal is None:
@@ -268,7 +291,7 @@ class Run:
             print(line, flush=True)
 
     def _on_main(self, action: Callable[[], object]) -> None:
-        """Do `action` on rank 0; where the disk refuses it, the run ends on all processes."""
+        """Do `action` on rank 0. If the disk refuses it, the run ends on all processes."""
 
         def guarded() -> None:
             try:
@@ -286,69 +309,92 @@ class Run:
         if self.state is not None and self.state.step == step:
             return
         state = State(step, checkpoint.state_path(self.directory, step), dict(self.recipe), self.validation)
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        self._on_main(lambda: checkpoint.save(state, parts, self.keep_states))
+        values = {name: part.state_dict() for name, part in self.parts.present().items()}
+        self._on_main(lambda: checkpoint.save(state, values, self.options.keep_states))
         self.state = state
 
     def _save_snapshot(self, step: int) -> None:
         def save() -> None:
-            path = checkpoint.save_snapshot(self.directory, step, self.model.state_dict())
+            path = checkpoint.save_snapshot(self.directory, step, self.parts.model.state_dict())
             self._say(f"saved {path}")
-            if self.average is not None:
-                checkpoint.save_snapshot(self.directory, f"{step}_ema", self.average.state_dict())
+            if self.parts.average is not None:
+                checkpoint.save_snapshot(self.directory, f"{step}_ema", self.parts.average.state_dict())
 
         self._on_main(save)
 
-    def _show(self, step: int, batch: Batch, report: Report) -> None:
-        """What there is to see of the last sample of the batch, for TensorBoard."""
+    def _show(self, step: int, batch: Batch, result: StepResult) -> None:
+        """Draw the last sample of the batch for TensorBoard."""
 
         def show() -> None:
-            pictures = self.task.examples(batch.images[-1], batch.labels[-1], report.outputs[0][-1])
+            with _in_evaluation_mode(self.parts.model):
+                pictures = self.draw(batch.images[-1], batch.labels[-1], result.outputs[0][-1])
             for name, picture in pictures.items():
                 self.log.picture(step, name, picture)
 
         self._on_main(show)
-        self.task.train_mode()
 
     def _validate(self, step: int) -> None:
-        """Score the weights after `step` and keep them if they are the best; the state of `step` is saved."""
-        with self.average.in_model() if self.average is not None else contextlib.nullcontext():
-            mean_iou = self.task.validate(self.model, lambda: self._stopped(step))
-            self.validation = self.validation.with_score(step, mean_iou)
+        """Score the weights after `step`, whose state is saved, and keep them if they are the best so far."""
+        assert self.state is not None and self.validation_source is not None
+        model, options = self.parts.model, self.options
+        average = contextlib.nullcontext() if self.parts.average is None else self.parts.average.in_model()
+        with average, _in_evaluation_mode(model):
+            result = evaluate(
+                lambda images: predict_classes(
+                    model, images, [1.0], False, options.input_size, options.num_classes
+                ),
+                self.validation_source,
+                self.world,
+                Loading(workers=options.num_workers),
+                interrupted=lambda: self._stopped(step),
+            )
+            score = mean_iou(result.confusion)
+            self.validation = self.validation.with_score(step, score)
             best = self.validation.best_step == step
 
             def save() -> None:
                 if best:
-                    checkpoint.save_snapshot(self.directory, "best", self.model.state_dict())
-                self.log.score(step, mean_iou, best)
+                    checkpoint.save_snapshot(self.directory, "best", model.state_dict())
+                self.log.score(step, score, best)
 
             self._on_main(save)
-        self.task.train_mode()
-        assert self.state is not None
         state = self.state = self.state._replace(validation=self.validation)
         self._on_main(lambda: checkpoint.note_validation(state))
 
-    def _log(self, step: int, lr: float, waited: float, report: Report, batch: Batch) -> None:
+    def _log(self, step: int, batch: Batch, result: StepResult) -> None:
         names = ("main_loss", "auxiliary_loss")
         records = [record for share in self.world.gather(batch.records) for record in share]
-        more = {"loss_scale": report.scale} if self.stepper.scaler.is_enabled() else {}
+        more = {"loss_scale": result.scale} if self.parts.scaler.is_enabled() else {}
         self._on_main(
             lambda: self.log.write(
                 step,
-                report.loss,
-                lr,
-                **dict(zip(names, report.parts, strict=False)),
-                gradient_norm=report.gradient_norm if math.isfinite(report.gradient_norm) else None,
+                result.loss,
+                self.parts.optimizer.param_groups[0]["lr"],
+                **dict(zip(names, result.parts, strict=False)),
+                gradient_norm=result.gradient_norm if math.isfinite(result.gradient_norm) else None,
                 **more,
-                data_seconds=round(waited, 4),
+                data_seconds=round(self._waited, 4),
                 memory_mb=round(_peak_memory(self.world.device) / 2**20),
                 samples=records,
             )
         )
+        self._waited = 0.0
+
+
+@contextlib.contextmanager
+def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set `model` to evaluation, and every module back to its mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: on the device, or of the process where that is the CPU."""
+    """Return the peak memory in bytes: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

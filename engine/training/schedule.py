@@ -6,10 +6,11 @@ import torch
 
 
 def poly_lr(base: float, step: int, steps: int, power: float) -> float:
-    """base * (1 - step / steps) ** power, `step` counting from 0 (original: train.py)."""
+    """Return base * (1 - step / steps) ** power, with `step` from 0 (original: train.py)."""
     return base * (1 - step / steps) ** power
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all weights."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""One training step: forward, global loss, backward, a look at the gradients, the update."""
+"""A training step: forward pass, global loss, backward pass, check of loss and gradient, update."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from engine.data.transfer import Batch
+from engine.randomness import seed_of
 from engine.runtime.distributed import World
 from engine.training.dropout import DropoutMasks
 from utils.errors import RunError
 
-#: Autocast's type for each precision that train.py offers.
+#: Autocast type of each precision of --amp.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-#: A loss scale below this one overflows for another reason than its size.
+#: With a loss scale below this one, an overflow has another cause than the scale.
 SMALLEST_SCALE = 1.0
 
 
 class Diverged(RunError):
-    """Loss or gradient are not finite; the network is as it was before the step."""
+    """The loss or the gradient is not finite. The network is as it was before the step."""
 
 
 class Total(Protocol):
-    """A mean in two scalars (loss.ohem.Total is one)."""
+    """The sum and the weight of a weighted mean (loss.ohem.Total is one)."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -34,7 +36,7 @@ class Total(Protocol):
 
 
 class Criterion(Protocol):
-    """What a step needs of a loss (loss.CriterionDSN is one)."""
+    """A loss of several heads (loss.CriterionDSN is one)."""
 
     @property
     def head_weights(self) -> Sequence[float]: ...
@@ -42,10 +44,15 @@ class Criterion(Protocol):
     def totals(self, outputs: Sequence[Tensor], target: Tensor) -> Sequence[Total]: ...
 
 
-class Report(NamedTuple):
-    """Of one step, over all processes, on the CPU: the loss, its part by each head, the norm of the gradient.
+class StepResult(NamedTuple):
+    """The result of one step, over all processes.
 
-    `outputs` are the network's for the last images of this process.
+    Attributes:
+        loss: loss of the step.
+        parts: unweighted loss of each head.
+        gradient_norm: norm of the whole gradient.
+        scale: loss scale of fp16, 1 otherwise.
+        outputs: outputs of the network for the last part of the batch of this process, on the device.
     """
 
     loss: float
@@ -56,25 +63,26 @@ class Report(NamedTuple):
 
 
 class Stepper:
-    """Takes training steps.
+    """Trains a network step by step.
 
-    The loss is the mean over the kept pixels of all processes together, and the channels that dropout zeroes
-    depend on `seed`, the step and the sample: the loss and its gradient are the same for any number of
-    processes. With `accumulate` the loss is the mean of that over the parts of the batch.
+    The loss is the mean over the kept pixels of all processes. The channels that dropout zeroes depend on the
+    seed, the step and the sample. Loss and gradient are therefore the same for any number of processes. With
+    `accumulate` the loss is the mean of the losses of the parts.
 
     Args:
-        model: whose weights are trained.
-        parallel: the same, wrapped for the processes of `world` and perhaps compiled.
-        precision: one of PRECISIONS or None for that of the weights. fp16 scales the loss and skips the steps
-            that overflow.
-        accumulate: parts in which the share of a process is computed, one after the other.
+        model: network to train, wrapped for the processes of `world` and possibly compiled.
+        criterion: loss of the network.
+        optimizer: updates the weights of the network.
+        world: processes that share each batch.
+        precision: one of PRECISIONS, or None for that of the weights. fp16 scales the loss and skips the
+            steps that overflow.
+        accumulate: number of parts in which the share of a process is computed, one after the other.
         seed: seed of the dropout masks.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        parallel: nn.Module,
         criterion: Criterion,
         optimizer: torch.optim.Optimizer,
         world: World,
@@ -82,39 +90,44 @@ class Stepper:
         accumulate: int = 1,
         seed: int = 0,
     ):
-        self.parallel = parallel
+        self.model = model
         self.criterion = criterion
         self.optimizer = optimizer
         self.world = world
         self.precision = precision
         self.accumulate = accumulate
+        self.seed = seed
         self.dropout = DropoutMasks(model, seed, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-        # The forward changes the running statistics before it is known whether the step is sound.
+        # The forward pass changes the running statistics before it is known whether the step is finite.
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._statistics_before = [buffer.clone() for buffer in self._statistics]
 
-    def step(self, number: int, images: Tensor, labels: Tensor, records: Sequence[str]) -> Report:
-        """Take step `number` with this process's share of the batch: rank r has samples r n to r n + n - 1.
+    def step(self, number: int, batch: Batch) -> StepResult:
+        """Take step `number` with the share of this process of the batch.
 
         Args:
-            images, labels: [n, 3, h, w] and [n, h, w] on the device, n divisible by `accumulate`; the same n
-                on every process.
-            records: a line for each sample.
+            number: number of the step, from 1.
+            batch: n samples, the same n on every process, divisible by `accumulate`. Rank r has samples r n
+                to r n + n - 1 of the global batch.
 
         Raises:
-            Diverged: on every process, saying which of them had which samples; nothing is changed.
+            Diverged: on every process, with the samples of the processes whose loss is not finite. Nothing is
+                changed.
         """
+        # Dropout draws its own masks. Other random layers depend on seed, step and rank, so that a resumed
+        # run needs no random state.
+        torch.manual_seed(seed_of(self.seed, number, self.world.rank))
         torch._foreach_copy_(self._statistics_before, self._statistics)
         self.optimizer.zero_grad()
-        first = self.world.rank * len(images)
-        self.dropout.draw(number, range(first, first + len(images)))
-        parts, own, outputs = self._backward(images, labels)
+        first = self.world.rank * len(batch.images)
+        self.dropout.draw(number, range(first, first + len(batch.images)))
+        parts, own, outputs = self._backward(batch.images, batch.labels)
         self.scaler.unscale_(self.optimizer)
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-        # The one wait for the device. All processes see the same: loss and gradients are already common to
-        # them.
+        # The only wait for the device. All processes get the same values: loss and gradients are already
+        # reduced.
         *losses, norm_value = torch.cat([parts, norm.view(1)]).tolist()
         loss = sum(w * part for w, part in zip(self.criterion.head_weights, losses, strict=False))
         scale = self.scaler.get_scale()
@@ -122,31 +135,36 @@ class Stepper:
         if not _finite(loss) or not (_finite(norm_value) or overflow):
             torch._foreach_copy_(self._statistics, self._statistics_before)
             self.optimizer.zero_grad()
-            raise self._diverged(number, loss, norm_value, bool(own.isfinite().all()), records)
+            raise self._diverged(number, loss, norm_value, bool(own.isfinite().all()), batch.records)
         if overflow:
             self.scaler.update(scale * self.scaler.get_backoff_factor())
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return Report(loss, losses, norm_value, scale, outputs)
+        return StepResult(loss, losses, norm_value, scale, outputs)
 
     def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Gradients; the parts of the loss over all processes, those of this process, and the outputs."""
+        """Compute the gradients.
+
+        Returns:
+            The loss of each head over all processes, the share of this process in it, and the outputs of the
+            last part.
+        """
         device, outputs = self.world.device, []
         own = torch.zeros(0)
         for part, (some_images, some_labels) in enumerate(
             zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True)
         ):
             last = part == self.accumulate - 1
-            with self._synchronized(last), self.dropout.handed_in(part, self.accumulate):
+            with self._synchronized(last), self.dropout.applied(part, self.accumulate):
                 with torch.autocast(
                     device.type, PRECISIONS.get(self.precision or ""), enabled=self.precision is not None
                 ):
-                    outputs = self.parallel(some_images)
+                    outputs = self.model(some_images)
                 totals = self.criterion.totals(outputs, some_labels)
                 weight = torch.stack([total.weight for total in totals]).detach()
                 self.world.all_reduce(weight)
-                # This process's share of the mean over all.
+                # The share of this process in the mean over all.
                 shares = torch.stack([total.loss for total in totals]) / weight.where(weight > 0, 1)
                 weighted = [w * share for w, share in zip(self.criterion.head_weights, shares, strict=False)]
                 # The data-parallel wrapper divides by the number of processes.
@@ -161,7 +179,7 @@ class Stepper:
     def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or self.world.size == 1:
             return contextlib.nullcontext()
-        return self.parallel.no_sync()  # type: ignore[operator]
+        return self.model.no_sync()  # type: ignore[operator]
 
     def _diverged(
         self, number: int, loss: float, norm: float, own_is_finite: bool, records: Sequence[str]

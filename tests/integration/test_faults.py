@@ -187,7 +187,7 @@ class TestProcesses:
             for child in run.children():
                 os.kill(child, signal.SIGKILL)
             status, errors = run.end()
-        assert status == 1 and "a process that reads pictures was killed" in last_line(errors)
+        assert status == 1 and "a data worker was killed" in last_line(errors)
         assert "Traceback" not in errors
         assert_nothing_lost(tmp_path)
 

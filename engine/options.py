@@ -1,0 +1,512 @@
+"""The flags of train.py and evaluate.py, in groups of typed options.
+
+Each field of a group is a flag of the same name. `Flag` holds what its parser needs and says where its value
+goes: whether it is part of the recipe that a resumed run has to repeat, whether result.txt notes it, and
+whether the run that wrote a checkpoint already knows it. A command parses its flags once and hands the frozen
+options down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+
+from engine.training.step import PRECISIONS
+from utils import args as flags
+from utils.errors import UsageError
+
+#: Minimum side of a crop: gives 2x2 features at stride 8, enough for the statistics of a batch of one.
+SMALLEST_CROP = 9
+
+Group = TypeVar("Group", bound="Options")
+
+
+class Flag(NamedTuple):
+    """A flag of a command.
+
+    Attributes:
+        help: one line for --help.
+        parse: converts the text of the command line; without it the text itself, or True for a flag whose
+            default is False.
+        choices: the accepted texts.
+        metavar: the name of the value in --help.
+        required: whether the flag has to be given.
+        bare: whether a flag with a value may also stand alone, for True.
+        recipe: whether the value decides the weights that a run ends with.
+        noted: whether result.txt notes the value, because it decides the scores.
+        from_run: whether a command that reads a checkpoint takes the value from the run that wrote it, unless
+            the flag is given.
+        shared: whether tools.seeds gives evaluate.py the value that train.py has.
+    """
+
+    help: str
+    parse: Callable[[str], Any] | None = None
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    required: bool = False
+    bare: bool = False
+    recipe: bool = False
+    noted: bool = False
+    from_run: bool = False
+    shared: bool = False
+
+
+def option(default: Any, flag: Flag) -> Any:
+    """Return the dataclass field of a flag."""
+    return field(default=default, metadata={"flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of all groups of options."""
+
+    #: The heading of the group in --help.
+    title: ClassVar[str] = ""
+
+    @classmethod
+    def of(cls: type[Group], args: argparse.Namespace) -> Group:
+        """Return the options that a parser with these flags has parsed."""
+        return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})
+
+    @classmethod
+    def names(cls, wanted: Callable[[Flag], bool]) -> list[str]:
+        """Return the names of the flags for which `wanted` is true."""
+        return [each.name for each in fields(cls) if wanted(_flag_of(each))]
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the options that decide the weights that a run ends with."""
+        return {name: getattr(self, name) for name in self.names(lambda flag: flag.recipe)}
+
+    def noted(self) -> dict[str, Any]:
+        """Return the options that decide the scores of an evaluation."""
+        return {name: getattr(self, name) for name in self.names(lambda flag: flag.noted)}
+
+
+def _flag_of(each: Field[Any]) -> Flag:
+    return each.metadata["flag"]
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    options: type[Options],
+    choices: Mapping[str, Iterable[str]] = MappingProxyType({}),
+    reads_checkpoint: bool = False,
+) -> None:
+    """Add the flags of `options` to a parser, group by group.
+
+    Args:
+        parser: the parser of a command.
+        options: the options of the command.
+        choices: accepted values of flags that only the caller knows, by name.
+        reads_checkpoint: whether flags with `from_run` have no default, because the checkpoint's run has one.
+    """
+    groups: dict[str, Any] = {}
+    by_name = {each.name: each for each in fields(options)}
+    for group in reversed(options.__mro__):
+        if not issubclass(group, Options):
+            continue
+        for name in inspect.get_annotations(group):
+            if name not in by_name or "flag" not in by_name[name].metadata:
+                continue
+            flag, default = _flag_of(by_name[name]), by_name[name].default
+            if group.title not in groups:
+                groups[group.title] = parser.add_argument_group(group.title)
+            settings: dict[str, Any] = {"help": flag.help, "default": None if flag.required else default}
+            if reads_checkpoint and flag.from_run:
+                settings |= {
+                    "help": f"{flag.help}; by default as in the run of the checkpoint",
+                    "default": None,
+                }
+            if default is False and flag.parse is None:
+                settings["action"] = "store_true"
+            else:
+                settings["type"] = flag.parse or str
+                settings["metavar"] = flag.metavar
+                settings["choices"] = sorted(choices[name]) if name in choices else flag.choices
+                settings["required"] = flag.required
+            if flag.bare:
+                settings |= {"nargs": "?", "const": True}
+            groups[group.title].add_argument(f"--{name.replace('_', '-')}", **settings)
+    # torch.distributed.launch passes it; the environment has the same number.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """The pictures."""
+
+    title = "data"
+    data_dir: str = option(
+        "",
+        Flag(
+            "data set in the Cityscapes layout, or the folder that the paths of --data-list are relative to",
+            required=True,
+            noted=True,
+            shared=True,
+        ),
+    )
+    data_list: str | None = option(
+        None, Flag("file of 'image<TAB>label' lines; by default the split of the layout", noted=True)
+    )
+    ignore_label: int = option(
+        255, Flag("train id of void pixels", flags.label, recipe=True, noted=True, shared=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassOptions(Options):
+    """The classes of the data set."""
+
+    title = "data"
+    classes: str | None = option(
+        None,
+        Flag(
+            "class table of a data set other than Cityscapes (docs/own_data.md)",
+            metavar="TABLE",
+            noted=True,
+            from_run=True,
+        ),
+    )
+    num_classes: int = option(
+        None,
+        Flag(
+            "number of train ids, if the class table does not tell it",
+            flags.classes,
+            recipe=True,
+            noted=True,
+            from_run=True,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(Options):
+    """The network, as far as its weights do not tell it."""
+
+    title = "network"
+    model: str = option("ccnet", Flag("network", recipe=True, noted=True, from_run=True))
+    backbone: str = option("resnet101", Flag("backbone", recipe=True, noted=True, from_run=True))
+    recurrence: int = option(
+        2,
+        Flag(
+            "number of passes of the attention (R in the paper); 0 leaves it out",
+            flags.recurrence,
+            recipe=True,
+            noted=True,
+            from_run=True,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessOptions(Options):
+    """The processes of a command."""
+
+    title = "processes"
+    gpu: str | None = option(
+        None,
+        Flag(
+            "GPU ids such as 0,1,2,3, one process each, or cpu; by default every visible GPU, or the CPU",
+            metavar="IDS",
+            shared=True,
+        ),
+    )
+    nproc: int | None = option(
+        None, Flag("number of CPU processes", flags.processes, metavar="N", shared=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Options):
+    """The samples that a network is trained on, and how they are read."""
+
+    title = "samples"
+    input_size: tuple[int, int] = option(
+        (769, 769), Flag("crop", flags.size, metavar="H,W", recipe=True, shared=True)
+    )
+    random_mirror: bool = option(False, Flag("mirror half of the samples", recipe=True))
+    random_scale: bool = option(False, Flag("scale each sample by a factor from 0.7 to 2.1", recipe=True))
+    num_workers: int = option(8, Flag("data workers per training process", flags.workers))
+    cache: str | None = option(
+        None, Flag("keep decoded pictures (8 MB each) for the next epochs", choices=("ram", "disk"))
+    )
+    cache_gb: float = option(
+        32.0,
+        Flag(
+            "size of the cache, shared by all processes of a machine",
+            flags.number(float, 0, 1e6, open_low=True),
+            metavar="GB",
+        ),
+    )
+    cache_dir: str | None = option(
+        None, Flag("folder of --cache disk; by default --snapshot-dir", metavar="DIR")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(NetworkOptions):
+    """The layers of the network in training, and the weights that it starts from."""
+
+    title = "network"
+    dropout: float = option(
+        0.1, Flag("rate of the channel dropout of both heads", flags.fraction, recipe=True)
+    )
+    abn: str = option(
+        "torch",
+        Flag(
+            "implementation of the activated batch norm: PyTorch's, or the inplace-abn package's",
+            choices=("torch", "inplace"),
+            recipe=True,
+        ),
+    )
+    freeze_bn: bool = option(
+        False, Flag("normalize by the checkpoint's batch statistics and keep them fixed", recipe=True)
+    )
+    restore_from: str | None = option(
+        None,
+        Flag(
+            "initial weights, of an ImageNet backbone or a CCNet: a file, or torchvision or timm:NAME to "
+            "download them; random by default",
+            metavar="FILE",
+        ),
+    )
+    not_restore_last: bool = option(
+        False, Flag("initialize both classifiers at random (fine-tuning to other classes)")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(Options):
+    """The optimization."""
+
+    title = "recipe"
+    batch_size: int = option(8, Flag("global batch size, over all processes", flags.batch, recipe=True))
+    num_steps: int = option(60000, Flag("training steps", flags.positive_int, recipe=True))
+    learning_rate: float = option(1e-2, Flag("initial learning rate", flags.positive_float, recipe=True))
+    power: float = option(
+        0.9,
+        Flag(
+            "exponent of the polynomial decay of the learning rate",
+            flags.number(float, 0, 100, open_low=True),
+            recipe=True,
+        ),
+    )
+    momentum: float = option(0.9, Flag("momentum of SGD", flags.fraction, recipe=True))
+    weight_decay: float = option(
+        1e-4, Flag("weight decay (all parameters)", flags.number(float, 0), recipe=True)
+    )
+    ohem: bool = option(False, Flag("online hard example mining", flags.boolean, bare=True, recipe=True))
+    ohem_thres: float = option(
+        0.7,
+        Flag("OHEM keeps pixels whose class has at most this probability", flags.fraction, recipe=True),
+    )
+    ohem_keep: int = option(
+        100000, Flag("minimum number of pixels that OHEM keeps per process", flags.count, recipe=True)
+    )
+    class_weights: list[float] | None = option(
+        None,
+        Flag("loss weight of each class; by default all equal", flags.numbers, metavar="W,W", recipe=True),
+    )
+    ema: float | None = option(
+        None,
+        Flag(
+            "also keep an exponential moving average of the weights, with a decay such as 0.9999",
+            flags.number(float, 0, 1 - 1e-9),
+            metavar="DECAY",
+            recipe=True,
+        ),
+    )
+    random_seed: int = option(
+        12345, Flag("seed of weights, sample order, augmentation and dropout", flags.seed, recipe=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions(Options):
+    """The precision and the implementation of a step."""
+
+    title = "speed"
+    amp: str | None = option(None, Flag("mixed precision", choices=tuple(sorted(PRECISIONS)), recipe=True))
+    channels_last: bool = option(
+        False, Flag("store tensors as [N, h, w, C], the layout that tensor cores use", recipe=True)
+    )
+    compile: bool = option(False, Flag("compile the network with torch.compile", recipe=True))
+    fused_sgd: bool = option(False, Flag("update all weights in one kernel", recipe=True))
+    grad_accum: int = option(
+        1, Flag("split each batch into N parts to save memory", flags.batch, metavar="N", recipe=True)
+    )
+    backend: str = option(
+        "torch",
+        Flag(
+            "implementation of optimizer, data parallelism and synchronized batch norm: PyTorch's, or NVIDIA "
+            "apex's (tag 25.05)",
+            choices=("torch", "apex"),
+            recipe=True,
+        ),
+    )
+    deterministic: bool = option(
+        False, Flag("compute the same bits in every run on GPUs too, which is slower")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """The files of a run and the intervals at which they are written."""
+
+    title = "run"
+    snapshot_dir: str = option("snapshots", Flag("folder of the snapshots, states and log of the run"))
+    save_pred_every: int = option(10000, Flag("steps between snapshots", flags.positive_int, metavar="STEPS"))
+    save_state_every: int = option(
+        1000, Flag("steps between states, which --resume continues from", flags.positive_int, metavar="STEPS")
+    )
+    keep_states: int = option(2, Flag("number of states to keep", flags.positive_int, metavar="N"))
+    val_every: int = option(
+        0,
+        Flag(
+            "steps between validations, whose best weights are kept; 0: never", flags.count, metavar="STEPS"
+        ),
+    )
+    val_list: str | None = option(
+        None, Flag("as --data-list, for the validation; by default the val split of the layout")
+    )
+    print_frequency: int = option(
+        50, Flag("steps between lines of the log", flags.positive_int, metavar="STEPS")
+    )
+    start_iters: int = option(0, Flag("number of steps that count as done", flags.count, metavar="STEP"))
+    resume: bool = option(False, Flag("continue from the newest state in --snapshot-dir, if there is one"))
+    change_recipe: bool = option(False, Flag("allow --resume with flags that change the recipe of the run"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(
+    RunOptions,
+    SpeedOptions,
+    RecipeOptions,
+    StartOptions,
+    SampleOptions,
+    ProcessOptions,
+    ClassOptions,
+    DataOptions,
+):
+    """All options of train.py."""
+
+    title = "run"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The memory format of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def all_weights_used(self) -> bool:
+        """Whether every weight gets a gradient: without recurrence, those of the attention do not."""
+        return self.recurrence > 0
+
+    def check(self, processes: int, device_type: str) -> None:
+        """Check the options against each other and against the processes of the run.
+
+        Raises:
+            UsageError: naming the flag.
+        """
+        if self.batch_size % (processes * self.grad_accum):
+            by = f"{processes} processes" + (f" x {self.grad_accum} parts" if self.grad_accum > 1 else "")
+            raise UsageError(
+                f"--batch-size {self.batch_size}: not divisible by {by}; "
+                f"give a multiple of {processes * self.grad_accum}"
+            )
+        if self.start_iters >= self.num_steps:
+            raise UsageError(
+                f"--start-iters {self.start_iters}: must be less than --num-steps {self.num_steps}"
+            )
+        if self.class_weights and len(self.class_weights) != self.num_classes:
+            raise UsageError(
+                f"--class-weights: has {len(self.class_weights)} weights; give one for each of the "
+                f"{self.num_classes} classes"
+            )
+        if min(self.input_size) < SMALLEST_CROP:
+            raise UsageError(
+                f"--input-size {self.input_size[0]},{self.input_size[1]}: leaves one row or column of "
+                f"features; give at least {SMALLEST_CROP},{SMALLEST_CROP}"
+            )
+        if self.data_list and self.val_every and not self.val_list:
+            raise UsageError("--val-every: with --data-list it needs --val-list, the pictures to validate on")
+        if self.abn == "inplace" and self.amp:
+            raise UsageError(
+                f"--amp {self.amp}: the inplace-abn package supports float32 only; use --abn torch"
+            )
+        if self.backend == "apex":
+            for name in ("channels_last", "compile", "fused_sgd"):
+                if getattr(self, name):
+                    raise UsageError(
+                        f"--{name.replace('_', '-')}: not with --backend apex; leave out one of the two"
+                    )
+        if self.amp == "fp16" and device_type == "cpu":
+            raise UsageError("--amp fp16: needs a GPU; give --amp bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(NetworkOptions):
+    """The checkpoint that a command reads."""
+
+    title = "network"
+    restore_from: str | None = option(
+        None, Flag("checkpoint; random weights by default", metavar="FILE", noted=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolOptions(CheckpointOptions, ClassOptions):
+    """The network of the tools that read a checkpoint."""
+
+    restore_from: str = option("", Flag("checkpoint", metavar="FILE", required=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingOptions(Options):
+    """The predictions of a picture that are averaged (engine.inference.predict_multiscale)."""
+
+    title = "prediction"
+    scales: Sequence[float] = option(
+        (1.0,), Flag("average the predictions at these scales", flags.scales, metavar="S,S", noted=True)
+    )
+    flip: bool = option(False, Flag("average each prediction with that of the mirrored picture", noted=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionOptions(AveragingOptions):
+    """How a picture is predicted."""
+
+    title = "prediction"
+    input_size: tuple[int, int] = option((769, 769), Flag("tile", flags.size, metavar="H,W", noted=True))
+    whole: bool = option(
+        False, Flag("predict whole pictures instead of tiles", flags.boolean, bare=True, noted=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(PredictionOptions, CheckpointOptions, ProcessOptions, ClassOptions, DataOptions):
+    """All options of evaluate.py."""
+
+    title = "evaluation"
+    split: str = option(
+        "val",
+        Flag("split of the layout; test has no labels and makes an archive to submit", noted=True),
+    )
+    batch_size: int = option(1, Flag("pictures of equal size to predict together, per process", flags.batch))
+    tile_batch: int | None = option(
+        None,
+        Flag(
+            "tiles to predict together, per process; by default 4 on a GPU and 1 on the CPU, or --batch-size "
+            "if that is more",
+            flags.batch,
+            metavar="N",
+        ),
+    )
+    num_workers: int = option(2, Flag("data workers per process", flags.workers))
+    output_dir: str = option(None, Flag("folder of the results; by default that of the checkpoint"))
