@@ -79,7 +79,7 @@ def describe(
         if value is not None:
             if name in run and run[name] != value:
                 notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")
-        elif run.get(name) is not None:
+        elif name in run and not (name == "classes" and run[name] is None):
             _check_value(file, name, run[name])
             value = run[name]
             source, remedy = f"{file}: {name} {value}", f"give {flag} {of_weights.get(name)}"

@@ -14,6 +14,7 @@ import torch
 from conftest import fill
 from torch import nn
 
+from engine.data.transfer import Batch
 from engine.runtime import distributed
 from engine.training.step import Stepper
 from loss import CriterionDSN
@@ -67,7 +68,7 @@ def main() -> int:
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         parallel = world.data_parallel(model, all_used=True)
-        stepper = Stepper(model, parallel, CriterionDSN(), optimizer, world, seed=3)
+        stepper = Stepper(parallel, CriterionDSN(), optimizer, world, seed=3)
         layers = [module for module in model.modules() if isinstance(module, ChannelDropout)]
         masks: dict[ChannelDropout, list[torch.Tensor]] = {layer: [] for layer in layers}
         for layer in layers:
@@ -77,9 +78,8 @@ def main() -> int:
         losses = []
         try:
             for step in range(7, 7 + args.steps):
-                torch.manual_seed(world.rank)
-                report = stepper.step(step, images[share], labels[share], records[share])
-                losses.append(report.loss)
+                result = stepper.step(step, Batch(images[share], labels[share], records[share]))
+                losses.append(result.loss)
         finally:
             unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
             print("unchanged" if unchanged else "changed")
@@ -87,7 +87,7 @@ def main() -> int:
         if world.is_main:
             content = {
                 "losses": losses,
-                "norm": report.gradient_norm,
+                "norm": result.gradient_norm,
                 "gradients": {name: weight.grad for name, weight in model.named_parameters()},
                 # Of each layer, [steps, samples, channels].
                 "masks": [torch.cat(each, 1) for each in zip(*shares, strict=True)],

@@ -22,8 +22,7 @@ from typing import Any
 
 import evaluate
 import train
-from engine.options import TrainOptions
-from networks.weights import read_state_dict
+from engine.options import EvaluateOptions, TrainOptions
 from tools import common
 from utils import args as flags
 from utils import run_files
@@ -103,10 +102,13 @@ def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
     except (InputError, OSError):
         return False
     noted = result.get("arguments")
-    args = evaluate.get_parser().parse_args([*given, "--restore-from", checkpoint])
-    wanted = evaluate.resolve(args, read_state_dict(checkpoint))[0].noted()
+    wanted = vars(evaluate.get_parser().parse_args([*given, "--restore-from", checkpoint]))
+    # Flags that are not given come from the run, whose recipe does not change.
+    from_run = EvaluateOptions.names(lambda flag: flag.from_run)
     return isinstance(noted, dict) and all(
-        json.loads(json.dumps(value)) == noted.get(name) for name, value in wanted.items()
+        json.loads(json.dumps(wanted[name])) == noted.get(name)
+        for name in EvaluateOptions.names(lambda flag: flag.noted)
+        if not (name in from_run and wanted[name] is None)
     )
 
 

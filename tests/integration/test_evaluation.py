@@ -20,6 +20,7 @@ import evaluate as command
 from benchmarks.official_scores import largest_difference, official_scores
 from dataset import CSDataSet, DataError
 from dataset.labels import CITYSCAPES
+from engine.data.loader import Loading
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result, evaluate
 from engine.evaluation.metrics import format_confusion
@@ -27,6 +28,7 @@ from engine.evaluation.submission import write_archive
 from engine.inference import predict_classes
 from engine.runtime.distributed import World
 from utils import args as flags
+from utils import resources
 from utils.drawing.heat_map import draw_heat_map
 from utils.errors import RunError
 
@@ -65,10 +67,7 @@ def test_sizes_may_differ_within_a_run(mixed, batch_size, workers):
         predict,
         mixed,
         ONE,
-        3,
-        255,
-        batch_size=batch_size,
-        workers=workers,
+        Loading(batch_size, workers),
         keep=lambda name, prediction: kept.update({name: prediction}),
     )
     expected = np.zeros((3, 4), int)
@@ -86,7 +85,7 @@ def test_sizes_may_differ_within_a_run(mixed, batch_size, workers):
 def test_damaged_picture_ends_it_with_its_error(mixed):
     (open(mixed.path("4.png"), "wb")).close()
     with pytest.raises(DataError, match="4.png: not a readable picture"):
-        evaluate(predict, mixed, ONE, 3, 255)
+        evaluate(predict, mixed, ONE, Loading())
 
 
 def test_full_disk_is_one_line(mixed):
@@ -94,12 +93,12 @@ def test_full_disk_is_one_line(mixed):
         raise OSError(28, "No space left on device", f"{name}.png")
 
     with pytest.raises(RunError, match=r"png: can't be written \(No space left on device\)"):
-        evaluate(predict, mixed, ONE, 3, 255, keep=keep)
+        evaluate(predict, mixed, ONE, Loading(), keep=keep)
 
 
 def test_interruption_ends_it(mixed):
     with pytest.raises(RunError, match="enough"):
-        evaluate(predict, mixed, ONE, 3, 255, interrupted=lambda: RunError("enough"))
+        evaluate(predict, mixed, ONE, Loading(), interrupted=lambda: RunError("enough"))
 
 
 def test_a_network_that_gives_nan_is_not_scored(mixed):
@@ -109,7 +108,7 @@ def test_a_network_that_gives_nan_is_not_scored(mixed):
 
     with pytest.raises(RunError, match="the network gives NaN"):
         evaluate(
-            lambda images: predict_classes(overflowing, images, [1.0], False, None, 3), mixed, ONE, 3, 255
+            lambda images: predict_classes(overflowing, images, [1.0], False, None, 3), mixed, ONE, Loading()
         )
 
 
@@ -513,7 +512,7 @@ class TestWritten:
 
 def test_a_tile_beyond_all_memory_is_refused(tmp_path, monkeypatch, capsys):
     write_pair(tmp_path / "data", "val", 0, (48, 64))
-    monkeypatch.setattr(command, "LEAST_BYTES", 2**60)
+    monkeypatch.setattr(resources, "LEAST_BYTES", 2**60)
     arguments = ["--data-dir", tmp_path / "data", *SMALL, "--output-dir", tmp_path / "out"]
     for flag in ([], ["--whole"]):
         status, _, line = run([*arguments, *flag], monkeypatch, capsys)

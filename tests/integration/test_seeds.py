@@ -10,8 +10,11 @@ import pytest
 
 import evaluate
 import train
+from engine.options import EvaluateOptions
 from tools import seeds
 from utils.errors import RunError, UsageError
+
+NOTED = EvaluateOptions.names(lambda flag: flag.noted)
 
 
 @pytest.fixture
@@ -31,11 +34,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
                 path.write_text(str(args.random_seed))
         else:
             args = evaluate.get_parser().parse_args(given)
-            args.num_classes = args.num_classes or 19
             path = Path(args.restore_from)
             result = {
                 "meanIU": int(path.read_text()) / 100 + 0.2 * args.flip,
-                "arguments": {name: getattr(args, name) for name in evaluate.DESCRIPTION},
+                "arguments": {name: getattr(args, name) for name in NOTED},
             }
             path.with_name("result.txt").write_text(json.dumps(result))
 
@@ -54,7 +56,8 @@ def test_each_seed_is_trained_and_evaluated(
     first = train.get_parser().parse_args(commands[0][1:])
     assert (first.random_seed, first.resume, first.restore_from) == (40, True, "start.pth")
     second = evaluate.get_parser().parse_args(commands[1][1:])
-    assert (second.backbone, second.whole, second.input_size) == ("resnet50", True, (97, 65))
+    assert (second.data_dir, second.whole, second.input_size) == ("CS", True, (97, 65))
+    assert second.backbone is None  # evaluate.py knows it from args.json
     assert second.restore_from == os.path.join(out, "seed_40", "CS_scenes_9.pth")
     summary = json.loads((tmp_path / "runs/seeds.json").read_text())
     assert summary["seeds"] == {"40": 0.4, "41": 0.41, "42": 0.42}

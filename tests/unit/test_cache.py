@@ -14,9 +14,10 @@ from conftest import ROOT
 
 from dataset import CSDataSet, DataError, cache
 from dataset.cache import PictureCache, Plan
-from engine.data.loader import train_batches
+from engine.data.loader import Loading, train_batches
+from engine.runtime.distributed import World
 
-CPU = torch.device("cpu")
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def contents(number, sizes):
@@ -134,7 +135,7 @@ def test_samples_are_those_of_the_files(scenes, workers):
     plan = Plan(cached.sizes(), 48 + 4 * 4 * 48 * 64)
     assert plan.number == 4
     cached.cache = PictureCache(cache.in_memory(), plan)
-    shares = [train_batches(dataset, 3, 3, range(12), 0, 1, workers, CPU) for dataset in (plain, cached)]
+    shares = [train_batches(dataset, 3, range(12), ALONE, Loading(3, workers)) for dataset in (plain, cached)]
     for one, other in zip(*shares, strict=True):
         assert one.records == other.records
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)

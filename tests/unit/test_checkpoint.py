@@ -9,17 +9,18 @@ import pickle
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
+from engine.options import TrainOptions
 from engine.runtime.distributed import World
+from engine.runtime.signals import StopRequest
 from engine.training import checkpoint
 from engine.training.checkpoint import State, Validation
 from engine.training.ema import WeightAverage
-from engine.training.run import Run
+from engine.training.run import Parts, Run
 from utils.errors import RunError, UsageError
 from utils.files import replacing, temporary_name
 
@@ -495,21 +496,22 @@ def test_no_process_goes_on_with_a_state_that_another_can_t_load(tmp_path, parts
 
         def first(self, value):
             self.calls += 1
-            return value if self.calls < 4 else UsageError("another process: not a state")
+            return value if self.calls < 5 else UsageError("another process: not a state")
 
     save(tmp_path, 2, parts)
-    run = SimpleNamespace(
-        world=OtherFails(0, 1, torch.device("cpu")),
-        directory=str(tmp_path),
-        recipe=RECIPE,
-        steps=4,
-        parts=parts,
-        all_used=True,
-        state=None,
-    )
-    with pytest.raises(UsageError, match="another process"):
-        Run.restore(run, change_recipe=False)
-    assert run.world.calls == 4 and run.state is None
+    options = TrainOptions(data_dir=".", num_classes=19, num_steps=4, snapshot_dir=str(tmp_path), resume=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    world = OtherFails(0, 1, torch.device("cpu"))
+    all_parts = Parts(parts["model"], parts["optimizer"], scaler)
+    run = Run(options, world, StopRequest(), all_parts, RECIPE, None, lambda *_: {})
+    before = files_of(tmp_path)
+    with pytest.raises(UsageError, match="another process"), run:
+        pass
+    assert run.world.calls == 5 and run.state is None and files_of(tmp_path) == before
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -599,7 +601,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path):
-    code = "import sys; from engine import checkpoint\nwith checkpoint.locked(sys.argv[1]): pass"
+    code = "import sys; from engine.training import checkpoint\nwith checkpoint.locked(sys.argv[1]): pass"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with checkpoint.locked(str(tmp_path)):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -612,10 +612,9 @@ class TestRefusals:
             mmseg = constant(Mmseg(19))
         for number, state in enumerate((library_state("resnet50"), mmseg)):
             torch.save(state, path := tmp_path / f"{number}.pth")
-            args = evaluate.get_parser().parse_args(["--data-dir", "nowhere", "--backbone", "resnet50"])
-            args.restore_from, args.num_classes = str(path), 19
+            args = evaluate.get_parser().parse_args(["--data-dir", ".", "--restore-from", str(path)])
             with pytest.raises(CheckpointError, match="python -m tools.convert"):
-                evaluate.check(args)
+                evaluate.resolve(args, read_state_dict(path))
 
 
 class TestByName:
@@ -696,7 +695,9 @@ def test_training_from_torchvision(scenes, tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(state[name], expected[name], rtol=1e-5, atol=1e-6)
     result = run("train.py", *arguments, "--nproc", 2, "--resume", environment=environment)
     assert result.returncode == 0 and "the run is finished" in result.stdout, result.stderr
-    args = evaluate.get_parser().parse_args(["--data-dir", str(scenes), "--backbone", "resnet50"])
-    args.restore_from, args.num_classes = str(checkpoint), 19
-    model = evaluate.restore(args)
+    args = evaluate.get_parser().parse_args(["--data-dir", str(scenes), "--restore-from", str(checkpoint)])
+    options, _, _ = evaluate.resolve(args, state)
+    assert options.backbone == "resnet50"
+    model = evaluate.make_model(options, state)
+    load_weights(model, checkpoint, complete=True)
     assert model.variant == VARIANTS["torchvision"] and torch.equal(model.shift, state["shift"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.data.transfer import Batch
 from engine.runtime.distributed import World
 from engine.training.dropout import DropoutMasks
 from engine.training.step import Stepper
@@ -49,7 +50,7 @@ def masks_of(model: nn.Module, step: int, samples: range, seed: int = 5) -> list
     """The mask of each layer, bool [samples, channels]."""
     masks = DropoutMasks(model, seed, CPU)
     masks.draw(step, samples)
-    with masks.handed_in(0, 1):
+    with masks.applied(0, 1):
         return [layer.kept.clone() for layer in masks.layers]
 
 
@@ -63,17 +64,16 @@ class Noted:
             layer.register_forward_pre_hook(lambda layer, _, masks=masks: masks.append(layer.kept.clone()))
 
 
-def stepper(model: nn.Module, world: World = World(0, 1, CPU), parallel: nn.Module | None = None, **options):  # noqa: B008
+def stepper(model: nn.Module, world: World = World(0, 1, CPU), **options):  # noqa: B008
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Stepper(
-        model, model if parallel is None else parallel, CriterionDSN(), optimizer, world, **options
-    )
+    return Stepper(model, CriterionDSN(), optimizer, world, **options)
 
 
-def batch(count: int = 4) -> tuple[Tensor, Tensor, list[str]]:
+def batch(count: int = 4) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(count, 3, 8, 8, generator=generator)
-    return images, torch.randint(0, CLASSES, (count, 8, 8), generator=generator), [""] * count
+    labels = torch.randint(0, CLASSES, (count, 8, 8), generator=generator)
+    return Batch(images, labels, [""] * count)
 
 
 class TestLayer:
@@ -164,7 +164,7 @@ class TestMasks:
         model = nn.ModuleList([ChannelDropout(5, 0.0), nn.Dropout2d(0.5)])
         masks = DropoutMasks(model, 1, CPU)
         masks.draw(1, range(3))
-        with masks.handed_in(0, 1):
+        with masks.applied(0, 1):
             assert masks.layers == [] and model[0].kept is None
 
     def test_they_stay_in_place(self):
@@ -174,7 +174,7 @@ class TestMasks:
         places = set()
         for step in range(3):
             masks.draw(step, range(4))
-            with masks.handed_in(1, 2):
+            with masks.applied(1, 2):
                 places.add(model.heads[1][1].kept.data_ptr())
         assert len(places) == 1
 
@@ -189,9 +189,8 @@ class TestStep:
                 model = Heads()
                 noted = Noted(model)
                 share = slice(rank * 4 // size, (rank + 1) * 4 // size)
-                stepper(model, Alone(rank, size), seed=5).step(
-                    9, images[share], labels[share], records[share]
-                )
+                part = Batch(images[share], labels[share], records[share])
+                stepper(model, Alone(rank, size), seed=5).step(9, part)
                 for layer, own in zip(masks, noted.masks, strict=True):
                     layer += own
             used[size] = [torch.cat(layer) for layer in masks]
@@ -202,19 +201,19 @@ class TestStep:
     def test_parts_of_a_batch_have_its_masks(self, parts):
         model = Heads()
         noted = Noted(model)
-        stepper(model, accumulate=parts, seed=5).step(9, *batch(4))
+        stepper(model, accumulate=parts, seed=5).step(9, batch(4))
         assert [len(layer) for layer in noted.masks] == [parts, parts]
         assert all(map(torch.equal, map(torch.cat, noted.masks), masks_of(Heads(), 9, range(4))))
 
     def test_no_mask_is_left_behind(self):
         model = Heads()
-        images, labels, records = batch(4)
+        samples = batch(4)
         made = stepper(model)
-        made.step(1, images, labels, records)
+        made.step(1, samples)
         assert all(layer.kept is None for layer in made.dropout.layers)
-        images[0, 0, 0, 0] = float("nan")
+        samples.images[0, 0, 0, 0] = float("nan")
         with pytest.raises(RuntimeError):
-            made.step(2, images, labels, records)
+            made.step(2, samples)
         assert all(layer.kept is None for layer in made.dropout.layers)
 
     def test_loss_does_not_depend_on_pytorch_s_random_numbers(self):
@@ -222,9 +221,9 @@ class TestStep:
         for seed in (1, 2):
             model = Heads()
             torch.manual_seed(seed)
-            losses.append(stepper(model).step(1, *batch()).loss)
+            losses.append(stepper(model).step(1, batch()).loss)
         assert losses[0] == losses[1]
-        assert stepper(Heads(), seed=1).step(1, *batch()).loss != losses[0]
+        assert stepper(Heads(), seed=1).step(1, batch()).loss != losses[0]
 
     def test_compiled_network_takes_each_step_s_masks_and_compiles_once(self):
         from torch._dynamo.testing import CompileCounter
@@ -235,8 +234,8 @@ class TestStep:
             for compiled in (False, True):
                 model = Heads()
                 parallel = torch.compile(model, backend=counter) if compiled else model
-                made = stepper(model, parallel=parallel, accumulate=parts)
-                losses.append([made.step(step, *batch()).loss for step in range(1, 5)])
+                made = stepper(parallel, accumulate=parts)
+                losses.append([made.step(step, batch()).loss for step in range(1, 5)])
             assert losses[1] == pytest.approx(losses[0], rel=1e-5) and counter.frame_count == 1
             assert all(one != other for one, other in itertools.pairwise(losses[0]))
             torch._dynamo.reset()

@@ -7,22 +7,34 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from dataset import IMG_MEAN, CSDataSet, DataError, transforms
-from engine.data.loader import evaluation_pictures, train_batches
+from engine.data.loader import Loading, evaluation_pictures, train_batches
 from utils.errors import RunError
 
 CPU = torch.device("cpu")
 
 
+class Process(NamedTuple):
+    """One of the processes of a run."""
+
+    rank: int
+    size: int
+    device: torch.device = CPU
+
+
+ALONE = Process(0, 1)
+
+
 def records(dataset, batch_size, steps, processes=1, workers=0, seed=3):
     """The records of every global batch, put together from the shares of all processes."""
     shares = [
-        train_batches(dataset, seed, batch_size, steps, rank, processes, workers, CPU)
+        train_batches(dataset, seed, steps, Process(rank, processes), Loading(batch_size, workers))
         for rank in range(processes)
     ]
     return [sum((batch.records for batch in parts), []) for parts in zip(*shares, strict=True)]
@@ -49,7 +61,7 @@ def test_each_epoch_has_every_picture_once_in_its_own_order(dataset):
 
 
 def test_pixels_are_those_of_the_record(dataset):
-    first, second = (next(train_batches(dataset, 3, 4, range(2, 3), 0, 1, w, CPU)) for w in (0, 2))
+    first, second = (next(train_batches(dataset, 3, range(2, 3), ALONE, Loading(4, w))) for w in (0, 2))
     assert first.images.shape == (4, 3, 24, 24) and first.labels.shape == (4, 24, 24)
     assert np.array_equal(first.images, second.images) and np.array_equal(first.labels, second.labels)
 
@@ -63,7 +75,9 @@ def test_batches_are_the_samples_minus_the_mean_with_zero_padding(scenes, layout
     dataset = CSDataSet(str(scenes), crop_size=(56, 80))
     padded = set()
     workers = 2 if kind == "cuda" else 0
-    for batch in train_batches(dataset, 3, 4, range(6), 0, 1, workers, torch.device(kind), layout):
+    for batch in train_batches(
+        dataset, 3, range(6), Process(0, 1, torch.device(kind)), Loading(4, workers), layout
+    ):
         batch = batch._replace(images=batch.images.cpu(), labels=batch.labels.cpu())
         assert batch.images.dtype == torch.float32 and batch.labels.dtype == torch.int64
         assert batch.images.is_contiguous(memory_format=layout)
@@ -100,7 +114,7 @@ def test_augmentation_varies_over_epochs(dataset):
 def test_unusable_picture_arrives_as_its_error(dataset, scenes, workers):
     for path in (scenes / "leftImg8bit/train/ulm").iterdir():
         path.write_bytes(b"broken")
-    batch = next(train_batches(dataset, 3, 2, range(1), 0, 1, workers, CPU))
+    batch = next(train_batches(dataset, 3, range(1), ALONE, Loading(2, workers)))
     assert isinstance(batch, DataError) and "not a readable picture" in str(batch)
 
 
@@ -110,8 +124,8 @@ class TestSharedMemory:
     def expect_one_line(self, dataset, scenes):
         whole = CSDataSet(str(scenes), crop_size=None, split="val")
         for found in (
-            next(train_batches(dataset, 3, 2, range(1), 0, 1, 2, CPU)),
-            next(evaluation_pictures(whole, False, 0, 1, 2)),
+            next(train_batches(dataset, 3, range(1), ALONE, Loading(2, 2))),
+            next(evaluation_pictures(whole, False, ALONE, 2)),
         ):
             assert isinstance(found, RunError)
             assert str(found).startswith("/dev/shm: ") and "--num-workers" in str(found)
@@ -133,7 +147,7 @@ class TestSharedMemory:
 
         monkeypatch.setattr(multiprocessing, "Lock", full)
         self.expect_one_line(dataset, scenes)
-        assert len(next(train_batches(dataset, 3, 2, range(1), 0, 1, 0, CPU)).records) == 2  # needs none
+        assert len(next(train_batches(dataset, 3, range(1), ALONE, Loading(2, 0))).records) == 2  # needs none
 
     def test_other_errors_stay(self, dataset, monkeypatch):
         def broken(*_):
@@ -141,7 +155,7 @@ class TestSharedMemory:
 
         monkeypatch.setattr(torch.Tensor, "share_memory_", broken)
         with pytest.raises(RuntimeError, match="something else"):
-            next(train_batches(dataset, 3, 2, range(1), 0, 1, 1, CPU))
+            next(train_batches(dataset, 3, range(1), ALONE, Loading(2, 1)))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
@@ -150,6 +164,6 @@ def test_evaluation_has_every_picture_once(scenes, processes):
     names = [
         picture.name
         for rank in range(processes)
-        for picture in evaluation_pictures(dataset, False, rank, processes, 0)
+        for picture in evaluation_pictures(dataset, False, Process(rank, processes), 0)
     ]
     assert sorted(names) == [pair.name for pair in dataset.pairs]

@@ -10,6 +10,7 @@ from conftest import ROOT, run
 from torch import nn
 from torch.nn import functional as F
 
+from engine.data.transfer import Batch
 from engine.runtime.distributed import World
 from engine.training.ema import WeightAverage
 from engine.training.step import Diverged, Stepper
@@ -99,19 +100,19 @@ class Exploding(Small):
 
 def made(model, fused: bool = False, **options) -> Stepper:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
-    return Stepper(model, model, CriterionDSN(), optimizer, World(0, 1, torch.device("cpu")), **options)
+    return Stepper(model, CriterionDSN(), optimizer, World(0, 1, torch.device("cpu")), **options)
 
 
-def samples(count: int = 4):
+def samples(count: int = 4) -> Batch:
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(count, 3, 5, 5, generator=generator)
     labels = torch.randint(0, CLASSES, (count, 5, 5), generator=generator)
     labels[0, :3] = 255
-    return images, labels, [f"sample {number}" for number in range(count)]
+    return Batch(images, labels, [f"sample {number}" for number in range(count)])
 
 
 def test_a_batch_in_parts_has_the_mean_gradient_of_the_parts():
-    images, labels, records = samples()
+    images, labels, _ = batch = samples()
     model, expected = Small(), torch.zeros(2, CLASSES, 3, 1, 1)
     losses = []
     for part in (slice(0, 2), slice(2, 4)):
@@ -119,7 +120,7 @@ def test_a_batch_in_parts_has_the_mean_gradient_of_the_parts():
         losses.append(loss.item())
         expected += torch.autograd.grad(loss, model.weight)[0] / 2
     stepper = made(model, accumulate=2)
-    report = stepper.step(1, images, labels, records)
+    report = stepper.step(1, batch)
     torch.testing.assert_close(model.weight.grad, expected)
     assert report.loss == pytest.approx(sum(losses) / 2) and len(report.parts) == 2
     assert report.gradient_norm == pytest.approx(expected.norm().item())
@@ -128,7 +129,7 @@ def test_a_batch_in_parts_has_the_mean_gradient_of_the_parts():
 def test_bfloat16_is_close_and_not_the_same():
     reports = []
     for precision in (None, "bf16"):
-        reports.append(made(Small(), precision=precision).step(1, *samples()))
+        reports.append(made(Small(), precision=precision).step(1, samples()))
     assert reports[0].loss != reports[1].loss == pytest.approx(reports[0].loss, rel=2e-2)
 
 
@@ -137,26 +138,26 @@ def test_overflow_of_float16_skips_the_step_and_halves_the_scale(fused):
     model = Exploding()
     before = model.weight.detach().clone()
     stepper = made(model, fused, precision="fp16")
-    report = stepper.step(1, *samples())
+    report = stepper.step(1, samples())
     assert torch.equal(model.weight, before) and model.mean != 0
     assert stepper.scaler.get_scale() == report.scale / 2
     assert not stepper.optimizer.state  # the fused one would begin with a momentum of chance
     stepper.scaler.update(0.5)
     with pytest.raises(Diverged):
-        stepper.step(2, *samples())
+        stepper.step(2, samples())
 
 
 @pytest.mark.parametrize("case", ["image", "gradient"])
 def test_what_is_not_finite_leaves_weights_statistics_and_momentum(case):
-    images, labels, records = samples()
+    batch = samples()
     model = Exploding() if case == "gradient" else Small()
     if case == "image":
-        images[2, 0, 0, 0] = float("inf")
+        batch.images[2, 0, 0, 0] = float("inf")
     stepper = made(model)
     model.mean += 5
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(Diverged, match="step 9.*sample 2"):
-        stepper.step(9, images, labels, records)
+        stepper.step(9, batch)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.weight.grad is None and not stepper.optimizer.state
 

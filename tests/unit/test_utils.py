@@ -33,7 +33,7 @@ from utils.files import (
     unwritable,
     write_file,
 )
-from utils.resources import check_fits, physical_memory, shortage
+from utils.resources import LEAST_BYTES, check_fits, physical_memory, shortage
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_shortages_are_recognized() -> None:
 
 
 def test_what_can_t_fit_is_refused() -> None:
-    there = physical_memory()
+    there = physical_memory() // LEAST_BYTES
     check_fits("--batch-size", there)
     with pytest.raises(UsageError, match=r"--batch-size: needs more than \d+ GiB"):
         check_fits("--batch-size", there + 1)
@@ -398,7 +398,7 @@ def test_a_shortage_ends_a_command_with_one_line(capsys: pytest.CaptureFixture[s
 #: Two processes, one of which meets what its first argument names.
 PROCESSES = """
 import sys, torch
-from engine import distributed
+from engine.runtime import distributed
 from utils import args
 def body(world):
     if world.rank == 1:

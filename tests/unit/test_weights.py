@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import evaluate
 from dataset import IMG_MEAN
 from networks import CheckpointError, Seg_Model, load_weights
+from networks.models import describe
 from networks.pretrained import read_weights
 from networks.weights import (
     ACTIVATED,
@@ -173,13 +174,14 @@ class TestEntries:
             with pytest.raises(CheckpointError, match=re.escape(f"{CLASSIFIER} has shape {list(shape)}")):
                 classes_of(path, {CLASSIFIER: torch.zeros(shape)})
 
-    def test_commands_refuse_them(self, state, path):
+    def test_commands_refuse_them(self, state, path, monkeypatch):
         torch.save({**state, "dsn.3.bias": torch.full((5,), torch.nan)}, path)
-        args = evaluate.get_parser().parse_args(["--data-dir", "nowhere", "--backbone", "resnet50"])
-        args.restore_from, args.num_classes = str(path), 5
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate.py", "--data-dir", "nowhere", "--restore-from", str(path)]
+        )
         opening = argparse.Namespace(restore_from=str(path), gpu="cpu", classes=None, recurrence=None)
         for read in (
-            lambda _: evaluate.check(args),
+            lambda _: evaluate.main(),
             lambda _: common.open_network(opening),
             lambda _: read_weights(str(path), IMG_MEAN.tolist()),
             lambda _: Seg_Model(5, backbone="resnet50", pretrained_model=path),
@@ -378,7 +380,7 @@ class TestRecipe:
         torch.save(state, path)
         os.mkfifo(tmp_path / "args.json")
         with pytest.raises(UsageError, match=r"args.json: can't be read \(is a FIFO"):
-            common.recipe_of(str(path))
+            describe(str(path), state, {})
 
     def test_flags_go_before_it(self, state, path, tmp_path):
         torch.save(state, path)
