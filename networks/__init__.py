@@ -1,4 +1,4 @@
-"""Networks by name (`--model`)."""
+"""Segmentation networks, by the name that `--model` takes."""
 
 from __future__ import annotations
 

@@ -242,7 +242,8 @@ BUGS: list[Bug] = [
     Bug(
         "general: pieces without a barrier",
         GENERAL,
-        "    __syncthreads();  // the piece is visible to all threads, and all have read the previous one\n  };",
+        "    __syncthreads();  // the piece is visible to all threads, and all have read the previous one\n"
+        "  };",
         "  };",
     ),
     Bug(
