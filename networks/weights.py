@@ -300,7 +300,7 @@ def classes_of(path: str | os.PathLike, state: Mapping[str, Tensor]) -> int:
     shape = state[CLASSIFIER].shape
     if len(shape) != 4 or shape[0] < 1:
         raise CheckpointError(
-            f"{path}: {CLASSIFIER} has shape {list(shape)}, not that of a classifier; name another checkpoint"
+            f"{path}: {CLASSIFIER} has shape {list(shape)}, which no classifier has; name another checkpoint"
         )
     return shape[0]
 
