@@ -291,7 +291,7 @@ def test_instances_that_belong_to_another_label(healthy, capsys):
 def test_instances_that_some_labels_lack(healthy, capsys):
     (healthy / INSTANCES).unlink()
     status, _, line = checked(healthy, capsys)
-    assert status == 2 and f"{INSTANCES}: no such file, 1 of 3 labels have no instances" in line
+    assert status == 2 and f"{INSTANCES}: no such file, 1 of 4 labels have no instances" in line
     for path in healthy.rglob("*instanceIds.png"):
         path.unlink()
     assert checked(healthy, capsys)[0] == 0
@@ -404,7 +404,7 @@ def test_files_of_systems_are_skipped_and_counted(healthy, capsys):
     (healthy / "leftImg8bit/__MACOSX").mkdir()
     status, output, _ = checked(healthy, capsys)
     assert status == 0 and "no problems in 8 pictures" in output and loaded(healthy) == "nothing"
-    assert "note: 13 hidden or system files skipped, the first: leftImg8bit/train/.DS_Store" in output
+    assert "note: 13 hidden or system files skipped, the first is leftImg8bit/train/.DS_Store" in output
     assert "note: 14 hidden or system files skipped" in output
     said = CSDataSet(str(healthy), split="val", crop_size=None).check()
     assert "note: 14 hidden or system files skipped" in said and said.count("skipped") == 1

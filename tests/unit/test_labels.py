@@ -219,7 +219,7 @@ def test_colors_go_through_the_table(table, tmp_path):
     reader = LabelReader(read_table(table))
     colors = [[(10, 20, 30), (0, 200, 0)], [(11, 20, 30), (0, 0, 0)]]
     assert reader.read(written(tmp_path / "a.png", colors)).tolist() == [[0, 1], [0, 255]]
-    with pytest.raises(DataError, match="color 1,2,3 is none"):
+    with pytest.raises(DataError, match="color 1,2,3 is not one"):
         reader.read(written(tmp_path / "b.png", [[(0, 0, 0), (1, 2, 3)]]))
     with pytest.raises(DataError, match="--classes"):
         LabelReader().read(load(str(tmp_path / "a.png")))
