@@ -158,7 +158,7 @@ def find(args: argparse.Namespace) -> list[Found]:
         layout.check_split(name)
     layout.check_root(root)
     names = list(dict.fromkeys(args.split or ())) or sorted(
-        layout.splits(root), key=lambda name: (["train", "val", "test"] + [name]).index(name)
+        layout.splits(root), key=lambda name: ["train", "val", "test", name].index(name)
     )
     if not names:
         raise DataError(

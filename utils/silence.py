@@ -47,7 +47,7 @@ class Silence:
 
     def collect(self) -> None:
         """Keep the hidden output for `take`; use it in processes that decode in a single thread."""
-        self._sink = tempfile.TemporaryFile(buffering=0)
+        self._sink = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._collects = True
 
     def take(self) -> list[str]:

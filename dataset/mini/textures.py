@@ -63,6 +63,7 @@ class Noise:
         ]
 
     def __call__(self, s: np.ndarray, t: np.ndarray) -> np.ndarray:
+        """Return the noise at (s, t), interpolated smoothly between cells."""
         column, row = np.floor(s), np.floor(t)
         right, below = s - column, t - row
         right, below = right * right * (3 - 2 * right), below * below * (3 - 2 * below)
