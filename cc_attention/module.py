@@ -65,8 +65,8 @@ class CrissCrossAttention(nn.Module):
 class RecurrentCrissCrossAttention(CrissCrossAttention):
     """Recurrent criss-cross attention (RCCA): CrissCrossAttention applied repeatedly with shared weights.
 
-    With recurrence 2, information reaches every pixel from every other pixel. It travels through the two
-    pixels that lie in the row of one and the column of the other.
+    With recurrence 2, every pixel receives information from every other pixel. The information passes through
+    the two pixels in the row of one and the column of the other.
 
     Source: CCNet, arXiv 1811.11721, section 3.3, without the convolutions around it.
 

@@ -3,9 +3,9 @@
 This module is the specification of the operators, the fallback without compiled kernels, and the reference
 that the tests compare with.
 
-Shapes: N batch, C and c channels, H rows, W columns, L = H + W - 1 positions. The positions of pixel (y, x)
-are, in this order, the W pixels (y, 0) .. (y, W - 1) of its row, including itself, and then the H - 1 other
-pixels of its column, top to bottom.
+Shapes: N batch, C and c channels, H rows, W columns. Each pixel (y, x) attends to L = H + W - 1 positions.
+First come the W pixels (y, 0) .. (y, W - 1) of its row, including itself. Then come the H - 1 other pixels of
+its column, top to bottom.
 
 Source: Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, arXiv 1811.11721, eq. 1
 (affinity) and eq. 2 (aggregation); cc_attention/functions.py of the original, whose CUDA code has the same

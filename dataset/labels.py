@@ -356,9 +356,10 @@ MOST_ROWS = 255
 def read_table(path: str) -> ClassTable:
     """Read a class table from a text file with tab-separated columns.
 
-    The first line names the columns name, id, train_id and color, in any order. Further columns, empty lines
-    and lines that start with # are ignored. id is the value in the label pictures (0 to 255, or - for color
-    pictures), train_id is the number of the class (0, 1, 2, ..., or 255 for void), and color is R,G,B.
+    The first line names the columns name, id, train_id and color, in any order. Further columns are ignored,
+    and so are empty lines and lines that start with #. id is the value in the label pictures (0 to 255, or -
+    for color pictures), train_id is the number of the class (0, 1, 2, ..., or 255 for void), and color is
+    R,G,B.
 
     Raises:
         DataError: the table is unreadable or invalid; the message names the file and the line.

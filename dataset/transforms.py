@@ -25,9 +25,9 @@ class Augmentation(NamedTuple):
 
 
 class Content(NamedTuple):
-    """The area of the picture in a crop: rows below `bottom`, columns from `left` to before `right`.
+    """The area of a crop that shows the picture, with the last row and column excluded; the rest is padding.
 
-    The rest is padding.
+    The area has the rows 0 to `bottom` and the columns `left` to `right`.
     """
 
     bottom: int

@@ -45,7 +45,7 @@ def total_cross_entropy(
 
 
 class OhemCrossEntropy2d(nn.Module):
-    """Mean cross entropy over hard pixels: those whose true class has a probability up to a threshold.
+    """Mean cross entropy over the hard pixels, whose true class has at most a threshold probability.
 
     The threshold is the `min_kept`-th smallest probability of the true class, but at least `thresh`. As in
     the original, it is determined on a grid downsampled by `factor`, with the sampling positions of

@@ -66,7 +66,7 @@ class ABN(nn.Module):
         if backend == "inplace":
             import inplace_abn  # noqa: F401  (fail at construction if the package is missing)
         if backend == "apex":
-            import apex.parallel.optimized_sync_batchnorm_kernel  # noqa: F401  (likewise)
+            import apex.parallel.optimized_sync_batchnorm_kernel  # noqa: F401  (see above)
         self.activation = activation
         self.backend = backend
         self.eps = eps
