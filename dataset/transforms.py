@@ -25,10 +25,7 @@ class Augmentation(NamedTuple):
 
 
 class Content(NamedTuple):
-    """The area of a crop that shows the picture, with the last row and column excluded; the rest is padding.
-
-    The area has the rows 0 to `bottom` and the columns `left` to `right`.
-    """
+    """The area of a crop that shows the picture: `[:bottom, left:right]`. The rest is padding."""
 
     bottom: int
     left: int
