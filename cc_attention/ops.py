@@ -147,8 +147,8 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Compute fused criss-cross attention: each pixel attends to its row and its column.
 
-    Equivalent to ``ca_map(softmax(ca_weight(query, key), dim=1), value)``, but the attention weights are
-    never stored in memory. Scores are not scaled by 1 / sqrt(c).
+    Equivalent to ``ca_map(softmax(ca_weight(query, key), dim=1), value)``, but the compiled kernels never
+    allocate a tensor of the size of the attention weights. Scores are not scaled by 1 / sqrt(c).
 
     Example: in a 3x4 map, the pixel in row 1, column 2 attends to the H + W - 1 = 6 marked pixels, itself
     included once. The numbers are their positions in dimension 1 of the output of `ca_weight`::

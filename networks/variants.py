@@ -21,7 +21,7 @@ class Variant(NamedTuple):
     ceil_mode: bool  # of the max pooling: even sizes get one more row and column
     activation: str  # of the heads (see networks.abn)
     dsn_channels: int
-    shift: bool  # the state dict has "shift" [3], added to the input; zero padding then equals the release's
+    shift: bool  # "shift" [3] of the state dict is added to the input, so that zero padding fits the release
 
 
 #: CCNet itself; mmsegmentation's CCNet (ResNetV1c); CCNet's heads on a ResNet of torchvision or timm.
