@@ -1,7 +1,7 @@
-"""Register with PyTorch what it has to know of the compiled operators besides their kernels (csrc/ops.cpp):
-shapes, derivatives, vmap, autocast and the number of floating-point operations.
+"""Registrations of the compiled operators with PyTorch, besides their kernels (csrc/ops.cpp).
 
-Importing this module registers all of it. The library has to be loaded before.
+This module registers fake implementations (shapes), derivatives, vmap, autocast and FLOP formulas. Importing
+it is enough. The library must be loaded before.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ POSITIONS = "H + W - 1, the positions of a criss-cross"
 _LIBRARY = torch.library.Library("cc_attention", "FRAGMENT")
 
 
-# Shapes: dtypes and layouts without data. While tracing, their checks stand in for those of csrc/common.h.
+# Fake implementations: shapes, dtypes and memory formats without data. They check the operands too, because
+# the checks of csrc/common.h do not run while tracing.
 
 
 def _empty_map(like: Tensor) -> Tensor:
@@ -80,39 +81,39 @@ def _ca_map_backward_shapes(grad: Tensor, weight: Tensor, value: Tensor) -> tupl
     return weight.new_empty(weight.shape), _empty_map(value)
 
 
-# Derivatives. torch.library.register_autograd refuses torch.func.grad, vjp and jacrev, and drops the tangents
-# of forward-mode differentiation. The functions here are for one level of derivatives, as those of PyTorch's
-# own operators: the call below autograd enters the next level by itself, so levels nest.
+# Derivatives. torch.library.register_autograd does not support torch.func.grad, vjp and jacrev, and drops the
+# tangents of forward-mode differentiation. The functions here differentiate at one level, like PyTorch's own
+# operators. Calling the operator below autograd enters the next level, so levels nest.
 
 
 def _below_autograd(keyset: Any, operator: Any, *args: Any) -> Any:
-    """Call the operator without the derivatives of this level."""
+    """Call the operator without differentiating at this level."""
     with torch._C._AutoDispatchBelowAutograd():
         if not torch._C._are_functorch_transforms_active():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        # The forward of a Function runs with these modes off, but the outer levels need them.
+        # A Function's forward runs with these modes off, but the outer levels need them.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 @contextlib.contextmanager
 def _tangents(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the saved inputs without their own tangents of this level, for the computation of the result's.
+    """Yield the saved inputs without their tangents of this level, with forward mode enabled.
 
-    The jvp of a Function runs with forward mode off, but the outer levels need it.
+    A Function's jvp runs with forward mode off, but the outer levels need it.
     """
     with forward_ad._set_fwd_grad_enabled(True):
         yield tuple(forward_ad.unpack_dual(t, level=0).primal for t in saved)
 
 
 def _sum_of_products(product: Callable[..., Tensor], *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """Add the products of the pairs that are complete, of which there is one at least."""
+    """Return the sum of product(a, b) over the pairs without None; at least one pair must have none."""
     first, *others = (product(a, b) for a, b in pairs if a is not None and b is not None)
     return sum(others, first)
 
 
 class _Level(_SingleLevelFunction):
-    """A torch.autograd.Function for one level; that one has rules of its own for all levels of torch.func."""
+    """An autograd function for one level; torch.autograd.Function itself handles all torch.func levels."""
 
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
@@ -194,7 +195,7 @@ class _Map(_Level):
 
 
 class _Gradient(_Level):
-    """A backward operator, which has no derivatives of its own."""
+    """A backward operator; differentiating it raises an error that names the alternatives."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, operator: Any, *args: Any) -> Any:
@@ -228,12 +229,13 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, tf32: bool = Fal
 def _implement_autograd(
     name: str, function: Any, *first: Any, plain: Callable[..., Any] | None = None
 ) -> None:
-    """Register what a call of the operator does above its kernels.
+    """Register the Autograd kernel of an operator.
 
     Args:
-        name: the operator.
-        function: applied where there are derivatives to compute, to `first` and the operator's arguments.
-        plain: the operator in PyTorch's own operators, into which torch.onnx.export takes it apart.
+        name: name of the operator.
+        function: autograd function; applied to `first` and the arguments if derivatives are needed.
+        *first: leading arguments of `function`.
+        plain: the same computation in PyTorch's own operators, used by torch.onnx.export.
     """
     operator = getattr(OPERATORS, name).default
 
@@ -260,7 +262,7 @@ for _name in ("criss_cross_attention_backward", "ca_weight_backward", "ca_map_ba
     _implement_autograd(_name, _Gradient, getattr(OPERATORS, _name).default)
 
 
-# vmap: the samples become part of the batch.
+# vmap: the mapped dimension is folded into the batch dimension.
 
 
 def _implement_vmap(name: str) -> None:
@@ -270,7 +272,7 @@ def _implement_vmap(name: str) -> None:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         dims = {n: dim for n, arg, dim in zip(names, args, in_dims, strict=False) if isinstance(arg, Tensor)}
         tensors = dict(zip(dims, args, strict=False))
-        if info.batch_size:  # errors are to show the shapes that the caller sees, not those with all samples
+        if info.batch_size:  # check one sample, so that errors show the shapes that the caller sees
             samples = {n: t if dims[n] is None else t.select(dims[n], 0) for n, t in tensors.items()}
             check_operands(name, **{n: t for n, t in samples.items() if n != "normalizer"})
         batched = [
@@ -291,8 +293,8 @@ for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
     _implement_vmap(f"{_name}_backward")
 
 
-# Autocast. The fused operator runs in the region's dtype, as PyTorch's own attention does: its scores are
-# float32 anyway. torch.library.register_autocast would fix the dtype now.
+# Autocast. The fused operator runs in the dtype of the region, like PyTorch's own attention, since its scores
+# are float32 in any case. torch.library.register_autocast would fix the dtype at registration.
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
@@ -304,30 +306,29 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> 
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _LIBRARY.impl("criss_cross_attention", _autocast, _key)
 
-# float32, because CCNet does not scale its scores and float16 ones overflow.
+# ca_weight and ca_map run in float32: CCNet does not scale its scores, so float16 scores overflow.
 for _name in ("cc_attention::ca_weight", "cc_attention::ca_map"):
     for _device_type in ("cpu", "cuda"):
         torch.library.register_autocast(_name, _device_type, torch.float32)
 
 
-# Floating-point operations by the shapes of the operands, two for each product that is added. Those of the
-# softmax are not counted, as in PyTorch's own formulas.
+# FLOP formulas: a multiply-add counts as two operations. The softmax is not counted, as in PyTorch's own.
 
 
 def _products(channels: Any, n: int, _: int, h: int, w: int) -> int:
-    """Count for scores or weighted sums over the criss-cross, on a map [n, _, h, w]."""
+    """Return the FLOPs of criss-cross scores or weighted sums over a map [n, _, h, w]."""
     return 2 * n * h * w * (h + w - 1) * channels
 
 
 @register_flop_formula(OPERATORS.criss_cross_attention)
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count the scores and the weighted sums."""
+    """Return the FLOPs of the scores and the weighted sums."""
     return _products(query[1] + value[1], *value)
 
 
 @register_flop_formula(OPERATORS.criss_cross_attention_backward)
 def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count two products for each one of the forward, and the scores once more, which were not kept."""
+    """Return the FLOPs of two products per forward product, and of the recomputed scores."""
     return _products(3 * query[1] + 2 * value[1], *value)
 
 

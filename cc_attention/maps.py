@@ -1,4 +1,4 @@
-"""What a pixel looks at: the attention weights as maps."""
+"""Attention maps: how strongly a pixel attends to every other pixel."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from cc_attention.reference import with_self
 
 
 def attention_maps(module: CrissCrossAttention, x: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
-    """What each of some pixels gathers from every other, after each recurrence.
+    """Return the attention from selected pixels to all pixels, after each recurrence.
 
-    A recurrence is a sparse matrix A over the pixels: row u holds u's softmax over its criss-cross, zero
-    elsewhere. After r of them a pixel has gathered by the row of A_r ... A_1, computed here exactly, without
-    ever forming a matrix. The first map is a cross, the second (the paper's figure 6) reaches every pixel.
-    The residual and gamma are left out; a map sums to 1.
+    Recurrence i is a sparse matrix A_i over the pixels: row u holds the softmax of pixel u over its row and
+    column, and zeros elsewhere. The map of pixel u after r recurrences is row u of A_r ... A_1. It is exact,
+    and no matrix is formed. The first map is a cross; the second (figure 6 of the paper) covers the whole
+    image. The residual and gamma are left out. Each map sums to 1.
 
     Args:
         module: CrissCrossAttention, or RecurrentCrissCrossAttention with R recurrences.
-        x: its input [1, in_dim, H, W].
+        x: input of the module, [1, in_dim, H, W].
         pixels: P pairs (row, column).
 
     Returns:
-        float32 (float64 where x is) [R, P, H, W] on the device of x; R is 1 of a plain module. Without a
-        gradient for backward(); torch.func's transforms and forward-mode differentiation see through it.
+        [R, P, H, W] on the device of x, float32 (float64 if x is float64). R is 1 for CrissCrossAttention.
+        The maps have no gradient for backward(), but torch.func transforms and forward-mode differentiation
+        work.
 
     Raises:
-        ValueError: several pictures, channels that are not the module's, or a pixel outside of them.
+        ValueError: x has several images or a wrong number of channels, or a pixel is outside of the image.
     """
     if x.dim() != 4 or x.shape[0] != 1 or x.shape[1] != module.in_dim:
-        raise ValueError(f"x is {list(x.shape)}; one picture [1, {module.in_dim}, H, W] expected")
+        raise ValueError(f"x must be one image [1, {module.in_dim}, H, W], got shape {list(x.shape)}")
     height, width = x.shape[2:]
     for row, column in pixels:
         if not (0 <= row < height and 0 <= column < width):
@@ -58,8 +59,8 @@ def attention_maps(module: CrissCrossAttention, x: Tensor, pixels: Sequence[tupl
 
 
 def _row_times(rows: Tensor, weight: Tensor) -> Tensor:
-    """Multiply rows [1, P, H, W] by the matrix of the softmaxed `weight` [1, L, H, W]: ca_map's transpose."""
+    """Multiply row vectors [1, P, H, W] by the matrix A of `weight` [1, L, H, W]: the transpose of ca_map."""
     width = rows.shape[3]
-    column = with_self(weight[:, width:].transpose(1, 2))  # [1, H, H, W]: (y, x) sees (v, x)
+    column = with_self(weight[:, width:].transpose(1, 2))  # [1, H, H, W]: (y, x) attends to (v, x)
     to_row = torch.einsum("nuyx,npyx->npyu", weight[:, :width], rows)
     return to_row + torch.einsum("nyvx,npyx->npvx", column, rows)

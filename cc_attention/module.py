@@ -1,4 +1,4 @@
-"""The criss-cross attention modules of CCNet's head."""
+"""Criss-cross attention modules, as used in CCNet's head."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from cc_attention.ops import criss_cross_attention, to_channels_last
 
 
 def _operand(x: Tensor, channels: int, module: str) -> Tensor:
-    """Return x [N, channels, H, W] in the operator's layout, or raise RuntimeError by the module's name."""
+    """Return x [N, channels, H, W] in channels_last; raise RuntimeError if the shape is another."""
     if has_torch_function((x,)):
         return handle_torch_function(_operand, (x,), x, channels, module)
     if x.dim() != 4 or x.shape[1] != channels:
@@ -17,17 +17,19 @@ def _operand(x: Tensor, channels: int, module: str) -> Tensor:
 
 
 class CrissCrossAttention(nn.Module):
-    """x + gamma * attention(query(x), key(x), value(x)), each of the three a 1x1 convolution.
+    """Criss-cross attention with 1x1 convolutions for query, key and value, and a residual connection.
 
-    gamma starts at 0, so a new module is the identity.
+    Computes ``x + gamma * criss_cross_attention(query_conv(x), key_conv(x), value_conv(x))``. gamma is
+    learned and starts at 0, so a new module is the identity.
 
-    Source: CCNet, arXiv 1811.11721, eq. 1-2; the parameters' names are those of the original's
-    cc_attention/functions.py.
+    Source: CCNet, arXiv 1811.11721, eq. 1-2. Parameters are named as in cc_attention/functions.py of the
+    original.
 
     Args:
-        in_dim: channels of the input, at least 8; query and key have in_dim // 8.
+        in_dim: number of input channels, at least 8; query and key have in_dim // 8 channels.
+
     Raises:
-        ValueError: in_dim is below 8, which would leave query and key without channels.
+        ValueError: in_dim is below 8, so query and key would have no channels.
     """
 
     def __init__(self, in_dim: int) -> None:
@@ -43,35 +45,57 @@ class CrissCrossAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last; another shape is a RuntimeError"""
-        # Once for the three projections; nothing to do where the network runs in that layout.
+        """Apply the attention.
+
+        Args:
+            x: [N, in_dim, H, W].
+
+        Returns:
+            [N, in_dim, H, W], channels_last.
+
+        Raises:
+            RuntimeError: x has another shape.
+        """
+        # Convert once for all three convolutions; a no-op if the network runs in channels_last.
         x = _operand(x, self.in_dim, type(self).__name__)
         attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
-        return torch.addcmul(x, self.gamma, attention)  # one pass over memory instead of two
+        return torch.addcmul(x, self.gamma, attention)  # one pass over memory, not two
 
 
 class RecurrentCrissCrossAttention(CrissCrossAttention):
-    """CrissCrossAttention applied `recurrence` times with the same weights: the paper's RCCA, between the
-    convolutions of its head. Two times pass information from every pixel to every other, by way of the two
-    pixels that are in the row of one and the column of the other.
+    """Recurrent criss-cross attention (RCCA): CrissCrossAttention applied repeatedly with shared weights.
 
-    Source: CCNet, arXiv 1811.11721, section 3.3.
+    With recurrence 2, every pixel receives information from every other pixel. The information passes through
+    the two pixels in the row of one and the column of the other.
+
+    Source: CCNet, arXiv 1811.11721, section 3.3, without the convolutions around it.
 
     Args:
-        in_dim: channels of the input, at least 8.
-        recurrence: R of the paper; 0 is the identity.
+        in_dim: number of input channels, at least 8.
+        recurrence: number of applications, R in the paper; 0 is the identity.
+
     Raises:
-        ValueError: in_dim is below 8, or recurrence below 0.
+        ValueError: in_dim is below 8, or recurrence is negative.
     """
 
     def __init__(self, in_dim: int, recurrence: int = 2) -> None:
         if recurrence < 0:
-            raise ValueError(f"recurrence must be 0 or more, not {recurrence}")
+            raise ValueError(f"recurrence must be 0 or more, got {recurrence}")
         super().__init__(in_dim)
         self.recurrence = recurrence
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W], channels_last unless recurrence is 0"""
+        """Apply the attention `recurrence` times.
+
+        Args:
+            x: [N, in_dim, H, W].
+
+        Returns:
+            [N, in_dim, H, W], channels_last (x itself if recurrence is 0).
+
+        Raises:
+            RuntimeError: x has another shape.
+        """
         for _ in range(self.recurrence):
             x = super().forward(x)
         return x

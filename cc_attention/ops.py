@@ -1,4 +1,4 @@
-"""The public operators: the compiled ones where they were built, the reference elsewhere."""
+"""Public operators: the compiled kernels if they were built, otherwise the plain PyTorch reference."""
 
 import functools
 import importlib
@@ -12,20 +12,20 @@ from torch.overrides import handle_torch_function, has_torch_function
 from cc_attention import reference
 
 _BUILD = (
-    "`python setup.py build_ext --inplace` builds it in a checkout; "
-    "elsewhere, install the package again where there is a C++ compiler"
+    "in a checkout, build it with `python setup.py build_ext --inplace`; "
+    "otherwise install a C++ compiler and reinstall the package"
 )
 
 
 def _load_library() -> bool:
-    """Register the compiled operators with PyTorch; return False where the reference has to serve.
+    """Register the compiled operators with PyTorch and return whether they can be used.
 
-    A library that is there and does not load is an error, since silence would only show as slowness.
+    A library that exists but does not load is an error: a silent fallback would only show up as slowness.
     """
     spec = importlib.util.find_spec("cc_attention._C")
     if spec is None or spec.origin is None:
         warnings.warn(
-            f"the compiled criss-cross attention is missing, the plain PyTorch reference serves ({_BUILD})",
+            f"the compiled criss-cross attention is missing; using the slower PyTorch reference ({_BUILD})",
             stacklevel=2,
         )
         return False
@@ -33,16 +33,16 @@ def _load_library() -> bool:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         raise ImportError(
-            f"{spec.origin} does not load: it is damaged or was built for another PyTorch. Build it again "
-            f"({_BUILD}), or delete it to use the reference."
+            f"{spec.origin} does not load: it is damaged or was built for another PyTorch. Rebuild it "
+            f"({_BUILD}), or delete it to use the PyTorch reference."
         ) from error
     try:
         importlib.import_module("cc_attention._registration")
     except (ImportError, AttributeError) as error:
-        # It builds on what PyTorch's own registration of operators is made of, which is not public.
+        # The registration uses private parts of PyTorch, which may change in a newer release.
         warnings.warn(
-            f"PyTorch {torch.__version__} has changed what the compiled criss-cross attention builds on "
-            f"({error}), the plain PyTorch reference serves; install a version of PyTorch named in "
+            f"PyTorch {torch.__version__} has changed internals that the compiled criss-cross attention uses "
+            f"({error}); using the slower PyTorch reference. Install a version of PyTorch named in "
             "docs/operator.md, or a newer cc_attention",
             stacklevel=2,
         )
@@ -50,7 +50,7 @@ def _load_library() -> bool:
     return True
 
 
-DEVICE_TYPES: frozenset[str] = frozenset()  # those with compiled kernels
+DEVICE_TYPES: frozenset[str] = frozenset()  # device types that have compiled kernels
 if _load_library():
     DEVICE_TYPES = frozenset(
         device_type
@@ -62,14 +62,14 @@ if _load_library():
 @functools.cache
 def _warn_no_cuda() -> None:
     warnings.warn(
-        "the compiled criss-cross attention has no CUDA kernels, the reference serves on the GPU "
-        f"({_BUILD}; it needs nvcc of PyTorch's CUDA version)",
+        "the compiled criss-cross attention has no CUDA kernels; using the slower PyTorch reference on the "
+        f"GPU ({_BUILD}; this needs nvcc of PyTorch's CUDA version)",
         stacklevel=4,
     )
 
 
 def _compiled_for(tensor: Tensor) -> bool:
-    """Return whether the compiled operators run on the tensor's device."""
+    """Return whether compiled kernels exist for the device of `tensor`; warn once if a GPU has none."""
     if tensor.device.type in DEVICE_TYPES:
         return True
     if tensor.device.type == "cuda" and DEVICE_TYPES and not torch.compiler.is_compiling():
@@ -77,20 +77,21 @@ def _compiled_for(tensor: Tensor) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # torch.compile can't read the setting; it guards it
+@torch.compiler.assume_constant_result  # torch.compile can't trace this setting, but guards on it
 def _tf32_allowed() -> bool:
-    """Return whether float32 products on a GPU may be those of tf32.
+    """Return whether float32 products on a GPU may use TF32.
 
-    Both settings show in this one. Reading the older one, allow_tf32, is an error where this one was set.
+    Setting the older allow_tf32 also changes fp32_precision. Reading allow_tf32 is an error once
+    fp32_precision was set, so only fp32_precision is read.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """Return x [N, C, H, W] in the kernels' layout.
+    """Return x [N, C, H, W] in channels_last, the memory format of the kernels.
 
-    Returned as it is: a tensor of another number of dimensions, which the operator refuses, and one within a
-    transform of torch.func, which can't convert it; there the operator does.
+    A tensor without 4 dimensions is returned unchanged, and the operator rejects it. Inside a torch.func
+    transform, where the format can't be changed, x is also returned unchanged and the operator converts it.
     """
     if x.dim() != 4 or torch._C._are_functorch_transforms_active():
         return x
@@ -98,20 +99,23 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Affinity: the unscaled scalar products of each pixel's query with the keys on its criss-cross.
+    """Compute the affinities: dot products of each query with the keys in its row and column, unscaled.
 
-    Source: CCNet, arXiv 1811.11721, eq. 1, before the softmax; the original's cc_attention/functions.py.
+    Source: CCNet, arXiv 1811.11721, eq. 1, before the softmax; cc_attention/functions.py of the original.
 
     Args:
-        query: [N, c, H, W], float32, float64, float16 or bfloat16
-        key: [N, c, H, W], of the same dtype and device
+        query: [N, c, H, W], float32, float64, float16 or bfloat16.
+        key: [N, c, H, W], same dtype and device.
+
     Returns:
-        [N, H + W - 1, H, W], contiguous. First the W pixels of the row, the pixel itself among them; then the
-        H - 1 other pixels of the column, top to bottom. In an autocast region in float32.
+        Scores [N, H + W - 1, H, W], contiguous; float32 in an autocast region. Dimension 1 holds the W pixels
+        of the row (including the pixel itself), then the H - 1 other pixels of the column, top to bottom. See
+        `criss_cross_attention` for a picture.
+
     Raises:
-        RuntimeError: shapes, dtypes or devices do not agree.
+        RuntimeError: shapes, dtypes or devices do not match.
     """
-    if has_torch_function((query, key)):  # torch.fx traces so; see also the others
+    if has_torch_function((query, key)):  # needed for torch.fx tracing, here and in the operators below
         return handle_torch_function(ca_weight, (query, key), query, key)
     if _compiled_for(query):
         return torch.ops.cc_attention.ca_weight(query, key)
@@ -119,17 +123,19 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
-    """Aggregation: each pixel's weighted sum of the values on its criss-cross.
+    """Aggregate the values: a weighted sum over the row and column of each pixel.
 
-    Source: CCNet, arXiv 1811.11721, eq. 2, without the residual; the original's cc_attention/functions.py.
+    Source: CCNet, arXiv 1811.11721, eq. 2, without the residual; cc_attention/functions.py of the original.
 
     Args:
-        weight: [N, H + W - 1, H, W], the positions in the order of ca_weight
-        value: [N, C, H, W], of the same dtype and device
+        weight: [N, H + W - 1, H, W], positions in the order of `ca_weight`.
+        value: [N, C, H, W], same dtype and device.
+
     Returns:
-        [N, C, H, W]; in an autocast region in float32.
+        [N, C, H, W]; float32 in an autocast region.
+
     Raises:
-        RuntimeError: shapes, dtypes or devices do not agree.
+        RuntimeError: shapes, dtypes or devices do not match.
     """
     if has_torch_function((weight, value)):
         return handle_torch_function(ca_map, (weight, value), weight, value)
@@ -139,32 +145,48 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """ca_map(softmax(ca_weight(query, key)), value) in one: a pixel attends to its row and column, to itself
-    once. No tensor of the size of the weights is ever in memory.
+    """Compute fused criss-cross attention: each pixel attends to its row and its column.
 
-    Half-precision inputs have float32 scores, softmax and sums. float32 products are exact, or those of tf32
-    where torch.backends.cuda.matmul.fp32_precision is "tf32" (or allow_tf32, its older name, is set). In an
-    autocast region all is cast to its dtype, as in PyTorch's scaled_dot_product_attention. Same inputs, same
-    bits, forward and backward. A score of -inf masks a position; a pixel that has no other gets NaN.
+    Equivalent to ``ca_map(softmax(ca_weight(query, key), dim=1), value)``, but the compiled kernels never
+    allocate a tensor of the size of the attention weights. Scores are not scaled by 1 / sqrt(c).
 
-    Differentiable once; see docs/operator.md for the transforms of torch.func.
+    Example: in a 3x4 map, the pixel in row 1, column 2 attends to the H + W - 1 = 6 marked pixels, itself
+    included once. The numbers are their positions in dimension 1 of the output of `ca_weight`::
 
-    channels_last is the layout of the kernels: inputs of another layout are copied once.
+        .  .  4  .
+        0  1  2  3      position 2 is the pixel itself
+        .  .  5  .
+
+    A second application reaches all 12 pixels: every pixel shares a row or a column with one of these 6.
+
+    Numerics: scores, softmax and sums of half-precision inputs are computed in float32. On a GPU, float32
+    products use TF32 if ``torch.backends.cuda.matmul.fp32_precision`` is "tf32" (or if its older name,
+    ``allow_tf32``, is set). An autocast region casts all inputs to its dtype, as in
+    `torch.nn.functional.scaled_dot_product_attention`. Forward and backward are deterministic: the same
+    inputs give the same bits. A score of -inf masks a position. A pixel with all positions masked gets NaN.
+
+    The operator can be differentiated once; docs/operator.md lists the supported torch.func transforms.
+    The kernels use the channels_last memory format, and inputs in another format are copied once.
+
+    Source: CCNet, arXiv 1811.11721, section 3.2, eq. 1-2, without the residual; cc_attention/functions.py of
+    the original.
 
     Args:
-        query: [N, c, H, W]
-        key: [N, c, H, W]
-        value: [N, C, H, W]
+        query: [N, c, H, W], float32, float64, float16 or bfloat16.
+        key: [N, c, H, W], same dtype and device.
+        value: [N, C, H, W], same dtype and device.
+
     Returns:
         [N, C, H, W] in the dtype of value, channels_last.
+
     Raises:
-        RuntimeError: shapes, devices or dtypes do not agree (inside an autocast region dtypes may differ).
+        RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).
     """
     if has_torch_function((query, key, value)):
         return handle_torch_function(criss_cross_attention, (query, key, value), query, key, value)
     if not _compiled_for(value):
         return reference.criss_cross_attention(query, key, value)
-    # Here and not in the operator, so that the backward finds the copies.
+    # Convert here and not inside the operator, so that the backward pass reuses the copies.
     query, key, value = (to_channels_last(t) for t in (query, key, value))
     tf32 = value.is_cuda and _tf32_allowed()
     return torch.ops.cc_attention.criss_cross_attention(query, key, value, tf32)[0]

@@ -1,13 +1,15 @@
-"""Criss-cross attention in plain PyTorch: the specification, the fallback where no compiled operator runs,
-the oracle of the tests. Differentiable to any order, on every device.
+"""Criss-cross attention in plain PyTorch, differentiable to any order, on every device.
 
-Shapes: N batch, C and c channels, H rows, W columns, L = H + W - 1 positions of a criss-cross. The positions
-of pixel (y, x), in order: the W pixels of its row, (y, 0) .. (y, W - 1), itself among them; then the H - 1
-other pixels of its column, top to bottom.
+This module is the specification of the operators, the fallback without compiled kernels, and the reference
+that the tests compare with.
+
+Shapes: N batch, C and c channels, H rows, W columns. Each pixel (y, x) attends to L = H + W - 1 positions.
+First come the W pixels (y, 0) .. (y, W - 1) of its row, including itself. Then come the H - 1 other pixels of
+its column, top to bottom.
 
 Source: Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, arXiv 1811.11721, eq. 1
-(affinity) and eq. 2 (aggregation); the original's cc_attention/functions.py, whose CUDA branches have this
-order of the positions.
+(affinity) and eq. 2 (aggregation); cc_attention/functions.py of the original, whose CUDA code has the same
+order of positions.
 """
 
 import functools
@@ -22,8 +24,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 def check_operands(op: str, **operands: Tensor) -> None:
-    """Raises RuntimeError unless all operands are floating-point [N, any, H, W], with H and W at least 1, and
-    have N, H, W, dtype and device in common."""
+    """Raise RuntimeError if the operands of `op` do not match.
+
+    All must be floating-point tensors [N, any, H, W] with H and W at least 1, and share N, H, W, dtype and
+    device.
+    """
     (first_name, first), *_ = operands.items()
     for name, tensor in operands.items():
         if tensor.dim() != 4:
@@ -52,7 +57,7 @@ def check_operands(op: str, **operands: Tensor) -> None:
 
 
 def check_channels(op: str, expected: int, meaning: str, **operand: Tensor) -> None:
-    """Raises RuntimeError unless the operand [N, any, H, W] has `expected` channels; `meaning` says whose."""
+    """Raise RuntimeError unless the operand has `expected` channels; `meaning` explains that number."""
     ((name, tensor),) = operand.items()
     if tensor.shape[1] != expected:
         raise RuntimeError(
@@ -61,20 +66,22 @@ def check_channels(op: str, expected: int, meaning: str, **operand: Tensor) -> N
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
-    """Return whether an autocast region is active for the tensor's device (some devices know no autocast)."""
+    """Return whether autocast is enabled for the tensor's device; some device types do not support it."""
     device_type = tensor.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of the autocast region; float64, which autocast leaves alone, stays."""
+    """Return the tensors cast to the autocast dtype; float64 is left unchanged, as autocast does."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _float32_under_autocast(function: _Function) -> _Function:
-    """Inside autocast, casts half-precision operands to float32 and leaves autocast. CCNet does not scale its
-    scores by 1/sqrt(c), so that they overflow float16."""
+    """Wrap `function` to run in float32 in an autocast region.
+
+    CCNet does not scale its scores by 1 / sqrt(c), so they overflow float16.
+    """
 
     @functools.wraps(function)
     def wrapper(*tensors: Tensor) -> Tensor:
@@ -87,17 +94,17 @@ def _float32_under_autocast(function: _Function) -> _Function:
 
 
 def _without_self(column: Tensor) -> Tensor:
-    """[N, H (seen from), H (seen), W] -> [N, H, H - 1, W]: drops the entries where a row sees itself.
+    """Drop the diagonal of [N, H (query), H (key), W], giving [N, H, H - 1, W].
 
-    The diagonal's elements lie H + 1 apart in the flattened H * H; without the first of them, they are the
-    last column of an (H - 1) x (H + 1) matrix. So no index and no mask is needed.
+    Diagonal elements are H + 1 apart in the flattened H * H. Without the first element, they are the last
+    column of an (H - 1) x (H + 1) matrix, so no index or mask is needed.
     """
     n, h, _, w = column.shape
     return column.flatten(1, 2)[:, 1:].reshape(n, h - 1, h + 1, w)[:, :, :-1].reshape(n, h, h - 1, w)
 
 
 def with_self(column: Tensor) -> Tensor:
-    """[N, H (seen from), H - 1 (seen), W] -> [N, H, H, W]: zeros in the entries where a row sees itself."""
+    """Insert a diagonal of zeros into [N, H (query), H - 1 (key), W], giving [N, H, H, W]."""
     n, h, _, w = column.shape
     column = F.pad(column.reshape(n, h - 1, h, w), (0, 0, 0, 1))  # [N, H - 1, H + 1, W]
     return F.pad(column.flatten(1, 2), (0, 0, 1, 0)).reshape(n, h, h, w)
@@ -105,35 +112,42 @@ def with_self(column: Tensor) -> Tensor:
 
 @_float32_under_autocast
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Affinity: the unscaled scalar products of each pixel's query with the keys on its criss-cross (eq. 1,
-    before the softmax).
+    """Compute the affinities: dot products of each query with the keys in its row and column, unscaled.
+
+    This is eq. 1 before the softmax.
 
     Args:
-        query: [N, c, H, W]
-        key: [N, c, H, W], of the same dtype and device
+        query: [N, c, H, W].
+        key: [N, c, H, W], same dtype and device.
+
     Returns:
-        [N, L, H, W], contiguous; in an autocast region in float32.
+        Scores [N, L, H, W], contiguous; float32 in an autocast region.
+
     Raises:
-        RuntimeError: shapes, dtypes or devices do not agree.
+        RuntimeError: shapes, dtypes or devices do not match.
     """
     check_operands("ca_weight", query=query, key=key)
     check_channels("ca_weight", query.shape[1], "those of query", key=key)
-    row = torch.einsum("ncyx,ncyu->nuyx", query, key)  # [N, W, H, W]: (y, x) sees (y, u)
-    column = torch.einsum("ncyx,ncvx->nyvx", query, key)  # [N, H, H, W]: (y, x) sees (v, x)
+    row = torch.einsum("ncyx,ncyu->nuyx", query, key)  # [N, W, H, W]: (y, x) attends to (y, u)
+    column = torch.einsum("ncyx,ncvx->nyvx", query, key)  # [N, H, H, W]: (y, x) attends to (v, x)
     return torch.cat([row, _without_self(column).transpose(1, 2)], dim=1)
 
 
 @_float32_under_autocast
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
-    """Aggregation: each pixel's weighted sum of the values on its criss-cross (eq. 2, without the residual).
+    """Aggregate the values: a weighted sum over the row and column of each pixel.
+
+    This is eq. 2 without the residual.
 
     Args:
-        weight: [N, L, H, W], the positions in the order of ca_weight
-        value: [N, C, H, W], of the same dtype and device
+        weight: [N, L, H, W], positions in the order of `ca_weight`.
+        value: [N, C, H, W], same dtype and device.
+
     Returns:
-        [N, C, H, W]; in an autocast region in float32.
+        [N, C, H, W]; float32 in an autocast region.
+
     Raises:
-        RuntimeError: shapes, dtypes or devices do not agree.
+        RuntimeError: shapes, dtypes or devices do not match.
     """
     check_operands("ca_map", weight=weight, value=value)
     h, w = value.shape[2:]
@@ -145,19 +159,21 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """ca_map(softmax(ca_weight(query, key)), value): a pixel attends to its row and column, to itself once.
+    """Compute criss-cross attention: ``ca_map(softmax(ca_weight(query, key), dim=1), value)``.
 
-    Half-precision inputs are computed in float32, the result is rounded once. In an autocast region inputs
-    are cast to its dtype first.
+    Half-precision inputs are computed in float32, and the result is rounded once. An autocast region casts
+    the inputs to its dtype first. `cc_attention.criss_cross_attention` shows an example.
 
     Args:
-        query: [N, c, H, W]
-        key: [N, c, H, W]
-        value: [N, C, H, W]
+        query: [N, c, H, W].
+        key: [N, c, H, W], same dtype and device.
+        value: [N, C, H, W], same dtype and device.
+
     Returns:
         [N, C, H, W] in the dtype of value.
+
     Raises:
-        RuntimeError: shapes, devices or dtypes do not agree (inside an autocast region dtypes may differ).
+        RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).
     """
     if autocast_enabled(value):
         query, key, value = cast_for_autocast(query, key, value)

@@ -1,4 +1,4 @@
-"""Cityscapes and data sets of its layout."""
+"""Cityscapes, and other data sets in its layout or given by lists."""
 
 from dataset.cityscapes import IMG_MEAN, CSDataSet
 from utils.errors import DataError

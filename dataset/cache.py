@@ -1,4 +1,4 @@
-"""Decoded pictures and labels, in memory or on a disk, for all processes of a machine."""
+"""A cache of decoded pictures and labels, in memory or on disk, shared by all processes of a machine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import numpy as np
 
 from utils.errors import DataError, UsageError
 
-#: Of each picture, in the table at the beginning of the file: checksum, and 1 once it is there.
+#: Entry of a picture in the table at the start of the file: checksum, and 1 if the picture is stored.
 ENTRY = struct.Struct("<IB3x")
-#: Bytes of a pixel: three of the picture, one of the label.
+#: Bytes per pixel: three for the picture, one for the label.
 PIXEL = 4
 GB = 10**9
-#: Raised whenever the same files would be decoded otherwise.
+#: Format version; increase it whenever the same files would be decoded differently.
 VERSION = 2
 
 
@@ -51,15 +51,16 @@ class Place(NamedTuple):
 
 
 class Plan:
-    """Which pictures of a data set have a place in a cache, and where: the first ones that fit.
+    """The layout of a cache: the first pictures of a data set that fit, and their offsets.
 
     Args:
         sizes: (height, width) of every picture.
-        budget: bytes that they may take.
+        budget: maximum size of the cache in bytes.
 
     Attributes:
-        number: of the pictures that have a place.
-        bytes: of all of it.
+        number: number of pictures that have a place in the cache.
+        bytes: size of the cache in bytes.
+        starts: offset of each of these pictures.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], budget: int):
@@ -72,18 +73,19 @@ class Plan:
 
 
 class PictureCache:
-    """One file with a place for each picture that fits into the budget, the first ones of the data set.
+    """A cache in one file, with a place for each picture of a plan.
 
-    Every process maps the same file. A picture is written by the process that decodes it first, and read by
-    all. It counts as there once its table entry says so, and each process checks the sum of what it reads for
-    the first time: what a killed process, a full disk or a power cut left incomplete is decoded again.
+    Every process maps the same file. The process that first decodes a picture writes it, and all processes
+    read it. A picture is valid once its table entry is written. Each process verifies the checksum of a
+    picture when it first reads it. So pictures left incomplete by a killed process, a full disk or a power
+    failure are decoded again.
 
-    Since each epoch goes through all pictures once, in an order of its own, any fixed part of them serves as
-    well as another, and nothing is ever replaced.
+    Pictures are never replaced: each epoch visits all pictures once in random order, so any fixed subset has
+    the same hit rate.
 
     Args:
-        path: the file, which is made where there is none; `in_memory` and `on_disk` name one.
-        plan: of the pictures of the data set.
+        path: file of the cache, created if missing (see `in_memory` and `on_disk`).
+        plan: layout of the cache.
 
     Raises:
         DataError: the file can't be opened.
@@ -98,21 +100,22 @@ class PictureCache:
             return
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            # Sparse: it takes room as it fills.
-            fcntl.flock(self._file, fcntl.LOCK_EX)  # or another run, with less room, could cut it again
+            # The file is sparse: it takes disk space only as it fills. The lock prevents another run with a
+            # smaller budget from shrinking it.
+            fcntl.flock(self._file, fcntl.LOCK_EX)
             if os.fstat(self._file).st_size < plan.bytes:
                 os.truncate(self._file, plan.bytes)
             fcntl.flock(self._file, fcntl.LOCK_UN)
             self._map = mmap.mmap(self._file, plan.bytes, prot=mmap.PROT_READ)
         except OSError as error:
-            raise DataError(f"{path}: no cache there ({error.strerror}); check --cache") from error
+            raise DataError(f"{path}: the cache can't be opened ({error.strerror}); check --cache") from error
 
     def __reduce__(self) -> tuple:
-        """For data workers that are not forked: they open the file again."""
+        """Pickle the path and the plan, so that data workers that are not forked open the file again."""
         return PictureCache, (self.path, self.plan)
 
     def get(self, index: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Picture uint8 [h, w, 3] and label uint8 [h, w], read-only; None where they are not there."""
+        """Return picture uint8 [h, w, 3] and label uint8 [h, w], read-only; None if they are not cached."""
         if index >= self.plan.number:
             return None
         checksum, there = ENTRY.unpack_from(self._map, index * ENTRY.size)
@@ -130,21 +133,27 @@ class PictureCache:
         return pixels[:split].reshape(height, width, 3), pixels[split:].reshape(height, width)
 
     def put(self, index: int, image: np.ndarray, label: np.ndarray) -> None:
-        """Keep picture `index`, uint8 [h, w, 3] and [h, w], if it has a place and there is room for it."""
+        """Store a picture and its label if they have a place and the disk has space.
+
+        Args:
+            index: number of the picture in the data set.
+            image: uint8 [h, w, 3].
+            label: uint8 [h, w].
+        """
         if index >= self.plan.number or self._full:
             return
         if image.shape[:2] != self.plan.sizes[index]:
-            return  # the file is another one by now
+            return  # the picture file has changed since the plan was made
         start = self.plan.starts[index]
         parts = [np.ascontiguousarray(part).reshape(-1).data for part in (image, label)]
         try:
-            # By system calls: writing to the map where the disk is full would kill the process.
+            # Use system calls: writing to the memory map on a full disk would kill the process.
             _write(self._file, parts[0], start)
             _write(self._file, parts[1], start + len(parts[0]))
             checksum = zlib.crc32(parts[1], zlib.crc32(parts[0]))
             _write(self._file, memoryview(ENTRY.pack(checksum, 1)), index * ENTRY.size)
         except OSError:
-            self._full = True  # goes on with what there is
+            self._full = True  # continue with what is cached
 
 
 def _write(file: int, content: memoryview, position: int) -> None:
@@ -154,7 +163,7 @@ def _write(file: int, content: memoryview, position: int) -> None:
 
 
 def machine() -> str:
-    """Tells this machine from others, those of the same name too where the system numbers its starts."""
+    """Return an identifier of this machine: its name, and its boot id if the system has one."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return platform.node() + file.read()
@@ -168,23 +177,29 @@ def _require_memory_files() -> None:
 
 
 def in_memory() -> str:
-    """Makes an empty file in memory and names it, for this process and others of its user on this machine.
+    """Create an empty file in memory and return its path.
 
-    It is gone with the last process that has it open, however that ends.
+    Other processes of the same user on this machine can open the path. The file disappears with the last
+    process that has it open.
 
     Raises:
-        DataError: this system has no such files.
+        DataError: the system has no files in memory.
     """
     _require_memory_files()
     return f"/proc/{os.getpid()}/fd/{os.memfd_create('ccnet-pictures')}"
 
 
 def on_disk(folder: str, root: str, files: Sequence[str], meaning: str) -> str:
-    """The file in `folder` for these pictures and labels: another one as soon as one of them has changed.
+    """Return the path of the cache file for some pictures and labels; it changes if one of them changes.
 
     Args:
-        files: relative to `root`.
-        meaning: what else decides how they are decoded.
+        folder: folder of the cache files.
+        root: the data directory.
+        files: pictures and labels, relative to `root`.
+        meaning: description of everything else that affects decoding.
+
+    Raises:
+        DataError: a file is missing.
     """
     digest = hashlib.sha256(f"{VERSION} {meaning}".encode())
     for file in files:
@@ -199,7 +214,12 @@ def on_disk(folder: str, root: str, files: Sequence[str], meaning: str) -> str:
 
 
 def room(kind: str, path: str) -> int:
-    """Bytes that are free: of memory for "ram"; for "disk" where `path` lies, and those that it takes."""
+    """Return the bytes that a cache can use.
+
+    Args:
+        kind: "ram" for the available memory; "disk" for the free space plus the current size of the cache.
+        path: file of the cache.
+    """
     if kind == "ram":
         _require_memory_files()
         with open("/proc/meminfo", encoding="ascii") as file:

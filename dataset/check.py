@@ -1,10 +1,11 @@
-"""Look at every file of a data set, and say what is wrong with it and what is in it.
+"""Check every file of a data set, and print its problems and statistics.
 
     python -m dataset.check CS [--split S] [--data-list L] [--classes TABLE] [--plot PNG] [--json FILE]
 
-Reads all pictures, labels and instances, in several processes. Prints how many there are of each split,
-beside the official numbers if it is Cityscapes, their sizes, how often each class occurs, and a line for each
-problem: the file, what is wrong, what to do. Exit status 0 where all is well, 2 where it is not.
+Reads all pictures, labels and instances in several processes. For each split it prints the number of pictures
+(for Cityscapes next to the official number), their sizes, and how often each class occurs. For each problem
+it prints a line with the file, what is wrong and what to do. The exit status is 0 without problems, otherwise
+2.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from utils import args as flags
 from utils.errors import DataError, RunError, UsageError
 from utils.files import check_output_file, unwritable, write_file
 
-#: Pictures of each city of Cityscapes' fine annotations.
+#: Number of pictures of each city, in Cityscapes with fine annotations.
 OFFICIAL = {
     "train": {
         "aachen": 174, "bochum": 96, "bremen": 316, "cologne": 154, "darmstadt": 85, "dusseldorf": 221,
@@ -40,22 +41,22 @@ OFFICIAL = {
     "val": {"frankfurt": 267, "lindau": 59, "munster": 174},
     "test": {"berlin": 544, "bielefeld": 181, "bonn": 46, "leverkusen": 58, "mainz": 298, "munich": 398},
 }  # fmt: skip
-#: Most problems and notes that are printed, and letters of the longest bar.
+#: Maximum number of printed problems and notes, and length of the longest bar in characters.
 MOST_LINES, MOST_NOTES, BAR = 50, 10, 40
 
 
 class Found(NamedTuple):
-    """A split before its files are looked at."""
+    """A split before its files are checked."""
 
     name: str
     pairs: list[Pair]
     problems: list[str]
     notes: list[str]
-    official: dict[str, int]  # pictures that each city ought to have
+    official: dict[str, int]  # number of pictures that each city should have
 
 
 class Split(NamedTuple):
-    """A split after its files were looked at."""
+    """A split after its files were checked."""
 
     name: str
     cities: Counter[str]
@@ -63,19 +64,26 @@ class Split(NamedTuple):
     notes: list[str]
     sizes: Counter[tuple[int, int]]
     counts: Counts
-    pictures: np.ndarray  # int64 [256]: how many have pixels of each train id
+    pictures: np.ndarray  # int64 [256]: number of pictures that contain each train id
 
     @property
     def pixels(self) -> np.ndarray:
-        """Return the pixels of each train id, int64 [256]."""
+        """Return the number of pixels of each train id, int64 [256]."""
         return self.counts.train_ids
 
 
-# A split
+# Checking a split
 
 
 def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split:
-    """Look at the files of a split."""
+    """Check all files of a split.
+
+    Args:
+        found: the split.
+        root: the data directory.
+        labels: reader of the labels.
+        workers: number of processes.
+    """
     name, pairs = found.name, found.pairs
     split = Split(
         name,
@@ -90,20 +98,20 @@ def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split
         if split.cities[city] != number:
             split.problems.append(
                 f"leftImg8bit/{name}/{city}: {split.cities[city]} of {number} pictures; unpack the whole "
-                "leftImg8bit_trainvaltest.zip, or say --partial"
+                "leftImg8bit_trainvaltest.zip, or give --partial"
             )
     instances = [os.path.join(root, instances_of(pair.label)) for pair in pairs if has_ids(pair)]
     missing = [path for path in instances if not os.path.lexists(path)]
     if 0 < len(missing) < len(instances):
         split.problems.append(
-            f"{missing[0]}: no such file, one of {len(missing)} where other labels have instances; unpack "
-            "the whole gtFine_trainvaltest.zip"
+            f"{missing[0]}: no such file, {len(missing)} of {len(instances)} labels have no instances; "
+            "unpack the whole gtFine_trainvaltest.zip"
         )
     for image, times in Counter(pair.image for pair in pairs).items():
         if times > 1:
-            split.notes.append(f"{image}: {times} times in the list")
+            split.notes.append(f"{image}: is listed {times} times")
     dark: list[str] = []
-    said: dict[str, list[str]] = {}  # files of each message of a decoder
+    said: dict[str, list[str]] = {}  # files by message of a decoder
     for pair, looked in zip(pairs, look_at_all(root, pairs, labels, workers), strict=True):
         split.problems.extend(looked.problems)
         dark += looked.notes
@@ -116,7 +124,7 @@ def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split
             pixels = looked.counts.train_ids
             split.pictures[:] += pixels > 0
             if pixels[labels.ignore_label] == pixels.sum():
-                split.notes.append(f"{pair.label}: void alone")
+                split.notes.append(f"{pair.label}: has only void pixels")
     if dark:
         split.notes.append(dark[0] + _and_more(dark))
     split.notes.extend(f"{files[0]}: {message}{_and_more(files)}" for message, files in said.items())
@@ -130,16 +138,16 @@ def _and_more(files: Sequence[str]) -> str:
 
 
 def official_cities(split: str, cities: Set[str]) -> dict[str, int]:
-    """Pictures of each city of a split of Cityscapes; none where `cities` are not Cityscapes'."""
+    """Return the official number of pictures by city; empty unless all `cities` belong to the split."""
     known = OFFICIAL.get(split, {})
     return known if cities and cities <= known.keys() else {}
 
 
 def find(args: argparse.Namespace) -> list[Found]:
-    """Find the pairs of every split that is asked for.
+    """Find the pairs of every requested split.
 
     Raises:
-        DataError: there is no such data set, split or list.
+        DataError: the data set, split or list does not exist.
     """
     root = args.root
     if args.data_list:
@@ -150,7 +158,7 @@ def find(args: argparse.Namespace) -> list[Found]:
         layout.check_split(name)
     layout.check_root(root)
     names = list(dict.fromkeys(args.split or ())) or sorted(
-        layout.splits(root), key=lambda name: (["train", "val", "test"] + [name]).index(name)
+        layout.splits(root), key=lambda name: ["train", "val", "test", name].index(name)
     )
     if not names:
         raise DataError(
@@ -160,17 +168,19 @@ def find(args: argparse.Namespace) -> list[Found]:
 
 
 def find_split(root: str, name: str, partial: bool) -> Found:
-    """Find the pairs of a split of the layout, and what is wrong with their names.
+    """Find the pairs of a split in the Cityscapes layout, and problems with their names.
 
     Args:
-        partial: whether a part of Cityscapes' cities is all that is wanted.
+        root: the data directory.
+        name: name of the split.
+        partial: whether a part of the cities of Cityscapes is enough.
     """
     found = layout.scan(root, name)
     cities = {os.path.basename(os.path.dirname(pair.image)) for pair in (*found.pairs, *found.without_label)}
     official = official_cities(name, cities)
     unlabeled = not os.path.isdir(os.path.join(root, "gtFine", name)) and name not in ("train", "val")
     if unlabeled or (name == "test" and official):
-        # The benchmark keeps its labels: what gtFine/test has is void alone.
+        # The labels of the test set are not public; those in gtFine/test have only void pixels.
         found = layout.scan(root, name, labeled=False)
     problems = [
         f"{os.path.join(root, pair.label)}: no such label; unpack the whole gtFine_trainvaltest.zip"
@@ -183,21 +193,21 @@ def find_split(root: str, name: str, partial: bool) -> Found:
     problems += [
         f"{os.path.join(root, stray)}: not named *{layout.PICTURE}.png; rename it" for stray in found.strays
     ]
-    # They are looked at as well.
-    pairs = found.pairs + [pair._replace(label="") for pair in found.without_label]
+    # Pictures without a label are checked as well.
+    pairs = [*found.pairs, *(pair._replace(label="") for pair in found.without_label)]
     if not pairs and not problems:
         problems.append(
-            f"{os.path.join(root, 'leftImg8bit', name)}: no picture; unpack leftImg8bit_trainvaltest.zip"
+            f"{os.path.join(root, 'leftImg8bit', name)}: has no pictures; unpack leftImg8bit_trainvaltest.zip"
         )
     notes = [layout.say_skipped(found.skipped)] if found.skipped else []
     return Found(name, pairs, problems, notes, {} if partial else official)
 
 
 def check_written(args: argparse.Namespace, found: Sequence[Found]) -> None:
-    """See that --plot and --json can be written, and replace no picture, label, list or table.
+    """Check that --plot and --json can be written, and do not overwrite a file of the data set.
 
     Raises:
-        UsageError: naming the flag.
+        UsageError: they can't, or they do; the message names the flag.
     """
     pairs = [pair for each in found for pair in each.pairs]
     files = [file for pair in pairs for file in (pair.image, pair.label, instances_of(pair.label)) if file]
@@ -206,14 +216,14 @@ def check_written(args: argparse.Namespace, found: Sequence[Found]) -> None:
     for flag, path in outputs.items():
         check_output_file(flag, path, inputs)
     if len(outputs) == 2 and os.path.realpath(args.plot) == os.path.realpath(args.json):
-        raise UsageError(f"--plot {args.plot}: is the file of --json too; name another")
+        raise UsageError(f"--plot {args.plot}: is also the file of --json; name another file")
 
 
-# What is said of it
+# Results
 
 
 def describe(split: Split, labels: LabelReader) -> str:
-    """Counts, sizes and class frequencies of a split, as text."""
+    """Return the counts, sizes and class frequencies of a split as text."""
     number = split.cities.total()
     official = official_cities(split.name, split.cities.keys())
     beside = f" of the official {sum(official.values())}" if official else ""
@@ -235,7 +245,7 @@ def describe(split: Split, labels: LabelReader) -> str:
             lines.append(f"  {name:<{width}}  {100 * shares[train_id]:>8.3f}%  {occurs}  {bar}".rstrip())
         void = 100 * split.pixels[labels.ignore_label] / total
         lines.append(
-            f"  {'void':<{width}}  {void:>8.3f}%  of all pixels; the classes' shares are of the rest"
+            f"  {'void':<{width}}  {void:>8.3f}%  of all pixels; class shares are of the other pixels"
         )
     for note in split.notes[:MOST_NOTES]:
         lines.append(f"  note: {note}")
@@ -245,7 +255,7 @@ def describe(split: Split, labels: LabelReader) -> str:
 
 
 def as_json(splits: Sequence[Split], labels: LabelReader) -> dict[str, Any]:
-    """All that is known of the splits."""
+    """Return the results of all splits as JSON values."""
     return {
         split.name: {
             "pictures": split.cities.total(),
@@ -266,48 +276,54 @@ def as_json(splits: Sequence[Split], labels: LabelReader) -> dict[str, Any]:
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = flags.Parser(
         prog="python -m dataset.check",
         usage="python -m dataset.check [options] CS",
         description=(__doc__ or "").splitlines()[0],
     )
     add = parser.add_argument
-    add("root", metavar="CS", help="folder with leftImg8bit and gtFine, or what --data-list is relative to")
+    add(
+        "root",
+        metavar="CS",
+        help="folder with leftImg8bit and gtFine, or the folder of the paths in --data-list",
+    )
     add(
         "--split",
         action="append",
         metavar="S",
-        help="folder below leftImg8bit; may be given again; default: all",
+        help="folder below leftImg8bit; can be repeated; default: all",
     )
-    add("--data-list", metavar="L", help="file of 'image<TAB>label' lines, instead of the folders")
-    add("--classes", metavar="TABLE", help="what the labels of another data set mean: docs/own_data.md")
+    add("--data-list", metavar="L", help="file of 'image<TAB>label' lines, used instead of the folders")
+    add("--classes", metavar="TABLE", help="class table of another data set (docs/own_data.md)")
     add(
         "--num-classes",
         type=flags.classes,
         metavar="K",
-        help="number of train ids; those of --classes, or 19",
+        help="number of classes; default: that of --classes, or 19",
     )
     add(
         "--ignore-label",
         type=flags.label,
         default=IGNORE,
         metavar="ID",
-        help="of void; default: 255",
+        help="label of void pixels; default: 255",
     )
     add(
         "--num-workers",
         type=flags.number(int, 1, 999),
         default=os.cpu_count() or 1,
         metavar="N",
-        help="default: the cores",
+        help="number of processes; default: number of CPU cores",
     )
-    add("--partial", action="store_true", help="a part of Cityscapes is wanted: do not miss the rest")
+    add("--partial", action="store_true", help="accept a part of the Cityscapes pictures")
     add("--plot", metavar="PNG", help="write a chart of the class frequencies")
-    add("--json", metavar="FILE", help="write all that is found, as JSON")
+    add("--json", metavar="FILE", help="write all results as JSON")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     args = get_parser().parse_args(argv)
     table, num_classes = choose_table(args.classes, args.num_classes)
     labels = LabelReader(table, args.ignore_label, num_classes)
@@ -324,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         ) from error
     except BrokenProcessPool as error:
         raise RunError(
-            "a process that reads pictures was killed (out of memory, perhaps); give fewer --num-workers"
+            "a process that reads pictures was killed (possibly out of memory); give a smaller --num-workers"
         ) from error
     try:
         if args.json:
@@ -341,9 +357,9 @@ def main(argv: list[str] | None = None) -> int:
     pictures = sum(split.cities.total() for split in splits)
     if problems:
         raise DataError(
-            f"{args.root}: {len(problems)} problems in {pictures} pictures; the first: {problems[0]}"
+            f"{args.root}: {len(problems)} problems in {pictures} pictures, the first is {problems[0]}"
         )
-    print(f"{args.root}: all is well with {pictures} pictures")
+    print(f"{args.root}: no problems in {pictures} pictures")
     return 0
 
 

@@ -1,4 +1,9 @@
-"""The loader: pictures and labels by list or layout, augmented or whole (original: dataset/datasets.py)."""
+"""The data set of pictures and labels, found by a list or in the Cityscapes layout.
+
+A train id is the class index that the network is trained with. Void pixels are neither trained nor scored.
+
+Source: dataset/datasets.py of the original.
+"""
 
 from __future__ import annotations
 
@@ -32,70 +37,64 @@ from dataset.pictures import (
 )
 from utils.errors import DataError
 
-#: Mean of the training pictures, BGR, 0-255 (of the ImageNet backbone's training).
+#: Mean of the pictures that the ImageNet backbone was trained on, BGR in 0..255.
 IMG_MEAN = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32)
 
 
 class Sample(NamedTuple):
-    """One augmented sample, in bytes: the network's device makes floats of them.
+    """An augmented sample as uint8 arrays; they are converted to float on the device of the network."""
 
-    image uint8 [h, w, 3] BGR, label uint8 [h, w] train ids, where in them the picture is (outside of it the
-    network gets 0), and what was done to it.
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-    content: transforms.Content
+    image: np.ndarray  # uint8 [h, w, 3], BGR
+    label: np.ndarray  # uint8 [h, w], train ids
+    content: transforms.Content  # area of the picture; the network gets 0 in the padding
     name: str
     augmentation: transforms.Augmentation
 
     def record(self) -> str:
-        """The sample in one line: name, scale, crop offset, mirror."""
+        """Describe the sample in one line: name, scale, crop offset, mirror."""
         scale, top, left, mirror = self.augmentation
         return f"{self.name} scale={scale:.1f} crop={top},{left} mirror={int(mirror)}"
 
 
 class Picture(NamedTuple):
-    """One whole picture for evaluation.
+    """A whole picture for evaluation."""
 
-    image uint8 [h, w, 3] BGR, label uint8 [h, w] train ids (None where there are no labels), and where they
-    are wanted label ids uint8 [h, w] and instance ids uint16 [h, w] (else None).
-    """
-
-    image: np.ndarray
-    label: np.ndarray | None
+    image: np.ndarray  # uint8 [h, w, 3], BGR
+    label: np.ndarray | None  # train ids, uint8 [h, w]; None without labels
     name: str
-    label_ids: np.ndarray | None
-    instance_ids: np.ndarray | None
+    label_ids: np.ndarray | None  # uint8 [h, w]; None unless requested
+    instance_ids: np.ndarray | None  # uint16 [h, w]; None unless requested
 
 
 class CSDataSet(Dataset):
-    """Pictures with labels in the Cityscapes layout, or in any layout by a list.
+    """Pictures with labels, in the Cityscapes layout or given by a list.
 
-    Labels named `*_labelTrainIds.png` are train ids as they are. Others go through `table`, if one is given:
-    by their ids, or by their colors where they are color pictures. Without it those named `*_labelIds.png`
-    go through Cityscapes' table, and all others are train ids too.
+    Labels named `*_labelTrainIds.png` hold train ids. Other labels are converted with `table` if it is given,
+    by their ids or, for color pictures, by their colors. Without a table, labels named `*_labelIds.png` are
+    converted with the table of Cityscapes, and all others hold train ids.
+
+    An item is a tuple of image (float32 [3, h, w], BGR minus mean), label (train ids, int64 [h, w]), size
+    (height, width, 3) of the picture on disk, and name. The augmentation is drawn from torch's random state.
+    Reading an item raises DataError if a file is unreadable or mislabeled.
 
     Args:
         root: the data directory.
-        list_path: file of `image<TAB>label` lines relative to `root`; None discovers `split` from the layout.
+        list_path: file of `image<TAB>label` lines relative to `root`; None finds the pairs of `split` in the
+            Cityscapes layout.
         crop_size: (height, width) of the samples; None for whole pictures.
         mean: BGR mean to subtract.
-        scale, mirror: whether to scale (0.7 to 2.1) and mirror at random.
+        scale: whether to scale randomly by 0.7 to 2.1.
+        mirror: whether to mirror randomly.
         ignore_label: label of void pixels and padding.
-        num_classes: labels of this value or more (other than `ignore_label`) are an error; None for as many
-            as the table has.
-        split: "train", "val" or another folder below leftImg8bit, when there is no list.
-        table: what the values of the label pictures mean.
+        num_classes: number of classes; None for that of the table. Larger train ids, other than
+            `ignore_label`, are an error.
+        split: "train", "val" or another folder below leftImg8bit, used without a list.
+        table: meaning of the values of the label pictures.
         labeled: whether there are labels; without them only `picture` and `check` can be called.
-        cache: where decoded pictures are kept, of `sizes()`.
-
-    Items: (image float32 [3, h, w] BGR minus mean, label int64 [h, w] train ids, size (height, width, 3) of
-    the picture on disk, name). Their augmentation is drawn from torch's random state.
+        cache: cache for decoded pictures, with a plan for `sizes()`.
 
     Raises:
-        DataError: see `layout.read_list` and `layout.discover`; an item raises it for an unreadable or
-            mislabeled file.
+        DataError: see `layout.read_list` and `layout.discover`.
     """
 
     def __init__(
@@ -151,11 +150,11 @@ class CSDataSet(Dataset):
         return image, sample.label.astype(np.int64), np.array((*size, 3)), sample.name
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Item `index` in bytes, with its augmentation drawn from `rng`."""
+        """Return sample `index`, with its augmentation drawn from `rng`."""
         return self._augmented(index, rng)[0]
 
     def _augmented(self, index: int, rng: np.random.Generator) -> tuple[Sample, tuple[int, int]]:
-        """A sample, and (height, width) of its picture."""
+        """Return a sample and the (height, width) of its picture."""
         cached = self.cache.get(index) if self.cache is not None else None
         if cached is not None:
             size = cached[0].shape[:2]
@@ -170,7 +169,7 @@ class CSDataSet(Dataset):
             image, label = self._decode(encoded)
             self.cache.put(index, image, label)
         else:
-            # A crop far up spares the decoding of what is below it.
+            # Rows below the crop need not be decoded.
             image, label = self._decode(encoded, transforms.rows_needed(size, crop, augmentation))
         image, label, content = transforms.apply(
             image, label, size, crop, augmentation, self.labels.ignore_label
@@ -178,31 +177,31 @@ class CSDataSet(Dataset):
         return Sample(image, label, content, self.pairs[index].name, augmentation), size
 
     def digest(self) -> str:
-        """Tells data sets apart by their pairs and the meaning of their labels, wherever they lie."""
+        """Return a hash of the pairs and the class table, independent of the data directory."""
         about = repr(self.pairs) + (repr(self.labels.table.labels) if self.labels.table else "")
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of every picture, by their headers."""
+        """Return the (height, width) of every picture, from its header."""
         with ThreadPoolExecutor(8) as pool:
             headers = pool.map(read_header, (self.path(pair.image) for pair in self.pairs))
             return [(header.height, header.width) for header in headers]
 
     def cache_file(self, folder: str) -> str:
-        """The file in `folder` that a cache of these pictures is kept in."""
+        """Return the path of the cache file for these pictures in `folder`."""
         files = [file for pair in self.pairs for file in (pair.image, pair.label)]
         return on_disk(
             folder, self.root, files, f"{self.digest()} {self.labels.ignore_label} {self.labels.num_classes}"
         )
 
     def files(self) -> list[str]:
-        """Return the paths of all pictures and labels, and of the instanceIds that may lie beside them."""
+        """Return the paths of all pictures, labels and possible instanceIds files."""
         labels = [pair.label for pair in self.pairs if pair.label]
         instances = [instances_of(label) for label in labels if label.endswith(LABEL_IDS)]
         return [self.path(file) for file in (*(pair.image for pair in self.pairs), *labels, *instances)]
 
     def has_instances(self) -> bool:
-        """Return whether every label is a labelIds file with an instanceIds file beside it."""
+        """Return whether every label is a labelIds file that has an instanceIds file."""
         return all(
             pair.label.endswith(LABEL_IDS) and os.path.isfile(self.path(instances_of(pair.label)))
             for pair in self.pairs
@@ -232,7 +231,12 @@ class CSDataSet(Dataset):
         )
 
     def picture(self, index: int, instances: bool) -> Picture:
-        """Item `index` whole and unchanged, with label and instance ids if `instances`."""
+        """Return picture `index`, whole and without augmentation.
+
+        Args:
+            index: number of the picture.
+            instances: whether to read label ids and instance ids too.
+        """
         pair = self.pairs[index]
         if not self.labeled:
             return Picture(decode_image(load(self.path(pair.image))), None, pair.name, None, None)
@@ -246,24 +250,25 @@ class CSDataSet(Dataset):
         return Picture(image, label, pair.name, label_ids, instance_ids)
 
     def path(self, relative: str) -> str:
+        """Return the path of a file given relative to the data directory."""
         return os.path.join(self.root, relative)
 
     def check(self, instances: bool = False) -> str:
-        """Look at the header of every file and at the ids of every label; return the lines to print.
+        """Check the header of every file and the ids of every label, and return the lines to print.
 
-        The first line has the number of pictures and the share of void; more follow about classes that occur
-        in no label, files that were skipped, and pictures of 16 bits that are nearly black.
+        The first line has the number of pictures and the share of void pixels. Further lines name classes
+        that occur in no label, skipped files, and 16-bit pictures that are nearly black.
 
         Args:
-            instances: look at the headers of the instanceIds files too.
+            instances: check the headers of the instanceIds files too.
 
         Raises:
-            DataError: naming the first file that is missing, unreadable, truncated, of the wrong kind, of
-                another size than its picture, or a label with an id that is none of the classes; or every
-                label is void alone.
+            DataError: a file is missing, unreadable, truncated or of the wrong kind, a label has another size
+                than its picture or an unknown id (the message names the first such file), or all labels have
+                only void pixels.
         """
         counts = Counts()
-        odd = None  # a picture whose channels don't have 8 bits
+        odd = None  # a picture that does not have 8 bits per channel
         try:
             with ThreadPoolExecutor(8) as pool:
                 looks = pool.map(lambda pair: self._check_pair(pair, instances), self.pairs)
@@ -295,7 +300,7 @@ class CSDataSet(Dataset):
         return "\n".join([line, *(f"note: {note}" for note in notes)])
 
     def _check_pair(self, pair: Pair, instances: bool) -> tuple[Header, Counts]:
-        """Return the header of the picture, and what its label holds."""
+        """Check a pair and return the header of the picture and the counts of the label."""
         image = read_header(self.path(pair.image))
         check_picture(self.path(pair.image), image)
         if not self.labeled:
@@ -313,7 +318,7 @@ class CSDataSet(Dataset):
         return image, counts
 
     def _load(self, index: int) -> tuple[Encoded, Encoded]:
-        """The files of picture and label, of the same size."""
+        """Read the files of a picture and its label, and check that they have the same size."""
         pair = self.pairs[index]
         image, label = load(self.path(pair.image)), load(self.path(pair.label))
         check_size(label.path, label, pair.image, image)
@@ -322,5 +327,5 @@ class CSDataSet(Dataset):
     def _decode(
         self, encoded: tuple[Encoded, Encoded], rows: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The picture uint8 [h, w, 3] BGR and its train ids uint8 [h, w], at least the first `rows` rows."""
+        """Return the picture uint8 [h, w, 3] BGR and the train ids uint8 [h, w]; h is at least `rows`."""
         return decode_image(encoded[0], rows), self.labels.read(encoded[1], rows)

@@ -1,4 +1,4 @@
-"""A chart of how often the classes of a data set occur."""
+"""A bar chart of the class frequencies of a data set."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dataset.labels import LabelReader
 
-#: Pixels: height of a bar, room between classes, and length of a bar of 100 per cent.
+#: Height of a bar, gap between classes, and length of a bar of 100 percent, in pixels.
 BAR, GAP, LENGTH = 15, 9, 560
-#: Power of ten of the per cent that the axis begins with.
+#: Exponent of the smallest percentage on the logarithmic axis.
 LOWEST = -3
 
 
-def _extent(per_cent: float) -> int:
-    return round(LENGTH * max(math.log10(max(per_cent, 1e-9)) - LOWEST, 0) / (2 - LOWEST))
+def _extent(percent: float) -> int:
+    return round(LENGTH * max(math.log10(max(percent, 1e-9)) - LOWEST, 0) / (2 - LOWEST))
 
 
 def draw_chart(splits: Sequence[tuple[str, np.ndarray]], labels: LabelReader) -> bytes:
-    """Of each class a bar for each split, as long as the logarithm of its share of the pixels; a PNG file.
+    """Draw a bar for each class and split, on a logarithmic axis, and return the PNG file.
 
     Args:
-        splits: name, and pixels of each train id int64 [256].
+        splits: name and number of pixels of each train id, int64 [256], of each split.
+        labels: reader that gives the names and colors of the classes.
     """
     splits = [(name, pixels) for name, pixels in splits if pixels.any()]
     names = labels.names()
@@ -38,7 +39,7 @@ def draw_chart(splits: Sequence[tuple[str, np.ndarray]], labels: LabelReader) ->
     pen = ImageDraw.Draw(picture)
     pen.text((16, 14), "Pixels of each class", fill="black", font=title)
     order = ", then ".join(name for name, _ in splits)
-    said = f"per cent of those that are not void, on a logarithmic scale: {order}"
+    said = f"percent of the pixels that are not void, logarithmic scale: {order}"
     pen.text((16, 42), said, fill="black", font=font)
     for power in range(LOWEST, 3):
         x = left + _extent(10.0**power)

@@ -1,7 +1,7 @@
-"""Looking at every file of picture-label pairs, in several processes.
+"""Checks of all files of picture-label pairs, in several processes.
 
-Apart from dataset/check.py: its processes import this module before they run the main program again, and
-Python warns where both are the same.
+This module is separate from dataset/check.py because its processes import it before they import the main
+program. Python warns if both are the same module.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from utils.errors import DataError, RunError
 from utils.progress import Progress
 from utils.silence import silence
 
-#: An instance id is the label id * 1000 + a number.
+#: An instance id is label id * 1000 + number; smaller values are label ids without an instance.
 SINGLE = 1000
 
 
 class Looked(NamedTuple):
-    """What was found in the files of one pair."""
+    """The result of checking one pair."""
 
     problems: list[str]
     notes: list[str]
-    said: list[tuple[str, str]]  # file and line of what a decoder wrote to standard error
-    size: tuple[int, int] | None  # (height, width), None where the picture can't be read
-    counts: Counts | None  # None where the label can't be read
+    said: list[tuple[str, str]]  # lines that decoders wrote to standard error, as (file, line)
+    size: tuple[int, int] | None  # (height, width); None if the picture can't be read
+    counts: Counts | None  # None if the label can't be read
 
 
 def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
-    """Decode picture, label and instances of a pair; a problem of one does not hide those of the others."""
+    """Check picture, label and instances of a pair, even if one of them has a problem."""
     problems: list[str] = []
     notes: list[str] = []
     said: list[tuple[str, str]] = []
@@ -75,12 +75,12 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
 
 
 def has_ids(pair: Pair) -> bool:
-    """Return whether the label holds Cityscapes' label ids, which instance ids can belong to."""
+    """Return whether the label holds label ids of Cityscapes, so that it can have instance ids."""
     return pair.label.endswith(LABEL_IDS)
 
 
 def check_instances(path: str, instances: np.ndarray, ids: np.ndarray) -> None:
-    """Raise DataError where instance ids [h, w] belong to other labels than the label ids [h, w] say."""
+    """Raise DataError if instance ids [h, w] do not match the label ids [h, w]."""
     if instances.ndim != 2:
         raise no_label(path, "RGB")
     values = instances.astype(np.int64)
@@ -88,8 +88,8 @@ def check_instances(path: str, instances: np.ndarray, ids: np.ndarray) -> None:
     wrong = of_label != ids
     if wrong.any():
         raise DataError(
-            f"{path}: instance {values[wrong][0]} where the label id is {ids[wrong][0]}; give the one that "
-            "belongs to the label"
+            f"{path}: instance {values[wrong][0]} where the label id is {ids[wrong][0]}; use the file that "
+            "matches the label"
         )
 
 
@@ -97,7 +97,7 @@ _job: tuple[str, LabelReader]
 
 
 def _begin(root: str, labels: LabelReader) -> None:
-    """Prepare a process: OpenCV has one thread, Ctrl-C is the parent's, decoders' messages are kept."""
+    """Initialize a process: one OpenCV thread, Ctrl-C left to the parent, decoder messages kept."""
     global _job
     _job = root, labels
     cv2.setNumThreads(0)
@@ -110,21 +110,27 @@ def _look(pair: Pair) -> Looked:
 
 
 def look_at_all(root: str, pairs: Sequence[Pair], labels: LabelReader, workers: int) -> Iterator[Looked]:
-    """Look at each pair's files, in the order of the pairs, with the progress on standard error.
+    """Check the files of all pairs and yield the results in order, with progress on standard error.
+
+    Args:
+        root: the data directory.
+        pairs: pairs to check.
+        labels: reader of the labels.
+        workers: number of processes.
 
     Raises:
         RunError: the processes can't be started.
     """
     progress = Progress(len(pairs), interval=10.0, stream=sys.stderr)
-    # Not threads, which would wait for each other: the decoder holds Python's lock. And not forks of this
-    # process: where it has had threads, a copy without them can wait for one for ever.
+    # Use processes, since the decoder holds Python's global lock. Do not fork this process: if it has had
+    # threads, its copy has their locks but not the threads, and can hang.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     try:
         pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(root, labels))
     except OSError as error:
         raise RunError(
-            f"/dev/shm: the locks of several processes can't be made there ({error.strerror}); enlarge it "
+            f"/dev/shm: can't create the locks of several processes ({error.strerror}); enlarge it "
             "(docker run --shm-size)"
         ) from error
     with pool:

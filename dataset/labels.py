@@ -1,7 +1,8 @@
-"""What the values of label pictures mean: Cityscapes' table (facts as published with it), or one's own.
+"""The meaning of values in label pictures: the class table of Cityscapes, or that of another data set.
 
-A table has a row for each kind of label. Several rows may share a train id: they are one class, which has the
-name, the color and the id of the first of them. Rows of train id 255 are void: neither trained nor scored.
+A class table maps the ids in label pictures to train ids, the class indices that the network is trained with.
+It has a row for each label. Rows with the same train id are one class, with the name, color and id of the
+first of them. Rows with train id 255 are void: their pixels are neither trained nor scored.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ IGNORE = 255
 
 
 class Label(NamedTuple):
-    """One row of a table. `train_id` is 255 where the class is not trained and not evaluated."""
+    """One row of a class table."""
 
     name: str
-    id: int  # value in the label pictures; -1 where only the color tells it
-    train_id: int
+    id: int  # value in the label pictures; -1 if the label is identified only by its color
+    train_id: int  # 255 for void
     category: str
     has_instances: bool
     color: tuple[int, int, int]  # RGB
@@ -72,17 +73,18 @@ LABELS = (
 
 
 class ClassTable:
-    """A table of labels, and the look-ups that it makes.
+    """A class table and its lookup tables.
 
     Args:
         labels: the rows.
 
     Attributes:
-        classes: the first row of each train id, in their order: K of them.
-        names, colors: of the classes.
+        classes: the K classes: the first row of each train id, ordered by train id.
+        names: names of the classes.
+        colors: RGB colors of the classes.
 
     Raises:
-        ValueError: train ids with gaps, none at all, or an id that two rows have.
+        ValueError: there are no classes, train ids have gaps, or two rows have the same id.
     """
 
     def __init__(self, labels: Sequence[Label]):
@@ -104,10 +106,11 @@ class ClassTable:
         self.colors = tuple(label.color for label in self.classes)
 
     def train_ids(self, ignore_label: int = IGNORE) -> np.ndarray:
-        """Return the look-up int16 [256] from value in a label picture to train id; -1 where no row has it.
+        """Return the lookup table int16 [256] from label id to train id, with -1 for unknown ids.
 
-        255 is void where no row has it: what has no label is often stored so, as Cityscapes' license plate
-        (id -1 in eight bits) is.
+        255 is void unless a row has this id: unlabeled pixels are often stored as 255, for example the
+            license
+        plates of Cityscapes (id -1 in eight bits).
         """
         table = np.full(256, -1, dtype=np.int16)
         table[255] = ignore_label
@@ -117,7 +120,7 @@ class ClassTable:
         return table
 
     def row_of_color(self) -> np.ndarray:
-        """Look-up uint8 [2**24] from R * 65536 + G * 256 + B to the number of the row; 255 where is none.
+        """Return the lookup table uint8 [2**24] from R * 65536 + G * 256 + B to row number; 255 if unknown.
 
         Raises:
             ValueError: two classes have the same color.
@@ -130,14 +133,11 @@ class ClassTable:
             if before == 255:
                 table[key] = number
             elif self.labels[before].train_id != label.train_id:
-                raise ValueError(
-                    f"{self.labels[before].name} and {label.name} have the same color; pictures of colors "
-                    "can't tell them apart"
-                )
+                raise ValueError(f"{self.labels[before].name} and {label.name} have the same color")
         return table
 
     def label_ids(self) -> np.ndarray:
-        """uint8 [K]: the value of each class in label pictures; train ids where a class has none."""
+        """Return the id of each class in label pictures, uint8 [K]; the train ids if a class has no id."""
         ids = [label.id for label in self.classes]
         return np.array(ids if min(ids) >= 0 else range(len(ids)), dtype=np.uint8)
 
@@ -152,22 +152,23 @@ def _zeros() -> np.ndarray:
 
 @dataclass
 class Counts:
-    """How many pixels of labels have each train id, and each value in labels of one channel: int64 [256]."""
+    """Number of pixels with each train id, and with each value (not for color labels), as int64 [256]."""
 
     train_ids: np.ndarray = field(default_factory=_zeros)
     values: np.ndarray = field(default_factory=_zeros)
 
     def add(self, other: Counts) -> None:
+        """Add other counts in place."""
         self.train_ids += other.train_ids
         self.values += other.values
 
 
 def _occurring(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values that occur in integers [h, w], and how often each does."""
+    """Return the values that occur in an integer array [h, w], and their counts."""
     if pixels.dtype != np.uint8:
         return np.unique(pixels, return_counts=True)
     counts = _zeros()
-    # OpenCV counts in float32, which is exact up to 2^24.
+    # OpenCV counts in float32, so count at most 2^24 pixels at a time.
     rows = max(1, 2**24 // pixels.shape[1])
     for start in range(0, len(pixels), rows):
         part = cv2.calcHist([pixels[start : start + rows]], [0], None, [256], [0, 256])
@@ -176,18 +177,18 @@ def _occurring(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return present, counts[present]
 
 
-#: Classes that one line names.
+#: Maximum number of classes named in one line.
 MOST_NAMES = 8
 
 
 class LabelReader:
-    """Makes train ids of label files.
+    """A reader that converts label files to train ids.
 
     Args:
-        table: what their values mean; None for Cityscapes' where they are named `*_labelIds.png`, and for
-            train ids otherwise.
+        table: class table; None uses the table of Cityscapes for files named `*_labelIds.png`, and takes the
+            values of other files as train ids.
         ignore_label: train id of void pixels.
-        num_classes: how many classes there are; None for as many as the table has.
+        num_classes: number of classes; None for that of the table.
     """
 
     def __init__(
@@ -202,47 +203,48 @@ class LabelReader:
         self._row_of_color: np.ndarray | None = None
 
     def _checked(self, train_ids: np.ndarray) -> np.ndarray:
-        """A look-up with -1 for what is neither a class nor void."""
+        """Return a lookup table with -1 for all values that are neither a class nor void."""
         known = (train_ids < self.num_classes) | (train_ids == self.ignore_label)
         return np.where(known, train_ids, -1)
 
     def names(self) -> list[str]:
-        """Of the classes."""
+        """Return the class names."""
         names = (self.table or CITYSCAPES).names
         if len(names) == self.num_classes:
             return list(names)
         return [f"class {number}" for number in range(self.num_classes)]
 
     def colors(self) -> list[tuple[int, int, int]]:
-        """RGB of the classes, as many as the table knows."""
+        """Return the RGB colors of the classes, for as many as the table has."""
         return list((self.table or CITYSCAPES).colors[: self.num_classes])
 
     def label_ids(self) -> np.ndarray:
-        """uint8 [K]: the value of each class in pictures of label ids."""
+        """Return the id of each class in pictures of label ids, uint8 [K]."""
         known = (self.table or CITYSCAPES).label_ids()
         return known if len(known) == self.num_classes else np.arange(self.num_classes, dtype=np.uint8)
 
     def is_cityscapes(self) -> bool:
-        """Return whether the classes are those of the benchmark."""
+        """Return whether the classes are the 19 of the Cityscapes benchmark."""
         return self.table is None and self.num_classes == NUM_CLASSES
 
     def may_be_colors(self, path: str) -> bool:
-        """Return whether a label file may be a picture of colors."""
+        """Return whether a label file may be a color picture."""
         return self.table is not None and not path.endswith((LABEL_IDS, LABEL_TRAIN_IDS))
 
     def read(self, encoded: Encoded, rows: int | None = None) -> np.ndarray:
         """Return the train ids of a label file, uint8 [h, w].
 
         Args:
-            rows: how many are needed, from the top, and looked at; None for all.
+            encoded: the label file.
+            rows: number of rows to decode and check, from the top; None for all.
 
         Raises:
-            DataError: damaged, no label, or with a value that is neither a class nor void.
+            DataError: the file is damaged, not a label, or has a value that is neither a class nor void.
         """
         return self.train_ids(encoded.path, decode_label(encoded, rows))
 
     def count(self, encoded: Encoded) -> Counts:
-        """Return how often train ids and values occur in a label file; see `read` for the errors."""
+        """Return the counts of train ids and values in a label file; see `read` for the errors."""
         path, values = encoded.path, decode_label(encoded)
         counts = Counts()
         if values.ndim == 3:
@@ -255,7 +257,12 @@ class LabelReader:
         return counts
 
     def train_ids(self, path: str, values: np.ndarray) -> np.ndarray:
-        """Return the train ids uint8 [h, w] of what `decode_label` gives for the file `path`."""
+        """Convert a decoded label to train ids, uint8 [h, w].
+
+        Args:
+            path: the label file.
+            values: its content, from `decode_label`.
+        """
         if values.ndim == 3:
             if not self.may_be_colors(path):
                 raise no_label(path, "RGB", is_gray(values), colors=False)
@@ -264,7 +271,7 @@ class LabelReader:
         return cv2.LUT(values.astype(np.uint8, copy=False), look_up.astype(np.uint8))
 
     def _look_up(self, path: str, present: np.ndarray) -> np.ndarray:
-        """Return the look-up int16 [256] from the values of a file to train ids; it has those `present`."""
+        """Return the lookup table int16 [256] of a file; raise DataError for unknown values in `present`."""
         as_they_are = path.endswith(LABEL_TRAIN_IDS) or (self.table is None and not path.endswith(LABEL_IDS))
         train_ids = self._unchanged if as_they_are else self._by_id
         for value in present.tolist():
@@ -274,12 +281,12 @@ class LabelReader:
         return train_ids
 
     def notes(self, counts: Counts) -> list[str]:
-        """Return what is odd about the labels of a whole data set, in lines: classes that never occur."""
+        """Return lines about unusual labels of a data set, such as classes that never occur."""
         notes = []
         if self.ignore_label < self.num_classes:
             notes.append(
-                f"class {self._named(self.ignore_label)} is void (--ignore-label {self.ignore_label}): it is "
-                "neither trained nor scored"
+                f"class {self._named(self.ignore_label)} is void (--ignore-label {self.ignore_label}), so it "
+                "is neither trained nor scored"
             )
         absent = [
             self._named(number)
@@ -293,24 +300,26 @@ class LabelReader:
         by_value = self._unchanged if self.table is None else self._by_id
         if absent and set(np.flatnonzero(counts.values)) == {0, 255} and by_value[255] == self.ignore_label:
             notes.append(
-                "the labels hold 0 and 255 alone, and 255 is void: where it is a class, give --classes a "
-                "table that has a row of id 255 (docs/own_data.md)"
+                "the labels hold only 0 and 255, and 255 is void; if 255 is a class, give --classes a table "
+                "with a row for id 255 (docs/own_data.md)"
             )
         return notes
 
     def _named(self, number: int) -> str:
-        """Return a class's number, with its name where it has one."""
+        """Return the number of a class, with its name if it has one."""
         name = self.names()[number]
         return str(number) if name == f"class {number}" else f"{number} ({name})"
 
     def _of_colors(self, path: str, colors: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] RGB -> train ids uint8 [h, w]."""
+        """Convert colors, uint8 [h, w, 3] RGB, to train ids uint8 [h, w]."""
         assert self.table is not None
         if self._row_of_color is None:
             try:
                 self._row_of_color = self.table.row_of_color()
             except ValueError as error:
-                raise DataError(f"--classes: {error}, as {path} is; give each class its own") from error
+                raise DataError(
+                    f"--classes: {error}, but {path} is a color picture; give each its own"
+                ) from error
         red, green, blue = (channel.astype(np.int32) for channel in cv2.split(colors))
         rows = self._row_of_color[red << 16 | green << 8 | blue]
         train_ids = np.full(256, -1, np.int16)
@@ -327,31 +336,33 @@ class LabelReader:
 
     def _unknown(self, path: str, what: str, is_white: bool = False) -> DataError:
         flag = "--classes" if self.table else "--num-classes"
-        advice = "give 255 a row in a table of --classes (docs/own_data.md)" if is_white else "fix the label"
+        advice = (
+            "give 255 a row in the table of --classes (docs/own_data.md)" if is_white else "fix the label"
+        )
         return DataError(
-            f"{path}: {what} is none of the {self.num_classes} classes nor void; {advice}, or check "
+            f"{path}: {what} is not one of the {self.num_classes} classes or void; {advice}, or check "
             f"{flag} and --ignore-label"
         )
 
 
-#: The columns of a table's file; the last two may be left out.
+#: The columns of a class table file.
 COLUMNS = ("name", "id", "train_id", "color")
-#: Bytes that its file can have, and letters that a name can have.
+#: Maximum bytes of the file, and characters of a name.
 MOST_TEXT, LONGEST_NAME = 2**20, 200
-#: Rows that a table can have: each gets a number of eight bits, of which 255 is none.
+#: Maximum number of rows: row numbers have eight bits, and 255 means no row.
 MOST_ROWS = 255
 
 
 def read_table(path: str) -> ClassTable:
-    """Read a table from a text file with tab-separated columns.
+    """Read a class table from a text file with tab-separated columns.
 
-    The first line names the columns name, id, train_id and color, in any order; further columns are for the
-    reader alone, as are empty lines and those that begin with #. id is the value in the label pictures (0 to
-    255, or - where the label pictures are colors), train_id the number of the class (0, 1, 2, ..., 255 for
-    void), color is R,G,B.
+    The first line names the columns name, id, train_id and color, in any order. Further columns are ignored,
+    and so are empty lines and lines that start with #. id is the value in the label pictures (0 to 255, or -
+    for color pictures), train_id is the number of the class (0, 1, 2, ..., or 255 for void), and color is
+    R,G,B.
 
     Raises:
-        DataError: one line that names the file, the line and what is wrong.
+        DataError: the table is unreadable or invalid; the message names the file and the line.
     """
     try:
         text = read_input(path, MOST_TEXT).decode("utf-8-sig")
@@ -389,10 +400,15 @@ def read_table(path: str) -> ClassTable:
 
 
 def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable | None, int]:
-    """Return the table of --classes, if it is given, and the number of classes.
+    """Return the class table of --classes, or None, and the number of classes.
+
+    Args:
+        path: value of --classes.
+        num_classes: value of --num-classes.
 
     Raises:
-        DataError: see `read_table`; or the table has another number of classes, or one alone.
+        DataError: the table is invalid (see `read_table`) or has another number of classes, or there is only
+            one class.
     """
     if path is None:
         if num_classes == 1:
@@ -405,7 +421,7 @@ def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable 
     if len(table.classes) == 1:
         raise DataError(
             f"{path}: has one class, whose probability is 1 everywhere, so nothing can be learned; give the "
-            "background a train_id of its own, 0 or 1"
+            "background its own train_id, 0 or 1"
         )
     if num_classes not in (None, len(table.classes)):
         raise DataError(
@@ -418,7 +434,7 @@ def _row(row: dict[str, str]) -> Label:
     if not row["name"]:
         raise ValueError("has no name; give one")
     if len(row["name"]) > LONGEST_NAME:
-        raise ValueError(f"has a name of {len(row['name'])} letters; give at most {LONGEST_NAME}")
+        raise ValueError(f"has a name of {len(row['name'])} characters; give at most {LONGEST_NAME}")
     return Label(
         row["name"],
         -1 if row["id"] in ("", "-") else _byte("id", row["id"]),

@@ -1,4 +1,4 @@
-"""Where the pictures of a data set lie: in Cityscapes' folders, or in a list of one's own."""
+"""Finding the pictures and labels of a data set, in the Cityscapes folders or in a list."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ LABEL_TRAIN_IDS = "_labelTrainIds.png"
 INSTANCE_IDS = "_instanceIds.png"
 PICTURE = "_leftImg8bit"
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg")
-#: Bytes that a list may have.
+#: Maximum bytes of a list.
 MOST_TEXT = 2**28
-#: Files and folders that systems and programs leave beside pictures, but for those that begin with a dot.
+#: Files and folders that systems and programs create next to pictures; names that start with a dot are not
+#: listed.
 LITTER = frozenset(
     ("$recycle.bin", "#recycle", "@eadir", "@tmp", "__macosx", "desktop.ini", "ehthumbs.db", "lost+found",
      "system volume information", "thumbs.db")
@@ -25,51 +26,50 @@ LITTER = frozenset(
 
 
 class Pair(NamedTuple):
-    """A picture and its label, relative to the data directory, and the name that results carry.
+    """A picture and its label."""
 
-    The label is empty where none is wanted: the test set has none.
-    """
-
-    image: str
-    label: str
-    name: str
+    image: str  # relative to the data directory
+    label: str  # relative to the data directory; empty without a label, as in the test set
+    name: str  # used in the file names of results
 
 
 class Found(NamedTuple):
-    """What lies in the folders of a split, relative to the data directory."""
+    """The content of the folders of a split, relative to the data directory."""
 
     pairs: list[Pair]
-    without_label: list[Pair]  # pictures whose label, named as it should be, is not there
-    without_picture: list[str]  # labels whose picture is not there
-    strays: list[str]  # pictures that are not named as pictures of the layout are
-    skipped: list[str]  # hidden files and what systems leave (`is_litter`)
+    without_label: list[Pair]  # pictures without their label, with the name that it should have
+    without_picture: list[str]  # labels without their picture
+    strays: list[str]  # pictures whose names do not fit the layout
+    skipped: list[str]  # hidden and system files (see `is_litter`)
 
 
 def instances_of(label: str) -> str:
-    """The file with the instance ids that belong to a labelIds file."""
+    """Return the instanceIds file that belongs to a labelIds file."""
     return label.removesuffix(LABEL_IDS) + INSTANCE_IDS
 
 
 def is_litter(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden or a system's: ._a.png, .DS_Store, Thumbs.db."""
+    """Return whether a file or folder is hidden or a system file, such as ._a.png or Thumbs.db."""
     return name.startswith(".") or name.lower() in LITTER
 
 
 def say_skipped(skipped: Sequence[str]) -> str:
-    """Return the line about files and folders that `is_litter` left out."""
-    return f"{len(skipped)} hidden or system files skipped, the first: {skipped[0]}"
+    """Return the line about files and folders skipped by `is_litter`."""
+    return f"{len(skipped)} hidden or system files skipped, the first is {skipped[0]}"
 
 
 def read_list(root: str, list_path: str, labeled: bool = True) -> list[Pair]:
-    """Read `image<TAB>label` lines, both relative to `root`. Empty lines are skipped.
+    """Read `image<TAB>label` lines from a list. Empty lines are skipped.
 
-    File names may hold bytes that are no UTF-8.
+    File names may have bytes that are not valid UTF-8.
 
     Args:
-        labeled: whether labels are wanted; otherwise lines may also hold the picture alone.
+        root: the data directory, to which the paths in the list are relative.
+        list_path: the list.
+        labeled: whether labels are needed; otherwise a line may have only the picture.
 
     Raises:
-        DataError: no such list, a line of other columns, or no line at all.
+        DataError: the list is unreadable or empty, or a line has other columns.
     """
     try:
         text = read_input(list_path, MOST_TEXT).decode("utf-8", "surrogateescape")
@@ -82,14 +82,14 @@ def read_list(root: str, list_path: str, labeled: bool = True) -> list[Pair]:
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff")), 1):
         if not line.strip():
             continue
-        # A tab allows spaces in file names; the original's lists have either.
+        # With tabs, file names may have spaces. The lists of the original use tabs or spaces.
         columns = [column.strip() for column in line.split("\t")] if "\t" in line else line.split()
         if not labeled and os.path.isfile(os.path.join(root, line.strip())):
             columns = [line.strip()]
         where = f"{list_path}:{number}: {_clipped(line.strip())!r}"
         if labeled and len(columns) == 1:
             raise DataError(
-                f"{where} names no label, as 'image<TAB>label' does; evaluate.py --split test needs none"
+                f"{where} has no label; write 'image<TAB>label' (evaluate.py --split test needs no labels)"
             )
         if not all(columns) or len(columns) > 2:
             raise DataError(f"{where} is not 'image<TAB>label'; fix the line")
@@ -104,13 +104,13 @@ def _clipped(text: str, most: int = 200) -> str:
 
 
 def check_split(split: str) -> None:
-    """Raise DataError where `split` is no name of a folder below leftImg8bit."""
+    """Raise DataError if `split` can't be the name of a folder below leftImg8bit."""
     if any(part in ("", ".", "..") for part in split.split("/")):
-        raise DataError(f"--split {split!r}: is no name of a folder below leftImg8bit; give one such as val")
+        raise DataError(f"--split {split!r}: is not a folder name below leftImg8bit; give one such as val")
 
 
 def check_root(root: str) -> None:
-    """Raise DataError, saying how to get it, where `root` has no leftImg8bit of Cityscapes' layout."""
+    """Raise DataError if `root` has no folder leftImg8bit; the message says how to get the data set."""
     try:
         inner = _folders(root)
     except NotADirectoryError:
@@ -125,11 +125,13 @@ def check_root(root: str) -> None:
         problem = "has no folder leftImg8bit"
         for name in inner:
             if os.path.isdir(os.path.join(root, name, "leftImg8bit")):
-                raise DataError(f"{root}: {problem}, but {name} in it has; name {os.path.join(root, name)}")
+                raise DataError(
+                    f"{root}: {problem}, but its folder {name} has one; name {os.path.join(root, name)}"
+                )
     raise DataError(
-        f"{root}: {problem}; --data-dir names the folder in which leftImg8bit_trainvaltest.zip and "
-        "gtFine_trainvaltest.zip were unpacked (csDownload of the package cityscapesscripts gets both; "
-        "python -m dataset.check looks them over), or that --data-list is relative to"
+        f"{root}: {problem}; give --data-dir the folder in which leftImg8bit_trainvaltest.zip and "
+        "gtFine_trainvaltest.zip were unpacked (csDownload of the package cityscapesscripts downloads both, "
+        "python -m dataset.check checks them), or the folder of the paths in --data-list"
     )
 
 
@@ -139,7 +141,7 @@ def _unreadable(error: OSError, path: str) -> DataError:
 
 
 def splits(root: str) -> list[str]:
-    """Return the folders below leftImg8bit: train, val, test, ..."""
+    """Return the names of the folders below leftImg8bit, such as train, val and test."""
     folder = os.path.join(root, "leftImg8bit")
     try:
         return _folders(folder)
@@ -148,21 +150,23 @@ def splits(root: str) -> list[str]:
 
 
 def _folders(place: str) -> list[str]:
-    """Return the names of the folders in a folder, linked ones too, without `is_litter`."""
+    """Return the names of the folders in a folder, including links, without those of `is_litter`."""
     with os.scandir(place) as entries:
         return sorted(e.name for e in entries if os.path.isdir(e.path) and not is_litter(e.name))
 
 
 def scan(root: str, split: str, labeled: bool = True) -> Found:
-    """Return everything in the folders of `split`, ordered by city and name.
+    """Return the content of the folders of a split, ordered by city and name.
 
-    labelIds serve where there are both kinds of labels.
+    If a picture has both kinds of labels, labelIds is used.
 
     Args:
-        labeled: whether labels are looked for.
+        root: the data directory.
+        split: name of the split.
+        labeled: whether to look for labels.
 
     Raises:
-        DataError: no name of a split, or a folder that can't be read.
+        DataError: the name of the split is invalid, or a folder can't be read.
     """
     check_split(split)
     pairs, without_label, strays = [], [], []
@@ -177,7 +181,7 @@ def scan(root: str, split: str, labeled: bool = True) -> Found:
             continue
         base = os.path.join("gtFine", split, city, stem.removesuffix(PICTURE) + "_gtFine")
         kinds = [base + kind for kind in (LABEL_IDS, LABEL_TRAIN_IDS)]
-        # A label that is there but can't be read is named as such when it is opened.
+        # Use lexists: a label that exists but can't be read is reported when it is opened.
         label = next((kind for kind in kinds if os.path.lexists(os.path.join(root, kind))), None)
         if labeled and label is None:
             without_label.append((image, kinds[0]))
@@ -197,14 +201,16 @@ def scan(root: str, split: str, labeled: bool = True) -> Found:
 
 
 def discover(root: str, split: str, labeled: bool = True) -> Found:
-    """Return the pairs of `split` in a directory of Cityscapes' layout, and what was skipped.
+    """Return the pairs of a split in the Cityscapes layout, and the skipped files.
 
     Args:
-        labeled: whether labels are wanted.
+        root: the data directory.
+        split: name of the split.
+        labeled: whether labels are needed.
 
     Raises:
-        DataError: no such directory, no picture, pictures without a label or labels without a picture (with
-            their number).
+        DataError: the directory does not exist or has no pictures, or there are pictures without a label or
+            labels without a picture.
     """
     check_root(root)
     found = scan(root, split, labeled)
@@ -224,10 +230,10 @@ def discover(root: str, split: str, labeled: bool = True) -> Found:
             f"with --data-list{_see_check(root)}"
         )
     if not found.pairs:
-        stray = f" ({found.strays[0]} is not named so)" if found.strays else ""
+        stray = f" ({found.strays[0]} has another name)" if found.strays else ""
         raise DataError(
             f"{root}: no picture *{PICTURE}.png below leftImg8bit/{split}{stray}; unpack "
-            "leftImg8bit_trainvaltest.zip in it, or name other pairs with --data-list"
+            "leftImg8bit_trainvaltest.zip in this folder, or name the pairs with --data-list"
         )
     return found
 
@@ -237,22 +243,23 @@ def _see_check(root: str) -> str:
 
 
 def _files(root: str, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """List the files below `folder`, a path relative to `root`; linked folders are followed.
+    """List the files below `folder`, a path relative to `root`. Links to folders are followed.
 
     Returns:
-        (folder relative to `folder`, name) of each file, in order, and the paths that `is_litter` left out.
+        The files in order, as (path of its folder relative to `folder`, name), and the paths that were
+        skipped because of `is_litter`.
 
     Raises:
         DataError: a folder can't be read.
     """
     found: list[tuple[str, str]] = []
     skipped: list[str] = []
-    waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # folders, and the real paths of those above
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # folders with the real paths of their parents
     while waiting:
         inner, above = waiting.pop()
         place = os.path.join(root, folder, inner) if inner else os.path.join(root, folder)
         real = os.path.realpath(place)
-        if real in above:  # a link to one of them
+        if real in above:  # a link to a parent
             continue
         try:
             with os.scandir(place) as listed:
@@ -274,7 +281,7 @@ def _files(root: str, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _named(pairs: Sequence[tuple[str, str]]) -> list[Pair]:
-    """Name each pair after its picture, or the picture's whole path where names would be equal."""
+    """Name each pair after its picture; if names are not unique, after the whole path of the picture."""
     stems = [os.path.splitext(os.path.basename(image))[0].removesuffix(PICTURE) for image, _ in pairs]
     if len(set(stems)) < len(set(pairs)):
         stems = [os.path.splitext(os.path.normpath(image))[0].replace(os.sep, "_") for image, _ in pairs]

@@ -1,4 +1,4 @@
-"""Reading pictures and labels, with one clear error for each way in which a file can be wrong."""
+"""Reading and decoding of pictures and labels, with checks of every file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from utils.errors import DataError
 from utils.files import open_input
 from utils.silence import silence
 
-try:  # optional: libspng decodes a PNG about a quarter faster than OpenCV, and can stop early
+try:  # optional: libspng decodes PNG files about 25 % faster than OpenCV, and can stop after some rows
     import pyspng
 except ImportError:
     pyspng = None
 
-# Pillow takes 180 million pixels for an attack; a data set is its user's own, and may have such pictures.
+# Pillow rejects pictures of 180 million pixels as an attack, but data sets may have such pictures.
 Image.MAX_IMAGE_PIXELS = None
-# Odd metadata, a line for each file on standard error.
+# Pillow warns of unusual metadata, with a line for each file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8"
-#: Bytes from the beginning of a file that tell its kind, and from its end that hold the closing marker.
+#: Number of bytes read from the start of a file to identify it, and from its end to find the end marker.
 HEAD, TAIL = 1024, 65536
-#: Color types of a PNG header, with Pillow's modes for them and the bits that a channel may have.
+#: Color types in a PNG header, with their modes in Pillow and the allowed bits per channel.
 GRAY, RGB = 0, 2
 PNG_KINDS = {
     GRAY: ("L", (1, 2, 4, 8, 16)),
@@ -41,45 +41,45 @@ PNG_KINDS = {
     4: ("LA", (8, 16)),
     6: ("RGBA", (8, 16)),
 }
-#: What OpenCV decodes, by Pillow's names.
+#: Formats that OpenCV decodes, by their names in Pillow.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "SUN", "TIFF", "WEBP")
-#: OpenCV's limits, in pixels, and that of its buffers, in bytes.
+#: Limits of OpenCV: pixels in total, pixels of a side, and bytes of a file.
 MOST_PIXELS, LONGEST_SIDE, MOST_BYTES = 2**30, 2**20, 2**31 - 1
-#: Formats that change values, or may.
+#: Formats that change values, or may change them, with the start of the error message.
 LOSSY = {
-    "AVIF": "an AVIF label may have",
-    "GIF": "a GIF label may have",  # most programs number its palette anew
-    "JPEG": "a JPEG label has",
-    "JPEG2000": "a JPEG 2000 label may have",
-    "MPO": "a JPEG label has",
-    "WEBP": "a WebP label may have",
+    "AVIF": "AVIF may change",
+    "GIF": "GIF may change",  # most programs renumber its palette
+    "JPEG": "JPEG changes",
+    "JPEG2000": "JPEG 2000 may change",
+    "MPO": "JPEG changes",
+    "WEBP": "WebP may change",
 }
 LABEL_FORMATS = ("BMP", "PNG", "PPM", "TIFF")
-#: Pillow's modes of one-channel pictures whose values are ids.
+#: Modes in Pillow of one-channel pictures, whose values can be ids.
 LABEL_MODES = ("1", "L", "P", "I;16", "I;16B", "I")
-#: Lossless compressions of TIFF, by Pillow's names.
+#: Lossless compressions of TIFF, by their names in Pillow.
 TIFF_COMPRESSIONS = (
     "raw", "tiff_raw_16", "packbits", "tiff_ccitt", "group3", "group4", "tiff_lzw", "tiff_deflate",
     "tiff_adobe_deflate", "tiff_thunderscan", "lzma", "zstd",
 )  # fmt: skip
-#: Tags of TIFF.
+#: TIFF tags.
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
-#: Pictures without a brighter value are nearly black: 14 of 16 bits leave 6 of 8.
+#: A picture without brighter values is reported as nearly black, such as one with 14-bit values in 16 bits.
 DARK = 63
 
 
 class Header(NamedTuple):
-    """What the first bytes of a picture say."""
+    """Size and format of a picture, from its header."""
 
     height: int
     width: int
-    format: str  # Pillow's name: PNG, JPEG, ...
-    mode: str  # Pillow's, but of a PNG of gray always L
-    depth: int  # bits a channel
+    format: str  # name in Pillow, such as PNG or JPEG
+    mode: str  # mode in Pillow; for a gray PNG always L
+    depth: int  # bits per channel
 
 
 class Encoded(NamedTuple):
-    """The bytes of a picture, found whole, and what its header says."""
+    """The content of a picture file that was checked for completeness, and its header."""
 
     path: str
     content: bytes
@@ -87,18 +87,20 @@ class Encoded(NamedTuple):
 
     @property
     def height(self) -> int:
+        """Return the height in pixels."""
         return self.header.height
 
     @property
     def width(self) -> int:
+        """Return the width in pixels."""
         return self.header.width
 
 
 def read_header(path: str) -> Header:
-    """Return size and kind of a picture, without decoding it; finds files that were cut short too.
+    """Return the header of a picture, and check that the file is not truncated, without decoding it.
 
     Raises:
-        DataError: missing, not a picture, truncated, or larger than OpenCV decodes.
+        DataError: the file is missing, not a picture, truncated, or too large for OpenCV.
     """
     try:
         with open_input(path) as file:
@@ -114,11 +116,11 @@ def read_header(path: str) -> Header:
 
 
 def load(path: str) -> Encoded:
-    """Read a picture's file, without decoding it.
+    """Read a picture file without decoding it.
 
     Raises:
-        DataError: missing, not a picture, larger than OpenCV decodes, or damaged in a way that OpenCV would
-            silently fill in: a missing end, data that does not have its checksum.
+        DataError: the file is missing, not a picture, or too large for OpenCV. It is also raised for damage
+            that OpenCV would silently fill in: a missing end, or data with a wrong checksum.
     """
     try:
         with open_input(path) as file:
@@ -148,12 +150,12 @@ def _unopened(path: str, error: Exception) -> DataError:
 def _unreadable(path: str) -> DataError:
     advice = "copy it again"
     if os.path.basename(path).startswith("._"):
-        advice = "macOS writes such files beside others, take it out of the list"
+        advice = "macOS creates such files next to others, remove it from the list"
     return DataError(f"{path}: not a readable picture; {advice}")
 
 
 def _header(path: str, file: IO[bytes]) -> Header:
-    """Return what the first bytes of an open file say; see `read_header` for the errors."""
+    """Return the header of an open file; see `read_header` for the errors."""
     start = file.read(HEAD)
     if start.startswith(PNG_SIGNATURE):
         header = _png_header(start)
@@ -163,14 +165,14 @@ def _header(path: str, file: IO[bytes]) -> Header:
             with silence, Image.open(file) as picture:
                 depth = _depth(picture, start)
                 header = Header(picture.height, picture.width, picture.format or "", picture.mode, depth)
-        except Exception:  # whatever Pillow's many parsers make of a file that is no picture
+        except Exception:  # Pillow's parsers raise all kinds of errors for other files
             header = None
     if header is None:
         raise _unreadable(path)
     if header.height * header.width > MOST_PIXELS or max(header.height, header.width) > LONGEST_SIDE:
         raise DataError(
-            f"{path}: {header.width}x{header.height} pixels, more than OpenCV decodes (2^30, and 2^20 a "
-            "side); cut it into several pictures"
+            f"{path}: {header.width}x{header.height} pixels, more than OpenCV decodes (2^30, and 2^20 per "
+            "side); split it into several pictures"
         )
     return header
 
@@ -188,7 +190,7 @@ def _png_header(start: bytes) -> Header | None:
 
 
 def _depth(picture: Image.Image, start: bytes) -> int:
-    """Return the bits of a channel of a picture that is no PNG."""
+    """Return the bits per channel of a picture that is not a PNG."""
     if picture.format == "TIFF":
         bits = picture.tag_v2.get(BITS, (1,))  # type: ignore[attr-defined]
         return max(bits) if isinstance(bits, tuple) else int(bits)
@@ -198,7 +200,7 @@ def _depth(picture: Image.Image, start: bytes) -> int:
 
 
 def _netpbm(start: bytes) -> tuple[bytes, int]:
-    """Return the letters that a PBM, PGM or PPM begins with, and its largest value."""
+    """Return the magic number of a PBM, PGM or PPM file, such as b"P5", and its maximum value."""
     words = re.sub(rb"#[^\r\n]*", b"", start).split(None, 4)
     return words[0], 1 if words[0] in (b"P1", b"P4") else int(float(words[3]))
 
@@ -212,34 +214,35 @@ def _ends(file: IO[bytes]) -> tuple[bytes, bytes]:
 
 
 def _lacks_end(start: bytes, end: bytes) -> bool:
-    """Return whether a PNG or JPEG lacks its closing marker near its end; decoders judge other formats."""
+    """Return whether the end marker of a PNG or JPEG is missing; other formats are left to the decoders."""
     if start == PNG_SIGNATURE:
         return b"IEND" not in end
-    # Cameras write more behind the end.
+    # Cameras write more data after the end marker.
     return start.startswith(JPEG_SIGNATURE) and b"\xff\xd9" not in end
 
 
 def check_picture(path: str, header: Header) -> None:
-    """Raise DataError where OpenCV makes no 8-bit colors of such a picture."""
+    """Raise DataError if OpenCV can't decode a picture with this header to 8-bit colors."""
     if header.format not in FORMATS:
-        raise DataError(f"{path}: a picture of format {header.format}; save it as PNG or JPEG")
+        raise DataError(f"{path}: format {header.format} is not supported; save it as PNG or JPEG")
     if header.mode == "F" or (header.mode == "I" and header.depth > 16):
-        raise DataError(f"{path}: has 32-bit numbers for pixels; save it with 8 bits a channel")
+        raise DataError(f"{path}: has 32-bit pixel values; save it with 8 bits per channel")
 
 
 def decode_image(encoded: Encoded, rows: int | None = None) -> np.ndarray:
-    """Return the picture as uint8 [h, w, 3] BGR, with the values that OpenCV gives, as the original's.
+    """Decode a picture to uint8 [h, w, 3] BGR, with the same values as OpenCV (as in the original).
 
     Args:
-        rows: how many are needed, from the top; decoding may stop there (h is `rows` or more). None for all.
+        encoded: the picture file.
+        rows: number of rows needed from the top; decoding may stop there, with h >= rows. None for all.
 
     Raises:
-        DataError: damaged or no picture.
+        DataError: the file is damaged or not a picture.
     """
     pixels = _decode_png(encoded, RGB, rows)
     if pixels is not None:
         return cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    # The orientation that a camera notes is left alone, as the label knows nothing of it.
+    # Ignore the orientation tag of cameras, since it does not apply to the label.
     image = _decode_colors(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if image.shape[:2] != (encoded.height, encoded.width):
         raise _unreadable(encoded.path)
@@ -247,10 +250,10 @@ def decode_image(encoded: Encoded, rows: int | None = None) -> np.ndarray:
 
 
 def decode_upright(encoded: Encoded) -> np.ndarray:
-    """As `decode_image`, but turned the way up that the camera noted: for pictures without labels.
+    """Decode like `decode_image`, but apply the orientation tag of cameras; for pictures without labels.
 
     Raises:
-        DataError: damaged or no picture.
+        DataError: the file is damaged or not a picture.
     """
     return _decode_colors(encoded, cv2.IMREAD_COLOR)
 
@@ -264,33 +267,34 @@ def _decode_colors(encoded: Encoded, flags: int) -> np.ndarray:
 
 
 def darkness(encoded: Encoded, image: np.ndarray) -> str | None:
-    """Return a line about a decoded picture that is nearly black, such as one of 12-bit values in 16 bits."""
+    """Return a line about a decoded picture if it is nearly black, such as 12-bit values in 16 bits."""
     if (brightest := int(image.max())) > DARK:
         return None
     line = f"{encoded.path}: nearly black, its brightest value is {brightest} of 255"
     if encoded.header.depth > 8:
-        line += f" (the upper 8 of its {encoded.header.depth} bits are read; scale its values to all of them)"
+        line += f" (only the upper 8 of its {encoded.header.depth} bits are used; scale up its values)"
     return line
 
 
 def decode_label(encoded: Encoded, rows: int | None = None) -> np.ndarray:
-    """Return the ids of a label exactly as stored: integers [h, w]; of colors uint8 [h, w, 3] RGB.
+    """Decode a label to its ids as stored, integers [h, w], or for a color label to uint8 [h, w, 3] RGB.
 
-    Of a palette picture these are the indices, of a gray picture of few bits the values before they are
-    stretched to 0..255.
+    The ids of a palette picture are its indices. The ids of a gray picture with less than 8 bits are not
+    scaled to 0..255.
 
     Args:
+        encoded: the label file.
         rows: see `decode_image`.
 
     Raises:
-        DataError: damaged, of a format that may change values, or neither of ids nor of colors.
+        DataError: the file is damaged, has a format that may change values, or holds neither ids nor colors.
     """
     header = encoded.header
     check_label(encoded.path, header)
     if header.format == "PNG":
         if b"acTL" in encoded.content[: encoded.content.find(b"IDAT")]:
-            raise DataError(f"{encoded.path}: an animation, a label is one picture; save that as PNG")
-        # Of the whole, OpenCV is as fast, and other threads run meanwhile.
+            raise DataError(f"{encoded.path}: is an animation, a label is one picture; save one frame as PNG")
+        # For all rows, OpenCV is as fast and releases Python's global lock.
         label = None if rows is None else _decode_png(encoded, GRAY, rows)
         if label is None and header.mode == "L" and header.depth >= 8:
             label = _decode(encoded, cv2.IMREAD_UNCHANGED)
@@ -300,7 +304,7 @@ def decode_label(encoded: Encoded, rows: int | None = None) -> np.ndarray:
 
 
 def _decode_ids(encoded: Encoded) -> np.ndarray:
-    """Do as `decode_label` by Pillow: slower than OpenCV, but it leaves palettes and values alone."""
+    """Decode a label with Pillow: slower than OpenCV, but without changing palettes and values."""
     path, header = encoded.path, encoded.header
     try:
         with silence, Image.open(io.BytesIO(encoded.content)) as picture:
@@ -310,28 +314,28 @@ def _decode_ids(encoded: Encoded) -> np.ndarray:
             label = np.array(picture)
             if mode == "P" and not _even(picture.getpalette() or [], label):
                 raise DataError(
-                    f"{path}: a label whose ids a palette maps to other grays, so that either may be meant; "
-                    "save the ids as PNG without a palette"
+                    f"{path}: the palette maps the ids to other gray values, so either may be the ids; save "
+                    "the ids as PNG without a palette"
                 )
     except DataError:
         raise
-    except Exception as error:  # whatever Pillow's many decoders make of a damaged file
+    except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged files
         raise _unreadable(path) from error
     if mode not in (*LABEL_MODES, "RGB"):
         raise no_label(path, mode, mode == "LA" or (mode == "RGBA" and is_gray(label)))
     if mode == "1":
         return label.astype(np.uint8)
     if mode == "L" and header.depth < 8:
-        return label // (255 // (2**header.depth - 1))  # Pillow stretches them
+        return label // (255 // (2**header.depth - 1))  # Pillow scales the values to 0..255
     return label.astype(label.dtype.newbyteorder("="), copy=False)
 
 
 def _even(palette: list[int], label: np.ndarray) -> bool:
-    """Return whether the indices uint8 [h, w] of a palette picture are surely its ids.
+    """Return whether the ids of a palette picture are certainly its indices uint8 [h, w].
 
-    They are where the palette has colors, shows each index as that gray, or spreads those used from black to
-    white. Other grays are what programs make of a picture without a palette, to store it in fewer bits: there
-    the grays are the ids.
+    They are if the palette has colors, maps each index to the same gray value, or spreads the indices evenly
+    from black to white. Other gray palettes are created by programs that store a gray picture in fewer bits;
+    then the gray values are the ids.
     """
     colors = np.reshape(palette, (-1, 3))
     if (colors != colors[:, :1]).any():
@@ -345,78 +349,87 @@ def _even(palette: list[int], label: np.ndarray) -> bool:
 
 
 def _inexact(picture: Image.Image, start: bytes) -> str | None:
-    """Return why the ids that a label was drawn with can't be told from it, if so."""
+    """Return why the ids of a label may not be read correctly; None if they are."""
     if getattr(picture, "n_frames", 1) > 1:
-        return f"holds {picture.n_frames} pictures, a label is one"  # type: ignore[attr-defined]
+        return f"holds {picture.n_frames} pictures, a label is one picture"  # type: ignore[attr-defined]
     if picture.format == "PPM":
         magic, largest = _netpbm(start)
         if magic in (b"P1", b"P4"):
-            return "a PBM label, in which 1 is black, may mean either value by it"
+            return "is a PBM label, in which 1 is black, so its ids are ambiguous"
         if largest not in (255, 65535):
-            return f"a label whose values are relative to {largest}"
+            return f"has values relative to {largest}"
     if picture.format == "TIFF":
         tags = picture.tag_v2  # type: ignore[attr-defined]
         compression = picture.info.get("compression", "raw")
         if compression not in TIFF_COMPRESSIONS:
-            return f"a TIFF label compressed by {compression} may have other ids than were drawn"
+            return f"is a TIFF label compressed by {compression}, which may change its ids"
         if tags.get(PHOTOMETRIC) == 0:
-            return "a TIFF label in which 0 is white may mean either value by it"
+            return "is a TIFF label in which 0 is white, so its ids are ambiguous"
         if tags.get(SAMPLE_FORMAT, (1,))[0] == 2 and picture.mode == "L":
-            return "a TIFF label of signed values of 8 bits, of which those below 0 are read as others"
+            return "is a TIFF label with signed values of 8 bits, whose negative values are read incorrectly"
         if tags.get(ORIENTATION, 1) != 1:
-            return "a TIFF label that is stored turned or mirrored"
+            return "is a TIFF label that is stored turned or mirrored"
     return None
 
 
 def check_label(path: str, header: Header) -> None:
-    """Raise DataError where a picture of this format can't be a label: its ids would not be those drawn."""
+    """Raise DataError if the format of a picture can't be used for a label, because it may change ids."""
     if header.format in LOSSY:
-        raise DataError(f"{path}: {LOSSY[header.format]} other ids than were drawn; save the drawing as PNG")
+        raise DataError(f"{path}: {LOSSY[header.format]} the ids of a label; save the original as PNG")
     if header.format not in LABEL_FORMATS:
-        raise DataError(f"{path}: a label of format {header.format}; save it as PNG")
+        raise DataError(f"{path}: format {header.format} is not supported for labels; save it as PNG")
     if header.mode == "RGB" and header.depth > 8:
-        raise DataError(f"{path}: a label whose colors have {header.depth} bits a channel; save it with 8")
+        raise DataError(f"{path}: is a color label with {header.depth} bits per channel; save it with 8")
 
 
 def no_label(path: str, mode: str, gray: bool = False, colors: bool = True) -> DataError:
-    """Return the error for a label of Pillow's `mode` that holds no ids.
+    """Return the error for a label that does not hold ids.
 
     Args:
-        gray: whether its red, green and blue are equal everywhere.
-        colors: whether RGB could be one.
+        path: the label file.
+        mode: its mode in Pillow.
+        gray: whether its red, green and blue channels are equal.
+        colors: whether an RGB label is allowed here.
     """
-    what, advice = f"a picture of mode {mode}", "name the ids' file"
+    what, advice = f"a picture of mode {mode}", "name the file with the ids"
     if gray:
         what, advice = f"a gray mask saved as {mode}", "save one channel of it as PNG"
     elif mode == "RGB" and not colors:
-        advice += ", or say with --classes what its colors are"
-    return DataError(f"{path}: a label has one channel of ids, this is {what}; {advice}")
+        advice += ", or give a table of its colors with --classes"
+    return DataError(f"{path}: a label has one channel of ids, but this is {what}; {advice}")
 
 
 def is_gray(pixels: np.ndarray) -> bool:
-    """Return whether red, green and blue of [h, w, 3 or more] are equal everywhere."""
+    """Return whether the first three channels of [h, w, channels] are equal everywhere."""
     return bool((pixels[..., 1:3] == pixels[..., :1]).all())
 
 
 def check_size(path: str, picture: Header | Encoded, other: str, expected: Header | Encoded) -> None:
-    """Raise DataError where the picture in `path` is not of the size of the one that it belongs to."""
+    """Raise DataError unless two pictures have the same size.
+
+    Args:
+        path: the file to check, for the error message.
+        picture: its header.
+        other: the file that it belongs to.
+        expected: header of that file.
+    """
     sizes = [f"{each.width}x{each.height}" for each in (picture, expected)]
     if sizes[0] != sizes[1]:
         raise DataError(
-            f"{path}: {sizes[0]} pixels, but {other} has {sizes[1]}; give the one that belongs to it"
+            f"{path}: {sizes[0]} pixels, but {other} has {sizes[1]}; use files that belong together"
         )
 
 
 def _decode_png(encoded: Encoded, color_type: int, rows: int | None) -> np.ndarray | None:
-    """uint8 [h, w] or [h, w, 3] RGB by libspng; None without it, and for files of another kind."""
+    """Decode a PNG with libspng to uint8 [h, w] or [h, w, 3] RGB; None without it or for other files."""
     content = encoded.content
-    # Of the header: eight bits a channel, this color type, not interlaced.
+    # Check the header: eight bits per channel, this color type, not interlaced.
     if pyspng is None or not content.startswith(PNG_SIGNATURE):
         return None
     if (content[24], content[25], content[28]) != (8, color_type, 0):
         return None
     if rows is not None and rows < encoded.height:
-        # A PNG can only be decoded from its beginning: with a header that promises fewer rows, no more are.
+        # To stop early, decode with a header that declares fewer rows.
         header = content[12:20] + struct.pack(">I", rows) + content[24:29]
         content = b"".join((content[:12], header, struct.pack(">I", zlib.crc32(header)), content[33:]))
     try:
@@ -437,7 +450,7 @@ def _decode(encoded: Encoded, flags: int) -> np.ndarray:
 
 
 def _png_is_whole(content: bytes) -> bool:
-    """Return whether it begins with a header, and every chunk up to IEND is there and has its checksum."""
+    """Return whether a PNG has its header and all chunks up to IEND, with correct checksums."""
     if content[12:16] != b"IHDR":
         return False
     view = memoryview(content)

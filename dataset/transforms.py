@@ -1,4 +1,7 @@
-"""Random scale, crop and mirror with the original's numerics (original: dataset/datasets.py)."""
+"""Random scale, crop and mirror, with the numerics of the original.
+
+Source: dataset/datasets.py of the original.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-#: The 15 factors 0.7, 0.8, ... 2.1, drawn with equal probability.
+#: The 15 scale factors 0.7, 0.8, ..., 2.1, drawn with equal probability.
 SCALES = tuple(0.7 + step / 10.0 for step in range(15))
 
 
 class Augmentation(NamedTuple):
-    """What happens to a sample: resize by `scale`, cut the crop at (top, left) of the result, then mirror."""
+    """The augmentation of a sample: resize by `scale`, crop at (top, left), then mirror."""
 
     scale: float  # a multiple of 0.1
     top: int
@@ -22,7 +25,7 @@ class Augmentation(NamedTuple):
 
 
 class Content(NamedTuple):
-    """Where in a crop the picture is: rows 0 to `bottom`, columns `left` to `right`; the rest is padding."""
+    """The area of a crop that shows the picture: `[:bottom, left:right]`. The rest is padding."""
 
     bottom: int
     left: int
@@ -30,17 +33,24 @@ class Content(NamedTuple):
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """(height, width) that OpenCV gives a picture resized by the factor `scale`."""
-    # OpenCV rounds halves to the even neighbor, as numpy does.
+    """Return the (height, width) of a picture that OpenCV resizes by the factor `scale`."""
+    # OpenCV rounds halves to even, like numpy.
     return int(np.rint(size[0] * scale)), int(np.rint(size[1] * scale))
 
 
 def draw(
     rng: np.random.Generator, size: tuple[int, int], crop: tuple[int, int], scale: bool, mirror: bool
 ) -> Augmentation:
-    """Draw the augmentation of one sample of (height, width) `size`.
+    """Draw the augmentation of a sample.
 
-    Every call draws the same number of random values, whatever the flags and sizes.
+    Every call draws the same number of random values, for all arguments.
+
+    Args:
+        rng: random generator.
+        size: (height, width) of the picture.
+        crop: (height, width) of the crop.
+        scale: whether to scale randomly.
+        mirror: whether to mirror randomly.
     """
     factor_draw, top_draw, left_draw, mirror_draw = rng.random(4)
     factor = SCALES[int(factor_draw * len(SCALES))] if scale else 1.0
@@ -51,9 +61,10 @@ def draw(
 
 
 class _Span(NamedTuple):
-    """One axis of a crop: lines `first` to `last` of the resized picture, of `begin` to `end` of the picture.
+    """One axis of a crop. "Lines" are rows or columns.
 
-    Resized by itself, what is between `begin` and `end` begins at line `origin` of the resized picture.
+    Lines `first` to `last` of the resized picture are made from lines `begin` to `end` of the picture. If
+    these are resized by themselves, the result starts at line `origin` of the resized picture.
     """
 
     first: int
@@ -65,18 +76,24 @@ class _Span(NamedTuple):
 
 def _span(size: int, crop: int, scale: float, first: int) -> _Span:
     last = min(first + crop, int(np.rint(size * scale)))
-    # n lines of the picture become k of the resized one, exactly: where both begin at such a place, they meet
-    # the same fractions of lines.
+    # Exactly n lines of the picture become k lines of the resized picture. Windows that start at a multiple
+    # of this period are interpolated with the same fractions as the whole picture.
     tenths = round(scale * 10)
     k, n = tenths // math.gcd(tenths, 10), 10 // math.gcd(tenths, 10)
-    # One period earlier: the first line needs the one before it.
+    # Start one period earlier, since the first line also needs the line before it.
     period = max(first // k - 1, 0)
     end = min(math.ceil(last / scale) + 1, size)
     return _Span(first, last, period * n, end, period * k)
 
 
 def rows_needed(size: tuple[int, int], crop: tuple[int, int], augmentation: Augmentation) -> int:
-    """How many rows, from the top, of a picture of (height, width) `size` a sample is made of."""
+    """Return the number of rows, from the top of a picture, that are needed for a sample.
+
+    Args:
+        size: (height, width) of the picture.
+        crop: (height, width) of the crop.
+        augmentation: augmentation of the sample.
+    """
     return _span(size[0], crop[0], augmentation.scale, augmentation.top).end
 
 
@@ -88,20 +105,22 @@ def apply(
     augmentation: Augmentation,
     ignore_label: int,
 ) -> tuple[np.ndarray, np.ndarray, Content]:
-    """Augment one picture and its label.
+    """Augment a picture and its label.
 
-    Only what the crop shows is resized. The labels are those that a resize of the whole gives; the picture is
-    at most one gray level off, here and there: OpenCV rounds positions to float32, far from the corner more.
+    Only the visible part of the picture is resized. The label equals the crop of the whole resized label.
+    Values of the image may differ by one gray level, because OpenCV rounds positions to float32, with larger
+    errors far from the corner.
 
     Args:
-        image: uint8 [h, w, 3]; rows below those of `rows_needed` are not looked at, and may be missing.
-        label: uint8 [h, w], likewise.
+        image: uint8 [h, w, 3]; only the first `rows_needed` rows are used, and others may be missing.
+        label: uint8 [h, w], like image.
         size: (height, width) of the whole picture.
         crop: (height, width) of the result; smaller pictures are padded at the bottom and right.
-        ignore_label: what the padding of the label is filled with.
+        augmentation: augmentation to apply.
+        ignore_label: value of the padding in the label.
 
     Returns:
-        image uint8 [*crop, 3], label uint8 [*crop], both contiguous, and where the padding is not.
+        Image uint8 [*crop, 3] and label uint8 [*crop], both contiguous, and the area without padding.
     """
     scale, top, left, mirror = augmentation
     rows, columns = (_span(*axis) for axis in zip(size, crop, (scale, scale), (top, left), strict=True))
@@ -122,30 +141,40 @@ def apply(
     if mirror:
         image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         content = Content(height, crop[1] - width, crop[1])
-    # What is left as it came may be a cache's, which is read-only.
+    # Copy arrays that are read-only, because they may be views of the cache.
     return np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"]), content
 
 
 def _resize(window: np.ndarray, scale: float, rows: _Span, columns: _Span) -> np.ndarray:
-    """The resized picture from (rows.first, columns.first) on."""
+    """Resize a window of the picture; return the result from (rows.first, columns.first) on."""
     needed = rows.last - rows.origin, columns.last - columns.origin
     missing = [max(n - got, 0) for n, got in zip(needed, scaled_size(window.shape[:2], scale), strict=True)]
     if any(missing):
-        # The size of the whole was rounded up, that of the window down. OpenCV repeats the last line.
+        # The size of the whole was rounded up, but that of the window down. Repeat the last line, like
+        # OpenCV.
         window = cv2.copyMakeBorder(window, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
-    # By factor, not by size: OpenCV then steps by exactly 1 / scale, whatever the rounding of the size.
+    # Resize by factor, not by size, so that OpenCV steps by exactly 1 / scale even if the size is rounded.
     resized = cv2.resize(window, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
     return resized[rows.first - rows.origin :, columns.first - columns.origin :]
 
 
 def _nearest(size: int, scale: float, span: _Span) -> np.ndarray:
-    """Which lines of the picture OpenCV's INTER_NEAREST takes for those of the crop."""
+    """Return the line of the picture that OpenCV's INTER_NEAREST takes for each line of the crop."""
     lines = np.floor(np.arange(span.first, span.last) * (1.0 / scale)).astype(np.intp)
     return np.minimum(lines, size - 1)
 
 
 def subtract_mean(image: np.ndarray, mean: np.ndarray, content: Content | None = None) -> np.ndarray:
-    """uint8 [h, w, 3] -> float32 [3, h, w] minus `mean` [3]; 0 outside of `content`."""
+    """Subtract the mean and move the channels first.
+
+    Args:
+        image: uint8 [h, w, 3].
+        mean: [3].
+        content: area of the picture; the result is 0 outside of it.
+
+    Returns:
+        float32 [3, h, w].
+    """
     planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
     planes -= np.asarray(mean)[:, None, None]
     if content is not None:

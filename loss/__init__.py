@@ -1,4 +1,4 @@
-"""Losses."""
+"""Training losses."""
 
 from loss.criterion import CriterionDSN, CriterionOhemDSN
 from loss.ohem import OhemCrossEntropy2d

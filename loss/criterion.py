@@ -1,4 +1,7 @@
-"""The training loss: main head plus 0.4 times the auxiliary head (original: loss/criterion.py)."""
+"""Training losses: cross entropy of the main head plus 0.4 times that of the auxiliary head.
+
+Source: loss/criterion.py of the original.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,26 @@ AUXILIARY_WEIGHT = 0.4
 
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, corners aligned; half precision is widened first."""
+    """Upsample logits [N, C, H, W] to (height, width) `size`, bilinearly with aligned corners.
+
+    Half precision is converted to float32 first.
+    """
     if logits.element_size() < 4:
         logits = logits.float()
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 class CriterionDSN(nn.Module):
-    """Cross entropy of the upsampled logits, plus 0.4 times that of the auxiliary head's.
+    """Cross entropy of the main head plus 0.4 times that of the auxiliary head, on upsampled logits.
 
-    Means are over the pixels of the local process that are not ignored; where there is none the loss is 0.
+    Means are over the pixels of the local process that are not ignored. If all are ignored, the loss is 0.
 
     Args:
-        ignore_index: label of the pixels that do not count.
-        class_weights: [C] how much a pixel of each class counts; all the same without it.
+        ignore_index: label of ignored pixels.
+        class_weights: [C], weight of the pixels of each class; None weights all classes equally.
     """
 
-    #: Of the main head and of the auxiliary one.
+    #: Weights of the main head and the auxiliary head.
     head_weights = (1.0, AUXILIARY_WEIGHT)
     class_weights: Tensor | None
 
@@ -40,12 +46,20 @@ class CriterionDSN(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, outputs: Sequence[Tensor], target: Tensor) -> Tensor:
-        """[logits, dsn_logits] or [logits], each [N, C, H, W], and target int [N, h, w] -> scalar."""
+        """Compute the loss.
+
+        Args:
+            outputs: [logits, dsn_logits] or [logits], each [N, C, H, W].
+            target: class indices, integer [N, h, w].
+
+        Returns:
+            Scalar.
+        """
         means = [total.mean() for total in self.totals(outputs, target)]
         return torch.stack([w * mean for w, mean in zip(self.head_weights, means, strict=False)]).sum()
 
     def totals(self, outputs: Sequence[Tensor], target: Tensor) -> list[Total]:
-        """What each head's mean is made of, unweighted."""
+        """Return the sums that the mean of each head is made of, without the weights of the heads."""
         target = target.long()
         logits = [upsample(output, target.shape[1:]) for output in outputs]
         auxiliary = [
@@ -55,15 +69,20 @@ class CriterionDSN(nn.Module):
         return [self.main_total(logits[0], target), *auxiliary]
 
     def main_total(self, logits: Tensor, target: Tensor) -> Total:
+        """Return the sums of the main head, for upsampled logits [N, C, h, w] and target int64 [N, h, w]."""
         return total_cross_entropy(logits, target, self.ignore_index, self.class_weights)
 
 
 class CriterionOhemDSN(CriterionDSN):
-    """CriterionDSN with online hard example mining on the main head (the auxiliary one keeps every pixel).
+    """CriterionDSN with online hard example mining (OHEM) on the main head.
+
+    The auxiliary head uses every pixel.
 
     Args:
-        ignore_index, thresh, min_kept: see OhemCrossEntropy2d.
-        class_weights: see CriterionDSN.
+        ignore_index: label of ignored pixels.
+        thresh: see `OhemCrossEntropy2d`.
+        min_kept: see `OhemCrossEntropy2d`.
+        class_weights: see `CriterionDSN`.
     """
 
     def __init__(
@@ -77,4 +96,5 @@ class CriterionOhemDSN(CriterionDSN):
         self.ohem = OhemCrossEntropy2d(ignore_index, thresh, min_kept)
 
     def main_total(self, logits: Tensor, target: Tensor) -> Total:
+        """Return the sums of the main head over the hard pixels."""
         return super().main_total(logits, self.ohem.hard_target(logits, target))

@@ -1,4 +1,7 @@
-"""Online hard example mining for the cross entropy (original: loss/loss.py)."""
+"""Cross entropy with online hard example mining (OHEM).
+
+Source: loss/loss.py of the original.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,30 @@ from torch.nn import functional as F
 
 
 class Total(NamedTuple):
-    """A mean in two scalars: the sum over the pixels, and how much these count together."""
+    """The two scalars of a weighted mean: the sum of the losses and the sum of the weights of the pixels."""
 
     loss: Tensor
     weight: Tensor
 
     def mean(self) -> Tensor:
-        """Of no pixels it is 0, with zero gradients."""
+        """Return the mean; without pixels it is 0, with zero gradients."""
         return self.loss / self.weight.where(self.weight > 0, 1)
 
 
 def total_cross_entropy(
     logits: Tensor, target: Tensor, ignore_label: int, class_weights: Tensor | None = None
 ) -> Total:
-    """Cross entropy over the pixels that are not `ignore_label`.
+    """Return the summed cross entropy of the pixels whose label is not `ignore_label`.
 
-    logits [N, C, h, w], target int [N, h, w], class_weights [C]
+    Args:
+        logits: [N, C, h, w].
+        target: class indices, int64 [N, h, w].
+        ignore_label: label of ignored pixels.
+        class_weights: [C], weight of the pixels of each class; None weights all classes equally.
     """
     if class_weights is not None:
         class_weights = class_weights.to(logits.dtype)
-    # CUDA sums in an order of chance inside cross_entropy.
+    # Sum separately: the reduction inside cross_entropy is not deterministic on CUDA.
     loss = F.cross_entropy(logits, target, class_weights, ignore_index=ignore_label, reduction="none").sum()
     kept = target != ignore_label
     if class_weights is None:
@@ -38,18 +45,18 @@ def total_cross_entropy(
 
 
 class OhemCrossEntropy2d(nn.Module):
-    """Cross entropy over the hard pixels: those whose class has at most a threshold probability.
+    """Mean cross entropy over the hard pixels, whose true class has at most a threshold probability.
 
-    The threshold is the `min_kept`-th smallest probability of the true class, and at least `thresh`. It is
-    found on a grid coarser by `factor`, as scipy.ndimage.zoom of the original lays it; `min_kept` counts
-    pixels of the full resolution, over the images of this process. All of it runs on the logits' device,
-    without waiting for it.
+    The threshold is the `min_kept`-th smallest probability of the true class, but at least `thresh`. As in
+    the original, it is determined on a grid downsampled by `factor`, with the sampling positions of
+    scipy.ndimage.zoom. `min_kept` counts pixels at full resolution, over all images of this process.
+    Everything runs on the device of the logits, without synchronization.
 
     Args:
-        ignore_label: pixels of this label are never kept.
-        thresh: probability below which a pixel is always kept.
-        min_kept: pixels to keep at least, where there are as many.
-        factor: coarseness of the grid that the threshold is found on.
+        ignore_label: label of ignored pixels, which are never kept.
+        thresh: pixels with a probability up to this value are always kept.
+        min_kept: minimum number of pixels to keep, if there are as many.
+        factor: downsampling factor of the grid on which the threshold is determined.
     """
 
     def __init__(self, ignore_label: int = 255, thresh: float = 0.7, min_kept: int = 100000, factor: int = 8):
@@ -60,13 +67,21 @@ class OhemCrossEntropy2d(nn.Module):
         self.factor = factor
 
     def forward(self, predict: Tensor, target: Tensor) -> Tensor:
-        """logits [N, C, h, w], target int [N, h, w] -> scalar; 0 and zero gradients where nothing is kept."""
+        """Compute the loss.
+
+        Args:
+            predict: logits [N, C, h, w].
+            target: class indices, integer [N, h, w].
+
+        Returns:
+            Scalar; 0 with zero gradients if no pixel is kept.
+        """
         target = target.long()
         return total_cross_entropy(predict, self.hard_target(predict, target), self.ignore_label).mean()
 
     @torch.no_grad()
     def hard_target(self, predict: Tensor, target: Tensor) -> Tensor:
-        """`target` with `ignore_label` in place of every easy pixel."""
+        """Return `target` with the label of every easy pixel replaced by `ignore_label`."""
         probability = predict.softmax(1)
         valid = target != self.ignore_label
         of_true_class = probability.gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)  # [N, h, w]
@@ -75,7 +90,7 @@ class OhemCrossEntropy2d(nn.Module):
         )
 
     def _threshold(self, probability: Tensor, target: Tensor) -> Tensor:
-        """Scalar: the k-th smallest probability of the true class on the coarse grid, at least `thresh`."""
+        """Return the threshold, a scalar: the k-th smallest coarse probability, but at least `thresh`."""
         kept = self.min_kept // self.factor**2
         hard = self._coarse_probability(probability, target).flatten()
         valid = hard.isfinite().sum()
@@ -85,9 +100,9 @@ class OhemCrossEntropy2d(nn.Module):
         return threshold.where(valid > kept, 1.0)
 
     def _coarse_probability(self, probability: Tensor, target: Tensor) -> Tensor:
-        """Probability [N, h', w'] of the true class on the coarse grid; inf where the label there is ignored.
+        """Return the probability [N, h', w'] of the true class on the coarse grid; inf for ignored pixels.
 
-        Probabilities are interpolated linearly (in float64, as scipy does), labels taken from the nearest
+        Probabilities are interpolated linearly in float64, as in scipy. Labels are taken from the nearest
         pixel.
         """
         y0, y1, wy, y_nearest, y_inside = _zoom(target.shape[1], self.factor, target.device)
@@ -108,11 +123,13 @@ class OhemCrossEntropy2d(nn.Module):
 
 
 def _zoom(size: int, factor: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Where scipy.ndimage.zoom(., 1 / factor) samples an axis of `size` pixels: the ends fall together.
+    """Return the sampling positions of scipy.ndimage.zoom(x, 1 / factor) on an axis of `size` pixels.
+
+    The first and last positions are the first and last pixels.
 
     Returns:
-        lower and upper neighbor, weight of the upper (float64), nearest neighbor, and whether the position
-        is on the axis: rounding can push the last one beyond the end, where scipy puts zero.
+        Lower and upper neighbor, weight of the upper neighbor (float64), nearest neighbor, and whether the
+        position is within the axis. Rounding can move the last position beyond the end, where scipy gives 0.
     """
     samples = round(size / factor)
     step = (size - 1) / (samples - 1) if samples > 1 else 1.0

@@ -1,4 +1,4 @@
-"""Activated batch norm: the one normalization layer of the network, whichever backend runs it."""
+"""Activated batch norm (ABN), the normalization layer of the networks, with three backends."""
 
 from __future__ import annotations
 
@@ -20,25 +20,32 @@ class StatisticsGroup(Protocol):
     group: Any  # the torch.distributed process group
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Sum `tensor` over the processes, in place."""
+        """Sum `tensor` over the processes in place."""
 
 
 class ABN(nn.Module):
-    """Batch norm with affine weight |weight| + eps, then an activation.
+    """Batch norm with scale |weight| + eps, followed by an activation.
 
-    y = activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)
+    Computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)``.
 
-    These are the semantics of the in-place ABN that CCNet was trained with (inplace_abn, every release; in
-    the original's own tree libs/src/bn.cu): loading its weights into ordinary batch norm is wrong wherever a
-    weight is negative. The gradient treats weight = 0 as positive, as inplace_abn >= 0.1.1.
+    This matches the in-place ABN that CCNet was trained with (every release of inplace_abn; libs/src/bn.cu of
+    the original). Loading its weights into ordinary batch norm is wrong if a weight is negative. The gradient
+    treats weight = 0 as positive, like inplace_abn >= 0.1.1.
 
     Args:
         channels: number of channels C.
         activation: "identity", "relu", or "leaky_relu" with slope 0.01.
-        backend: "torch"; "inplace" for the inplace_abn package, which overwrites its input to save memory;
-            "apex" for NVIDIA's kernels where statistics are shared by several processes, torch's elsewhere.
+        backend: "torch"; "inplace" for the inplace_abn package, which overwrites its input to save memory; or
+            "apex" for NVIDIA's kernels if processes share their statistics (otherwise the same as "torch").
+        eps: added to |weight| and to the variance.
+        momentum: weight of the new batch in the running statistics.
 
-    Shape: [N, C, ...] -> the same.
+    Shape:
+        Input and output: [N, C, ...].
+
+    Raises:
+        ValueError: unknown activation or backend.
+        ImportError: the package of the backend is not installed.
     """
 
     slope = 0.01
@@ -53,13 +60,15 @@ class ABN(nn.Module):
     ):
         super().__init__()
         if activation not in ("identity", "relu", "leaky_relu"):
-            raise ValueError(f"ABN: activation is 'identity', 'relu' or 'leaky_relu', not {activation!r}")
+            raise ValueError(
+                f"ABN: activation must be 'identity', 'relu' or 'leaky_relu', got {activation!r}"
+            )
         if backend not in BACKENDS:
-            raise ValueError(f"ABN: backend is one of {', '.join(BACKENDS)}, not {backend!r}")
+            raise ValueError(f"ABN: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if backend == "inplace":
-            import inplace_abn  # noqa: F401  (fails here, at construction, where the package is missing)
+            import inplace_abn  # noqa: F401  (fail at construction if the package is missing)
         if backend == "apex":
-            import apex.parallel.optimized_sync_batchnorm_kernel  # noqa: F401  (likewise)
+            import apex.parallel.optimized_sync_batchnorm_kernel  # noqa: F401  (see above)
         self.activation = activation
         self.backend = backend
         self.eps = eps
@@ -73,11 +82,12 @@ class ABN(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [N, C, ...] and apply the activation."""
         if self.backend == "inplace":
             return self._forward_inplace(x)
         weight = torch.where(self.weight >= 0, self.weight, -self.weight) + self.eps
         if self.training and self.group is not None:
-            # apex has kernels for these two types only.
+            # apex has kernels for these two dtypes only.
             by_apex = self.backend == "apex" and x.dtype in (torch.float32, torch.float16)
             batch_norm = _apex_batch_norm if by_apex else _synchronized_batch_norm
             y = batch_norm(
@@ -106,24 +116,26 @@ class ABN(nn.Module):
             "training": self.training,
             "momentum": self.momentum,
             "eps": self.eps,
-            # It computes its input from its output, which no ReLU allows: that one follows, with its memory.
+            # The backward recomputes the input from the output, which is impossible after a ReLU. So a ReLU
+            # is applied separately below, at the cost of its memory.
             "activation": "identity" if self.activation == "relu" else self.activation,
             "activation_param": self.slope,
         }
         if self.training and self.group is not None:
-            # The group is named: the package's default is no longer recognized by today's torch and would
-            # silently leave the statistics unsynchronized.
+            # Pass the group explicitly: current versions of torch do not recognize the package's default
+            # group, and the statistics would silently stay unsynchronized.
             y = functions.inplace_abn_sync(*arguments, group=self.group.group, **options)
         else:
             y = functions.inplace_abn(*arguments, **options)
         return F.relu(y) if self.activation == "relu" else y
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # Written by inplace_abn >= 1.1.0 and by torch's batch norm, read by nothing: optional on load.
+        # inplace_abn >= 1.1.0 and torch's batch norm write this entry, but nothing reads it.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Return the arguments shown by `repr`."""
         return f"{self.weight.numel()}, activation={self.activation!r}, backend={self.backend!r}"
 
 
@@ -146,14 +158,24 @@ def require_inplace_abn(processes: int, device_type: str) -> None:
 
 
 def synchronize(model: nn.Module, group: StatisticsGroup | None) -> None:
-    """Let every ABN of `model` take its training statistics over all processes of `group` (None: its own)."""
+    """Make every ABN of `model` compute its training statistics over all processes of `group`.
+
+    Args:
+        model: network to change in place.
+        group: processes that share their statistics; None makes each process use only its own batch.
+    """
     for module in model.modules():
         if isinstance(module, ABN):
             module.group = group if group is not None and group.size > 1 else None
 
 
 def train_mode(model: nn.Module, keep_statistics: bool) -> None:
-    """Set `model` to training; `keep_statistics`: every ABN still normalizes by its running ones."""
+    """Set `model` to training mode.
+
+    Args:
+        model: network to change in place.
+        keep_statistics: leave every ABN in evaluation mode, so it uses and keeps its running statistics.
+    """
     model.train()
     for module in model.modules():
         if keep_statistics and isinstance(module, ABN):
@@ -163,7 +185,7 @@ def train_mode(model: nn.Module, keep_statistics: bool) -> None:
 def _apex_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):
     from apex.parallel.optimized_sync_batchnorm_kernel import SyncBatchnormFunction
 
-    # The function puts new storage into the statistics that it gets; ours has to stay, state dicts share it.
+    # The function replaces the storage of the statistics it gets. Ours must stay, since state dicts share it.
     mean, variance = running_mean.clone(), running_var.clone()
     y = SyncBatchnormFunction.apply(x, None, weight, bias, mean, variance, eps, True, momentum, group.group)
     running_mean.copy_(mean)
@@ -173,7 +195,7 @@ def _apex_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, 
 
 def _synchronized_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):
     if x.is_cuda:
-        # torch's own kernels, as nn.SyncBatchNorm calls them; the function lets us pass |weight| + eps.
+        # Call the kernels behind nn.SyncBatchNorm directly, in order to pass |weight| + eps.
         from torch.nn.modules._functions import SyncBatchNorm
 
         return SyncBatchNorm.apply(
@@ -183,9 +205,9 @@ def _synchronized_batch_norm(x, weight, bias, running_mean, running_var, eps, mo
 
 
 class _SynchronizedBatchNorm(torch.autograd.Function):
-    """Batch norm over several processes where torch has none (the CPU): one collective each way.
+    """Synchronized batch norm for the CPU, where torch has none, with one collective per direction.
 
-    The processes may hold different numbers of pixels; each counts by its own.
+    The processes may have different numbers of pixels. Each is weighted by its number.
     """
 
     @staticmethod
@@ -194,7 +216,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         variance, mean = torch.var_mean(x.to(wide), axes, correction=0)
-        # float64: the sum of squares is combined from values that nearly cancel.
+        # Use float64, since square - mean * mean below subtracts nearly equal values.
         mean, variance = mean.double(), variance.double()
         count = float(x.numel() // x.size(1))
         sums = torch.cat([mean * count, (variance + mean * mean) * count, mean.new_tensor([count])])
@@ -225,6 +247,6 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         mean_grad, mean_product = (sums / total.to(wide)).chunk(2)
         scale = (weight.to(wide) * inverse).view(shape)
         grad_x = scale * (grad - mean_grad.view(shape) - normalized * mean_product.view(shape))
-        # weight and bias get this process's share; the data-parallel wrapper averages them with all the
-        # others.
+        # The gradients of weight and bias are local; the data-parallel wrapper averages them over the
+        # processes.
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 5

@@ -1,4 +1,4 @@
-"""The attention of a whole network, for pixels of a picture."""
+"""Attention maps of a whole network, for pixels of its input image."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from networks.ccnet import Seg_Model
 
 
 def picture_attention(model: Seg_Model, image: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
-    """What pixels of a picture gather, as `cc_attention.attention_maps` has it.
+    """Return the attention of selected pixels of an image (see `cc_attention.attention_maps`).
 
     Args:
-        model: in evaluation mode.
+        model: network in evaluation mode, with recurrence R.
         image: [1, 3, h, w], BGR minus mean.
-        pixels: P pairs (row, column) of the picture.
+        pixels: P pairs (row, column) of the image.
 
     Returns:
-        [R, P, H, W] at the resolution of the head, about h / 8 and w / 8; empty where R is 0.
+        [R, P, H, W] at the resolution of the head, about h / 8 and w / 8; empty if R is 0.
 
     Raises:
-        ValueError: a pixel outside of the picture.
+        ValueError: a pixel is outside of the image.
     """
     height, width = image.shape[2:]
     for row, column in pixels:
@@ -39,7 +39,13 @@ def picture_attention(model: Seg_Model, image: Tensor, pixels: Sequence[tuple[in
 def head_pixel(
     pixel: tuple[int, int], size: tuple[int, int], feature_shape: Sequence[int]
 ) -> tuple[int, int]:
-    """The pixel of features [..., H, W] over that of a picture of `size`, corners aligned."""
+    """Return the feature pixel at the position of an image pixel, with aligned corners.
+
+    Args:
+        pixel: (row, column) in the image.
+        size: (height, width) of the image.
+        feature_shape: shape [..., H, W] of the features.
+    """
     row, column = (
         round(at * (few - 1) / max(many - 1, 1))
         for at, many, few in zip(pixel, size, feature_shape[-2:], strict=True)

@@ -1,4 +1,4 @@
-"""CCNet: dilated ResNet, recurrent criss-cross attention, auxiliary head (original: networks/ccnet.py)."""
+"""CCNet: dilated ResNet, recurrent criss-cross attention and an auxiliary head."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ from networks.resnet import ResNet
 from networks.weights import load_weights
 
 
-class Seg_Model(ResNet):
-    """CCNet. 562 state-dict entries and 71,287,911 parameters with resnet101 and 19 classes, named as the
-    original's.
+class Seg_Model(ResNet):  # noqa: N801
+    """The CCNet segmentation network.
+
+    State-dict entries are named as in the original. With resnet101 and 19 classes there are 562 entries and
+    71,287,911 parameters.
+
+    Source: CCNet, arXiv 1811.11721; networks/ccnet.py of the original.
 
     Args:
-        num_classes: number of train ids.
-        criterion: called as criterion([logits, dsn_logits], labels) when `forward` gets labels.
-        pretrained_model: path of a checkpoint to start from (a CCNet one or an ImageNet backbone).
-        recurrence: how often the attention is applied (R of the paper); 0 leaves it out.
+        num_classes: number of classes.
+        criterion: loss, called as criterion([logits, dsn_logits], labels) if `forward` gets labels.
+        pretrained_model: path of a checkpoint to load, of CCNet or of an ImageNet backbone.
+        recurrence: number of applications of the attention (R in the paper); 0 omits it.
         backbone: "resnet101" or "resnet50".
-        dropout: probability of both heads' channel dropout.
-        abn: backend of the activated batch norm, "torch", "inplace" or "apex" (networks/abn.py).
-        variant: "ccnet", or the network of another release, "mmseg" or "torchvision" (networks/variants.py).
+        dropout: probability of channel dropout in both heads.
+        abn: backend of the activated batch norm, "torch", "inplace" or "apex" (see `ABN`).
+        variant: "ccnet", or the architecture of another release, "mmseg" or "torchvision" (see
+            networks/variants.py).
 
     Raises:
-        ValueError: an argument out of range.
-        networks.weights.CheckpointError: `pretrained_model` is unreadable or belongs to another network.
+        ValueError: an argument is out of range.
+        utils.errors.CheckpointError: `pretrained_model` is unreadable or belongs to another network.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class Seg_Model(ResNet):
     ):
         super().__init__(backbone, abn, variant)
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         activation, dsn_channels = self.variant.activation, self.variant.dsn_channels
         self.head = RCCAHead(
             2048, num_classes, recurrence, dropout=dropout, backend=abn, activation=activation
@@ -62,10 +67,15 @@ class Seg_Model(ResNet):
             load_weights(self, pretrained_model)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor] | Tensor:
-        """images [N, 3, h, w] (BGR minus mean) -> [logits, dsn_logits], each [N, num_classes, H, W] at 1/8
-        size.
+        """Compute the logits of both heads, or the loss.
 
-        With `labels` [N, h, w] and a criterion: the loss.
+        Args:
+            images: [N, 3, h, w], BGR minus mean.
+            labels: [N, h, w] class indices.
+
+        Returns:
+            [logits, dsn_logits], each [N, num_classes, H, W] at 1/8 of the input size. If `labels` and a
+            criterion were given, the loss.
         """
         layer3, layer4 = self.features(images)
         outputs = [self.head(layer4), self.dsn(layer3)]

@@ -1,6 +1,7 @@
-"""Weights of other programs in CCNet's form: their names, their pictures, their batch norm.
+"""Conversion of other programs' weights to CCNet: entry names, input normalization and batch norm.
 
-Every function is exact in evaluation mode, up to rounding: it computes in float64 and returns float32.
+Converted networks give the same outputs in evaluation mode, up to rounding. Conversions compute in float64
+and return float32. "Our names" are the state-dict names of `Seg_Model`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
 from networks.weights import CLASSIFIER, FLOATS, HEADS, SHIFT, check_dtype, classes_of
 from utils.errors import CheckpointError
 
-#: Of the activated batch norm (networks/abn.py), and of every release's batch norm.
+#: eps of the activated batch norm (networks/abn.py), and of the batch norm of every supported release.
 EPS = 1e-5
-#: Mean and standard deviation of ImageNet's pictures, R G B in 0..255: what most releases normalize by.
+#: Mean and standard deviation of ImageNet, RGB in 0..255. Most releases normalize their input with these.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-#: timm's deep stem, one nn.Sequential but for its last batch norm, in our names.
+#: Modules of timm's deep stem (one nn.Sequential, except for its last batch norm), and our names for them.
 TIMM_STEM = {
     "conv1.0": "conv1",
     "conv1.1": "bn1",
@@ -29,7 +30,7 @@ TIMM_STEM = {
     "conv1.6": "conv3",
     "bn1": "bn3",
 }
-#: mmsegmentation's modules in our names.
+#: Modules of mmsegmentation, and our names for them.
 MMSEG = {
     "backbone.stem.0": "conv1",
     "backbone.stem.1": "bn1",
@@ -56,7 +57,16 @@ MMSEG = {
 
 
 def rename(state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str, Tensor]:
-    """`state` with the modules renamed that `modules` names, in whole parts: the longest name counts."""
+    """Rename modules of a state dict.
+
+    Args:
+        state: entries by name.
+        modules: new name of each module to rename. A name matches whole dotted parts, and the longest match
+            wins.
+
+    Returns:
+        The same entries under their new names.
+    """
     renamed = {}
     for name, value in state.items():
         parts = name.split(".")
@@ -69,23 +79,24 @@ def rename(state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str,
 
 
 def _renamed(path: str, state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str, Tensor]:
-    """`rename`. Raises CheckpointError where two entries get one name."""
+    """Call `rename`; raise CheckpointError if two entries get the same name."""
     renamed = rename(state, modules)
     if len(renamed) < len(state):
         raise CheckpointError(
-            f"{path}: holds the entries of two networks, which would get the same names; convert one alone"
+            f"{path}: holds two networks whose entries would get the same names; convert each by itself"
         )
     return renamed
 
 
 def imagenet_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ResNet of torchvision or timm, without its classifier, in our names; its numbers as they are.
+    """Rename the entries of a torchvision or timm ResNet to our names, and drop its classifier.
 
     Args:
-        path: names the weights in messages.
+        path: name of the weights in error messages.
+        state: state dict of the library; its values are not changed.
 
     Raises:
-        CheckpointError: it has another network.
+        CheckpointError: the state dict belongs to another network.
     """
     state = {k: v for k, v in state.items() if not k.startswith("fc.") and _is_weight(k)}
     if "conv1.0.weight" in state:
@@ -95,39 +106,45 @@ def imagenet_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mmseg_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """mmsegmentation's CCNet in our names, its numbers as they are.
+    """Rename the entries of mmsegmentation's CCNet to our names.
+
+    Args:
+        path: name of the weights in error messages.
+        state: state dict of mmsegmentation; its values are not changed.
 
     Raises:
-        CheckpointError: it has another network.
+        CheckpointError: the state dict belongs to another network.
     """
     state = _renamed(path, {name: value for name, value in state.items() if _is_weight(name)}, MMSEG)
     scale = state.get("head.cca.gamma.scale")
-    if scale is not None and scale.numel() == 1:  # a scalar there, a vector of one here
+    if scale is not None and scale.numel() == 1:  # a scalar in mmsegmentation, shape [1] here
         state["head.cca.gamma"] = state.pop("head.cca.gamma.scale").reshape(1)
     if "dsn.0.weight" in state:
-        # The original's auxiliary head has a bias before its batch norm, theirs has none.
+        # Our auxiliary head has a bias before its batch norm, like the original; mmsegmentation's has none.
         state.setdefault("dsn.0.bias", state["dsn.0.weight"].new_zeros(state["dsn.0.weight"].shape[:1]))
     check_network(path, state)
     return state
 
 
 def check_network(path: str, state: Mapping[str, Tensor]) -> None:
-    """See that `state`, in our names, is a network of ours or its backbone; SHIFT may be missing.
+    """Check that `state`, in our names, is a complete network or a complete backbone.
+
+    SHIFT may be missing.
 
     Raises:
-        CheckpointError: naming the first entry that is not.
+        CheckpointError: the message names the first entry that does not fit.
     """
     if any(".downsample.2." in name for name in state):
         raise CheckpointError(
-            f"{path}: its shortcuts average before they convolve (ResNet-D), which CCNet's do not; "
-            "take weights without that, such as timm's resnet101c or resnet101s"
+            f"{path}: is a ResNet-D, with average pooling in its shortcuts, which CCNet does not have; "
+            "use other weights, such as timm's resnet101c or resnet101s"
         )
     blocks = blocks_of(state)
     backbone = next((name for name, depths in DEPTHS.items() if depths == blocks), None)
     if backbone is None:
         raise CheckpointError(
-            f"{path}: its four layers have {', '.join(map(str, blocks))} blocks, as none of "
-            f"{', '.join(sorted(DEPTHS))} has; take weights of one of these"
+            f"{path}: its four layers have {', '.join(map(str, blocks))} blocks, which fits no supported "
+            f"backbone; use weights of {' or '.join(sorted(DEPTHS))}"
         )
     variant = variant_of(state)
     classes = classes_of(path, state) if CLASSIFIER in state else 1
@@ -138,37 +155,42 @@ def check_network(path: str, state: Mapping[str, Tensor]) -> None:
         own = {name: value for name, value in own.items() if not name.startswith(HEADS)}
     if missing := [name for name in own if name not in state and name != SHIFT]:
         raise CheckpointError(
-            f"{path}: lacks {missing[0]} (in CCNet's names); take a {backbone} of bottlenecks"
+            f"{path}: lacks {missing[0]} (named as in CCNet); use a {backbone} with bottleneck blocks"
         )
     for name, value in own.items():
         if name not in state:
             continue
         if state[name].shape != value.shape:
             raise CheckpointError(
-                f"{path}: {name} (in CCNet's names) has shape {list(state[name].shape)} and CCNet's "
-                f"{list(value.shape)}; take a plain {backbone}"
+                f"{path}: {name} (named as in CCNet) has shape {list(state[name].shape)}, CCNet needs "
+                f"{list(value.shape)}; use a plain {backbone}"
             )
         check_dtype(path, name, state[name])
     if unknown := [name for name in state if name not in own]:
         raise CheckpointError(
             f"{path}: has {len(unknown)} entries that CCNet lacks, the first is {unknown[0]}; "
-            "take weights of one of the networks that python -m tools.convert --help names"
+            "use weights of a network that python -m tools.convert --help lists"
         )
 
 
 def to_our_pictures(
     state: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float], picture_mean: Sequence[float]
 ) -> dict[str, Tensor]:
-    """A network for (RGB - mean) / std as one for BGR - picture_mean, which `CSDataSet` gives.
+    """Convert a network whose input is (RGB - mean) / std to one whose input is BGR - picture_mean.
 
-    Order and scale go into the first convolution. The offset goes to SHIFT where the variant has it, which is
-    exact up to the border. CCNet's own has not: there the offset goes into the running mean, and the zeros
-    that the convolution puts around the picture stand for picture_mean instead of mean.
+    `CSDataSet` gives BGR minus mean. Channel order and scale are folded into the first convolution. If the
+    variant has the entry SHIFT, the offset is stored there, which is exact including the image border. The
+    "ccnet" variant has no SHIFT, so the offset is folded into the running mean. At the border, the zero
+    padding of the convolution then stands for picture_mean instead of mean.
 
     Args:
-        state: in our names, with plain batch norm.
-        mean, std: R G B in 0..255.
-        picture_mean: B G R in 0..255.
+        state: state dict in our names, with plain batch norm.
+        mean: mean of the network's input, RGB in 0..255.
+        std: standard deviation of the network's input, RGB in 0..255.
+        picture_mean: mean that the data set subtracts, BGR in 0..255.
+
+    Returns:
+        The converted state dict.
     """
     result = dict(state)
     scale = torch.tensor(std, dtype=torch.float64).flip(0)
@@ -184,13 +206,17 @@ def to_our_pictures(
 
 
 def from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network with plain batch norm as one with ours, whose weight is |weight| + eps.
+    """Convert a network with plain batch norm to one with activated batch norm.
 
-    Where the weight is negative, the convolution before changes its sign. Where it is nearer to 0 than eps,
-    which ours can't be, the convolution is scaled down instead.
+    The scale of activated batch norm is |weight| + eps, so it can't be negative or smaller than eps. For a
+    negative weight, the sign of the preceding convolution is changed. For a weight closer to 0 than eps, that
+    convolution is scaled down.
 
     Args:
-        state: in our names.
+        state: state dict in our names.
+
+    Returns:
+        The converted state dict.
     """
     result = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     for norm in norms_of(state):
@@ -206,9 +232,16 @@ def from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a network with our batch norm as one with plain batch norm.
+    """Convert a network with activated batch norm to one with plain batch norm.
 
-    Its weight is |weight| + eps, to the bit. Weights of 16 bits, which can't hold the sum, become float32.
+    The new weight is exactly |weight| + eps. 16-bit weights become float32, because they can't represent the
+    sum.
+
+    Args:
+        state: state dict in our names.
+
+    Returns:
+        The converted state dict.
     """
     result = dict(state)
     for norm in norms_of(state):
@@ -218,26 +251,26 @@ def to_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def may_be_plain(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a state dict in our names, without a mark, can be one with plain batch norm.
+    """Return whether an unmarked state dict in our names may have plain batch norm (see `weights.mark`).
 
-    Every nn.BatchNorm2d comes with num_batches_tracked, and `to_batch_norm` leaves no weight below EPS: a
-    state dict without the one and with the other has our batch norm.
+    Every nn.BatchNorm2d has num_batches_tracked, and `to_batch_norm` gives no weight below EPS. So a state
+    dict without num_batches_tracked and with a weight below EPS has activated batch norm.
     """
     if not all(_is_weight(name) for name in state):
         return True
     weights = [state[name] for norm in norms_of(state) if (name := f"{norm}.weight") in state]
-    # Half of it, as the types of 16 bits round it.
+    # Compare with EPS / 2, to allow for the rounding of 16-bit types.
     return not any(weight.dtype in FLOATS and (weight < EPS / 2).any() for weight in weights)
 
 
 def norms_of(state: Mapping[str, Tensor]) -> list[str]:
-    """The names of the batch norms of a state dict."""
+    """Return the module names of the batch norms of a state dict."""
     end = ".running_mean"
     return [name.removesuffix(end) for name in state if name.endswith(end)]
 
 
 def convolution_before(norm: str) -> str:
-    """The name of the convolution before a batch norm, in our names: bn2 -> conv2, dsn.1 -> dsn.0."""
+    """Return the name of the convolution before a batch norm: bn2 -> conv2, dsn.1 -> dsn.0."""
     before, dot, last = norm.rpartition(".")
     return before + dot + (last.replace("bn", "conv") if last.startswith("bn") else "0")
 

@@ -1,4 +1,4 @@
-"""Channel dropout that takes its masks from outside of the network's graph."""
+"""Channel dropout with masks given from outside."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from torch import Tensor, nn
 
 
 class ChannelDropout(nn.Dropout2d):
-    """Zero whole channels of each sample in training, and scale the others by 1 / (1 - p).
+    """Apply channel dropout with masks given from outside.
 
-    The training step draws `kept` before the forward pass, from the step and the sample alone
-    (engine/training/dropout.py). A sample then loses the same channels on any number of processes, and a
-    compiled network or CUDA graph holds no random numbers. Without `kept`, masks come from PyTorch's
+    In training, whole channels of each sample are zeroed and the others are scaled by 1 / (1 - p). The
+    training step sets the mask `kept` before the forward pass (engine/training/dropout.py). The mask depends
+    only on the step and the sample, so results do not depend on the number of processes. A compiled network
+    or CUDA graph then contains no random numbers. If `kept` is None, masks are drawn from PyTorch's
     generator.
 
     Args:
         channels: number of channels C.
-        p: probability of a channel to be zeroed.
+        p: probability of zeroing a channel.
 
-    Shape: [N, C, ...] -> the same.
+    Shape:
+        Input and output: [N, C, ...].
     """
 
-    #: bool [N, C], the channels that each sample keeps; None draws them here.
+    #: bool [N, C], the channels that each sample keeps; None draws them in `forward`.
     kept: Tensor | None = None
 
     def __init__(self, channels: int, p: float):
@@ -28,6 +30,7 @@ class ChannelDropout(nn.Dropout2d):
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the dropout to x [N, C, ...]."""
         if self.kept is None or not self.training:
             return super().forward(x)
         scale = 1 / (1 - self.p) if self.p < 1 else 0.0
@@ -35,4 +38,5 @@ class ChannelDropout(nn.Dropout2d):
         return x * factors[(...,) + (None,) * (x.dim() - 2)]
 
     def extra_repr(self) -> str:
+        """Return the arguments shown by `repr`."""
         return f"{self.channels}, {super().extra_repr()}"

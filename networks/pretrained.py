@@ -1,4 +1,4 @@
-"""ImageNet weights by name: `torchvision:resnet101`, `timm:resnet101.a1_in1k`."""
+"""Pretrained ImageNet weights by name, such as `torchvision:resnet101` or `timm:resnet101.a1_in1k`."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from networks.weights import check_entries, read_state_dict
 from utils.errors import CheckpointError
 
 LIBRARIES = ("torchvision", "timm")
-#: Of torchvision's weights; its own segmentation networks start from these.
+#: Default tag of torchvision's weights; its own segmentation networks start from these weights.
 TORCHVISION_TAG = "IMAGENET1K_V1"
-#: timm's networks that are CCNet's backbone: with a 7x7 stem, CCNet's own (s), and mmsegmentation's (c).
+#: timm's networks that fit CCNet's backbone: with a 7x7 stem, CCNet's stem (s), or mmsegmentation's stem (c).
 TIMM_NETWORKS = [depth + stem for depth in DEPTHS for stem in ("", "s", "c")]
 
 
 class Pretrained(NamedTuple):
-    """What a library has under a name."""
+    """Pretrained weights of a library, and the input normalization that they need."""
 
-    state: dict[str, Tensor]  # in the library's names
-    mean: tuple[float, ...]  # of its pictures, R G B in 0..255
+    state: dict[str, Tensor]  # in the names of the library
+    mean: tuple[float, ...]  # of the input, RGB in 0..255
     std: tuple[float, ...]
 
 
 def is_library(source: str | os.PathLike) -> bool:
-    """Return whether `source` names a library's weights, and not a file."""
+    """Return whether `source` names weights of a library rather than a file."""
     return isinstance(source, str) and source.partition(":")[0] in LIBRARIES
 
 
 def library_weights(source: str, backbone: str = "resnet101") -> Pretrained:
-    """Return the weights that `source` names, downloaded unless the library has done it before.
+    """Return the weights that `source` names; the library downloads them unless it has them cached.
 
     Args:
-        source: `torchvision:resnet50`, or with one of its tags `torchvision:resnet50.IMAGENET1K_V2`;
-            `timm:resnet50.a1_in1k`; `torchvision` alone is the `backbone`'s.
+        source: `torchvision:NETWORK`, `torchvision:NETWORK.TAG` or `timm:NETWORK.TAG`, for example
+            `torchvision:resnet50.IMAGENET1K_V2` or `timm:resnet50.a1_in1k`. `torchvision` alone means
+            `torchvision:` with `backbone`.
+        backbone: network for a `source` that names none.
 
     Raises:
-        CheckpointError: no such weights, no such library, no network, or entries that are no weights.
+        CheckpointError: the weights or the library do not exist, the download fails, or entries are invalid.
     """
     library, _, name = source.partition(":")
     if library == "torchvision":
@@ -55,14 +57,15 @@ def library_weights(source: str, backbone: str = "resnet101") -> Pretrained:
 def read_weights(
     source: str | os.PathLike, picture_mean: Sequence[float], backbone: str = "resnet101"
 ) -> dict[str, Tensor]:
-    """The state dict of a file, or of a library's weights converted to ours.
+    """Return the state dict of a checkpoint file, or the converted weights of a library.
 
     Args:
-        source: a checkpoint's path, or a name as `library_weights` takes it.
-        picture_mean: B G R, subtracted from the pictures that the network will get.
+        source: path of a checkpoint, or a name for `library_weights`.
+        picture_mean: mean that the data set subtracts from its pictures, BGR in 0..255.
+        backbone: network for a `source` that names none.
 
     Raises:
-        CheckpointError: one line that names `source`, what is wrong and what to do.
+        CheckpointError: the message names `source`, what is wrong and what to do.
     """
     if not is_library(source):
         return read_state_dict(source)
@@ -75,18 +78,21 @@ def _from_torchvision(source: str, name: str) -> Pretrained:
     network, _, tag = name.partition(".")
     try:
         from torchvision import models
-    except (ImportError, RuntimeError) as error:  # a build that does not fit torch fails in its operators
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a build for another torch fails in its operators
         raise CheckpointError(
-            f"{source}: torchvision can't be imported ({_line(error)}); install the build for this torch"
+            f"{source}: torchvision can't be imported ({_line(error)}); install the build for your torch"
         ) from error
     if network not in DEPTHS:
-        raise CheckpointError(f"{source}: not CCNet's backbone; name {' or '.join(sorted(DEPTHS))}")
+        raise CheckpointError(f"{source}: does not fit CCNet's backbone; use {' or '.join(sorted(DEPTHS))}")
     choices = models.get_model_weights(network)
     try:
         weights = choices[tag or TORCHVISION_TAG]
     except KeyError:
         tags = ", ".join(choice.name for choice in choices)
-        raise CheckpointError(f"{source}: torchvision has no weights {tag}; name one of {tags}") from None
+        raise CheckpointError(f"{source}: torchvision has no weights {tag}; use one of {tags}") from None
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # of the network, the disk, a damaged file
@@ -105,12 +111,12 @@ def _from_timm(source: str, name: str) -> Pretrained:
     network = name.partition(".")[0]
     if network not in TIMM_NETWORKS:
         raise CheckpointError(
-            f"{source}: not CCNet's backbone; name one of timm's {', '.join(TIMM_NETWORKS)}"
+            f"{source}: does not fit CCNet's backbone; use one of timm's {', '.join(TIMM_NETWORKS)}"
         )
     known = timm.list_models(f"{network}.*", pretrained=True)
     if name not in (network, *known):
-        raise CheckpointError(f"{source}: timm has no such weights; name one of {', '.join(known)}")
-    log = logging.getLogger("huggingface_hub")  # which warns of every attempt
+        raise CheckpointError(f"{source}: timm has no such weights; use one of {', '.join(known)}")
+    log = logging.getLogger("huggingface_hub")  # it logs a warning for every failed attempt
     level = log.level
     log.setLevel(logging.ERROR)
     try:
@@ -129,8 +135,8 @@ def _in_255(values: Sequence[float]) -> tuple[float, ...]:
 
 def _not_downloaded(source: str, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{source}: can't be downloaded ({_line(error)}); run it where there is a network, or bring the file "
-        "here and convert it with python -m tools.convert"
+        f"{source}: can't be downloaded ({_line(error)}); check the network connection, or copy the file to "
+        "this machine and convert it with python -m tools.convert"
     )
 
 

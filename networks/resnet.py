@@ -1,4 +1,4 @@
-"""Dilated ResNet backbone, output stride 8 (original, with a deep stem: networks/ccnet.py)."""
+"""Dilated ResNet backbone with output stride 8 (in the original: part of networks/ccnet.py)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from networks.variants import DEPTHS, VARIANTS
 def convolution(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
-    """A convolution without bias that keeps the size at stride 1."""
+    """Return a convolution without bias, padded so that stride 1 keeps the size."""
     padding = dilation * (kernel // 2)
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided, dilated), 1x1 to four times the planes, and the residual."""
+    """A bottleneck block: 1x1, 3x3 and 1x1 convolutions with a residual connection.
+
+    The 3x3 convolution has the stride and the dilation. The output has 4 * planes channels.
+    """
 
     expansion = 4
 
@@ -32,8 +35,8 @@ class Bottleneck(nn.Module):
         self.bn2 = ABN(planes, "identity", backend)
         self.conv3 = convolution(planes, out_channels, 1)
         self.bn3 = ABN(out_channels, "identity", backend)
-        # Blocks start as the identity: from random weights the network then learns from the first steps on
-        # (Goyal et al., arXiv 1706.02677). A checkpoint overwrites it.
+        # Start each block as the identity, so that training from random weights makes progress from the first
+        # steps (Goyal et al., arXiv 1706.02677). Loading a checkpoint overwrites this.
         nn.init.zeros_(self.bn3.weight)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
@@ -42,7 +45,8 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        # The ReLUs are not in-place: an in-place ABN keeps its output for the backward pass.
+        """Apply the block to x [N, in_channels, H, W]."""
+        # The ReLUs are not in-place, because an in-place ABN saves its output for the backward pass.
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -51,19 +55,26 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """images [N, 3, h, w] -> (layer3 [N, 1024, H, W], layer4 [N, 2048, H, W]), H = ceil(h / 8) up to
-    rounding.
+    """The dilated ResNet backbone.
 
-    layer3 and layer4 keep the resolution and dilate by 2 and 4 instead; stem, pool and the dilation of their
-    first blocks are those of `variant` (networks/variants.py).
+    layer3 and layer4 keep the resolution of layer2 and use dilation 2 and 4. The variant determines the stem,
+    the pooling and the dilation of the first block of layer3 and layer4 (networks/variants.py).
+
+    Args:
+        depth: "resnet50" or "resnet101".
+        backend: backend of the activated batch norm (see `ABN`).
+        variant: name of an entry of `networks.variants.VARIANTS`.
+
+    Raises:
+        ValueError: an argument is unknown.
     """
 
     def __init__(self, depth: str = "resnet101", backend: str = "torch", variant: str = "ccnet"):
         super().__init__()
         if depth not in DEPTHS:
-            raise ValueError(f"backbone is one of {', '.join(sorted(DEPTHS))}, not {depth!r}")
+            raise ValueError(f"backbone must be one of {', '.join(sorted(DEPTHS))}, got {depth!r}")
         if variant not in VARIANTS:
-            raise ValueError(f"variant is one of {', '.join(sorted(VARIANTS))}, not {variant!r}")
+            raise ValueError(f"variant must be one of {', '.join(sorted(VARIANTS))}, got {variant!r}")
         self.variant = VARIANTS[variant]
         self.shift: Tensor | None
         self.register_buffer("shift", torch.zeros(3) if self.variant.shift else None)
@@ -98,13 +109,16 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs of layer3 [N, 1024, H, W] and layer4 [N, 2048, H, W] for images [N, 3, h, w].
+
+        H and W are about h / 8 and w / 8. In the "ccnet" variant, 1024 x 2048 images give 129 x 257 features.
+        """
         x = images if self.shift is None else images + self.shift.view(3, 1, 1)
         x = F.relu(self.bn1(self.conv1(x)))
         if len(self.variant.stem) == 3:
             x = F.relu(self.bn2(self.conv2(x)))
             x = F.relu(self.bn3(self.conv3(x)))
-        # CCNet's ceil_mode: 1024 x 2048 pictures give 129 x 257 features, as its released checkpoints were
-        # trained with.
+        # The released checkpoints of CCNet were trained with ceil_mode.
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=self.variant.ceil_mode)
         x = self.layer3(self.layer2(self.layer1(x)))
         return x, self.layer4(x)

@@ -1,4 +1,4 @@
-"""The shapes that a dilated ResNet with CCNet's head comes in, and how a state dict shows its own."""
+"""Variants of a dilated ResNet with CCNet's heads, and their detection from a state dict."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-#: Bottleneck blocks in each of the four layers.
+#: Number of bottleneck blocks in each of the four layers.
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
 class Variant(NamedTuple):
-    """What differs between the releases of this network."""
+    """The differences between releases of this network."""
 
-    stem: tuple[int, ...]  # channels of the stem's convolutions; only the first has stride 2
-    kernel: int  # of the first one; the others are 3x3
-    contract_dilation: bool  # the first block of a dilated layer has the dilation of the layer before
-    ceil_mode: bool  # of the max pool: an even size gets one row and column more
-    activation: str  # of the heads, see networks.abn
+    stem: tuple[int, ...]  # channels of the convolutions in the stem; the first has stride 2
+    kernel: int  # kernel size of the first convolution; the others are 3x3
+    contract_dilation: bool  # the first block of a dilated layer uses the previous dilation
+    ceil_mode: bool  # of the max pooling: even sizes get one more row and column
+    activation: str  # of the heads (see networks.abn)
     dsn_channels: int
-    shift: bool  # state dict has "shift" [3], added to the pictures: their border is then the release's own
+    shift: bool  # "shift" [3] of the state dict is added to the input, so that zero padding fits the release
 
 
-#: CCNet itself; mmsegmentation's CCNet (ResNetV1c); CCNet's heads on the ResNet of torchvision and timm.
+#: CCNet itself; mmsegmentation's CCNet (ResNetV1c); CCNet's heads on a ResNet of torchvision or timm.
 VARIANTS = {
     "ccnet": Variant((64, 64, 128), 3, False, True, "leaky_relu", 512, False),
     "mmseg": Variant((32, 32, 64), 3, True, False, "relu", 256, True),
@@ -33,7 +33,7 @@ VARIANTS = {
 
 
 def variant_of(state: Mapping[str, Tensor]) -> str:
-    """The variant that a state dict belongs to, by its first convolution; "ccnet" where that is no one's."""
+    """Return the variant of a state dict, from the shape of its first convolution; "ccnet" if none fits."""
     if (weight := state.get("conv1.weight")) is not None:
         for name, variant in VARIANTS.items():
             if weight.shape == (variant.stem[0], 3, variant.kernel, variant.kernel):
@@ -42,14 +42,17 @@ def variant_of(state: Mapping[str, Tensor]) -> str:
 
 
 def options_of(state: Mapping[str, Tensor] | None) -> dict[str, str]:
-    """What a network has to be told to fit a state dict: nothing where there is none, or it is CCNet's own,
-    so that networks without variants can be built the same way."""
+    """Return the keyword arguments that a network needs to match a state dict.
+
+    The result is empty for no state dict and for the "ccnet" variant, so networks without a `variant`
+    argument can be built with it too.
+    """
     variant = variant_of(state or {})
     return {} if variant == "ccnet" else {"variant": variant}
 
 
 def blocks_of(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """How many blocks the four layers of a state dict have, (0, 0, 0, 0) where it is no ResNet's."""
+    """Return the number of blocks in the four layers of a state dict; all 0 if it is not of a ResNet."""
     blocks = [0] * 4
     for name in state:
         if match := re.match(r"layer([1-4])\.([0-9]{1,4})\.", name):

@@ -1,4 +1,4 @@
-"""Checkpoints in: read them safely, say what fits, refuse what does not."""
+"""Safe loading of checkpoints, with a report of what was loaded and errors for what does not fit."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from torch import Tensor, nn
 from utils.errors import CheckpointError
 from utils.files import open_input
 
-#: The two layers whose shape depends on the number of classes, and the weight that tells it.
+#: Prefixes of the two layers whose shape depends on the number of classes, and a weight to read that number
+#: from.
 CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 CLASSIFIER = "head.bottleneck.3.weight"
-#: What only weights that come from another program have: how its pictures differ.
+#: Entry that only converted weights of another program have: an offset added to the input images.
 SHIFT = "shift"
-#: What an ImageNet backbone lacks, and may.
+#: Prefixes allowed to be missing: an ImageNet backbone does not have them.
 HEADS = ("head.", "dsn.")
-#: Under which a checkpoint may hold its state dict.
+#: Keys under which a checkpoint may hold its state dict.
 WRAPPERS = ("model", "state_dict")
-#: What data parallelism and torch.compile put into the names of the modules that they wrap.
+#: Name parts that data parallelism and torch.compile add to wrapped modules.
 WRAPPING = ("module", "_orig_mod")
-#: Of weights; integers, complex numbers and types of 8 bits, which need a scale, are none.
+#: Valid dtypes of weights: no integers, no complex numbers, and no 8-bit types, which need a scale.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: Numbers in an entry; CCNet's largest has 12 million. A view of one number can claim any shape.
+#: Maximum number of elements of an entry; the largest of CCNet has 12 million. A small file can hold an
+#: expanded view of any shape.
 LARGEST = 2**28
 
-#: How files of torch.save before 1.6 begin.
+#: First bytes of files that torch.save wrote before PyTorch 1.6.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-#: What takes the weights out of a file that only an unsafe load opens: an expression that loads it, the rest.
+#: Code for the user that extracts the weights from a file that needs an unsafe load: expressions that load
+#: it, and the script.
 UNSAFE_LOADS = {
     "torch": 'torch.load(sys.argv[1], map_location="cpu", weights_only=False)',
     "pickle": 'pickle.load(open(sys.argv[1], "rb"))',
@@ -51,19 +54,19 @@ EXTRACT = (
     'if hasattr(v, "shape")}}, sys.argv[2])'
 )
 
-#: The entry of a state dict's metadata (what torch keeps beside the names, and saves with them) that says
-#: which batch norm the weights are for: names and shapes are the same.
+#: Key in the metadata of a state dict (which torch.save keeps) that says which batch norm the weights are
+#: for. Names and shapes are the same for both.
 BATCH_NORM = "batch_norm"
 PLAIN, ACTIVATED = "plain", "activated"
 
 
 class LoadReport(NamedTuple):
-    """What `load_weights` did, by names of state-dict entries."""
+    """The result of `load_weights`, as names of state-dict entries."""
 
     path: str
-    loaded: list[str]
-    new: list[str]
-    left_over: list[str]
+    loaded: list[str]  # entries of the model that were loaded
+    new: list[str]  # entries of the model that were not
+    left_over: list[str]  # entries of the file that were not used
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} entries loaded"]
@@ -73,19 +76,19 @@ class LoadReport(NamedTuple):
 
 
 def _groups(names: list[str]) -> str:
-    """Return the top-level modules that `names` belong to."""
+    """Return the top-level modules of `names`, as text."""
     return ", ".join(dict.fromkeys(name.split(".")[0] + ".*" if "." in name else name for name in names))
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read a state dict from a file of torch.save or safetensors.
+    """Read a state dict from a file of torch.save or safetensors, without running code in it.
 
-    It may lie under "model" or "state_dict", and its names may have "module." and "_orig_mod." in them, which
-    are left out.
+    The state dict may be stored under "model" or "state_dict". The parts "module." and "_orig_mod." are
+    removed from names.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, one that would run code when unpickled, or entries
-            that are no weights (`check_entries`).
+        CheckpointError: the file does not exist, is not a checkpoint, would run code when unpickled, or has
+            entries that are not weights (see `check_entries`).
     """
     content = _load(path)
     for _ in WRAPPERS:
@@ -94,7 +97,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: holds both {' and '.join(found)}; save one of them by itself")
         content = content[found[0]] if found else content
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path}: holds no state dict; save model.state_dict() and use that file")
+        raise CheckpointError(
+            f"{path}: does not hold a state dict; save model.state_dict() and use that file"
+        )
     return check_entries(path, content)
 
 
@@ -103,24 +108,26 @@ def _is_mapping(content: Mapping, name: str) -> bool:
 
 
 def _load(path: str | os.PathLike) -> Any:
-    """Return the content of a checkpoint's file. Raises CheckpointError where it has none."""
+    """Return the content of a checkpoint file; raise CheckpointError if it can't be read."""
     try:
         with open_input(path) as file:
             head = file.read(len(LEGACY))
-            if head[8:9] == b"{":  # behind the length of its header
+            if head[8:9] == b"{":  # safetensors: 8 bytes with the length of the header, then JSON
                 return _read_safetensors(path)
             _check_size(path, file)
             file.seek(0)
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of formats and layouts that are refused in a line
+                    warnings.simplefilter(
+                        "ignore"
+                    )  # files that would cause warnings are rejected with an error
                     return torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged file can fail in any way while it is unpickled
                 raise CheckpointError(f"{path}: {_why_not(path, file, head, error)}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; name an existing checkpoint") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; name the file of a checkpoint") from error
+        raise CheckpointError(f"{path}: {error.strerror or error}; name a checkpoint file") from error
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -137,13 +144,13 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _check_size(path: str | os.PathLike, file: IO[bytes]) -> None:
-    """See that a zip file is not larger inside than outside: torch.save compresses nothing.
+    """Reject compressed zip files, which could exhaust memory; torch.save does not compress.
 
     Raises:
-        CheckpointError: it is, and could fill the memory.
+        CheckpointError: the file is compressed.
     """
     inside = 0
-    with contextlib.suppress(Exception), zipfile.ZipFile(file) as archive:  # damaged ones fail in torch.load
+    with contextlib.suppress(Exception), zipfile.ZipFile(file) as archive:  # torch.load reports damaged files
         inside = sum(entry.file_size for entry in archive.infolist())
     if inside > os.fstat(file.fileno()).st_size:
         raise CheckpointError(
@@ -152,62 +159,64 @@ def _check_size(path: str | os.PathLike, file: IO[bytes]) -> None:
 
 
 def _why_not(path: str | os.PathLike, file: IO[bytes], head: bytes, error: Exception) -> str:
-    """Return what is wrong with a file that torch.load refuses, and what to do, for an error message."""
+    """Return the end of an error message for a file that torch.load rejects: what is wrong, what to do."""
     names: list[str] = []
     with contextlib.suppress(Exception), zipfile.ZipFile(file) as archive:
         names = [name.rpartition("/")[2] for name in archive.namelist()]
     if "constants.pkl" in names:
         return f"is a TorchScript archive, which is a program; {_extraction(path, 'script')}"
     if "archive_format" in names or "serialized_exported_program.json" in names:
-        return "is a program of torch.export; name the checkpoint that it was made from"
+        return "is a program saved by torch.export; name the checkpoint that it was made from"
     file.seek(0)
     with contextlib.suppress(Exception), tarfile.open(fileobj=file, mode="r:") as packed:
         if {"storages", "pickle"} <= set(packed.getnames()):
-            return f"is a tar file, as the first torch.save wrote them; {_extraction(path, 'torch')}"
-        return "is a tar file; unpack it and name the checkpoint in it"
+            return f"is a tar file of an early version of torch.save; {_extraction(path, 'torch')}"
+        return "is a tar file; unpack it and name a checkpoint in it"
     if isinstance(error, pickle.UnpicklingError) and (names or head.startswith(b"\x80")):
         if blocked := re.search(r"GLOBAL (\S{1,200}) whose module \S+ is blocked", str(error)):
-            return f"would call {blocked[1]}, as no checkpoint does; delete it (nothing of it was run)"
+            return f"would call {blocked[1]}, which no checkpoint needs; delete the file (no code was run)"
         found = re.search(r"GLOBAL (\S{1,200})", str(error))
         what = f" ({found[1]})" if found else ", or is damaged"
         advice = _extraction(path, "torch" if names or head == LEGACY else "pickle")
-        return f"holds more than plain tensors{what}, which could run code (nothing of it was run); {advice}"
+        return f"holds more than plain tensors{what}, which could run code (no code was run); {advice}"
     if not head:
         return "is empty; copy or download it again"
     return "damaged or not a checkpoint; copy or download it again"
 
 
 def _extraction(path: str | os.PathLike, kind: str) -> str:
-    """Return the advice how the owner of a file that could run code gets its weights out of it."""
+    """Return advice on extracting the weights from a file that could run code."""
     code = EXTRACT.format(load=UNSAFE_LOADS[kind])
     start, number = os.path.splitext(path)[0], 1
     while os.path.exists(out := f"{start}_weights{number if number > 1 else ''}.pth"):
         number += 1
     return (
-        "if you trust whoever made it, take the weights out with "
+        "if you trust its author, extract the weights with "
         f"python -c '{code}' {shlex.quote(str(path))} {shlex.quote(out)} and use {out}"
     )
 
 
 def check_entries(path: str | os.PathLike, entries: Mapping[Any, Any]) -> OrderedDict[str, Tensor]:
-    """Return the entries of a state dict in a new one, the names without those of wrapping modules.
+    """Check the entries of a state dict and return them with plain names.
 
-    Its mark of batch norm is kept (`batch_norm_of`).
+    Name parts of wrapping modules (WRAPPING) are removed. The mark of the batch norm is kept (see
+    `batch_norm_of`).
 
     Args:
-        path: names the weights in messages.
+        path: name of the weights in error messages.
+        entries: state dict as loaded.
 
     Raises:
-        CheckpointError: naming the first entry that is no dense tensor with values, or that holds numbers
-            that no network has, and saying how many do.
+        CheckpointError: an entry is not a dense tensor with values, or holds invalid numbers (see
+            `check_numbers`). The message names the first such entry.
     """
     state: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in entries.items():
         if not isinstance(name, str) or type(value) not in (Tensor, nn.Parameter):
             what = f"is of type {type(value).__name__}" if isinstance(name, str) else "has no name"
             raise CheckpointError(
-                f"{path}: holds no state dict, as its entry {name!r} {what}; save model.state_dict() and use "
-                "that file"
+                f"{path}: does not hold a state dict, its entry {name!r} {what}; save model.state_dict() and "
+                "use that file"
             )
         if problem := _problem(value):
             raise CheckpointError(f"{path}: {name} {problem}")
@@ -223,9 +232,9 @@ def check_entries(path: str | os.PathLike, entries: Mapping[Any, Any]) -> Ordere
 
 
 def _problem(value: Tensor) -> str | None:
-    """Return why a tensor can't be read as numbers, and what to do; None where it can."""
+    """Return the end of an error message if a tensor can't be used as a weight; None if it can."""
     if value.is_meta:
-        return "is on the meta device and has no values; save the network after its weights are there"
+        return "is on the meta device and has no values; save the network after loading its weights"
     if value.layout != torch.strided:
         return "is sparse; save it as value.to_dense()"
     if value.is_quantized:
@@ -236,20 +245,20 @@ def _problem(value: Tensor) -> str | None:
 
 
 def check_numbers(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
-    """See that all weights are finite in float32 and no variance is negative.
+    """Check that all weights are finite in float32 and no variance is negative.
 
     Raises:
-        CheckpointError: naming the first entry that holds others, and saying how many do.
+        CheckpointError: some entries hold other numbers. The message names the first one and their number.
     """
     largest = torch.finfo(torch.float32).max
     infinite, negative = [], []
     for name, value in state.items():
         if value.dtype not in FLOATS or not value.numel():
             continue
-        # Every number once: of an expanded view, those that it repeats.
+        # Read every stored number only once: an expanded view repeats numbers with stride 0.
         once = tuple(slice(1) if step == 0 else slice(None) for step in value.stride())
         low, high = torch.aminmax(value[once])
-        if not (low >= -largest and high <= largest):  # nan fails both
+        if not (low >= -largest and high <= largest):  # also true for nan
             infinite.append(name)
         elif name.endswith("running_var") and low < 0:
             negative.append(name)
@@ -257,12 +266,12 @@ def check_numbers(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
         if names:
             raise CheckpointError(
                 f"{path}: has {what} in {len(names)} of its {len(state)} entries, the first is {names[0]}; "
-                "take a checkpoint from before that, or copy it again"
+                "use an earlier checkpoint, or copy the file again"
             )
 
 
 def batch_norm_of(state: Mapping[str, Tensor]) -> str | None:
-    """Return which batch norm a state dict is marked to be for, PLAIN or ACTIVATED; None without a mark."""
+    """Return the batch norm that a state dict is marked for, PLAIN or ACTIVATED; None if it has no mark."""
     metadata = getattr(state, "_metadata", None)
     own = metadata.get("") if isinstance(metadata, Mapping) else None
     kind = own.get(BATCH_NORM) if isinstance(own, Mapping) else None
@@ -270,7 +279,7 @@ def batch_norm_of(state: Mapping[str, Tensor]) -> str | None:
 
 
 def mark(state: Mapping[str, Tensor], kind: str | None) -> OrderedDict[str, Tensor]:
-    """Return `state`, marked to be for the batch norm `kind`: no entry is added, and torch.save keeps it."""
+    """Return `state` with its metadata marked for the batch norm `kind`; torch.save keeps the mark."""
     marked = OrderedDict(state)
     if kind is not None:
         marked._metadata = {"": {"version": 1, BATCH_NORM: kind}}  # type: ignore[attr-defined]
@@ -278,26 +287,26 @@ def mark(state: Mapping[str, Tensor], kind: str | None) -> OrderedDict[str, Tens
 
 
 def classes_of(path: str | os.PathLike, state: Mapping[str, Tensor]) -> int:
-    """Return the number of classes of a CCNet state dict, which its classifier tells.
+    """Return the number of classes of a CCNet state dict, from the shape of its classifier.
 
     Raises:
-        CheckpointError: it has no classifier, or one of another shape.
+        CheckpointError: the classifier is missing or has an invalid shape.
     """
     if CLASSIFIER not in state:
         raise CheckpointError(
-            f"{path}: has no {CLASSIFIER}, so it is no checkpoint of CCNet; name one, or make one of another "
-            "release's with python -m tools.convert"
+            f"{path}: has no {CLASSIFIER}, so it is not a checkpoint of CCNet; name one, or convert one of "
+            "another release with python -m tools.convert"
         )
     shape = state[CLASSIFIER].shape
     if len(shape) != 4 or shape[0] < 1:
         raise CheckpointError(
-            f"{path}: {CLASSIFIER} has shape {list(shape)}, which is no classifier's; name another checkpoint"
+            f"{path}: {CLASSIFIER} has shape {list(shape)}, which no classifier has; name another checkpoint"
         )
     return shape[0]
 
 
 def check_dtype(path: str | os.PathLike, name: str, value: Tensor) -> None:
-    """See that an entry holds floating point numbers. Raises CheckpointError, naming it."""
+    """Raise CheckpointError unless an entry has a dtype in FLOATS."""
     if value.dtype not in FLOATS:
         kind = str(value.dtype).removeprefix("torch.")
         raise CheckpointError(f"{path}: {name} holds {kind} numbers; save the network in float32")
@@ -310,14 +319,14 @@ def match_weights(
     complete: bool = False,
     state: Mapping[str, Tensor] | None = None,
 ) -> tuple[LoadReport, dict[str, Tensor]]:
-    """Return what `load_weights` would do, and the entries that it would load.
+    """Return the report of `load_weights` and the entries that it would load, without loading them.
 
-    `model` may be on the meta device; the other arguments and errors are those of `load_weights`.
+    `model` may be on the meta device. Arguments and errors are those of `load_weights`.
     """
     state = read_state_dict(path) if state is None else state
     if batch_norm_of(state) == PLAIN:
         raise CheckpointError(
-            f"{path}: is for plain batch norm, which python -m tools.convert --to batch-norm wrote it for; "
+            f"{path}: was converted for plain batch norm by python -m tools.convert --to batch-norm; "
             "convert it back with python -m tools.convert"
         )
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
@@ -329,7 +338,7 @@ def match_weights(
     if not loaded:
         raise CheckpointError(
             f"{path}: none of its {len(state)} entries belongs to this network; check the file, or convert "
-            "another program's with python -m tools.convert"
+            "weights of another program with python -m tools.convert"
         )
     for name, value in loaded.items():
         if own[name].shape != value.shape:
@@ -338,7 +347,7 @@ def match_weights(
     missing = [name for name in new if name not in fresh and (complete or not name.startswith(HEADS))]
     if SHIFT in missing:
         raise CheckpointError(
-            f"{path}: made for another program's pictures; convert it first with python -m tools.convert"
+            f"{path}: needs the input of another program; convert it first with python -m tools.convert"
         )
     if missing:
         raise CheckpointError(
@@ -365,14 +374,18 @@ def load_weights(
     """Load a checkpoint of CCNet or of its ImageNet backbone into `model`.
 
     Args:
-        path: file that `read_state_dict` can read. num_batches_tracked entries are left out silently.
-        fresh_classifiers: leave the two classifiers as they are (fine-tuning to other classes).
-        complete: every entry of the model must be in the file, as evaluation needs it.
-        state: what the file holds, where it has been read; `path` is then its name in messages.
+        model: network to load into.
+        path: file that `read_state_dict` can read. Entries named num_batches_tracked are ignored.
+        fresh_classifiers: do not load the two classifiers (for fine-tuning to other classes).
+        complete: require every entry of the model, as evaluation does.
+        state: content of the file if it has been read already; `path` is then used only in messages.
+
+    Returns:
+        The names of entries that were loaded, that are new, and that were left over.
 
     Raises:
-        CheckpointError: unreadable, of another network, marked to be for plain batch norm, or (without
-            `fresh_classifiers`) of other classes. The model is then unchanged.
+        CheckpointError: the checkpoint is unreadable, belongs to another network, is marked for plain batch
+            norm, or (without `fresh_classifiers`) has other classes. The model is then unchanged.
     """
     report, loaded = match_weights(model, path, fresh_classifiers, complete, state)
     model.load_state_dict({**model.state_dict(), **loaded})
@@ -380,7 +393,7 @@ def load_weights(
 
 
 def _shape_mismatch(path: str | os.PathLike, name: str, own: Tensor, other: Tensor) -> str:
-    """Return the error for an entry whose shape is not the network's."""
+    """Return the error message for an entry whose shape differs from the model's."""
     if name.startswith(CLASSIFIERS) and other.shape[1:] == own.shape[1:] and other.dim() and len(other):
         return (
             f"{path}: has {other.shape[0]} classes, the network {own.shape[0]}; give --num-classes "

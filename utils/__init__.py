@@ -1,1 +1,1 @@
-"""Small helpers without a sibling import: arguments, files, progress, palette."""
+"""Helpers for every package: arguments, errors, files, progress and timing."""

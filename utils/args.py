@@ -1,4 +1,4 @@
-"""Types for argparse, and the exit status of the commands."""
+"""Argument types for argparse, and the exit status of commands."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from utils import streams
 from utils.errors import InputError, RunError
 from utils.resources import shortage
 
-#: Flags that decide how much memory a command takes, in the order in which they are worth a try.
+#: Flags that affect the memory use of a command, in the order in which the user should try to lower them.
 HEAVY = ("--batch-size", "--tile-batch", "--input-size", "--scales", "--num-workers")
-#: Those of HEAVY that this command has; None before its arguments are parsed.
+#: The flags of HEAVY that the current command has; None before its arguments are parsed.
 _heavy: list[str] | None = None
 
 
@@ -46,12 +46,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, **{"formatter_class": HelpFormatter, **options})
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Parse as argparse does, but reject empty values."""
         global _heavy
         if _heavy is None:
             _heavy = [flag for flag in HEAVY if flag in self._option_string_actions]
         found, others = super().parse_known_args(args, namespace)
         for action in self._actions:
-            # An unset variable of a script: --restore-from "$WEIGHTS" would train from random weights.
+            # Catch unset shell variables: an empty --restore-from "$WEIGHTS" would train from random weights.
             if getattr(found, action.dest, None) == "":
                 self.error(
                     f"argument {'/'.join(action.option_strings) or action.metavar}: is empty; give a value"
@@ -59,21 +60,21 @@ class Parser(argparse.ArgumentParser):
         return found, others
 
     def error(self, message: str) -> NoReturn:
+        """Print the message on one line and exit with status 2."""
         self.exit(2, f"{program()}: error: {' '.join(message.splitlines())}\n")
 
 
 def program() -> str:
-    """Return the command's name for its errors: train.py, or tools.predict for `python -m tools.predict`."""
+    """Return the command name for error lines: train.py, or tools.predict for `python -m tools.predict`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name.removesuffix(".__main__") if spec else os.path.basename(sys.argv[0])
 
 
-#: About the smallest and the largest number that float32, in which weights are trained, tells from 0 and
-#: from infinity.
+#: Approximate range of positive float32 numbers, the dtype of training.
 FLOAT32_MIN, FLOAT32_MAX = 1e-37, 3e38
-#: Sides of a crop or tile, in pixels.
+#: Maximum height or width of a crop or tile, in pixels.
 LONGEST_SIDE = 32768
-#: What Python's int and float take beyond these is a slip more often than meant: 1_000, " 5 ", nan.
+#: Accepted spellings of numbers. Python's int and float also accept likely typing errors: 1_000, " 5 ", nan.
 _WRITTEN = {
     int: re.compile(r"[+-]?[0-9]+"),
     float: re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"),
@@ -81,12 +82,12 @@ _WRITTEN = {
 
 
 def quoted(text: str) -> str:
-    """Return an argument for an error: in quotes, odd letters escaped, shortened where it is long."""
+    """Return an argument for an error line: quoted, escaped, and shortened if it is long."""
     return repr(text if len(text) <= 60 else f"{text[:40]}...")
 
 
 def boolean(text: str) -> bool:
-    """Parse 1 or 0, or a word for them."""
+    """Parse a boolean: 1 or 0, or a word such as yes or no."""
     if text.lower() in ("1", "true", "yes", "y", "t", "on"):
         return True
     if text.lower() in ("0", "false", "no", "n", "f", "off"):
@@ -97,14 +98,21 @@ def boolean(text: str) -> bool:
 def number(
     kind: type, low: float, high: float = FLOAT32_MAX, open_low: bool = False
 ) -> Callable[[str], float]:
-    """Return a type for an int or float from `low` to `high`, both included (`open_low`: low excluded)."""
+    """Return an argparse type for a bounded number.
+
+    Args:
+        kind: int or float.
+        low: smallest value.
+        high: largest value.
+        open_low: whether to exclude `low` itself.
+    """
 
     def parse(text: str) -> Any:
         value = float("nan")
         if _WRITTEN[kind].fullmatch(text):
             try:
                 value = kind(text)
-            except ValueError:  # more digits than Python reads
+            except ValueError:  # more digits than Python can parse
                 pass
         if not (low < value if open_low else low <= value) or not value <= high:
             what = "a whole number" if kind is int else "a number"
@@ -118,7 +126,7 @@ def number(
 
 
 def several(one: Callable[[str], float]) -> Callable[[str], list[float]]:
-    """Return a type for comma-separated values of the type `one`."""
+    """Return an argparse type for comma-separated values, each parsed by `one`."""
     return lambda text: [one(part) for part in text.split(",")]
 
 
@@ -139,7 +147,7 @@ _side = number(int, 1, LONGEST_SIDE)
 
 
 def size(text: str) -> tuple[int, int]:
-    """Parse 'height,width', or one number for a square."""
+    """Parse "height,width", or one number for a square, into (height, width)."""
     try:
         sides = [int(_side(part)) for part in text.split(",")]
     except argparse.ArgumentTypeError:
@@ -152,7 +160,11 @@ def size(text: str) -> tuple[int, int]:
 
 
 def exhausted(what: str) -> RunError:
-    """Return the error for a shortage (utils.resources.shortage), with the flags that help."""
+    """Return the error for a shortage, naming flags that help.
+
+    Args:
+        what: description of the shortage (see `utils.resources.shortage`).
+    """
     if not _heavy:
         return RunError(f"{what}; close other programs, or use a larger machine")
     *others, last = _heavy
@@ -160,11 +172,12 @@ def exhausted(what: str) -> RunError:
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
-    """Run `main` and return its status: 0 when it has none, 2 after an InputError, 1 after a RunError.
+    """Run `main` and return its exit status: its own (None means 0), 2 after InputError, 1 after RunError.
 
-    The error's message is the last line on standard error. A machine that runs short of memory, processes or
-    open files is a RunError too. Ctrl-C ends in 130 without a word. Anything else that goes wrong keeps its
-    traceback and ends in 1, as Python does. Standard output and error are made safe first (utils.streams).
+    The message of the error is the last line on standard error. Running out of memory, processes or open
+    files counts as a RunError. Ctrl-C returns 130 without a message. Other exceptions propagate, so Python
+    prints their traceback and exits with 1. Standard output and error are made robust first (see
+    `utils.streams`).
     """
     global _heavy
     _heavy = None
@@ -177,11 +190,11 @@ def exit_status(main: Callable[[], int | None]) -> int:
         if not isinstance(error, (InputError, RunError)):
             if (what := shortage(error)) is None:
                 raise
-            # What was half made, such as a DataLoader, complains while it is taken apart.
+            # Partially built objects, such as a DataLoader, may print errors while they are destroyed.
             sys.unraisablehook = lambda _: None
             error = exhausted(what)
         sys.stdout.flush()
-        # Where the processes of a run come to the same error together, one of a machine speaks.
+        # If several processes of a machine have the same error, only one prints it.
         if not error.silent:
             message = " ".join(str(error).splitlines())
             print(f"{program()}: error: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a result depends on besides the code and the data."""
+"""Description of the machine and the code version that produced a result."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device (cpu, cuda, cuda:1), PyTorch, threads, what else ran, and the date."""
+    """Describe the machine: processor or GPU, threads, load, versions and date.
+
+    Args:
+        device: device of the computation, such as "cpu", "cuda" or "cuda:1".
+    """
     about: dict[str, Any] = {
         "device": device,
         "name": _processor(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],  # processes that ran or waited during the last minute
+        "load": os.getloadavg()[0],  # average number of running or waiting processes in the last minute
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -40,7 +44,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with a + where files differ from it; None where it is no checkout."""
+    """Return the git commit of this checkout, with a "+" if files were changed; None without git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],

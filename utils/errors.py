@@ -1,28 +1,28 @@
-"""The errors that end a command with one line instead of a traceback (utils.args.exit_status)."""
+"""Errors that end a command with one line instead of a traceback (see `utils.args.exit_status`)."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Wrong input, exit status 2: one line that names the flag or file, what is wrong and what to do."""
+    """Wrong input (exit status 2). The message is one line: which flag or file, what is wrong, what to do."""
 
-    #: Whether another process of the machine prints the line.
+    #: Whether to print nothing, because another process of this machine prints the same line.
     silent = False
 
 
 class UsageError(InputError):
-    """A flag, or a file or folder that a flag names, can't be used."""
+    """An invalid flag, or a file or folder given by a flag that can't be used."""
 
 
 class DataError(InputError):
-    """A picture, label, list or class table of a data set can't be used."""
+    """An invalid picture, label, list or class table of a data set."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint can't be used."""
+    """A checkpoint that can't be used."""
 
 
 class RunError(RuntimeError):
-    """A failure that is no fault of the input, exit status 1: one line with what happened and what to do."""
+    """A runtime failure not caused by the input (exit status 1). The message is one line, with a remedy."""
 
     silent = False

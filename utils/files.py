@@ -1,4 +1,4 @@
-"""Opening inputs and writing results: nothing waits for a FIFO, nothing is half written."""
+"""Safe opening of input files, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from typing import IO, Any
 
 from utils.errors import RunError, UsageError
 
-#: Bytes that file systems take for a name; those that a temporary name keeps of it.
+#: Maximum bytes of a file name on common file systems; bytes of a name that its temporary name keeps.
 LONGEST_NAME, LONGEST = 255, 200
 
 
 def open_input(path: str | os.PathLike, mode: str = "rb", **options: Any) -> IO[Any]:
-    """Open a regular file for reading, as `open` does.
+    """Open a regular file for reading, like `open`.
 
     Args:
-        mode: "rb" or "r"; `options` are those of `open`.
+        path: file to read.
+        mode: "rb" or "r".
+        **options: passed to `open`.
 
     Raises:
-        OSError: missing or unreadable, a folder, or a FIFO, socket or device, which could block for ever.
+        OSError: the file is missing or unreadable, or is a folder, FIFO, socket or device. Reading a FIFO or
+            a device could block forever.
     """
 
     def opener(name: str, flags: int) -> int:
         try:
-            # Without O_NONBLOCK opening a FIFO waits for a writer; regular files ignore it.
+            # Without O_NONBLOCK, opening a FIFO waits for a writer. Regular files ignore the flag.
             file = os.open(name, flags | os.O_NONBLOCK)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # as of a socket
+            if error.errno == errno.ENXIO:  # for example a socket
                 raise _not_a_file(os.stat(name).st_mode, name) from error
             raise
         kind = os.fstat(file).st_mode
@@ -45,13 +48,13 @@ def open_input(path: str | os.PathLike, mode: str = "rb", **options: Any) -> IO[
 
 
 def _not_a_file(mode: int, path: str) -> OSError:
-    """Return the error for a path at which something other than a regular file lies."""
+    """Return the error for a path that is not a regular file."""
     code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
     return OSError(code, f"is {kind_of(mode)}, not a file", path)
 
 
 def kind_of(mode: int) -> str:
-    """Return the noun, with its article, for the kind of file that `st_mode` tells."""
+    """Return the kind of file of an `st_mode`, as a noun with an article."""
     kinds = {
         stat.S_IFREG: "a file",
         stat.S_IFDIR: "a folder",
@@ -62,10 +65,14 @@ def kind_of(mode: int) -> str:
 
 
 def read_input(path: str | os.PathLike, most: int | None = None) -> bytes:
-    """Return the content of a regular file; see `open_input` for the errors.
+    """Return the content of a regular file.
 
     Args:
-        most: bytes that it may have; more of them are an OSError too.
+        path: file to read.
+        most: maximum size in bytes.
+
+    Raises:
+        OSError: the file is larger than `most`, or can't be opened (see `open_input`).
     """
     with open_input(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:
@@ -74,23 +81,23 @@ def read_input(path: str | os.PathLike, most: int | None = None) -> bytes:
 
 
 def temporary_name(path: str, writer: int | str) -> str:
-    """Return the name under which `writer`, a process and thread, writes `path` before it is renamed."""
+    """Return the temporary name for writing `path`; `writer` identifies the process and thread."""
     folder, name = os.path.split(path)
     name = os.fsdecode(os.fsencode(name)[-LONGEST:])
-    # The ending stays last: writers such as Pillow choose the format by it.
+    # Keep the file extension: writers such as Pillow choose the format by it.
     return os.path.join(folder, f".writing-{writer}-{name}")
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """Yield a temporary name in the folder of `path`; rename it to `path` on success, remove it on failure.
+    """Replace a file atomically: yield a temporary name, then rename it to `path`.
 
-    The content is on disk before the rename, so that a power cut leaves the old file or the new one. A
-    symbolic link stays: the file that it names is replaced.
+    On failure, the temporary file is removed. The content is flushed to disk before the rename, so that a
+    power failure leaves either the old or the new file. If `path` is a symbolic link, its target is replaced.
 
     Raises:
-        OSError: the disk refuses it, or `path` is a folder, FIFO, socket or device, which stays as it is. Its
-            `filename` is `path`, never the temporary name.
+        OSError: writing fails, or `path` is a folder, FIFO, socket or device, which is left unchanged. The
+            `filename` of the error is `path`, never the temporary name.
     """
     path = os.path.abspath(path)
     target = os.path.realpath(path)
@@ -112,9 +119,12 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 
 def write_file(path: str | os.PathLike, content: bytes | str) -> None:
-    """Write a whole file, text as UTF-8; see `replacing`.
+    r"""Write a file atomically; text is encoded as UTF-8.
 
-    Text may have names of files that are no UTF-8: the bytes that are none are written as escapes (\\udcff).
+    Text may contain file names that are not valid UTF-8: their invalid bytes are written as escapes (\udcff).
+
+    Raises:
+        OSError: see `replacing`.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
@@ -122,10 +132,12 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Yield a new binary file for torch.save, which turns a full disk into an error about file positions.
+    """Yield a new binary file for torch.save, and report write errors correctly.
+
+    On a full disk, torch.save itself raises a misleading error about file positions.
 
     Raises:
-        OSError: what the disk refuses, once torch.save is done.
+        OSError: the first write error, raised after torch.save has finished.
     """
     with open(path, "wb") as file:
         late = _LateErrors(file)
@@ -135,7 +147,7 @@ def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 class _LateErrors:
-    """A file that takes everything, and keeps the first error in `error`."""
+    """A file whose writes always succeed; the first error is stored in `error`."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -154,7 +166,7 @@ class _LateErrors:
 
 
 def put_aside(path: str) -> str:
-    """Rename a damaged file, folder or link to damaged_NAME, or damaged_2_NAME if that is taken, and so on.
+    """Rename a damaged file, folder or link to damaged_NAME (damaged_2_NAME and so on if that exists).
 
     Returns:
         The new path, in the same folder.
@@ -170,26 +182,27 @@ def put_aside(path: str) -> str:
 
 
 def _unwritable_kind(path: str) -> OSError | None:
-    """Return the error for an output that is there and no regular file."""
+    """Return the error for an output path that exists but is not a regular file, or None."""
     try:
         kind = os.stat(path).st_mode
-    except OSError:  # nothing there; writing says what else may be wrong
+    except OSError:  # does not exist; other problems are reported when writing
         return None
     return None if stat.S_ISREG(kind) else _not_a_file(kind, path)
 
 
 def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None] = ()) -> None:
-    """See that the files that a command is about to write replace none that it reads, nor each other.
+    """Check that the outputs of a command do not overwrite its inputs or each other.
 
-    Files are compared by what they are: links, hard links, .. and other spellings of a name change nothing.
+    Files are compared by identity, so symbolic links, hard links and other spellings of a path are
+    recognized.
 
     Args:
-        flag: what decides where the outputs go.
-        outputs: those that exist are looked at; their folders need not exist.
-        inputs: None, and what does not exist, is skipped.
+        flag: flag that determines the output paths, for error messages.
+        outputs: paths to write; their folders need not exist.
+        inputs: paths that the command reads; None and missing files are ignored.
 
     Raises:
-        UsageError: naming `flag` and the output, which may also be a folder, FIFO, socket or device.
+        UsageError: an output is an input or another output, can't be written, or is not a regular file.
     """
     read = {}
     for path in filter(None, inputs):
@@ -199,7 +212,7 @@ def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None
     written: dict[object, str] = {}
     for path in outputs:
         if not os.path.basename(path):
-            raise UsageError(f"{flag} {path}: is no name of a file; name a file")
+            raise UsageError(f"{flag} {path}: is not a file name; name a file")
         try:
             if len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -207,27 +220,30 @@ def check_outputs(flag: str, outputs: Iterable[str], inputs: Iterable[str | None
         except FileNotFoundError:
             place: object = os.path.realpath(path)
         except OSError as error:
-            raise UsageError(f"{flag}: {path} can't be written ({error.strerror}); name another") from error
+            raise UsageError(
+                f"{flag}: {path} can't be written ({error.strerror}); name another file"
+            ) from error
         else:
             place = about.st_dev, about.st_ino
             if found := read.get(place):
                 same = "" if found == path else f", which is {found}"
-                raise UsageError(f"{flag}: would replace its own input {path}{same}; name another")
+                raise UsageError(f"{flag}: would replace its own input {path}{same}; name another file")
             if not stat.S_ISREG(about.st_mode):
-                raise UsageError(f"{flag}: {path} is {kind_of(about.st_mode)}, not a file; name another")
+                raise UsageError(f"{flag}: {path} is {kind_of(about.st_mode)}, not a file; name another file")
         if (other := written.setdefault(place, path)) != path:
-            raise UsageError(f"{flag}: {other} and {path} are the same file; name another")
+            raise UsageError(f"{flag}: {other} and {path} are the same file; name another file")
 
 
 def check_output_file(flag: str, path: str, inputs: Iterable[str | None] = ()) -> None:
-    """See that `path` can be written as a file, before the work whose result it is to hold.
+    """Check that an output file can be written, before the computation of its content.
 
     Args:
-        inputs: see `check_outputs`.
+        flag: flag that gives `path`, for error messages.
+        path: file to write.
+        inputs: paths that the command reads (see `check_outputs`).
 
     Raises:
-        UsageError: naming `flag`: its folder is missing or read-only, or `path` is an input or no regular
-            file.
+        UsageError: the folder is missing or read-only, or `path` is an input or not a regular file.
     """
     check_outputs(flag, [path], inputs)
     folder = os.path.dirname(os.path.realpath(path))
@@ -236,15 +252,15 @@ def check_output_file(flag: str, path: str, inputs: Iterable[str | None] = ()) -
             pass
     except OSError as error:
         raise UsageError(
-            f"{flag} {path}: no file can be written in {folder} ({error.strerror}); name another"
+            f"{flag} {path}: no file can be written in {folder} ({error.strerror}); name another file"
         ) from error
 
 
 def check_writable(flag: str, directory: str) -> None:
-    """Make `directory` if needed, and see that a file can be written in it.
+    """Create `directory` if needed, and check that files can be written in it.
 
     Raises:
-        UsageError: naming `flag`.
+        UsageError: they can't; the message names `flag`.
     """
     try:
         os.makedirs(directory, exist_ok=True)
@@ -257,10 +273,11 @@ def check_writable(flag: str, directory: str) -> None:
 
 
 def unwritable(error: OSError, then: str = "run it again") -> RunError:
-    """Return the error that ends a command when a result can't be written: which file, why, what to do.
+    """Return the RunError for a result that can't be written.
 
     Args:
-        then: what to do once the file can be written.
+        error: the error from writing.
+        then: what the user should do once the file can be written.
     """
     advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check the disk"
     what = os.fsdecode(error.filename) if error.filename else "the results"

@@ -9,14 +9,14 @@ from typing import TextIO
 
 
 class Progress:
-    """Print a line at most every few seconds, and one at the end.
+    """A progress report: a line every few seconds and one at the end.
 
     Args:
-        total: number of what is counted; None where it is unknown, as for a camera.
-        what: the name of one.
+        total: number of items; None if unknown, as for a camera.
+        what: name of one item.
         interval: seconds between lines.
-        stream: where the lines go, standard output without it. Another one that is a terminal gets one line,
-            which is drawn again in place.
+        stream: output stream, by default standard output. If another stream is given and is a terminal, one
+            line is updated in place.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Progress:
         self.start = self.last = time.monotonic()
 
     def show(self, done: int) -> None:
+        """Print a line if it is due, after `done` items."""
         now = time.monotonic()
         if now - self.last < self.interval and done != self.total:
             return
@@ -42,7 +43,7 @@ class Progress:
         else:
             line += f"  {rate:.2f} {self.what}s/s"
         if self.in_place:
-            # To the line's beginning, and what is left of a longer one removed.
+            # Return to the start of the line, and clear the rest of a longer previous line.
             end = "\n" if done == self.total else ""
             print(f"\r{line}\x1b[K", end=end, file=self.stream, flush=True)
         else:

@@ -1,4 +1,4 @@
-"""Shortages of the machine, recognized and reported in one line: memory, processes, open files."""
+"""Shortages of memory, processes or open files: recognition of their errors, and checks in advance."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import re
 from utils.errors import UsageError
 
 GIB = 2**30
-#: Bytes that a pixel takes at the very least in a network: three floats, and 64 features at half the size.
+#: Minimum bytes per input pixel in a network: 3 floats, and 64 features at half the resolution.
 LEAST_BYTES = 4 * (3 + 64 // 4)
-#: Phrases of the errors that PyTorch, CUDA's libraries, NumPy, OpenCV and C++ raise when memory is short.
+#: Phrases in the out-of-memory errors of PyTorch, the CUDA libraries, NumPy, OpenCV and C++.
 MEMORY = (
     "out of memory",
     "allocate memory",
@@ -28,7 +28,7 @@ _SIZE = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGTP]i?B)", re.IGNO
 
 
 def shortage(error: BaseException) -> str | None:
-    """Return what ran short when `error` was raised, with the amount where it says so; None otherwise."""
+    """Return a description of the shortage that caused `error`; None if it was not caused by one."""
     text = str(error)
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in text for words in MEMORY):
@@ -45,7 +45,7 @@ def shortage(error: BaseException) -> str | None:
 
 
 def physical_memory() -> int:
-    """Return the bytes of memory that this process can ever have: the machine's, or its container's limit."""
+    """Return the memory available to this process in bytes: that of the machine or the container limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with (
@@ -69,6 +69,6 @@ def check_fits(flags: str, pixels: float) -> None:
     needed = LEAST_BYTES * pixels
     if needed > (there := physical_memory()):
         raise UsageError(
-            f"{flags}: needs more than {needed / GIB:.0f} GiB of memory, and this machine has "
-            f"{there / GIB:.0f}; give less"
+            f"{flags}: needs more than {needed / GIB:.0f} GiB of memory, but this machine has "
+            f"{there / GIB:.0f}; give smaller values"
         )

@@ -1,4 +1,4 @@
-"""The files that a run leaves, read with every value checked: they may be damaged, or of another program."""
+"""Reading of the files that a run writes. Every value is checked, since a file may be damaged or foreign."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 from utils.errors import UsageError
 from utils.files import read_input
 
-#: The flags of a training run, the machines that it ran on, its log; the scores of an evaluation.
+#: Files with the flags of a training run, the machines that it ran on, its log, and the scores of an
+#: evaluation.
 RECIPE, ENVIRONMENT, LOG, RESULT = "args.json", "environment.json", "log.jsonl", "result.txt"
-#: Levels of lists and objects within each other; the files have three.
+#: Maximum nesting depth of lists and objects; our files have three levels.
 DEEPEST = 16
-#: Beyond float32, in which losses are computed; twice it is finite.
+#: Maximum absolute value of a number: above the range of float32, but its double is still finite.
 LARGEST = 1e39
 OFFICIAL_SCORES = (
     "averageScoreClasses",
@@ -21,7 +22,7 @@ OFFICIAL_SCORES = (
     "averageScoreCategories",
     "averageScoreInstCategories",
 )
-#: What result.txt notes of an evaluation: name, types, and the bounds of a number.
+#: Entries of "arguments" in result.txt: types of the value, and bounds of a number.
 ARGUMENTS: dict[str, tuple[tuple[type, ...], tuple[int, int] | None]] = {
     "data_dir": ((str,), None),
     "data_list": ((str, type(None)), None),
@@ -35,10 +36,11 @@ ARGUMENTS: dict[str, tuple[tuple[type, ...], tuple[int, int] | None]] = {
 
 
 def parse(content: bytes | str) -> Any:
-    """Return what JSON holds.
+    """Parse JSON.
 
     Raises:
-        ValueError: no JSON, a number that is not finite, or nested deeper than DEEPEST.
+        ValueError: the content is not JSON, has a number that is not finite, or is nested deeper than
+            DEEPEST.
     """
     try:
         whole = json.loads(content)
@@ -60,17 +62,17 @@ def _holds(value: Any) -> bool:
 
 
 def is_number(value: Any, low: float = -LARGEST, high: float = LARGEST) -> bool:
-    """Return whether `value`, from JSON, is a number from `low` to `high`."""
+    """Return whether a JSON value is a number from `low` to `high`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_score(value: Any) -> bool:
-    """Return whether `value`, from JSON, is a share, or None where there was nothing to score."""
+    """Return whether a JSON value is a score: a number from 0 to 1, or None if nothing was scored."""
     return value is None or is_number(value, 0, 1)
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether `value`, from JSON, is text, and text that the name of a file can have."""
+    """Return whether a JSON value is text that can be part of a file name."""
     if not isinstance(value, str) or "\0" in value:
         return False
     try:
@@ -81,14 +83,14 @@ def _is_text(value: Any) -> bool:
 
 
 def _damaged(path: str, what: str) -> UsageError:
-    return UsageError(f"{path}: {what}; repair it, or take it away")
+    return UsageError(f"{path}: {what}; fix or delete the file")
 
 
 def read(path: str, kind: type) -> Any:
-    """Return the content of a JSON file; None where there is none.
+    """Return the content of a JSON file; None if the file does not exist.
 
     Raises:
-        UsageError: unreadable, no JSON, or another type than `kind`.
+        UsageError: the file is unreadable, or its content is not JSON of type `kind`.
     """
     try:
         content = parse(read_input(path))
@@ -103,21 +105,21 @@ def read(path: str, kind: type) -> Any:
 
 
 def read_recipe(folder: str) -> dict[str, Any]:
-    """Return the flags of a run by name; empty where its folder has none."""
+    """Return the flags of a run by name; empty if its folder has no args.json."""
     return read(os.path.join(folder, RECIPE), dict) or {}
 
 
 def read_environment(folder: str) -> list[dict[str, Any]]:
-    """Return what each start of a run ran on; empty where its folder does not say it."""
+    """Return the environment of each start of a run; empty if its folder has no environment.json."""
     path = os.path.join(folder, ENVIRONMENT)
     starts = read(path, list) or []
     if not all(isinstance(start, dict) for start in starts):
-        raise _damaged(path, "holds other things than objects")
+        raise _damaged(path, "holds values that are not objects")
     return starts
 
 
 def entry(line: bytes | str) -> dict[str, Any] | None:
-    """Return what a line of log.jsonl holds; None where it has no step from 1, loss or learning rate."""
+    """Parse a line of log.jsonl; return None if it has no valid step (from 1), loss and learning rate."""
     try:
         found = parse(line)
     except ValueError:
@@ -131,12 +133,12 @@ def entry(line: bytes | str) -> dict[str, Any] | None:
 
 
 def read_log(folder: str) -> tuple[list[dict[str, Any]], int]:
-    """Return the entries of log.jsonl, and how many of its lines are none.
+    """Return the entries of log.jsonl and the number of invalid lines.
 
-    A last line without its end is that of a killed run and not counted.
+    A last line without a line break comes from a killed run and does not count as invalid.
 
     Raises:
-        UsageError: unreadable.
+        UsageError: the file is unreadable.
     """
     path = os.path.join(folder, LOG)
     try:
@@ -151,13 +153,14 @@ def read_log(folder: str) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_result(folder: str) -> dict[str, Any] | None:
-    """Return the scores of an evaluation; None where the folder has none.
+    """Return the content of result.txt; None if the folder has none.
 
-    meanIU and the official scores are shares or None, as are the K values of IU_array and those of
-    classInstScores; classes are K names. What the original's evaluation does not write may be missing.
+    meanIU, the official scores, the K values of IU_array and the values of classInstScores are scores from 0
+    to 1, or None. classes holds K names. Entries that the original's evaluation does not write may be
+    missing.
 
     Raises:
-        UsageError: unreadable, or a value that can't be one.
+        UsageError: the file is unreadable or has an invalid value.
     """
     path = os.path.join(folder, RESULT)
     result = read(path, dict)
@@ -165,28 +168,28 @@ def read_result(folder: str) -> dict[str, Any] | None:
         return None
     scores = result.setdefault("IU_array", [])
     if not (isinstance(scores, list) and all(map(is_score, scores))):
-        raise _damaged(path, "IU_array is no list of scores from 0 to 1")
+        raise _damaged(path, "IU_array is not a list of scores from 0 to 1")
     names = result.setdefault("classes", [f"class {number}" for number in range(len(scores))])
     if not (isinstance(names, list) and all(map(_is_text, names))):
-        raise _damaged(path, "classes is no list of names")
+        raise _damaged(path, "classes is not a list of names")
     if scores and len(names) != len(scores):
         raise _damaged(path, f"IU_array has {len(scores)} scores for {len(names)} classes")
     of_instances = result.setdefault("classInstScores", {})
     if not (isinstance(of_instances, dict) and all(map(is_score, of_instances.values()))):
-        raise _damaged(path, "classInstScores has other things than scores from 0 to 1")
+        raise _damaged(path, "classInstScores has values that are not scores from 0 to 1")
     if "meanIU" not in result:
         raise _damaged(path, "has no meanIU")
     for name in ("meanIU", *OFFICIAL_SCORES):
         if not is_score(result.get(name)):
-            raise _damaged(path, f"{name} is no score from 0 to 1")
+            raise _damaged(path, f"{name} is not a score from 0 to 1")
     return result
 
 
 def arguments_of(folder: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Return what was evaluated and how, as `result` notes it.
+    """Return the arguments of an evaluation, as stored in its `result`.
 
     Raises:
-        UsageError: it is not noted, or can't be so.
+        UsageError: an argument is missing or invalid.
     """
     found = result.get("arguments")
     found = found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Image libraries write warnings to standard error, in C, where no Python code can catch them."""
+"""Suppression of warnings that image libraries write to standard error from C code."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import IO
 
 
 class Silence:
-    """A context in which what is written to file 2, by libraries in C too, does not reach the terminal.
+    """A context manager that redirects file descriptor 2, so that output of C libraries is hidden too.
 
-    Several threads may be inside: the first one redirects the file, the last one puts it back.
+    Several threads may be inside: the first one redirects the descriptor, and the last one restores it.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Silence:
                     self._sink = open(os.devnull, "r+b", buffering=0)
                 try:
                     self._terminal = os.dup(2)
-                except OSError:  # closed: nothing to keep clean
+                except OSError:  # standard error is closed
                     self._terminal = -1
                 else:
                     os.dup2(self._sink.fileno(), 2)
@@ -46,12 +46,12 @@ class Silence:
             os.close(self._terminal)
 
     def collect(self) -> None:
-        """Keep what is written from now on for `take`. For processes that decode in one thread."""
-        self._sink = tempfile.TemporaryFile(buffering=0)
+        """Keep the hidden output for `take`; use it in processes that decode in a single thread."""
+        self._sink = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._collects = True
 
     def take(self) -> list[str]:
-        """Return the lines written since the last call, each once; none without `collect`."""
+        """Return the distinct lines hidden since the last call; empty without `collect`."""
         if not self._collects:
             return []
         assert self._sink is not None
@@ -62,7 +62,7 @@ class Silence:
         return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
     def reset(self) -> None:
-        """Undo in a forked process what threads had begun that it does not have."""
+        """Restore the state in a forked process, where the threads inside the context do not exist."""
         if self._inside:
             self._restore()
             self._inside = 0

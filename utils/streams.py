@@ -1,4 +1,4 @@
-"""Standard streams that never end a command: full, closed, or of an encoding that lacks a letter."""
+"""Standard streams that never raise: on a full disk, a closed pipe, or a character they can't encode."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 
 class _Forgiving(io.RawIOBase):
-    """A raw stream that drops what its file refuses: a full disk, a reader that has gone."""
+    """A raw stream that ignores write errors, such as a full disk or a closed pipe."""
 
     def __init__(self, file: int):
         self._file = file
@@ -23,7 +23,7 @@ class _Forgiving(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._file)
 
-    def write(self, content) -> int:  # type: ignore[override]  # of any buffer
+    def write(self, content) -> int:  # type: ignore[override]  # takes any buffer
         content = memoryview(content).cast("B")
         with contextlib.suppress(OSError):
             return os.write(self._file, content)
@@ -31,22 +31,23 @@ class _Forgiving(io.RawIOBase):
 
 
 def secure() -> None:
-    """Make standard output and error take everything that is printed.
+    r"""Make printing to standard output and standard error never raise.
 
-    A letter that the encoding lacks is written as its escape (\\u9053), and what the file refuses is dropped:
-    the results of a command are files, which must not be lost with its terminal. Call it once, at the start.
+    Characters that the encoding lacks are written as escapes (\u9053), and write errors are ignored. The
+    results of a command are files, and a lost terminal must not prevent writing them. Call this once, at the
+    start.
     """
-    # A descriptor that was closed would become that of the next file that is opened, and get what is printed.
+    # If a standard descriptor is closed, the next opened file would get its number and receive printed text.
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-            os.set_inheritable(number, True)  # processes that this one starts would have it closed again
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.set_inheritable(number, True)  # otherwise it would be closed in child processes
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is not None and _descriptor(stream) != number:
-            continue  # captured, as by a test
+            continue  # captured, for example by a test
         encoding = getattr(stream, "encoding", None) or "utf-8"
         if stream is not None:
             with contextlib.suppress(OSError, ValueError):

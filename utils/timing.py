@@ -1,4 +1,4 @@
-"""Time, memory and the ceilings of a machine, on the CPU and on CUDA: what the benchmarks share."""
+"""Measurements for the benchmarks: times, memory and peak rates, on a CPU or a CUDA GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,12 +15,12 @@ import torch
 Run = Callable[[], object]
 Mark = float | torch.cuda.Event
 
-SLICE = {"cpu": 0.2, "cuda": 0.05}  # seconds that a contender runs for in a turn
-LONG = 10.0  # seconds; a run that takes longer is done once after its warm-up, and has no turns
+SLICE = {"cpu": 0.2, "cuda": 0.05}  # seconds of a contender's turn
+LONG = 10.0  # seconds; a longer run is measured once after its warm-up, and takes no turns
 
 
 def mark(device: str) -> Mark:
-    """This moment, in the order of the device's work."""
+    """Record a time stamp in the stream of work of the device."""
     if device == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -28,7 +29,7 @@ def mark(device: str) -> Mark:
 
 
 def seconds(start: Mark, end: Mark) -> float:
-    """Seconds from one mark to a later one."""
+    """Return the seconds from one mark to a later one."""
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         end.synchronize()
         return start.elapsed_time(end) / 1e3
@@ -37,10 +38,10 @@ def seconds(start: Mark, end: Mark) -> float:
 
 
 def samples(run: Run, device: str, count: int) -> list[float]:
-    """Seconds of each of `count` runs.
+    """Return the seconds of each of `count` runs.
 
-    On a GPU they are queued without waiting for any, behind one that is not counted, so that the host's part
-    is hidden wherever the device is the slower of the two.
+    On a GPU, the runs are queued without waiting, after one run that is not counted. So the time of the host
+    is hidden if the device is slower than the host.
     """
     if device == "cuda":
         run()
@@ -48,16 +49,24 @@ def samples(run: Run, device: str, count: int) -> list[float]:
     for _ in range(count):
         run()
         marks.append(mark(device))
-    return [seconds(start, end) for start, end in zip(marks, marks[1:], strict=False)]
+    return [seconds(start, end) for start, end in pairwise(marks)]
 
 
 def interleaved(
     runs: Mapping[str, Run], device: str, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every run of each contender, and why a contender has none.
+    """Measure several contenders in turns, so that a slow phase of the machine affects all of them.
 
-    The contenders take turns, `rounds` times, so that a slow phase of the machine hits all of them. A turn
-    lasts about SLICE seconds, one run at least (but see LONG). One that raises is left out from then on.
+    A turn lasts about SLICE seconds and has at least one run (but see LONG). A contender that raises is
+    left out from then on.
+
+    Args:
+        runs: contenders by name.
+        device: "cpu" or "cuda".
+        rounds: number of turns of each contender.
+
+    Returns:
+        The seconds of every run of each contender, and the error of each contender that failed.
     """
     times: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
@@ -66,7 +75,7 @@ def interleaved(
     def attempt(name: str, turn: Callable[[str], None]) -> None:
         try:
             turn(name)
-        except Exception as error:  # out of memory, no compiler, a kernel that fails: the others go on
+        except Exception as error:  # for example out of memory; the others continue
             failures[name] = reason(error)
             times.pop(name, None)
             if device == "cuda":
@@ -91,7 +100,7 @@ def interleaved(
 
 
 def captured(run: Run) -> Run:
-    """The run as a CUDA graph: its replay, without Python and launches one by one."""
+    """Capture the run in a CUDA graph and return its replay, which has no overhead of Python and launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -105,7 +114,7 @@ def captured(run: Run) -> Run:
 
 
 def quartiles(times: list[float]) -> dict[str, float]:
-    """Median and quartiles, in the unit of the times."""
+    """Return the median and the quartiles, in the unit of the times."""
     if len(times) == 1:
         times = times * 2
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -113,45 +122,48 @@ def quartiles(times: list[float]) -> dict[str, float]:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line."""
+    """Describe an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read plus bytes written per second, by a copy that no cache holds."""
+    """Measure the bytes read plus bytes written per second, for a copy too large for the caches."""
     source = torch.empty(2**27 if device == "cuda" else 2**25, dtype=torch.int64, device=device).random_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 
 
 def matrix_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP per second of a large matrix product of random numbers, in the current float32 precision."""
+    """Measure the FLOP/s of a large matrix product, with the current setting of float32 precision."""
     size = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / _best(lambda: a @ b, device)
 
 
 def _best(run: Run, device: str) -> float:
-    """The median of a few runs after a warm-up."""
+    """Return the median seconds of a few runs after a warm-up."""
     run()
     return statistics.median(samples(run, device, 5))
 
 
 def resident_peak() -> int:
-    """Largest resident size of this process so far, in bytes.
+    """Return the peak resident memory of this process so far, in bytes.
 
-    Read from /proc: what getrusage says begins with the size of the process that this one was started from.
+    It is read from /proc, since getrusage starts with the size of the parent process.
     """
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
-        raise RuntimeError("this system does not tell the largest resident size of a process (VmHWM)")
+        raise RuntimeError("/proc/self/status has no VmHWM, the peak resident memory; this needs Linux")
     return int(found[1]) * 1024
 
 
 def limit_memory() -> None:
-    """Refuses this process and its children more than half of the memory that is free now: an allocation
-    fails, where otherwise the system may end some process of its choice. Linux only, nothing elsewhere."""
+    """Limit this process and its children to half of the free memory.
+
+    Further allocations then fail, instead of the system killing some process. Other systems than Linux have
+    no limit.
+    """
     try:
         found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:

@@ -1,4 +1,4 @@
-// What every op's host function needs: argument checks with readable errors, the kernels' dtype, the current stream.
+// Helpers of the host functions: argument checks with readable errors, dtypes, output tensors, the current stream.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Operand {
-  const char* name;  // as in the schema
+  const char* name;  // its name in the schema
   const Tensor& tensor;
 };
 
@@ -35,7 +35,7 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-// Throws unless all operands are [N, any, H, W] with the same N, H, W, dtype and device, H and W at least 1.
+// Throws unless all operands are [N, any, H, W] with H and W at least 1, and share N, H, W, dtype and device.
 inline void check_operands(const char* op, std::initializer_list<Operand> operands) {
   const Operand& first = *operands.begin();
   for (const Operand& operand : operands) {
@@ -55,18 +55,18 @@ inline void check_operands(const char* op, std::initializer_list<Operand> operan
   }
 }
 
-// Throws unless the operand's second dimension is `expected`; `meaning` says what that number is.
+// Throws unless the operand has `expected` channels; `meaning` explains that number.
 inline void check_channels(const char* op, const Operand& operand, int64_t expected, const char* meaning) {
   STD_TORCH_CHECK(operand.tensor.size(1) == expected, op, ": ", operand.name, " must have ", expected, " channels (",
                   meaning, "), got shape ", shape_of(operand.tensor));
 }
 
-// Of the normalizers that the forward keeps (kernels.h).
+// The dtype of the normalizers that the forward saves (kernels.h).
 inline ScalarType normalizer_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Throws unless normalizer is [N,H,W,2] beside value [N,C,H,W], of its dtype.
+// Throws unless normalizer is [N,H,W,2] for value [N,C,H,W], with the dtype of normalizer_dtype(value).
 inline void check_normalizer(const char* op, const Tensor& normalizer, const Tensor& value) {
   STD_TORCH_CHECK(normalizer.dim() == 4 && normalizer.size(0) == value.size(0) && normalizer.size(1) == value.size(2) &&
                       normalizer.size(2) == value.size(3) && normalizer.size(3) == 2 &&
@@ -81,18 +81,18 @@ inline Sizes sizes_of(const Tensor& query, const Tensor& value) {
 
 inline int64_t positions(const Tensor& map) { return map.size(2) + map.size(3) - 1; }
 
-// The kernels' layout, [N,H,W,C] in memory.
+// Returns the map in the memory format of the kernels, [N,H,W,C] in memory.
 inline Tensor channels_last(const Tensor& map) {
   return torch::stable::contiguous(map, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// Uninitialized [N,channels,H,W] in that layout, else like `map`.
+// Returns an uninitialized [N,channels,H,W] in channels_last, with the dtype and device of `map`.
 inline Tensor empty_map(const Tensor& map, int64_t channels) {
   return torch::stable::empty({map.size(0), channels, map.size(2), map.size(3)}, map.scalar_type(), std::nullopt,
                               map.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// Uninitialized [N,H,W,2]: a Normalizer of each pixel.
+// Returns an uninitialized [N,H,W,2]: one Normalizer per pixel.
 inline Tensor empty_normalizer(const Tensor& value) {
   return torch::stable::new_empty(value, {value.size(0), value.size(2), value.size(3), 2}, normalizer_dtype(value));
 }
@@ -114,8 +114,8 @@ inline Dtype kernel_dtype(const char* op, const Tensor& tensor) {
 }
 
 #ifdef USE_CUDA
-// What a call of kernels needs: the tensor's device made current, its properties, and the stream that PyTorch is
-// working on. Launching elsewhere would race with the ops around this one.
+// Makes the tensor's device current and gets its properties and PyTorch's current stream. Launching on another stream
+// would race with the neighboring ops.
 struct CudaCall {
   torch::stable::accelerator::DeviceGuard guard;
   Device device;

@@ -1,12 +1,12 @@
-// The operators' contract: schemas, checks, output shapes. Semantics: reference.py. Algorithms: cpu/ and cuda/.
+// The operators: schemas, checks and output shapes. reference.py specifies the results; cpu/ and cuda/ compute them.
 //
-// criss_cross_attention is the fused operator. Its halves ca_weight and ca_map give the attention maps; they and their
-// gradients are made of three primitives (kernels.h):
+// criss_cross_attention is the fused operator. ca_weight (the scores) and ca_map (the weighted sums) are its two
+// halves. They and their gradients are made of three primitives (kernels.h):
 //   ca_weight: score(query, key)        d_query = gather(grad, key)       d_key   = scatter(grad, query)
 //   ca_map:    gather(weight, value)    d_weight = score(grad, value)     d_value = scatter(weight, grad)
 //
-// Operands may have any strides: a feature map that is not channels_last, the kernels' layout, is copied. Every feature
-// map that is returned is channels_last.
+// Operands may have any strides. A feature map that is not channels_last is copied to that format. Every returned
+// feature map is channels_last.
 #if __has_include(<Python.h>)
 #include <Python.h>
 #define CC_PYTHON_MODULE
@@ -21,8 +21,8 @@
 namespace cc_attention {
 namespace {
 
-// out [N,C,H,W], normalizer [N,H,W,2] (kernels.h) of query [N,c,H,W], key [N,c,H,W], value [N,C,H,W]. tf32: float32
-// products may run on tensor cores, where there are such.
+// query [N,c,H,W], key [N,c,H,W], value [N,C,H,W] -> out [N,C,H,W], normalizer [N,H,W,2] (kernels.h).
+// tf32: float32 products may run on tensor cores, if the device has them.
 std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_,
                                                  bool tf32) {
   constexpr const char* op = "criss_cross_attention";
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Ten
   return {out, normalizer};
 }
 
-// The gradients of query [N,c,H,W], key [N,c,H,W] and value [N,C,H,W], from that of out, grad [N,C,H,W].
+// grad [N,C,H,W], the gradient of out -> the gradients of query [N,c,H,W], key [N,c,H,W] and value [N,C,H,W].
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_, const Tensor& query_,
                                                                   const Tensor& key_, const Tensor& value_,
                                                                   const Tensor& out_, const Tensor& normalizer,
@@ -88,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
   return {grad_query, grad_key, grad_value};
 }
 
-// out = primitive(first, second), where first is a map of weights over positions unless the primitive is the score;
-// `map` is a feature map with the primitive's sizes.
+// out = primitive(first, second). For the score, first is a feature map; otherwise it holds weights over positions.
+// `map` is a feature map with the sizes of the primitive.
 void run(const char* op, Primitive primitive, const Tensor& map, const Tensor& first, const Tensor& second,
          Tensor& out) {
   const Dtype dtype = kernel_dtype(op, map);
@@ -192,8 +192,8 @@ STABLE_TORCH_LIBRARY_IMPL(cc_attention, CPU, library) { cc_attention::implement(
 STABLE_TORCH_LIBRARY_IMPL(cc_attention, CUDA, library) { cc_attention::implement(library); }
 #endif
 
-// ops.py loads the library as it is; the empty module serves `import cc_attention._C`. Python's headers are optional,
-// since distributions ship them apart from Python.
+// ops.py loads this file as a plain library; the empty module is for `import cc_attention._C`. Python's headers are
+// optional, because many distributions package them separately.
 #ifdef CC_PYTHON_MODULE
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {

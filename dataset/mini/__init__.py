@@ -1,11 +1,11 @@
-"""Generated street scenes in the Cityscapes layout: a small data set to try everything without the real one.
+"""Generated street scenes in the Cityscapes layout, a small data set for tests and first trials.
 
     python -m dataset.mini OUT [--train N] [--val N] [--size HxW] [--seed S]
 
-Every class of the benchmark occurs in both splits, with instances, occlusion, perspective and void regions.
-Light, colors and the place of things differ from picture to picture and from city to city, so that shape,
-texture and context tell the classes apart rather than color or position. Picture i of a split depends on
-seed, split, i and size alone.
+Every class of the Cityscapes benchmark occurs in both splits, with instances, occlusion, perspective and void
+regions. Light, colors and positions vary between pictures and between cities, so classes must be recognized
+by shape, texture and context rather than by color or position. Picture i of a split depends only on the seed,
+the split, i and the size.
 """
 
 import json
@@ -21,7 +21,7 @@ from utils.files import write_file
 
 __all__ = ["picture", "render", "write"]
 
-#: Raised whenever the same parameters would give other files.
+#: Format version; increase it whenever the same parameters would give different files.
 FORMAT = 1
 
 CITIES = {
@@ -48,7 +48,17 @@ def _png(array: np.ndarray) -> bytes:
 
 
 def picture(split: str, index: int, size: tuple[int, int], seed: int) -> tuple[str, str, tuple]:
-    """City, file name stem and arrays (see `render`) of picture `index` of a split."""
+    """Generate one picture of a split.
+
+    Args:
+        split: "train" or "val".
+        index: number of the picture in the split.
+        size: (height, width).
+        seed: seed of the data set.
+
+    Returns:
+        City, file name stem, and the arrays of `render`.
+    """
     names = CITIES[split]
     which, number = index % len(names), list(CITIES).index(split)
     city = City.draw(np.random.default_rng((seed, number, 0, which)))
@@ -57,33 +67,40 @@ def picture(split: str, index: int, size: tuple[int, int], seed: int) -> tuple[s
 
 
 def _is_complete(out: Path, parameters: dict) -> bool:
-    """Return whether the whole set is in `out`, rather than a part of it or nothing; see `write`."""
+    """Return whether `out` holds the complete data set; see `write` for the errors."""
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: name a folder")
-    # A full disk or a crash may leave the first marker alone, half written.
+        raise UsageError(f"{out}: is a file; name a folder")
+    # A full disk or a crash may leave only the first marker, partially written.
     begun = out.is_dir() and any(not entry.name.endswith(_STARTED) for entry in out.iterdir())
     marker = next((out / name for name in (_COMPLETE, _STARTED) if (out / name).is_file()), None)
     if not begun:
         return False
     if marker is None:
-        raise UsageError(f"{out} is not empty and holds no generated set: name a new or empty folder")
+        raise UsageError(f"{out}: is not empty and not a generated data set; name a new or empty folder")
     try:
         found = json.loads(marker.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{marker} is damaged: remove {out} or name another folder") from error
+        raise UsageError(f"{marker}: is damaged; delete {out} or name another folder") from error
     if found != parameters:
-        raise UsageError(f"{out} holds a set with other parameters: remove it or name another folder")
+        raise UsageError(f"{out}: holds a data set with other parameters; delete it or name another folder")
     return marker.name == _COMPLETE
 
 
 def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: int) -> bool:
-    """Write the data set under `out`.
+    """Write the data set to a folder, or complete a part of it.
+
+    Args:
+        out: the folder.
+        train: number of pictures in the split "train".
+        val: number of pictures in the split "val".
+        size: (height, width) of the pictures.
+        seed: seed of the data set.
 
     Returns:
-        False where a complete set with the same parameters was there already, and nothing was done.
+        Whether anything was written; False if the complete data set already exists.
 
     Raises:
-        UsageError: `out` is a file, or holds anything but (part of) a set with the same parameters.
+        UsageError: `out` is a file, or a folder with other content than a data set with these parameters.
     """
     out = Path(out)
     parameters = {"format": FORMAT, "train": train, "val": val, "size": list(size), "seed": seed}

@@ -17,23 +17,27 @@ def _size(text: str) -> tuple[int, int]:
     (low_h, low_w), (high_h, high_w) = SIZES
     if match is None or not (low_h <= int(match[1]) <= high_h and low_w <= int(match[2]) <= high_w):
         raise argparse.ArgumentTypeError(
-            f"'{text}' does not fit: give HxW from {low_h}x{low_w} to {high_h}x{high_w}, such as 128x256"
+            f"'{text}' is not a size; give HxW from {low_h}x{low_w} to {high_h}x{high_w}, such as 128x256"
         )
     return int(match[1]), int(match[2])
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = flags.Parser(prog="python -m dataset.mini", description=(mini.__doc__ or "").splitlines()[0])
-    parser.add_argument("out", metavar="OUT", help="folder to write; new, empty, or the same set")
+    parser.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with the same data set")
     number = flags.number(int, 1, 999_999)
-    parser.add_argument("--train", type=number, default=120, help="pictures to train on")
-    parser.add_argument("--val", type=number, default=24, help="pictures to validate on")
-    parser.add_argument("--size", type=_size, default=(128, 256), help="HEIGHTxWIDTH of the pictures")
-    parser.add_argument("--seed", type=flags.seed, default=0, help="another seed, another set")
+    parser.add_argument("--train", type=number, default=120, help="number of training pictures; default: 120")
+    parser.add_argument("--val", type=number, default=24, help="number of validation pictures; default: 24")
+    parser.add_argument(
+        "--size", type=_size, default=(128, 256), help="size of the pictures, HEIGHTxWIDTH; default: 128x256"
+    )
+    parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the data set; default: 0")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     args = get_parser().parse_args(argv)
     what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"
     try:

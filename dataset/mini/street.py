@@ -1,4 +1,4 @@
-"""The generated streets: what stands where, and the picture that a camera takes of it."""
+"""The generated streets: placement of objects, and rendering of a picture."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -25,30 +25,31 @@ from dataset.mini.textures import (
     stripes,
 )
 
-_FAR = 75.0  # metres: where streets end
+_FAR = 75.0  # meters; distance of the end of a street
 
 
 @dataclass(frozen=True)
 class City:
-    """What the pictures of one city share: the camera and the car that carries it, the season, the tracks."""
+    """Properties shared by the pictures of a city: camera, ego vehicle, season, and rail tracks."""
 
     focal: float
     height: float
     horizon: float
     balance: np.ndarray  # gains of B, G, R
-    bonnet: float  # height of the ego vehicle's bonnet in the frame, 0 where the camera does not see it
-    border: float  # width of the strip that rectification leaves empty
-    green: float  # hue of the season's foliage
-    tracks: float  # how often rails run in the street
+    hood: float  # height of the hood of the ego vehicle in the frame; 0 if not visible
+    border: float  # width of the empty strip that rectification leaves
+    green: float  # hue of the foliage
+    tracks: float  # probability of rail tracks in a street
 
     @staticmethod
     def draw(rng: np.random.Generator) -> "City":
+        """Draw a random city."""
         return City(
             focal=rng.uniform(0.95, 1.3),
             height=rng.uniform(1.3, 2.2),
             horizon=rng.uniform(0.42, 0.56),
             balance=rng.uniform(0.92, 1.08, 3),
-            bonnet=rng.uniform(0.03, 0.09) * (rng.random() < 0.7),
+            hood=rng.uniform(0.03, 0.09) * (rng.random() < 0.7),
             border=rng.uniform(0.004, 0.012),
             green=rng.uniform(0.22, 0.34),
             tracks=rng.uniform(0.1, 0.4),
@@ -57,13 +58,14 @@ class City:
 
 @dataclass(frozen=True)
 class Street:
-    """The plan of one street: half the width of the roadway, and the strips of each side (-1, 1)."""
+    """The plan of a street: half the width of the roadway, and the strips on each side (-1 and 1)."""
 
     half: float
-    strips: dict[int, list[tuple[str, float]]]  # kind of ground and width in metres, from the kerb outwards
+    strips: dict[int, list[tuple[str, float]]]  # kind of ground and width in meters, from the curb outwards
 
     @staticmethod
     def draw(rng: np.random.Generator, city: City) -> "Street":
+        """Draw a random street."""
         strips = {}
         for side in (-1, 1):
             row = [("sidewalk", rng.uniform(2.0, 4.5))]
@@ -77,10 +79,11 @@ class Street:
         return Street(rng.uniform(2.2, 4.5), strips)
 
     def frontage(self, side: int) -> float:
+        """Return the distance from the road center to the outer edge of the strips of a side."""
         return self.half + sum(width for _, width in self.strips[side])
 
     def middle_of(self, side: int, kind: str) -> float | None:
-        """Distance from the road's middle to the middle of a strip of this kind, if the side has one."""
+        """Return the distance from the road center to the center of a strip of this kind, or None."""
         edge = self.half
         for name, width in self.strips[side]:
             if name == kind:
@@ -89,7 +92,8 @@ class Street:
         return None
 
 
-#: Clear, overcast, dusk: share of pictures; hue, saturation and value at the zenith and above the horizon.
+#: Clear, overcast and dusk skies: share of pictures, then ranges of hue, saturation and value at the zenith
+#: and above the horizon.
 _SKIES = (
     (0.50, ((0.55, 0.63), (0.3, 0.7), (0.6, 0.95)), ((0.52, 0.6), (0.02, 0.2), (0.8, 1.0))),
     (0.38, ((0.5, 0.7), (0.0, 0.12), (0.5, 0.9)), ((0.5, 0.7), (0.0, 0.1), (0.6, 0.95))),
@@ -110,7 +114,7 @@ def _sky(scene: Scene, rng) -> None:
 
 
 def _ground(scene: Scene, rng, street: Street, earth: Color) -> None:
-    """Everything flat below the horizon: roadway with its marks, and the strips beside it."""
+    """Draw the ground: the roadway with its markings, and the strips next to it."""
     camera, canvas = scene.camera, scene.canvas
     first = int(np.searchsorted(canvas.y[:, 0], camera.horizon + 0.004))
     y = canvas.y[first:]
@@ -128,7 +132,7 @@ def _ground(scene: Scene, rng, street: Street, earth: Color) -> None:
 
     def lay(kind: str, where: np.ndarray) -> None:
         rows, columns = (np.flatnonzero(where.any(axis)) for axis in (1, 0))
-        if rows.size:  # only the window that the surface touches is worked out
+        if rows.size:  # compute only the window that the surface covers
             window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
             values = surfaces[kind](offset[window], z[window[0]])
             np.copyto(image[(slice(None), *window)], scene.veiled(values, z[window[0]]), where=where[window])
@@ -173,7 +177,7 @@ def _foliage(rng, city: City):
 
 
 def _backdrop(scene: Scene, rng, city: City, x: float, z: float, run: tuple[float, float], side: int) -> None:
-    """What stands behind low walls, fences and open ground: houses set back, trees, or nothing."""
+    """Draw the background behind walls, fences and open ground: a building, trees, or nothing."""
     away = x + side * rng.uniform(3, 9)
     choice = rng.random()
     if choice < 0.3:
@@ -186,7 +190,7 @@ def _backdrop(scene: Scene, rng, city: City, x: float, z: float, run: tuple[floa
 
 
 def _frontage(scene: Scene, rng, city: City, side: int, edge: float, earth: Color) -> None:
-    """The row of things along one side of the street, from its end towards the camera."""
+    """Draw the row of objects along one side of the street, from its end towards the camera."""
     camera, z = scene.camera, _FAR
     kinds, weights = ("building", "wall", "fence", "hedge", "open"), (0.24, 0.26, 0.26, 0.12, 0.12)
     while z > 1.5:
@@ -223,7 +227,7 @@ def _frontage(scene: Scene, rng, city: City, side: int, edge: float, earth: Colo
 
 
 def _street_end(scene: Scene, rng, city: City, street: Street) -> None:
-    """What closes the view: a skyline, and on some streets a bridge with or without a tunnel under it."""
+    """Draw the end of the street: a skyline, and on some streets a bridge, with or without a tunnel."""
     camera = scene.camera
     for _ in range(6):
         far = scene.upright(rng.uniform(-110, 80), 95)
@@ -246,7 +250,7 @@ def _street_end(scene: Scene, rng, city: City, street: Street) -> None:
 
 
 def _traffic(scene: Scene, rng, city: City, street: Street) -> list:
-    """Vehicles and two-wheelers on the roadway, as (distance, function that draws)."""
+    """Return the vehicles and two-wheelers on the roadway, as (distance, drawing function)."""
     things = []
 
     def put(kind, offset, z, along):
@@ -289,8 +293,8 @@ def _traffic(scene: Scene, rng, city: City, street: Street) -> list:
     return things
 
 
-def _pavement(scene: Scene, rng, city: City, street: Street) -> list:
-    """People and furniture beside the roadway (and some on it), as (distance, function that draws)."""
+def _sidewalk(scene: Scene, rng, city: City, street: Street) -> list:
+    """Return people and street furniture next to or on the roadway, as (distance, drawing function)."""
     things, middle = [], scene.camera.middle
 
     def stand(z, offset, paint):
@@ -303,7 +307,7 @@ def _pavement(scene: Scene, rng, city: City, street: Street) -> list:
         scene.shadow(plane.x - 0.35, plane.x + 0.35, plane.z, 0.4)
         draw.person(plane, rng, ID["person"], scene.instance(ID["person"]))
 
-    def crowd(plane):  # too far to tell apart: one region without instances, as annotators label it
+    def crowd(plane):  # too far away to separate, so it is one region without instances, as in Cityscapes
         for s in range(4):
             draw.person(scene.upright(plane.x + 0.6 * s, plane.z), rng, ID["person"], ID["person"])
 
@@ -364,13 +368,13 @@ def _pavement(scene: Scene, rng, city: City, street: Street) -> list:
 
 
 def _camera_car(scene: Scene, rng, city: City) -> None:
-    """The bonnet under the camera and the strips that rectification leaves empty at the edges."""
+    """Draw the hood under the camera, and the empty strips that rectification leaves at the edges."""
     canvas = scene.canvas
-    if city.bonnet:
+    if city.hood:
         arc = np.linspace(0.0, 2.0, 25)
-        edge = [(x, 1 - city.bonnet * (1 - 0.55 * (x - 1) ** 2)) for x in arc]
+        edge = [(x, 1 - city.hood * (1 - 0.55 * (x - 1) ** 2)) for x in arc]
         sheen = gradient(color(rng, (0, 1), (0, 0.1), (0.1, 0.6)), 1.0)
-        canvas.fill([edge + [(2, 1.1), (0, 1.1)]], lambda x, y: sheen(x, (1 - y) * 8), ID["ego vehicle"])
+        canvas.fill([[*edge, (2, 1.1), (0, 1.1)]], lambda x, y: sheen(x, (1 - y) * 8), ID["ego vehicle"])
     black, border = bgr(6, 6, 6), city.border
     for left in (0, 2 - border):
         canvas.fill(
@@ -382,7 +386,16 @@ def _camera_car(scene: Scene, rng, city: City) -> None:
 
 
 def _developed(image: np.ndarray, rng, balance: np.ndarray) -> np.ndarray:
-    """The camera's part: exposure, white balance, tone curve, grain. float32 [3, h, w] -> uint8 [h, w, 3]."""
+    """Simulate the camera: exposure, white balance, tone curve and grain.
+
+    Args:
+        image: float32 [3, h, w].
+        rng: random generator.
+        balance: gains of B, G, R.
+
+    Returns:
+        uint8 [h, w, 3].
+    """
     gain = rng.uniform(0.75, 1.2) * balance * rng.uniform(0.95, 1.05, 3)
     power = rng.uniform(0.8, 1.25)
     steps = np.arange(256 * 8) / (255 * 8)
@@ -400,17 +413,16 @@ def render(
     """Draw one scene.
 
     Args:
-        size: height and width of the picture.
-        rng: source of everything random; the scene drawn from it is the same at every size.
-        city: what it shares with other pictures; drawn from `rng` where None.
+        size: (height, width) of the picture.
+        rng: random generator; the scene is the same for every size.
+        city: properties shared with other pictures; None draws them from `rng`.
 
     Returns:
-        image uint8 [h, w, 3] BGR, label ids uint8 [h, w], instance ids uint16 [h, w].
+        Image uint8 [h, w, 3] BGR, label ids uint8 [h, w], and instance ids uint16 [h, w].
     """
     height, width = size
-    fine = (
-        2 if height <= 512 else 1
-    )  # small pictures are drawn at twice the size, which smooths edges and textures
+    # Small pictures are drawn at twice the size, in order to smooth edges and textures.
+    fine = 2 if height <= 512 else 1
     city = city or City.draw(rng)
     camera = Camera(
         focal=city.focal * rng.uniform(0.92, 1.08),
@@ -428,7 +440,7 @@ def render(
     _street_end(scene, rng, city, street)
     for side in (-1, 1):
         _frontage(scene, rng, city, side, street.frontage(side), earth)
-    things = _traffic(scene, rng, city, street) + _pavement(scene, rng, city, street)
+    things = _traffic(scene, rng, city, street) + _sidewalk(scene, rng, city, street)
     for _, paint in sorted(things, key=lambda thing: -thing[0]):
         paint()
     _camera_car(scene, rng, city)

@@ -1,8 +1,9 @@
 """Procedural materials of the generated street scenes.
 
-A material is a function `(s, t) -> BGR float32 [3, h, w]` of two coordinate arrays in metres that broadcast
-to [h, w]. Only sums, products, quotients and table look-ups happen per pixel: these are rounded alike
-everywhere, so the same seed gives the same picture on every machine, which sines and exponentials would not.
+A material is a function `(s, t) -> BGR float32 [3, h, w]` of two coordinate arrays in meters that broadcast
+to [h, w]. Per pixel, only sums, products, quotients and table lookups are computed. They are rounded
+identically on all machines, unlike sines and exponentials, so the same seed gives the same picture
+everywhere.
 """
 
 import colorsys
@@ -13,15 +14,16 @@ import numpy as np
 Color = np.ndarray  # BGR float32 [3, 1, 1], 0..255
 Material = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-_LATTICE = 64  # side of a noise table; noise repeats after this many cells
+_LATTICE = 64  # side of a noise table; the noise repeats after this number of cells
 
 
 def bgr(blue: float, green: float, red: float) -> Color:
+    """Return a color."""
     return np.array([blue, green, red], dtype=np.float32).reshape(3, 1, 1)
 
 
 def color(rng: np.random.Generator, hue: tuple, saturation: tuple, value: tuple) -> Color:
-    """Draw a color from ranges of hue, saturation and value (0..1 each; hue wraps around)."""
+    """Draw a color from ranges of hue, saturation and value, each in 0..1; the hue wraps around."""
     red, green, blue = colorsys.hsv_to_rgb(
         rng.uniform(*hue) % 1.0, rng.uniform(*saturation), rng.uniform(*value)
     )
@@ -29,7 +31,7 @@ def color(rng: np.random.Generator, hue: tuple, saturation: tuple, value: tuple)
 
 
 def anything(rng: np.random.Generator) -> Color:
-    """Draw a paint or cloth color: often gray, black or white, otherwise any hue."""
+    """Draw a color of paint or cloth: often gray, black or white, otherwise of any hue."""
     if rng.random() < 0.45:
         return color(rng, (0, 1), (0, 0.12), (0.08, 0.95))
     return color(rng, (0, 1), (0.3, 0.9), (0.25, 0.9))
@@ -38,11 +40,12 @@ def anything(rng: np.random.Generator) -> Color:
 def mostly(
     rng: np.random.Generator, hue: tuple, saturation: tuple, value: tuple, share: float = 0.75
 ) -> Color:
-    """Draw from what is usual for a thing; in the remaining share of cases from all paints."""
+    """Draw a color from typical ranges with probability `share`, otherwise with `anything`."""
     return color(rng, hue, saturation, value) if rng.random() < share else anything(rng)
 
 
 def fraction(x: np.ndarray) -> np.ndarray:
+    """Return the fractional part."""
     return x - np.floor(x)
 
 
@@ -51,9 +54,8 @@ class Noise:
 
     def __init__(self, rng: np.random.Generator):
         self.table = rng.random((_LATTICE, _LATTICE), dtype=np.float32)
-        wrapped = np.pad(
-            self.table, ((0, 1), (0, 1)), mode="wrap"
-        )  # the neighbors of the last row and column
+        # Wrap around, to get the neighbors of the last row and column.
+        wrapped = np.pad(self.table, ((0, 1), (0, 1)), mode="wrap")
         self._corners = [
             np.ascontiguousarray(wrapped[r : r + _LATTICE, c : c + _LATTICE]).ravel()
             for r in (0, 1)
@@ -61,6 +63,7 @@ class Noise:
         ]
 
     def __call__(self, s: np.ndarray, t: np.ndarray) -> np.ndarray:
+        """Return the noise at (s, t), interpolated smoothly between cells."""
         column, row = np.floor(s), np.floor(t)
         right, below = s - column, t - row
         right, below = right * right * (3 - 2 * right), below * below * (3 - 2 * below)
@@ -71,7 +74,7 @@ class Noise:
         return upper + (lower - upper) * below
 
     def cell(self, s: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """The table entry of the cell that (s, t) falls into: one value a brick, a tile, a window."""
+        """Return the value of the cell that contains (s, t): one value per brick, tile or window."""
         return self.table[np.floor(t).astype(np.int64) % _LATTICE, np.floor(s).astype(np.int64) % _LATTICE]
 
 
@@ -80,12 +83,12 @@ def _tinted(base: Color, brightness: np.ndarray) -> np.ndarray:
 
 
 def _mixed(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """`first` where `weight` is 0, `second` where it is 1."""
+    """Interpolate from `first` (weight 0) to `second` (weight 1)."""
     return first + (second - first) * weight.astype(np.float32, copy=False)
 
 
 def gradient(base: Color, height: float, low: float = 0.75, high: float = 1.15) -> Material:
-    """Plain lacquer or cloth that is lit from above."""
+    """Return a material: plain paint or cloth, lit from above."""
 
     def material(s, t):
         return _tinted(base, low + (high - low) * np.clip((t + 0 * s) / height, 0, 1))
@@ -93,8 +96,8 @@ def gradient(base: Color, height: float, low: float = 0.75, high: float = 1.15) 
     return material
 
 
-def facade(rng: np.random.Generator, base: Color, storey: float) -> Material:
-    """Plaster with a grid of windows: glass that is dark, mirrors the sky or is lit, in a frame."""
+def facade(rng: np.random.Generator, base: Color, story: float) -> Material:
+    """Return a material: plaster with a grid of framed windows; some mirror the sky, and some are lit."""
     bay, grain = rng.uniform(1.7, 2.8), Noise(rng)
     wide, tall = rng.uniform(0.4, 0.62), rng.uniform(0.45, 0.65)
     glass = (
@@ -107,11 +110,11 @@ def facade(rng: np.random.Generator, base: Color, storey: float) -> Material:
     lamp = bgr(130, 205, 245)
 
     def material(s, t):
-        across, up = fraction(s / bay), fraction((t - 0.3) / storey)
+        across, up = fraction(s / bay), fraction((t - 0.3) / story)
         from_middle_s, from_middle_t = np.abs(across - 0.5) * 2, np.abs(up - 0.5) * 2
         framed = (from_middle_s < wide + 2 * border) & (from_middle_t < tall + 2 * border)
         pane = (from_middle_s < wide) & (from_middle_t < tall) & (from_middle_s > 0.07)
-        key = grain.cell(s / bay, (t - 0.3) / storey)
+        key = grain.cell(s / bay, (t - 0.3) / story)
         surface = _tinted(base, 0.9 + 0.2 * grain(s * 0.7, t * 0.7))
         if bands:
             surface = _tinted(surface, np.where(up + 0 * s < 0.1, 0.7, 1.0))
@@ -123,7 +126,7 @@ def facade(rng: np.random.Generator, base: Color, storey: float) -> Material:
 
 
 def bricks(rng: np.random.Generator, base: Color) -> Material:
-    """Masonry in running bond with joints."""
+    """Return a material: bricks in running bond with joints."""
     length, height, grain = rng.uniform(0.55, 0.85), rng.uniform(0.26, 0.36), Noise(rng)
     joint = np.clip(base * (1.7 if rng.random() < 0.6 else 0.45), 20, 235)
 
@@ -137,7 +140,7 @@ def bricks(rng: np.random.Generator, base: Color) -> Material:
 
 
 def slabs(rng: np.random.Generator, base: Color) -> Material:
-    """Concrete panels: smooth, stained from the top, with shadowed joints on a wide raster."""
+    """Return a material: smooth concrete panels with stains and a wide grid of dark joints."""
     length, height, grain = rng.uniform(1.2, 2.0), rng.uniform(0.7, 1.1), Noise(rng)
 
     def material(s, t):
@@ -149,7 +152,7 @@ def slabs(rng: np.random.Generator, base: Color) -> Material:
 
 
 def leaves(rng: np.random.Generator, base: Color, size: float) -> Material:
-    """Foliage: clumps of `size` metres with light tops and dark gaps, and single leaves on them."""
+    """Return a material: foliage in clumps of `size` meters with dark gaps and single leaves."""
     clumps, leaf = Noise(rng), Noise(rng)
     warm = np.clip(base * bgr(0.75, 1.1, rng.uniform(0.9, 1.5)), 0, 255)
 
@@ -163,7 +166,7 @@ def leaves(rng: np.random.Generator, base: Color, size: float) -> Material:
 
 
 def grass(rng: np.random.Generator, base: Color) -> Material:
-    """Meadow or bare earth: short upright strokes over wide patches of another tone."""
+    """Return a material: grass or bare earth, with short vertical strokes over wide patches."""
     blade, patch = Noise(rng), Noise(rng)
     dry = np.clip(base * bgr(0.8, 0.95, 1.3), 0, 255)
 
@@ -175,7 +178,7 @@ def grass(rng: np.random.Generator, base: Color) -> Material:
 
 
 def asphalt(rng: np.random.Generator, base: Color) -> Material:
-    """Fine grain with smooth worn tracks along the way and a few darker patches."""
+    """Return a material: asphalt with fine grain, worn tracks along the road, and a few dark patches."""
     grain, wear = Noise(rng), Noise(rng)
 
     def material(s, t):
@@ -186,7 +189,7 @@ def asphalt(rng: np.random.Generator, base: Color) -> Material:
 
 
 def paving(rng: np.random.Generator, base: Color) -> Material:
-    """Square or oblong flags with dark joints and uneven tones."""
+    """Return a material: square or rectangular paving slabs with dark joints and uneven tones."""
     wide, deep, grain = rng.uniform(0.5, 0.8), rng.uniform(0.6, 1.1), Noise(rng)
     contrast = rng.uniform(0.25, 0.45)
     bond = 0.5 * (rng.random() < 0.5)
@@ -203,7 +206,15 @@ def paving(rng: np.random.Generator, base: Color) -> Material:
 
 
 def stripes(base: Color, other: Color, period: float, share: float, upright: bool) -> Material:
-    """Two tones in turn, upright (ribs of a container) or lying (boards); `share` is that of `other`."""
+    """Return a material: alternating stripes of two colors.
+
+    Args:
+        base: first color.
+        other: second color.
+        period: width of a pair of stripes in meters.
+        share: share of `other` in the period.
+        upright: whether stripes are vertical, like the ribs of a container, or horizontal, like boards.
+    """
 
     def material(s, t):
         along = fraction((s if upright else t) / period) + 0 * s + 0 * t
@@ -213,7 +224,7 @@ def stripes(base: Color, other: Color, period: float, share: float, upright: boo
 
 
 def cloudy(rng: np.random.Generator, zenith: Color, low: Color, cover: float) -> Material:
-    """Sky from `low` at the horizon (t = 0) to `zenith` (t = 1) with clouds that hide a share `cover`."""
+    """Return a material: sky from `low` at t = 0 to `zenith` at t = 1, with clouds over a share `cover`."""
     cloud = Noise(rng)
     bright = np.clip((zenith + low) / 2 * 0.6 + 90, 0, 255)
 

@@ -1,4 +1,4 @@
-"""The things of the generated street scenes, each drawn on upright planes of a scene."""
+"""Objects of the generated street scenes, drawn on vertical planes of a scene."""
 
 import math
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ def _glass(rng) -> Color:
     return color(rng, (0.5, 0.65), (0.05, 0.35), (0.1, 0.3) if rng.random() < 0.75 else (0.6, 0.9))
 
 
-# People and two-wheelers. Each is drawn on a plane with its feet or wheels at t = 0, around s = 0.
+# People and two-wheelers. They are drawn around s = 0, with feet or wheels at t = 0.
 
 
 def person(plane: Plane, rng, label: int, instance: int | None) -> None:
-    """A standing or walking figure of about 1.75 m."""
+    """Draw a standing or walking person, about 1.75 m tall."""
     tall, stride = rng.uniform(1.55, 1.95), rng.uniform(0.03, 0.3)
     coat, trousers, skin = (
         anything(rng),
@@ -34,7 +34,7 @@ def person(plane: Plane, rng, label: int, instance: int | None) -> None:
     low = hip * (0.65 if rng.random() < 0.3 else 0.95)  # a long coat, or a jacket
     torso = [(-half * 0.85, low), (half * 0.85, low), (half, shoulder), (half * 0.5, shoulder + 0.07)]
     plane.polygon(
-        torso + [(-half * 0.5, shoulder + 0.07), (-half, shoulder)], gradient(coat, tall), label, instance
+        [*torso, (-half * 0.5, shoulder + 0.07), (-half, shoulder)], gradient(coat, tall), label, instance
     )
     for side in (-1, 1):
         hand = (side * (half + 0.06 + stride * 0.3), hip * 0.97)
@@ -46,9 +46,9 @@ def person(plane: Plane, rng, label: int, instance: int | None) -> None:
 def rider(
     plane: Plane, rng, saddle: float, bars: tuple[float, float], pedal: tuple[float, float], instance
 ) -> None:
-    """A figure on a saddle at s = 0, hands on the bars, with a helmet as bright as clothes may be."""
+    """Draw a rider with a helmet, on a saddle at s = 0, with hands on the handlebars."""
     label = ID["rider"]
-    coat = mostly(rng, (0.08, 0.2), (0.7, 1), (0.75, 1), 0.6)  # clothes that are meant to be seen
+    coat = mostly(rng, (0.08, 0.2), (0.7, 1), (0.75, 1), 0.6)  # often high-visibility clothes
     trousers, helmet = anything(rng) * 0.7, anything(rng)
     skin = color(rng, (0.03, 0.08), (0.3, 0.6), (0.35, 0.9))
     shoulder = (bars[0] * rng.uniform(0.35, 0.6), saddle + 0.55)
@@ -63,21 +63,20 @@ def rider(
 
 
 def bicycle(plane: Plane, rng, instance: int | None) -> tuple[float, tuple, tuple]:
-    """A bicycle with its saddle over s = 0. Returns what its rider needs: saddle height, bars, pedal."""
+    """Draw a bicycle with its saddle at s = 0; return saddle height, handlebars and pedal for the rider."""
     label, radius = ID["bicycle"], rng.uniform(0.34, 0.4)
     back, front = -0.42, 0.68
-    frame, tyre = anything(rng), _BLACK if rng.random() < 0.7 else color(rng, (0, 1), (0, 0.3), (0.3, 0.7))
+    frame, tire = anything(rng), _BLACK if rng.random() < 0.7 else color(rng, (0, 1), (0, 0.3), (0.3, 0.7))
     saddle, bars, pedal = (0.0, 0.95), (0.52, 1.05), (0.08, 0.3)
     hull = [(back, 0.3), (front, 0.3), (front - 0.1, 0.85), (saddle[0], 0.85)]
-    plane.polygon(
-        hull, None, label, instance
-    )  # labeled as annotators do: spokes and frame enclose what shows through
+    # The label includes the gaps in the frame and between spokes, as in Cityscapes.
+    plane.polygon(hull, None, label, instance)
     for s in (back, front):
         plane.disc(s, radius, radius, None, label, instance)
         for angle in range(6):
             ds, dt = radius * math.cos(angle * math.pi / 6), radius * math.sin(angle * math.pi / 6)
             plane.stroke((s - ds, radius - dt), (s + ds, radius + dt), 0.022, _WHITE * 0.7, label, instance)
-        plane.disc(s, radius, radius, tyre, label, instance, hole=radius - 0.075)
+        plane.disc(s, radius, radius, tire, label, instance, hole=radius - 0.075)
     tubes = [
         ((back, radius), (0.0, 0.82)),
         ((0.0, 0.82), pedal),
@@ -92,7 +91,7 @@ def bicycle(plane: Plane, rng, instance: int | None) -> tuple[float, tuple, tupl
 
 
 def motorcycle(plane: Plane, rng, instance: int | None) -> tuple[float, tuple, tuple]:
-    """A motorcycle: fat tyres, a closed body, a lamp. Returns saddle height, bars and foot rest."""
+    """Draw a motorcycle with its saddle at s = 0; return saddle height, handlebars and footrest."""
     label, lacquer = ID["motorcycle"], anything(rng)
     chrome = bgr(190, 190, 190)
     for s in (-0.65, 0.8):
@@ -118,7 +117,7 @@ def motorcycle(plane: Plane, rng, instance: int | None) -> tuple[float, tuple, t
     return 0.9, (0.5, 1.1), (0.05, 0.3)
 
 
-# Vehicles. A side is drawn from s = 0 (back) to its length; a back view from s = 0 to its width.
+# Vehicles. A side view is drawn from s = 0 (the back) to the length, a back view from s = 0 to the width.
 
 
 def _wheel(plane: Plane, s: float, radius: float, label, instance) -> None:
@@ -128,7 +127,7 @@ def _wheel(plane: Plane, s: float, radius: float, label, instance) -> None:
 
 @dataclass(frozen=True)
 class Look:
-    """What the views of one vehicle share."""
+    """Properties shared by the views of one vehicle."""
 
     label: int
     length: float
@@ -137,10 +136,11 @@ class Look:
     lacquer: Color
     second: Color
     glass: Color
-    style: float  # 0..1, picks among variants
+    style: float  # 0..1, selects a variant
 
     @staticmethod
     def draw(rng, kind: str) -> "Look":
+        """Draw the properties of a vehicle of this kind."""
         length, width, height = {
             "car": (rng.uniform(3.8, 4.7), 1.8, rng.uniform(1.4, 1.8)),
             "truck": (rng.uniform(7, 10), 2.5, rng.uniform(3.0, 3.9)),
@@ -149,7 +149,7 @@ class Look:
             "caravan": (5.0, 2.2, 2.5),
             "trailer": (4.5, 2.2, 2.4),
         }[kind]
-        usual = {  # hue, saturation and value that lacquer and second color have most of the time
+        usual = {  # typical hue, saturation and value of the paint and the second color
             "truck": (((0, 1), (0.0, 0.9), (0.5, 0.9)), ((0.55, 0.66), (0.2, 0.7), (0.45, 0.85))),
             "bus": (((0.02, 0.15), (0.6, 0.9), (0.7, 0.95)), ((0, 1), (0, 0.2), (0.1, 0.9))),
             "train": (((0.55, 0.65), (0, 0.1), (0.7, 0.95)), ((0.9, 1.0), (0.6, 0.9), (0.4, 0.8))),
@@ -159,21 +159,22 @@ class Look:
 
 
 def car_side(plane: Plane, look: Look, instance) -> None:
+    """Draw the side of a car."""
     n, h = look.length, look.height
-    bonnet = 0.58 * h
-    tail = (0.95 if look.style < 0.5 else 0.6) * h  # estate or saloon
+    hood = 0.58 * h
+    tail = (0.95 if look.style < 0.5 else 0.6) * h  # station wagon or sedan
     outline = [
         (0, 0.28),
-        (0, bonnet),
+        (0, hood),
         (0.06 * n, tail),
         (0.25 * n, h),
         (0.6 * n, h),
-        (0.76 * n, bonnet * 1.05),
+        (0.76 * n, hood * 1.05),
     ]
     plane.polygon(
-        outline + [(0.98 * n, bonnet * 0.85), (n, 0.28)], gradient(look.lacquer, h), look.label, instance
+        [*outline, (0.98 * n, hood * 0.85), (n, 0.28)], gradient(look.lacquer, h), look.label, instance
     )
-    sill = bonnet * 1.06
+    sill = hood * 1.06
     windows = [
         (0.13 * n, sill),
         (0.16 * n, 0.9 * tail),
@@ -195,6 +196,7 @@ def car_side(plane: Plane, look: Look, instance) -> None:
 
 
 def car_back(plane: Plane, look: Look, instance) -> None:
+    """Draw the back of a car."""
     w, h = look.width, look.height
     for s in (0.04 * w, 0.78 * w):
         plane.rectangle(s, 0, s + 0.18 * w, 0.4, _BLACK, look.label, instance)
@@ -207,14 +209,16 @@ def car_back(plane: Plane, look: Look, instance) -> None:
         (0.78 * w, h),
         (0.86 * w, 0.97 * h),
     ]
-    plane.polygon(outline + [(w, sill), (w, 0.25)], gradient(look.lacquer, h), look.label, instance)
+    plane.polygon([*outline, (w, sill), (w, 0.25)], gradient(look.lacquer, h), look.label, instance)
     plane.polygon(
         [(0.1 * w, sill * 1.06), (0.2 * w, 0.93 * h), (0.8 * w, 0.93 * h), (0.9 * w, sill * 1.06)],
         look.glass,
         look.label,
         instance,
     )
-    lamps = [40, 40, 215] if look.style < 0.65 else [215, 245, 250]  # going the same way, or oncoming
+    lamps = (
+        [40, 40, 215] if look.style < 0.65 else [215, 245, 250]
+    )  # rear lights, or headlights of oncoming cars
     for s in (0.02 * w, 0.8 * w):
         plane.rectangle(s, 0.4 * h, s + 0.18 * w, 0.54 * h, bgr(*lamps), look.label, instance)
     plane.rectangle(0.34 * w, 0.36 * h, 0.66 * w, 0.46 * h, _WHITE * 0.9, look.label, instance)
@@ -222,11 +226,12 @@ def car_back(plane: Plane, look: Look, instance) -> None:
 
 
 def _ribs(look: Look) -> Material:
-    """Cargo walls: upright ribs."""
+    """Return the material of cargo walls, with vertical ribs."""
     return stripes(look.second, np.clip(look.second * 0.55 + 8, 0, 255), 0.5, 0.45, upright=True)
 
 
 def truck_side(plane: Plane, look: Look, instance) -> None:
+    """Draw the side of a truck."""
     n, h, label = look.length, look.height, look.label
     cab = n - 2.0
     plane.rectangle(0.2, 0.5, n - 0.3, 0.95, _BLACK * 2, label, instance)  # chassis
@@ -244,6 +249,7 @@ def truck_side(plane: Plane, look: Look, instance) -> None:
 
 
 def truck_back(plane: Plane, look: Look, instance) -> None:
+    """Draw the back of a truck."""
     w, h, label = look.width, look.height, look.label
     for s in (0.05 * w, 0.72 * w):
         plane.rectangle(s, 0, s + 0.23 * w, 0.8, _BLACK, label, instance)
@@ -255,12 +261,13 @@ def truck_back(plane: Plane, look: Look, instance) -> None:
 
 
 def bus_side(plane: Plane, look: Look, instance) -> None:
+    """Draw the side of a bus."""
     n, h, label = look.length, look.height, look.label
     outline = [(0, 0.35), (0, h - 0.15), (0.15, h), (n - 0.3, h), (n, h - 0.4), (n, 0.35)]
     plane.polygon(outline, gradient(look.lacquer, h), label, instance)
     plane.rectangle(0, 0.35, n, 0.75, look.second, label, instance)
     panes = round(n / 1.5)
-    for i in range(panes):  # a row of large windows; every third bay below is a door
+    for i in range(panes):  # a row of large windows; every third one is a door
         s = 0.2 + i * (n - 0.4) / panes
         low = 0.45 if i % 3 == 2 else 0.45 * h
         plane.rectangle(s + 0.1, low, s + (n - 0.4) / panes - 0.1, 0.84 * h, look.glass, label, instance)
@@ -269,6 +276,7 @@ def bus_side(plane: Plane, look: Look, instance) -> None:
 
 
 def bus_back(plane: Plane, look: Look, instance) -> None:
+    """Draw the back of a bus."""
     w, h, label = look.width, look.height, look.label
     for s in (0.05 * w, 0.77 * w):
         plane.rectangle(s, 0, s + 0.18 * w, 0.6, _BLACK, label, instance)
@@ -282,11 +290,12 @@ def bus_back(plane: Plane, look: Look, instance) -> None:
 
 
 def _boards(look: Look) -> Material:
-    """Railcar walls: lying stripes."""
+    """Return the material of railcar walls, with horizontal stripes."""
     return stripes(look.lacquer, np.clip(look.second, 0, 255), 0.55, 0.45, upright=False)
 
 
 def train_side(plane: Plane, look: Look, instance) -> None:
+    """Draw the side of a railcar."""
     n, h, label = look.length, look.height, look.label
     nose = 1.3
     outline = [(0, 0.2), (0, 0.9 * h), (0.3, h), (n - nose, h), (n - 0.2, 0.5 * h), (n, 0.2)]
@@ -302,6 +311,7 @@ def train_side(plane: Plane, look: Look, instance) -> None:
 
 
 def train_back(plane: Plane, look: Look, instance) -> None:
+    """Draw the back of a railcar."""
     w, h, label = look.width, look.height, look.label
     outline = [
         (0.08 * w, 0.1),
@@ -311,7 +321,7 @@ def train_back(plane: Plane, look: Look, instance) -> None:
         (0.7 * w, h),
         (0.88 * w, 0.9 * h),
     ]
-    plane.polygon(outline + [(w, 0.45 * h), (0.92 * w, 0.1)], _boards(look), label, instance)
+    plane.polygon([*outline, (w, 0.45 * h), (0.92 * w, 0.1)], _boards(look), label, instance)
     plane.polygon(
         [(0.1 * w, 0.5 * h), (0.18 * w, 0.86 * h), (0.82 * w, 0.86 * h), (0.9 * w, 0.5 * h)],
         look.glass,
@@ -324,7 +334,7 @@ def train_back(plane: Plane, look: Look, instance) -> None:
 
 
 def box_side(plane: Plane, look: Look, instance) -> None:
-    """The caravan (with windows) and the trailer (a flat bed with a tarpaulin)."""
+    """Draw the side of a caravan (with windows) or a trailer (with a tarpaulin)."""
     n, h, label = look.length, look.height, look.label
     plane.polygon(
         [(0, 0.45), (0.1, h), (n - 0.5, h), (n, 0.6 * h), (n - 0.2, 0.45)],
@@ -339,6 +349,7 @@ def box_side(plane: Plane, look: Look, instance) -> None:
 
 
 def box_back(plane: Plane, look: Look, instance) -> None:
+    """Draw the back of a caravan or trailer."""
     w, h, label = look.width, look.height, look.label
     plane.rectangle(0, 0.4, w, h, gradient(look.lacquer, h), label, instance)
     if label == ID["caravan"]:
@@ -356,7 +367,15 @@ _VIEWS = {
 
 
 def vehicle(scene: Scene, kind: str, offset: float, z: float, along: bool) -> None:
-    """A vehicle `offset` metres right of the road's middle at distance z, along the road or across it."""
+    """Draw a vehicle.
+
+    Args:
+        scene: the scene.
+        kind: label name.
+        offset: position in meters to the right of the road center.
+        z: distance in meters.
+        along: whether it stands along the road or across it.
+    """
     rng, camera = scene.rng, scene.camera
     look, instance = Look.draw(rng, kind), scene.instance(ID[kind])
     side, back = _VIEWS[kind]
@@ -380,7 +399,7 @@ def vehicle(scene: Scene, kind: str, offset: float, z: float, along: bool) -> No
 
 
 def _tube(base: Color, middle: float, width: float) -> Material:
-    """A round post: light from one side."""
+    """Return the material of a round post, lit from one side."""
 
     def material(s, t):
         return base * (1.15 - 0.9 * np.abs((s - middle) / width + 0.2) + 0 * t)
@@ -389,6 +408,7 @@ def _tube(base: Color, middle: float, width: float) -> Material:
 
 
 def pole(plane: Plane, rng, height: float, label: int = ID["pole"]) -> None:
+    """Draw a pole, or a street lamp if it is taller than 5 m."""
     width = rng.uniform(0.2, 0.34)
     base = color(rng, (0, 1), (0, 0.25), (0.25, 0.8))
     plane.rectangle(-width / 2, 0, width / 2, height, _tube(base, 0, width), label)
@@ -400,7 +420,7 @@ def pole(plane: Plane, rng, height: float, label: int = ID["pole"]) -> None:
 
 
 def traffic_light(plane: Plane, rng, s: float, t: float) -> None:
-    """A dark box with three lamps of which one or two are lit, its foot at (s, t)."""
+    """Draw a traffic light with its foot at (s, t): a dark box with three lamps, of which some are lit."""
     label = ID["traffic light"]
     lamps = bgr(45, 45, 250), bgr(40, 190, 250), bgr(120, 235, 60)
     wide, tall = rng.uniform(0.6, 0.8), rng.uniform(1.5, 2.0)
@@ -413,7 +433,7 @@ def traffic_light(plane: Plane, rng, s: float, t: float) -> None:
 
 
 def traffic_sign(plane: Plane, rng, s: float, t: float) -> None:
-    """A plate with a border, round, three- or four-cornered, or a direction board; its foot at (s, t)."""
+    """Draw a traffic sign with its foot at (s, t): round, triangular, square, or a direction sign."""
     label, size = ID["traffic sign"], rng.uniform(0.42, 0.62)
     vivid = [(0.98, 1.02), (0.57, 0.63), (0.12, 0.16), (0.36, 0.42)][rng.integers(0, 4)]
     rim, ground = color(rng, vivid, (0.75, 1), (0.6, 0.95)), _WHITE
@@ -438,11 +458,11 @@ def traffic_sign(plane: Plane, rng, s: float, t: float) -> None:
     plane.stroke((s - 0.2, middle), (s + 0.2, middle), 0.14, rim * 0.5, label)
 
 
-# What lines the street.
+# Objects along the street.
 
 
 def tree(plane: Plane, rng, foliage: Material, height: float) -> None:
-    """Trunk and a crown of overlapping clumps, all labeled vegetation."""
+    """Draw a tree: a trunk and a crown of overlapping clumps, all labeled vegetation."""
     label = ID["vegetation"]
     bark = color(rng, (0.05, 0.12), (0.15, 0.5), (0.15, 0.4))
     plane.rectangle(-0.22, 0, 0.22, 0.55 * height, _tube(bark, 0, 0.44), label)
@@ -458,14 +478,14 @@ def tree(plane: Plane, rng, foliage: Material, height: float) -> None:
 
 
 def hedge(plane: Plane, rng, foliage: Material, length: float, height: float) -> None:
-    """A bank of bushes with a ragged top."""
+    """Draw a hedge with a ragged top."""
     steps = max(int(length / 0.6), 3)
     top = [(length * i / steps, height * rng.uniform(0.8, 1.1)) for i in range(steps + 1)]
-    plane.polygon([(0, 0)] + top + [(length, 0)], foliage, ID["vegetation"])
+    plane.polygon([(0, 0), *top, (length, 0)], foliage, ID["vegetation"])
 
 
 def fence(plane: Plane, rng, length: float, height: float) -> None:
-    """Upright bars between two rails; what shows between them is labeled fence too."""
+    """Draw a fence: vertical bars between two rails. The gaps are labeled fence too."""
     label, base = ID["fence"], mostly(rng, (0.35, 0.5), (0.3, 0.7), (0.25, 0.55), 0.6)
     period, share = rng.uniform(0.34, 0.5), rng.uniform(0.4, 0.55)
     plane.rectangle(0, 0, length, height, None, label)
@@ -487,11 +507,11 @@ def fence(plane: Plane, rng, length: float, height: float) -> None:
 def block(
     scene: Scene, rng, x: float, z: float, run: tuple[float, float], outward: float, depth: float
 ) -> None:
-    """A building along `run` from (x, z); its end wall, `depth` wide towards `outward`, faces the camera."""
-    label, storey = ID["building"], rng.uniform(2.6, 3.4)
-    tall = storey * rng.integers(2, 7) + rng.uniform(0.6, 1.2)
+    """Draw a building along `run` from (x, z), with an end wall of width `depth` that faces the camera."""
+    label, story = ID["building"], rng.uniform(2.6, 3.4)
+    tall = story * rng.integers(2, 7) + rng.uniform(0.6, 1.2)
     base = mostly(rng, (0.02, 0.13), (0.05, 0.5), (0.5, 0.9), 0.8)
-    surface = facade(rng, base, storey)
+    surface = facade(rng, base, story)
     length = math.hypot(*run)
     end = scene.upright(x, z, mirrored=outward < 0)
     end.rectangle(0, 0, depth, tall, surface, label)
@@ -504,7 +524,7 @@ def block(
 
 
 def clutter(plane: Plane, rng, label: int) -> None:
-    """A bin or a cabinet (static), a bag or a pram (dynamic): void things of the pavement."""
+    """Draw a void object on the sidewalk: a trash can or cabinet (static), a bag or stroller (dynamic)."""
     wide, tall = rng.uniform(0.5, 1.0), rng.uniform(0.5, 1.2)
     plane.rectangle(-wide / 2, 0, wide / 2, tall, gradient(anything(rng), tall), label)
     plane.rectangle(-wide / 2, tall * 0.85, wide / 2, tall, _BLACK * 2, label)

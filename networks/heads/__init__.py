@@ -1,4 +1,4 @@
-"""Heads that turn the features of a backbone into class scores."""
+"""Heads that map the features of a backbone to class scores."""
 
 from networks.heads.rcca import RCCAHead
 

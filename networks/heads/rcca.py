@@ -1,4 +1,4 @@
-"""Recurrent criss-cross attention (RCCA), the head of CCNet (original: RCCAModule in networks/ccnet.py)."""
+"""Recurrent criss-cross attention (RCCA), the head of CCNet."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ from networks.resnet import convolution
 
 
 class RCCAHead(nn.Module):
-    """Reduce, attend `recurrence` times with the same weights, join with the input, classify.
+    """The RCCA head of CCNet.
 
-    [N, in_channels, H, W] -> logits [N, num_classes, H, W]
+    It reduces the channels, applies criss-cross attention `recurrence` times with shared weights,
+    concatenates the result with the input, and classifies.
+
+    Source: CCNet, arXiv 1811.11721, section 3.1; RCCAModule in networks/ccnet.py of the original.
+
+    Args:
+        in_channels: channels of the input.
+        num_classes: number of classes.
+        recurrence: number of applications of the attention.
+        channels: channels of the attention.
+        dropout: probability of channel dropout before the classifier.
+        backend: backend of the activated batch norm (see `ABN`).
+        activation: activation of the activated batch norm (see `ABN`).
     """
 
     def __init__(
@@ -39,5 +51,6 @@ class RCCAHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [N, num_classes, H, W] of x [N, in_channels, H, W]."""
         y = self.convb(self.cca(self.conva(x)))
         return self.bottleneck(torch.cat([x, y], 1))

@@ -276,7 +276,7 @@ def test_what_systems_leave_in_a_folder_is_skipped_and_counted(
         (tmp_path / name).touch()
     assert [each.name for each in sources.find([str(tmp_path)], "")[0]] == ["p", "a/q"]
     said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path}: 5 hidden or system files skipped, the first: ")
+    assert said.startswith(f"{tmp_path}: 5 hidden or system files skipped, the first is ")
     assert said.count("\n") == 1
 
 

@@ -216,23 +216,23 @@ def damaged(result: dict, change) -> str:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.update(meanIU="x"), "meanIU is no score"),
+        (lambda r: r.update(meanIU="x"), "meanIU is not a score"),
         (lambda r: r.update(meanIU=float("nan")), "can't be read"),
-        (lambda r: r.update(meanIU=1e30), "meanIU is no score"),
-        (lambda r: r.update(meanIU=True), "meanIU is no score"),
+        (lambda r: r.update(meanIU=1e30), "meanIU is not a score"),
+        (lambda r: r.update(meanIU=True), "meanIU is not a score"),
         (lambda r: r.pop("meanIU"), "has no meanIU"),
         (lambda r: r["IU_array"].pop(), "18 scores for 19 classes"),
-        (lambda r: r.update(IU_array={}), "IU_array is no list"),
-        (lambda r: r.update(IU_array=["a"] * 19), "IU_array is no list"),
-        (lambda r: r.update(classes=[[]] * 19), "classes is no list of names"),
+        (lambda r: r.update(IU_array={}), "IU_array is not a list"),
+        (lambda r: r.update(IU_array=["a"] * 19), "IU_array is not a list"),
+        (lambda r: r.update(classes=[[]] * 19), "classes is not a list of names"),
         (lambda r: r.update(classInstScores=[1]), "classInstScores"),
-        (lambda r: r.update(averageScoreCategories="x"), "averageScoreCategories is no score"),
+        (lambda r: r.update(averageScoreCategories="x"), "averageScoreCategories is not a score"),
     ],
 )
 def test_a_damaged_result_is_named(finished: Path, change, words: str) -> None:
     path = finished / "result.txt"
     path.write_text(damaged(json.loads(path.read_text()), change))
-    with pytest.raises(UsageError, match=rf"result.txt: .*{words}.*; repair it, or take it away"):
+    with pytest.raises(UsageError, match=rf"result.txt: .*{words}.*; fix or delete the file"):
         made(finished, "--pictures", "0", "--attention", "0")
     assert not (finished / "report.html").exists()
 
@@ -263,7 +263,7 @@ def test_damaged_arguments_cost_the_pictures_alone(finished: Path, change) -> No
 @pytest.mark.parametrize("content", ['["abc"]', "[1, 2]", "{}", "3", "[" * 100_000])
 def test_a_damaged_environment_is_named(finished: Path, content: str) -> None:
     (finished / "environment.json").write_text(content)
-    with pytest.raises(UsageError, match=r"environment.json: .*; repair it, or take it away"):
+    with pytest.raises(UsageError, match=r"environment.json: .*; fix or delete the file"):
         made(finished, "--pictures", "0", "--attention", "0")
 
 

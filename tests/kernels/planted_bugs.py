@@ -72,21 +72,21 @@ BUGS: list[Bug] = [
     Bug(
         "forward: values without a barrier",
         FORWARD,
-        "    __syncthreads();  // this chunk is there for all",
-        "    // this chunk is there for all",
+        "    __syncthreads();  // this chunk is visible to all",
+        "    // this chunk is visible to all",
     ),
     Bug(
         "forward: ring overtakes",
         FORWARD,
-        "    __syncthreads();  // this chunk is there for all, and the one before it is read\n"
+        "    __syncthreads();  // this chunk is visible to all warps, and all have read the previous one\n"
         "    start_values();",
         "    start_values();\n    __syncthreads();",
     ),
     Bug(
         "forward: no empty groups",
         FORWARD,
-        "    device::commit_copies();  // an",
-        "    if (next_channel < C) device::commit_copies();  // an",
+        "    device::commit_copies();  // also an",
+        "    if (next_channel < C) device::commit_copies();  // also an",
     ),
     Bug("forward: a key too many", FORWARD, "k >= line.length ||", "k > line.length ||"),
     Bug("forward: self twice", FORWARD, "(column && k == rows[i / 2])", "false"),
@@ -174,19 +174,19 @@ BUGS: list[Bug] = [
     Bug(
         "backward: items without a barrier",
         BACKWARD,
-        "    __syncthreads();  // it is there for all",
-        "    // it is there for all",
+        "    __syncthreads();  // the item is visible to all",
+        "    // the item is visible to all",
     ),
     Bug(
         "backward: one tile overwritten",
         BACKWARD,
-        "      __syncthreads();  // the one before it is read\n",
+        "      __syncthreads();  // all warps have read the previous item\n",
         "",
     ),
     Bug(
         "backward: ring overtakes",
         BACKWARD,
-        "    __syncthreads();  // it is there for all, and the one before it is read\n"
+        "    __syncthreads();  // the item is visible to all warps, and all have read the previous one\n"
         "    if (stages == 2) start_item();",
         "    if (stages == 2) start_item();\n    __syncthreads();",
     ),
@@ -242,7 +242,8 @@ BUGS: list[Bug] = [
     Bug(
         "general: pieces without a barrier",
         GENERAL,
-        "    __syncthreads();  // the piece is there, and all have read the one before\n  };",
+        "    __syncthreads();  // the piece is visible to all threads, and all have read the previous one\n"
+        "  };",
         "  };",
     ),
     Bug(
@@ -272,20 +273,25 @@ BUGS: list[Bug] = [
     Bug(
         "general: scores over pieces",
         GENERAL,
-        "    __syncthreads();  // the pieces give way to the scores\n",
+        "    __syncthreads();  // the scores overwrite the pieces\n",
         "",
     ),
     Bug(
         "general: weights overtake",
         GENERAL,
-        "    __syncthreads();  // all have used the weights before\n",
+        "    __syncthreads();  // all threads have used the previous weights\n",
         "",
     ),
     Bug("general: empty column", GENERAL, "total == 0 ? 0 : 1 / total", "1 / total"),
     Bug("general: all masked", GENERAL, "const S base = top == -INFINITY ? 0 : top;", "const S base = top;"),
     Bug("general: self twice", GENERAL, "column && self ? -INFINITY : scores[i][j]", "scores[i][j]"),
     Bug("general: self twice in P", GENERAL, "quad.at[k] = self ? 0 : ", "quad.at[k] = "),
-    Bug("general: scores overtake", GENERAL, "    __syncthreads();  // all have used the tile before\n", ""),
+    Bug(
+        "general: scores overtake",
+        GENERAL,
+        "    __syncthreads();  // all threads have used the previous tile\n",
+        "",
+    ),
     Bug("general: pixels beyond the end", GENERAL, "i * apart() + j < present ? *next : T{}", "*next"),
     Bug(
         "general: channels beyond the end",

@@ -101,7 +101,7 @@ def test_full_disk_only_ends_the_filling(tmp_path):
 
 
 def test_no_cache_where_none_can_be(tmp_path):
-    with pytest.raises(DataError, match="no cache there"):
+    with pytest.raises(DataError, match="the cache can't be opened"):
         PictureCache(str(tmp_path / "none" / "x"), Plan(SIZES, 10**6))
 
 

@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Callable, str, str]] = {
     # what: (how, the file in the line, words of the reason)
     "no such directory": (lambda folder: shutil.rmtree(folder), "CS", "no such directory"),
     "nothing of Cityscapes": (emptied(""), "CS", "has no folder leftImg8bit"),
-    "one folder too deep": (one_folder_too_deep, "CS", "but inner in it has; name"),
+    "one folder too deep": (one_folder_too_deep, "CS", "but its folder inner has one; name"),
     "split without pictures": (emptied("leftImg8bit/train/ulm"), "CS", "pictur"),
     "no labels at all": (lambda folder: shutil.rmtree(folder / "gtFine"), "_labelIds.png", "gtFine_train"),
     "label missing": (lambda folder: (folder / LABEL).unlink(), LABEL, "gtFine_trainvaltest.zip"),
@@ -208,7 +208,7 @@ BROKEN: dict[str, tuple[Callable, str, str]] = {
     "label of another size": (write(LABEL, np.full((48, 63), 7, np.uint8)), LABEL, "63x48 pixels, but"),
     "label id that there is not": (change_ids(LABEL, 77), LABEL, "label id 77"),
     "train id of sixteen bits": (sixteen_bits, "label.png", "train id 300"),
-    "label by JPEG": (replace_by(LABEL, jpeg), LABEL, "a JPEG label has other ids than were drawn"),
+    "label by JPEG": (replace_by(LABEL, jpeg), LABEL, "JPEG changes the ids of a label"),
     "label is a gray mask in RGB": (write(LABEL, np.ones((48, 64, 3), np.uint8)), LABEL, "saved as RGB"),
     "picture is a FIFO": (replace_by(IMAGE, os.mkfifo), IMAGE, "is a FIFO"),
     "label is a FIFO": (replace_by(LABEL, os.mkfifo), LABEL, "is a FIFO"),
@@ -216,11 +216,11 @@ BROKEN: dict[str, tuple[Callable, str, str]] = {
     "table is a FIFO": (fifo("--classes"), "fifo", "is a FIFO"),
     "list of other characters": (utf16, "list", "not text in UTF-8"),
     "table of one class": (table_of(COLUMNS, "a 7 0 1,2,3"), "table", "has one class"),
-    "picture of floating-point numbers": (floats, "a.tif", "32-bit numbers"),
+    "picture of floating-point numbers": (floats, "a.tif", "32-bit pixel values"),
     "list missing": (lambda folder: ["--data-list", folder / "none"], "none", "not a readable list"),
     "list empty": (list_of(""), "list", "empty"),
     "list line of three": (list_of(SOUND, "a\tb\tc"), "list:2", "image<TAB>label"),
-    "list line of one": (list_of(SOUND, "a.png"), "list:2", "names no label"),
+    "list line of one": (list_of(SOUND, "a.png"), "list:2", "has no label"),
     "list names what is missing": (list_of(SOUND, f"x.png\t{LABEL}"), "x.png", "no such file"),
     "list with swapped columns": (list_of(f"{LABEL}\t{IMAGE}"), IMAGE, "one channel"),
     "table without a column": (table_of("name id color", "a 0 1,2,3"), "table", "no column train_id"),
@@ -253,7 +253,7 @@ def test_there_are_more_than_twenty_kinds():
 
 def test_healthy_data_set(healthy, capsys):
     status, output, _ = checked(healthy, capsys)
-    assert status == 0 and "all is well with 8 pictures" in output and loaded(healthy) == "nothing"
+    assert status == 0 and "no problems in 8 pictures" in output and loaded(healthy) == "nothing"
     assert (
         "train: 4 pictures of the official 2975 in 1 folders" in output and "val: 4 pictures in 1" in output
     )
@@ -291,7 +291,7 @@ def test_instances_that_belong_to_another_label(healthy, capsys):
 def test_instances_that_some_labels_lack(healthy, capsys):
     (healthy / INSTANCES).unlink()
     status, _, line = checked(healthy, capsys)
-    assert status == 2 and f"{INSTANCES}: no such file, one of 1 where other labels have instances" in line
+    assert status == 2 and f"{INSTANCES}: no such file, 1 of 4 labels have no instances" in line
     for path in healthy.rglob("*instanceIds.png"):
         path.unlink()
     assert checked(healthy, capsys)[0] == 0
@@ -317,7 +317,7 @@ def test_notes_are_no_problems(healthy, capsys):
         path.unlink()
     status, output, _ = checked(healthy, capsys, *flags)
     assert status == 0
-    assert f"note: {IMAGE}: 2 times in the list" in output and f"note: {LABEL}: void alone" in output
+    assert f"note: {IMAGE}: is listed 2 times" in output and f"note: {LABEL}: has only void pixels" in output
 
 
 def test_cities_of_cityscapes_have_their_pictures(healthy, capsys):
@@ -403,8 +403,8 @@ def test_files_of_systems_are_skipped_and_counted(healthy, capsys):
     thumbnail.touch()
     (healthy / "leftImg8bit/__MACOSX").mkdir()
     status, output, _ = checked(healthy, capsys)
-    assert status == 0 and "all is well with 8 pictures" in output and loaded(healthy) == "nothing"
-    assert "note: 13 hidden or system files skipped, the first: leftImg8bit/train/.DS_Store" in output
+    assert status == 0 and "no problems in 8 pictures" in output and loaded(healthy) == "nothing"
+    assert "note: 13 hidden or system files skipped, the first is leftImg8bit/train/.DS_Store" in output
     assert "note: 14 hidden or system files skipped" in output
     said = CSDataSet(str(healthy), split="val", crop_size=None).check()
     assert "note: 14 hidden or system files skipped" in said and said.count("skipped") == 1
@@ -422,7 +422,7 @@ def test_split_that_is_no_folder_below_the_pictures(healthy, capsys):
         with pytest.raises(DataError, match="--split"):
             CSDataSet(str(healthy), split=split)
     status, output, _ = checked(healthy, capsys, "--split", "val/ulm", "--split", "val/ulm")
-    assert status == 0 and "all is well with 4 pictures" in output
+    assert status == 0 and "no problems in 4 pictures" in output
 
 
 def test_classes_that_occur_nowhere_are_named(healthy, capsys):
@@ -490,7 +490,7 @@ def test_no_input_is_overwritten(healthy, tmp_path, capsys):
         status, output, line = checked(healthy, capsys, *flags)
         assert status == 2 and f"{flag}: would replace its own input {file}" in line and output == ""
     status, _, line = checked(healthy, capsys, "--json", tmp_path / "a", "--plot", tmp_path / "." / "a")
-    assert status == 2 and "is the file of --json too" in line
+    assert status == 2 and "is also the file of --json" in line
     assert {path: path.read_bytes() for path in content} == content
     assert (tmp_path / "list").read_text() == SOUND + "\n" and table.read_text().startswith("name")
 

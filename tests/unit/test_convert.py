@@ -562,7 +562,7 @@ class TestRefusals:
             (lambda: small_state(**{"layer1.0.se.weight": torch.zeros(3)}), ["layer1.0.se.weight", "lacks"]),
             (lambda: small_state(**{"head.conva.0.weight": None}), ["lacks head.conva.0.weight"]),
             (lambda: library_state("resnet26"), ["2, 2, 2, 2"]),
-            (lambda: library_state("resnet34"), ["lacks layer1.0", "bottlenecks"]),
+            (lambda: library_state("resnet34"), ["lacks layer1.0", "bottleneck"]),
             (lambda: library_state("resnet50d"), ["ResNet-D", "resnet101c"]),
             (lambda: library_state("resnext50_32x4d"), ["has shape", "plain resnet50"]),
             (lambda: {"decode_head.conv_seg.weight": torch.zeros(5, 512, 1, 1)}, ["0, 0, 0, 0"]),

@@ -136,12 +136,12 @@ EXACT = {
 }  # fmt: skip
 SEVERAL = {"save_all": True, "append_images": [Image.fromarray(ids(7)), Image.fromarray(ids(5))]}
 RGB = np.stack([ids(19)] * 3, -1)
-OTHER_GRAYS = "a palette maps to other grays"
+OTHER_GRAYS = "maps the ids to other gray values"
 REFUSED = {
     # name: (file, words)
-    "JPEG": (by_pillow(ids(19), "JPEG", quality=100), "a JPEG label has other ids than were drawn"),
-    "JPEG 2000": (by_pillow(ids(19), "JPEG2000"), "a JPEG 2000 label"),
-    "WebP": (cv2.imencode(".webp", RGB)[1].tobytes(), "a WebP label"),
+    "JPEG": (by_pillow(ids(19), "JPEG", quality=100), "JPEG changes the ids of a label"),
+    "JPEG 2000": (by_pillow(ids(19), "JPEG2000"), "JPEG 2000 may change"),
+    "WebP": (cv2.imencode(".webp", RGB)[1].tobytes(), "WebP may change"),
     "TIFF by JPEG": (by_pillow(ids(19), "TIFF", compression="jpeg"), "compressed by jpeg"),
     "TIFF, 0 is white": (tiff(ids(19).tobytes(), 8, photometric=0), "in which 0 is white"),
     "TIFF, 8 bits, signed": (tiff(ids(19).tobytes(), 8, _339=2), "signed values of 8 bits"),
@@ -149,7 +149,7 @@ REFUSED = {
     "TIFF, on its side": (tiff(ids(19).tobytes(), 8, _274=6), "turned or mirrored"),
     "TIFF, floating-point": (by_pillow(ids(19).astype(np.float32), "TIFF"), "mode F"),
     "TIFF, several": (by_pillow(ids(19), "TIFF", **SEVERAL), "holds 3 pictures"),
-    "GIF": (by_pillow(ids(19) * 3, "GIF"), "a GIF label may have other ids"),
+    "GIF": (by_pillow(ids(19) * 3, "GIF"), "GIF may change the ids"),
     **{f"BMP, {k} bits, white first": (bmp(ids(2**k), k, ramp(2**k)[::-1]), OTHER_GRAYS) for k in (1, 4, 8)},
     "PNG, palette of other grays": (by_pillow(ids(3), "PNG", flat(SAME[::9][:3])), OTHER_GRAYS),
     "PNG, white first": (png(ids(2), 1, chunk(b"PLTE", WHITE + BLACK), color_type=3), OTHER_GRAYS),
@@ -163,7 +163,7 @@ REFUSED = {
     "gray in RGBA": (by_pillow(np.dstack([RGB, ids(200)]), "PNG"), "a gray mask saved as RGBA"),
     "gray and transparency": (by_pillow(np.stack([ids(19)] * 2, -1), "PNG"), "a gray mask saved as LA"),
     "colors": (by_pillow(np.dstack([ids(7), ids(8), ids(9)]), "PNG"), "mode RGB"),
-    "colors of 16 bits": (cv2.imencode(".png", RGB.astype(np.uint16))[1].tobytes(), "16 bits a channel"),
+    "colors of 16 bits": (cv2.imencode(".png", RGB.astype(np.uint16))[1].tobytes(), "16 bits per channel"),
     "CMYK": (by_pillow(Image.fromarray(RGB).convert("CMYK"), "TIFF"), "mode CMYK"),
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_columns_in_another_order_and_more_of_them(tmp_path):
         (HEADER + "a\t300\t0\t1,2,3\n", ":2: id '300'"),
         (HEADER + "a\t0\tx\t1,2,3\n", ":2: train_id 'x'"),
         (HEADER + "\t0\t0\t1,2,3\n", "no name"),
-        (HEADER + "a" * 300 + "\t0\t0\t1,2,3\n", "a name of 300 letters"),
+        (HEADER + "a" * 300 + "\t0\t0\t1,2,3\n", "a name of 300 characters"),
         (HEADER + "a\0\t0\t0\t1,2,3\n", "not text in UTF-8"),
         (HEADER + "a\t0\t1\t1,2,3\n", "number the classes 0, 1, 2"),
         (HEADER + "a\t0\t255\t1,2,3\n", "number the classes"),
@@ -105,7 +105,7 @@ def test_ids_go_through_the_table_and_train_ids_do_not(table, tmp_path):
     assert reader.read(written(tmp_path / "a_labelIds.png", ids)).tolist() == [[0, 1, 255], [255, 1, 0]]
     train_ids = [[0, 1, 255]]
     assert reader.read(written(tmp_path / "a_labelTrainIds.png", train_ids)).tolist() == train_ids
-    with pytest.raises(DataError, match="label id 3 is none of the 2 classes .* --classes"):
+    with pytest.raises(DataError, match="label id 3 is not one of the 2 classes .* --classes"):
         reader.read(written(tmp_path / "b.png", [[3]]))
     assert LabelReader(read_table(table), ignore_label=9).read(load(str(tmp_path / "a.png")))[0, 2] == 9
 
@@ -131,14 +131,14 @@ def test_what_255_is(rows, ignore_label, tmp_path):
     if ignore_label == 255:
         assert reader.read(train_ids).tolist() == [[0, 255]]
     else:
-        with pytest.raises(DataError, match="train id 255 is none .* --ignore-label"):
+        with pytest.raises(DataError, match="train id 255 is not one .* --ignore-label"):
             reader.read(train_ids)
 
 
 def test_255_without_table_is_void_or_refused(tmp_path):
     mask = written(tmp_path / "a.png", [[0, 255]])
     assert LabelReader(num_classes=2).read(mask).tolist() == [[0, 255]]
-    with pytest.raises(DataError, match="train id 255 is none of the 2 classes .* give 255 a row"):
+    with pytest.raises(DataError, match="train id 255 is not one of the 2 classes .* give 255 a row"):
         LabelReader(num_classes=2, ignore_label=9).read(mask)
 
 
@@ -165,7 +165,7 @@ def test_note_on_black_and_white_masks_alone(tmp_path):
     reader = LabelReader(num_classes=2)
     for labels in ((mask,), (mask, plain)):
         absent, hint = reader.notes(counted(reader, *labels))
-        assert absent == "class 1 occurs in no label" and "255 is void" in hint and "row of id 255" in hint
+        assert absent == "class 1 occurs in no label" and "255 is void" in hint and "row for id 255" in hint
     assert len(reader.notes(counted(reader, plain))) == 1
     assert reader.notes(counted(reader, mask, written(tmp_path / "c.png", [[1]]))) == []
     (tmp_path / "table").write_text(HEADER + ROWS["no row"])
@@ -179,7 +179,7 @@ def test_note_on_black_and_white_masks_alone(tmp_path):
 def test_note_on_a_class_that_is_void(tmp_path):
     reader = LabelReader(num_classes=3, ignore_label=1)
     notes = reader.notes(counted(reader, written(tmp_path / "a.png", [[0, 1, 2]])))
-    assert notes == ["class 1 is void (--ignore-label 1): it is neither trained nor scored"]
+    assert notes == ["class 1 is void (--ignore-label 1), so it is neither trained nor scored"]
 
 
 def test_labels_of_void_alone_are_refused(tmp_path):
@@ -219,7 +219,7 @@ def test_colors_go_through_the_table(table, tmp_path):
     reader = LabelReader(read_table(table))
     colors = [[(10, 20, 30), (0, 200, 0)], [(11, 20, 30), (0, 0, 0)]]
     assert reader.read(written(tmp_path / "a.png", colors)).tolist() == [[0, 1], [0, 255]]
-    with pytest.raises(DataError, match="color 1,2,3 is none"):
+    with pytest.raises(DataError, match="color 1,2,3 is not one"):
         reader.read(written(tmp_path / "b.png", [[(0, 0, 0), (1, 2, 3)]]))
     with pytest.raises(DataError, match="--classes"):
         LabelReader().read(load(str(tmp_path / "a.png")))

@@ -70,9 +70,9 @@ def test_pixels_outside_are_refused(pixel: tuple[int, int]) -> None:
     module, x = made(1)
     with pytest.raises(ValueError, match="outside"):
         attention_maps(module, x, [pixel])
-    with pytest.raises(ValueError, match="one picture"):
+    with pytest.raises(ValueError, match="one image"):
         attention_maps(module, x.repeat(2, 1, 1, 1), [(0, 0)])
-    with pytest.raises(ValueError, match=r"\[1, 15, 5, 7\]; one picture \[1, 16, H, W\] expected"):
+    with pytest.raises(ValueError, match=r"one image \[1, 16, H, W\], got shape \[1, 15, 5, 7\]"):
         attention_maps(module, x[:, 1:], [(0, 0)])
 
 

@@ -186,7 +186,7 @@ def test_marker_that_was_not_written_whole(content, tmp_path, capsys):
     for name in ("mini.json", "mini.started.json"):
         next(out.glob("mini*.json")).unlink()
         (out / name).write_text(content)
-        assert f"{out / name} is damaged" in run_wrong(capsys, str(out), *argv)
+        assert f"{out / name}: is damaged" in run_wrong(capsys, str(out), *argv)
     assert files_of(out) == whole
 
 

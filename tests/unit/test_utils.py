@@ -231,7 +231,7 @@ def test_outputs_that_can_have_no_place(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=rf"--out: .*{words}.*name another"):
             check_outputs("--out", [str(tmp_path / name)])
-    with pytest.raises(UsageError, match="is no name of a file"):
+    with pytest.raises(UsageError, match="is not a file name"):
         check_outputs("--out", [f"{tmp_path}/"])
     with pytest.raises(UsageError, match="no file can be written in"):
         check_output_file("--out", str(tmp_path / "none/x"))
@@ -257,7 +257,7 @@ def test_outputs_that_can_have_no_place(tmp_path: Path) -> None:
 )
 def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "args.json").write_bytes(content)
-    with pytest.raises(UsageError, match=r"args.json: can't be read .*; repair it, or take it away"):
+    with pytest.raises(UsageError, match=r"args.json: can't be read .*; fix or delete the file"):
         run_files.read_recipe(str(tmp_path))
 
 

@@ -267,7 +267,7 @@ class TestFiles:
         weights = self.save(path, what)
         message = refused(path)
         assert "if you trust" in message and ("TorchScript" in message) == (what == "TorchScript")
-        found = re.search(r"take the weights out with (python -c .*) and use (.*)$", message)
+        found = re.search(r"extract the weights with (python -c .*) and use (.*)$", message)
         assert found
         environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = subprocess.run(
@@ -294,14 +294,14 @@ class TestFiles:
         assert "is empty" in refused(path)
         program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
         torch.export.save(program, tmp_path / "program.pt2")
-        assert "program of torch.export" in refused(tmp_path / "program.pt2")
+        assert "saved by torch.export" in refused(tmp_path / "program.pt2")
         with tarfile.open(path, "w") as archive:
             archive.add(__file__, "storages")
         assert "is a tar file; unpack it" in refused(path)
         with tarfile.open(path, "a") as archive:
             archive.add(__file__, "pickle")
         message = refused(path)
-        assert "is a tar file, as the first torch.save wrote them; if you trust" in message
+        assert "is a tar file of an early version of torch.save; if you trust" in message
         # The advice replaces nothing.
         assert message.endswith(f" and use {tmp_path}/weights_weights.pth")
         (tmp_path / "weights_weights.pth").touch()

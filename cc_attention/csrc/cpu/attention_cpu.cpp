@@ -1,4 +1,4 @@
-// The host's entry points on the CPU: the kernels of the best instruction set that the processor has.
+// CPU entry points: they select the kernels of the best instruction set that the processor supports.
 #include "instruction_sets.h"
 
 namespace cc_attention {

@@ -1,8 +1,8 @@
-// The kernels for AVX2: 16 registers of 32 bytes.
+// Kernels for AVX2: 16 registers of 32 bytes.
 #ifdef __x86_64__
 #include "instruction_sets.h"
 
-#pragma GCC diagnostic error "-Wpsabi"  // where a function lacks the instruction set after all
+#pragma GCC diagnostic error "-Wpsabi"  // catches a function compiled without the instruction set
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

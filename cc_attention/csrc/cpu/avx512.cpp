@@ -1,8 +1,8 @@
-// The kernels for AVX-512: 32 registers of 64 bytes.
+// Kernels for AVX-512: 32 registers of 64 bytes.
 #ifdef __x86_64__
 #include "instruction_sets.h"
 
-#pragma GCC diagnostic error "-Wpsabi"  // where a function lacks the instruction set after all
+#pragma GCC diagnostic error "-Wpsabi"  // catches a function compiled without the instruction set
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
 #else

@@ -1,4 +1,4 @@
-// The kernels for any processor: vectors of 16 bytes.
+// Kernels for any processor: vectors of 16 bytes.
 #include "instruction_sets.h"
 
 namespace cc_attention {

@@ -1,7 +1,7 @@
 // The kernels compiled for each instruction set.
 //
-// The headers of the kernels are included here, before a .cpp file names its instruction set: what they define is
-// shared with code for other processors.
+// The standard and torch headers are included here, before a .cpp file selects its instruction set. The linker may
+// share their inline functions with code for other processors, so they must not use that instruction set.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,11 +1,12 @@
-// Criss-cross attention on the CPU, for one instruction set (product.h says how).
+// Criss-cross attention on the CPU, compiled once for each instruction set (see product.h).
 //
-// A line is a row or a column of pixels, and an attention problem of its own: its maps are [pixels, channels] with a
-// constant distance between pixels. All rows are done first and write the outputs; then all columns, which add. A line
-// works on one chunk of channels after another, copied together and widened, so that it stays in the caches.
+// A line is a row or a column of pixels, and a separate attention problem. Its maps are [pixels, channels] with a
+// constant stride between pixels. All rows come first and write the outputs; all columns follow and add to them. A line
+// is processed in chunks of channels. Each chunk is packed and converted to the summing type, so it stays in the
+// caches.
 //
-// bfloat16 is widened, too: its own instruction (vdpbf16ps) does half as many products a second as float32's on the
-// processors measured (Xeon of 2023).
+// bfloat16 is converted to float32 as well: its own instruction (vdpbf16ps) computes half as many products per second
+// on the processors measured (a Xeon of 2023).
 #pragma once
 
 #include "instruction_sets.h"
@@ -14,18 +15,19 @@
 namespace cc_attention {
 namespace {
 
-constexpr int64_t kChunk = 64;       // channels; a multiple of every vector's lanes
-constexpr int64_t kGrain = 1 << 16;  // multiplications that make a task worth a thread
+constexpr int64_t kChunk = 64;       // channels; a multiple of the lanes of every vector
+constexpr int64_t kGrain = 1 << 16;  // multiplications below which a task is not worth a thread
 
 struct Line {
-  int64_t first, step, count;  // pixels: index of the first, distance of neighbors, number
-  int64_t next;                // distance to the next line
-  bool column;                 // then a pixel does not see itself
+  int64_t first, step, count;  // in pixels: index of the first, stride, number
+  int64_t next;                // pixels from this line to the next
+  bool column;                 // in a column, a pixel does not attend to itself
 
   int64_t pixel(int64_t i) const { return first + i * step; }
 };
 
-// Calls body(lines begin .. end) in parallel for the columns or the rows of all samples.
+// Calls body in parallel on ranges of lines, for the columns or the rows of all samples. body gets a function that
+// calls its argument with each Line of the range.
 template <typename Body>
 void for_each_line(const Sizes& s, bool column, int64_t channels, const Body& body) {
   const int64_t count = column ? s.H : s.W, lines = s.N * (column ? s.W : s.H);
@@ -38,7 +40,7 @@ void for_each_line(const Sizes& s, bool column, int64_t channels, const Body& bo
   });
 }
 
-// Zeros, aligned to cache lines.
+// An array of zeros, aligned to cache lines.
 template <typename S>
 class Buffer {
  public:
@@ -54,10 +56,10 @@ class Buffer {
   std::vector<Block> blocks_;
 };
 
-// What a thread needs for lines of n pixels.
+// Buffers of a thread for lines of n pixels.
 template <typename S>
 struct Workspace {
-  // Rows of matrices [n, n] are whole vectors, an odd number, so that the rows do not compete for the same cache sets.
+  // A row of an [n, n] matrix is an odd number of whole vectors, so that rows do not compete for the same cache sets.
   explicit Workspace(int64_t n)
       : n(n),
         row((ceil_div(n, kLanes<S>) | 1) * kLanes<S>),
@@ -75,8 +77,8 @@ struct Workspace {
 
   int64_t n, row, padded;
   Buffer<S> scores, products;           // [n, row]
-  Buffer<S> rows;                       // [padded, kChunk] a chunk of a line's channels
-  Buffer<S> columns;                    // [kChunk, row] its transpose
+  Buffer<S> rows;                       // [padded, kChunk], a chunk of a line's channels
+  Buffer<S> columns;                    // [kChunk, row], its transpose
   Buffer<S> maximum, sum, scale, ones;  // [n]
 
   Strided<S> scores_matrix() { return {scores.data(), row, 1}; }
@@ -84,7 +86,7 @@ struct Workspace {
   Strided<S> rows_matrix() { return {rows.data(), kChunk, 1}; }
 };
 
-// A chunk of the channels of a line, from [pixels, channels] to [n, kChunk], padded with zeros to whole vectors.
+// Copies a chunk of the channels of a line from [pixels, channels] to [n, kChunk], padded with zeros to whole vectors.
 template <typename T, typename S>
 void load(const T* map, int64_t channels, int64_t begin, int64_t width, const Line& line, S* rows) {
   for (int64_t i = 0; i < line.count; ++i) {
@@ -94,7 +96,7 @@ void load(const T* map, int64_t channels, int64_t begin, int64_t width, const Li
   }
 }
 
-// The chunk after this one in two maps of the line: its next channels, or the first ones of the next line.
+// Returns the next chunk in two maps, for prefetching: the next channels of this line, or the first of the next line.
 template <typename T>
 Ahead chunk_after(const T* first, const T* second, int64_t channels, int64_t begin, const Line& line) {
   const int64_t next = begin + kChunk < channels ? begin + kChunk : line.next * channels;
@@ -139,10 +141,13 @@ void line_sums(const Strided<S>& weights, const T* map, int64_t channels, const 
   });
 }
 
-// Scores of a row -> their softmax, and their normalizers; zeros where all scores are -inf.
-// Scores of a column -> their share of the softmax over row and column; normalizers -> those of both; scale: the row's
-// share. NaN where all scores are -inf.
-// One quantity after another, as the pixels' chains of operations overlap only where each is short.
+// Replaces the scores of a line by softmax weights, and updates the normalizers.
+//
+// Row pass: the softmax over the row, or zeros for a pixel whose scores are all -inf; the normalizers of the row.
+// Column pass: the column's part of the softmax over row and column, or NaN if all scores are -inf; the normalizers of
+// both; w.scale, the factor by which the row's result must be scaled.
+//
+// Each loop computes one quantity for all pixels: short chains of operations of different pixels can overlap.
 template <typename S>
 void line_softmax(const Line& line, Workspace<S>& w, Normalizer<S>* normalizers) {
   constexpr S kNone = -std::numeric_limits<S>::infinity();
@@ -158,7 +163,7 @@ void line_softmax(const Line& line, Workspace<S>& w, Normalizer<S>* normalizers)
     w.maximum[i] = line.column ? std::max(maximum, normalizers[line.pixel(i)].top) : maximum;
   }
   for (int64_t i = 0; i < w.n; ++i) {
-    const S base = w.maximum[i] == kNone ? 0 : w.maximum[i];  // of -inf the exponential, not that of NaN
+    const S base = w.maximum[i] == kNone ? 0 : w.maximum[i];  // avoids -inf - -inf = NaN
     Vector<S> sums = {};
     for (int64_t j = 0; j < vectors; ++j) {
       Vector<S>& power = vector_at(&w.scores[i * w.row], j);
@@ -196,7 +201,7 @@ void forward(const Forward& f) {
   }
 }
 
-// Scores -> the softmax that the forward computed.
+// Replaces the scores of a line by the softmax weights that the forward computed.
 template <typename S>
 void line_probabilities(const Line& line, const Normalizer<S>* normalizers, Workspace<S>& w) {
   for (int64_t i = 0; i < w.n; ++i) {
@@ -212,7 +217,7 @@ void line_probabilities(const Line& line, const Normalizer<S>* normalizers, Work
   }
 }
 
-// delta[pixel i] = sum over channels of grad_out * out
+// delta[pixel i] = sum over channels of grad_out * out.
 template <typename T, typename S>
 void line_delta(const T* grad_out, const T* out, int64_t channels, const Line& line, S* delta) {
   for (int64_t i = 0; i < line.count; ++i) {
@@ -226,7 +231,7 @@ void line_delta(const T* grad_out, const T* out, int64_t channels, const Line& l
   }
 }
 
-// products, the gradients of the softmax -> the gradients of the scores
+// Replaces w.products, the gradients of the softmax weights, by the gradients of the scores.
 template <typename S>
 void line_score_gradients(const Line& line, const S* delta, Workspace<S>& w) {
   for (int64_t i = 0; i < w.n; ++i)
@@ -261,7 +266,7 @@ void backward(const Backward& b) {
   }
 }
 
-// Where the weights [N,L,H,W] have the one with which pixel `from` of a line sees pixel `seen`.
+// Returns the index, in weights [N,L,H,W], of the weight with which pixel `from` of a line attends to pixel `seen`.
 inline int64_t weight_index(const Sizes& s, const Line& line, int64_t from, int64_t seen) {
   const int64_t l = line.column ? s.W + column_entry(seen, from) : seen;
   const int64_t n = line.first / (s.H * s.W), pixel = line.pixel(from) % (s.H * s.W);
@@ -286,7 +291,7 @@ void primitive(Primitive primitive, const Sizes& s, const T* first, const T* sec
           return;
         }
         for_each_weight(line, [&](int64_t index, S& weight) { weight = static_cast<S>(first[index]); });
-        const Strided<S> weights = w.scores_matrix();  // [seen, from]; a column's diagonal is never set and remains 0
+        const Strided<S> weights = w.scores_matrix();  // [seen, from]; the diagonal of a column stays 0
         line_sums(primitive == Primitive::gather ? transposed(weights) : weights, second, s.C, line, w, out,
                   column ? w.ones.data() : nullptr);
       });
@@ -294,7 +299,7 @@ void primitive(Primitive primitive, const Sizes& s, const T* first, const T* sec
   }
 }
 
-// body(a value of the storage type)
+// Calls body with a value of the storage type of dtype.
 template <typename Body>
 void with_type(Dtype dtype, const Body& body) {
   switch (dtype) {

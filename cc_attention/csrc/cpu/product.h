@@ -1,9 +1,10 @@
-// Small dense matrix products, as a register tile of kTileRows rows and kTileVectors vectors.
+// Small dense matrix products, computed in register tiles of kTileRows rows and kTileVectors vectors.
 //
 // This file and lines.h are included once for each instruction set, by the .cpp file that names it and defines
 //   kVectorBytes                the width of a vector register
-//   kTileRows, kTileVectors     the tile whose sums, one row of factors and a broadcast fit in the registers
-// Everything is in an unnamed namespace, so that the linker cannot take one instruction set's code for another's.
+//   kTileRows, kTileVectors     the size of a register tile: its sums, one row of factors and a broadcast fit in the
+//                               registers
+// Everything is in an unnamed namespace, so that the linker cannot merge the code of different instruction sets.
 #pragma once
 
 #include "instruction_sets.h"
@@ -11,7 +12,7 @@
 namespace cc_attention {
 namespace {
 
-// The type in which T is summed.
+// The type in which values of storage type T are summed.
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -27,14 +28,14 @@ struct VectorOf {
 template <typename S>
 using Vector = typename VectorOf<S>::type;
 
-// A vector in memory that is aligned to kVectorBytes.
+// Returns vector number `index` of an array that is aligned to kVectorBytes.
 template <typename S>
 Vector<S>& vector_at(S* data, int64_t index = 0) {
   return reinterpret_cast<Vector<S>*>(data)[index];
 }
 
-// From and to memory where an S may be. By value: clang takes whatever a function's reference to a vector is bound to
-// for aligned to kVectorBytes.
+// Load and store at any address that is aligned for S. The vector is passed by value: clang assumes that a reference to
+// a vector is aligned to kVectorBytes.
 template <typename S>
 Vector<S> load_vector(const S* data) {
   return *reinterpret_cast<const typename VectorOf<S>::anywhere*>(data);
@@ -47,7 +48,7 @@ void store_vector(S* data, Vector<S> vector) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls body with min(n, kMax), n at least 1, as a compile-time constant.
+// Calls body with min(n, kMax) as a compile-time constant; n must be at least 1.
 template <int kMax, typename Body>
 void with_constant(int64_t n, const Body& body) {
   if constexpr (kMax > 1)
@@ -67,16 +68,16 @@ Strided<S> transposed(const Strided<S>& a) {
   return {a.data, a.column, a.row};
 }
 
-// The most products in one sum.
+// The largest number of products in one sum.
 constexpr int64_t kLongestSum = 128;
 
-// Memory that later products read or write, for every row of this one. It is only prefetched, so it need not exist.
+// Memory that later products read or write, given per row of this product. It is only prefetched, so it need not exist.
 struct Ahead {
-  const char* data;              // of the first row
+  const char* data;              // address for the first row
   int64_t row;                   // bytes from a row to the next
-  int64_t offsets[kLongestSum];  // of what to prefetch at each step of a tile's sum, from the tile's first row
+  int64_t offsets[kLongestSum];  // bytes from there to the address to prefetch at each step of a tile's sum
 
-  // `size` bytes at each of two places.
+  // Prefetches `size` bytes per row in each of two arrays.
   Ahead(const void* first, const void* second, int64_t row, int64_t size)
       : data(static_cast<const char*>(first)), row(row), offsets() {
     const int64_t second_offset = reinterpret_cast<intptr_t>(second) - reinterpret_cast<intptr_t>(first);
@@ -87,12 +88,12 @@ struct Ahead {
   }
 };
 
-// The second factor of a product, from which every tile of the product reads all rows.
+// The second factor of a product. Every tile of the product reads all of its rows.
 template <typename S>
 struct Panel {
   const S* data;
   int64_t row;
-  S* copy;  // if not null, the first tile also copies the rows to here, close together, and the others read the copy
+  S* copy;  // if not null, the first tile also packs the rows here, and the other tiles read this copy
   int64_t copy_row;
 
   Panel at(int64_t k, int64_t column) const {
@@ -100,8 +101,8 @@ struct Panel {
   }
 };
 
-// out[i, :] = scale[i] * out[i, :] + sum over k of a[i, k] * b[k, :]; without a scale, out is not read.
-// Prefetches at every step, as all of it at once would be more than a core can have under way.
+// out[i, :] = scale[i] * out[i, :] + sum over k of a[i, k] * b[k, :]. If scale is null, out is not read.
+// Prefetches one address per step: all at once would exceed the outstanding loads of a core.
 template <typename S, int kRows, int kVectors, bool kCopy>
 void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S* out, int64_t out_row, const S* scale,
                    const char* ahead, const int64_t* ahead_offsets) {
@@ -140,28 +141,29 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
     }
 }
 
-// The products in one sum, since a sum of sums is more exact than one long sum: few for the shortest lines, where the
-// additional sums cost little and no other error covers theirs; otherwise as many as hide the time they take.
+// Returns the number of products in one sum. A sum of short sums is more accurate than one long sum. Short lines use
+// short sums: there the extra sums cost little, and their rounding is not hidden by other errors. Longer lines use the
+// longest sums.
 inline int64_t depth_of_sums(int64_t rows) { return rows <= 16 ? 8 : kLongestSum; }
 
 template <typename S>
 constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};
 
-// From the storage type to the summing type or back.
+// Converts from the storage type to the summing type, or back.
 template <typename From, typename To>
 void convert(const From* from, To* to, int64_t count) {
-  constexpr int64_t kStep = kLanes<float>;  // a constant, for which the inner loop becomes one vector
+  constexpr int64_t kStep = kLanes<float>;  // a constant, so that the inner loop becomes one vector operation
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep)
 #ifdef __clang__
-#pragma clang loop unroll(disable) vectorize(enable)  // else the outer loop becomes the vector, half as fast
+#pragma clang loop unroll(disable) vectorize(enable)  // otherwise clang vectorizes the outer loop, at half the speed
 #endif
     for (int64_t lane = 0; lane < kStep; ++lane) to[i + lane] = static_cast<To>(from[i + lane]);
   for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-// The same as multiply_tile for whole matrices: a [rows, depth], b [depth, columns padded to full vectors],
-// out [rows, columns] of any storage type. What is not full vectors of the summing type passes through a tile of those.
+// multiply_tile for whole matrices: a [rows, depth], b [depth, columns padded to full vectors], out [rows, columns] of
+// any storage type. Tiles that are not full vectors of the summing type go through a temporary tile.
 template <typename T, typename S = Sum<T>>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a, const Panel<S>& b, T* out,
               int64_t out_row, const S* scale, const Ahead& ahead) {
@@ -203,19 +205,19 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a,
   }
 }
 
-// The lanes of a and then those of b, by number.
+// Returns the selected lanes of the concatenation of a and b.
 template <typename S, int64_t... kLane>
 Vector<S> shuffle(const Vector<S>& a, const Vector<S>& b) {
 #ifdef __clang__
   return __builtin_shufflevector(a, b, kLane...);
-#else  // GCC has that one, too, but only since version 12
+#else  // GCC has __builtin_shufflevector since version 12
   typedef std::conditional_t<sizeof(S) == 4, int32_t, int64_t> Lanes __attribute__((vector_size(kVectorBytes)));
   return __builtin_shuffle(a, b, Lanes{kLane...});
 #endif
 }
 
-// The transpose of a square of kLanes rows: `from` at a distance of from_row, `to` at to_row. Each of the log2(kLanes)
-// rounds interleaves row i with row i + kLanes / 2 into the rows 2 i and 2 i + 1.
+// Transposes a kLanes x kLanes square from `from`, with row stride from_row, to `to`, with row stride to_row. Each of
+// the log2(kLanes) rounds interleaves rows i and i + kLanes / 2 into rows 2 i and 2 i + 1.
 template <typename S, size_t... kLane>
 void transpose_square(const S* from, int64_t from_row, S* to, int64_t to_row, std::index_sequence<kLane...>) {
   constexpr int64_t kSize = kLanes<S>;
@@ -232,7 +234,7 @@ void transpose_square(const S* from, int64_t from_row, S* to, int64_t to_row, st
   for (int64_t i = 0; i < kSize; ++i) store_vector(to + i * to_row, rows[i]);
 }
 
-// to[j, i] = from[i, j], both padded to full vectors in both directions.
+// to[j, i] = from[i, j]. Both matrices are padded to full vectors in both directions.
 template <typename S>
 void transpose(int64_t rows, int64_t columns, const S* from, int64_t from_row, S* to, int64_t to_row) {
   for (int64_t i = 0; i < rows; i += kLanes<S>)
@@ -242,8 +244,8 @@ void transpose(int64_t rows, int64_t columns, const S* from, int64_t from_row, S
 }
 
 // Combines the lanes of a vector in pairs, lane i with lane i + kHalf, until one is left.
-// A lambda to combine them by is written with [&]: one that can't capture is also a plain function to GCC, which lacks
-// the file's instruction set.
+// Write `combine` as a lambda with [&]: GCC also turns a lambda without captures into a plain function, which would
+// lack the instruction set of the file.
 template <typename S, int64_t kHalf = kLanes<S> / 2, typename Combine, size_t... kLane>
 S reduce(const Vector<S>& vector, const Combine& combine, std::index_sequence<kLane...> lanes) {
   const Vector<S> combined = combine(vector, shuffle<S, (kLane ^ kHalf)...>(vector, vector));
@@ -258,13 +260,13 @@ S reduce(const Vector<S>& vector, const Combine& combine) {
   return reduce<S>(vector, combine, std::make_index_sequence<kLanes<S>>());
 }
 
-// x = exp(x) for x that the exponential does not overflow, to 2 units in the last place, or 0 where it is subnormal:
-// 2^n e^r with an integer n and |r| <= log(2) / 2.
+// x = exp(x), accurate to 2 units in the last place; subnormal results become 0, and exp(x) must not overflow.
+// It is computed as 2^n e^r with an integer n and |r| <= log(2) / 2.
 inline void exponential(Vector<float>& x) {
-  constexpr float kRound = 0x1.8p23f;  // a sum of this size has no bits after the point, and n in its lowest ones
+  constexpr float kRound = 0x1.8p23f;  // a sum of this size has no fractional bits, and n in its lowest bits
   const Vector<float> shifted = x * 0x1.715476p0f + kRound;
   const Vector<float> n = shifted - kRound;
-  const Vector<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log(2) in two parts, n times the first exact
+  const Vector<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log(2) in two parts, the first exact with n
   Vector<float> power = r * (1 / 5040.f) + 1 / 720.f;
   for (float coefficient : {1 / 120.f, 1 / 24.f, 1 / 6.f, 1 / 2.f, 1.f, 1.f}) power = power * r + coefficient;
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));

@@ -1,6 +1,6 @@
-// The GPU as the kernels see it: number types, the instructions that C++ has no words for, the launch. Each wrapper is
-// one instruction or a few, so that there is little here that only a GPU can test; under CC_EMULATOR, tests/emulator
-// gives the same names a meaning on the CPU.
+// GPU primitives: number types, instructions without a C++ equivalent, and kernel launches. Each wrapper is one or a
+// few instructions, so little code can be tested only on a GPU. With CC_EMULATOR defined, tests/kernels/emulator
+// implements the same names on the CPU.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,8 @@
 #include <cuda_runtime.h>
 #endif
 
-// mma.sync with bf16 or tf32 operands and cp.async came with sm_80. The kernels that use them have no body before it.
+// mma.sync with bf16 or tf32 operands and cp.async need sm_80. For older architectures, the kernels that use them have
+// an empty body.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define CC_TENSOR_CORES 1
 #else
@@ -25,7 +26,7 @@
 
 namespace cc_attention {
 
-// Storage types. Arithmetic is done in Sum<T>.
+// Storage types of 16 bits. Arithmetic on a storage type T is done in Sum<T>.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -36,7 +37,7 @@ struct float16 {
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Four neighboring elements, moved in one instruction.
+// Four neighboring elements, loaded or stored in one instruction.
 template <class T>
 struct alignas(4 * sizeof(T)) Vec4 {
   T at[4];
@@ -92,8 +93,8 @@ __device__ __forceinline__ bfloat16 from_sum<bfloat16>(float x) {
 
 #ifndef CC_EMULATOR
 
-// The thread's lane in its warp. Volatile, so that what a part of a kernel computes from it is computed there, instead
-// of taking a register from all other parts.
+// Returns the thread's lane in its warp. The asm is volatile so that values derived from the lane are recomputed where
+// they are needed, and do not hold a register throughout the kernel.
 __device__ __forceinline__ int lane() {
   int result;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(result));
@@ -112,14 +113,14 @@ __device__ __forceinline__ float16 from_sum<float16>(float x) {
   return result;
 }
 
-// 2^x to two units in the last place; 2^-inf is 0.
+// Returns 2^x, accurate to two units in the last place; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
-// The dynamic shared memory of the block, aligned to 128 bytes.
+// Returns the dynamic shared memory of the block, aligned to 128 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char shared_memory[];
   return shared_memory;
@@ -129,30 +130,32 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Starts to copy 16 bytes from global to shared memory, both aligned to 16; zeros where not valid, and then nothing is
-// read. They are there after the wait for their group, for the other threads after a barrier as well.
+// Starts an asynchronous copy of 16 bytes from global to shared memory, both aligned to 16. If not valid, zeros are
+// written and nothing is read. The thread sees the data after waiting for its group, other threads after a further
+// barrier.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// Closes the group of copies started since the last one.
+// Closes a group of all copies since the last group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `pending` of the thread's groups are under way.
+// Waits until at most `pending` of the thread's groups are incomplete.
 template <int pending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// ldmatrix: four matrices of eight rows of 16 bytes; lane 8 * i + r gives the address of row r of matrix i. Lane l gets
-// in out[i] the 32 bits at 4 * (l % 4) of row l / 4 of matrix i.
+// ldmatrix: loads four matrices of eight rows of 16 bytes. Lane 8 * i + r passes the address of row r of matrix i. In
+// out[i], lane l gets the 32 bits at byte 4 * (l % 4) of row l / 4 of matrix i.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// The same of 16-bit elements, each matrix transposed: lane l gets elements (2 * (l % 4), l / 4) and the one below.
+// The same for 16-bit elements, with each matrix transposed: lane l gets element (2 * (l % 4), l / 4) and the one
+// below.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -162,9 +165,10 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], con
 
 #if CC_TENSOR_CORES
 
-// d += a b on a warp's tensor core, sums in float32: a 16 x K, b K x 8, d 16 x 8, where K takes 32 bytes (16 elements
-// of 16 bits, 8 of tf32). Lane 4 g + t holds d (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). In words of 32 bits,
-// of which a row of a has 8: a (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b^T (g, t), (g, t + 4).
+// d += a b on the tensor core of a warp, with float32 sums. a is 16 x K, b is K x 8 and d is 16 x 8. K elements take 32
+// bytes: 16 elements of 16 bits, or 8 of tf32. Lane 4 g + t holds d (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// A row of a has 8 words of 32 bits. In words, the lane holds a (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) and
+// b^T (g, t), (g, t + 4).
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
@@ -193,14 +197,14 @@ __device__ __forceinline__ void multiply_add<float>(float (&d)[4], const uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// float32 to the nearest tf32, ties away from zero; the tensor core by itself would cut the bits off.
+// Rounds float32 to the nearest tf32, ties away from zero. Without it, the tensor core truncates.
 __device__ __forceinline__ uint32_t round_tf32(float x) {
   uint32_t result;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
   return result;
 }
 
-// Two sums as 16-bit elements, `low` in the low half.
+// Packs two sums as 16-bit elements, `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <>
@@ -222,7 +226,7 @@ __device__ __forceinline__ uint32_t pack<float16>(float low, float high) {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, void* stream,
                    Arguments... arguments) {
-  if (shared_bytes > 48 * 1024) {  // more has to be asked for
+  if (shared_bytes > 48 * 1024) {  // more must be requested
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;

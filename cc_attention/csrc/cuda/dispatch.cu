@@ -1,4 +1,4 @@
-// Which kernels serve: those of the tensor cores where they can, the general ones elsewhere.
+// Chooses the kernels: the tensor-core kernels where they support the arguments, otherwise the general kernels.
 #include "general.h"
 #include "tensor_core.h"
 

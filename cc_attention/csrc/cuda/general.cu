@@ -1,31 +1,32 @@
-// The general kernels: scalar arithmetic in Sum<T>, so exact float32 where the tensor cores would round to tf32, and
-// nothing asked of the sizes, the alignment or the architecture.
+// The general kernels. They use scalar arithmetic in Sum<T>, so float32 products are not rounded to tf32. They have no
+// requirements on sizes, alignment or architecture.
 //
-// Rows and columns are lines (line.h), and each pass works on one kind: first the columns, where a pixel leaves itself
-// out, then the rows, which find the result of the columns in place and add to it. Two device functions do nearly all
+// Rows and columns are lines (line.h). There is one pass for each kind: first the columns, in which a pixel does not
+// attend to itself, then the rows, which add to the result of the columns in place. Two device functions do nearly all
 // the work of a block:
 //
-//   multiply    [pixels a] x [pixels b] products over channels. Both sides pass through shared memory in pieces of a
-//               few channels, turned so that a thread reads four pixels in one load; a thread holds a square of
-//               products.
-//   accumulate  [targets] x [channels] sums over source pixels, times weights in shared memory. A thread holds
-//               kPerThread targets x a few channels, neighboring threads neighboring channels. The sources pass
-//               through shared memory in pieces of a few pixels, read coalesced whatever the alignment.
+//   multiply    computes the [pixels a] x [pixels b] dot products over channels. Both sides pass through shared memory
+//               in pieces of a few channels, transposed so that a thread reads four pixels in one load. A thread holds
+//               a square of products.
+//   accumulate  computes [targets] x [channels] sums over source pixels, with weights in shared memory. A thread holds
+//               kPerThread targets x a few channels; neighboring threads hold neighboring channels. The sources pass
+//               through shared memory in pieces of a few pixels, with coalesced reads for any alignment.
 //
-// In both, a thread holds its part of a later piece in registers while the block works on this one. The shared memory
-// has room for two pieces of multiply and four of accumulate (two of float64): one barrier for half of them, and nobody
-// waits for global memory.
+// In both, a thread loads its part of a later piece into registers while the block works on the current piece. Shared
+// memory holds two pieces of multiply and four of accumulate (two for float64). Half of them are passed on per barrier,
+// so no thread waits for global memory.
 //
-// Forward: multiply, an online softmax and accumulate in one kernel. The softmax of the rows starts from the
-// normalizers of the columns, whose result then has a weight like that of a key; none where all their scores are -inf.
+// Forward: one kernel with multiply, an online softmax and accumulate. The softmax of the rows starts from the
+// normalizers of the columns, so the column result is weighted like a value. If all column scores are -inf, its weight
+// is 0.
 //
-// Backward, with P = exp(score - top) / total, dP = dO V^T and dS = P (dP - delta), delta = sum over C of dO * O:
-// product_kernel writes P and dS of lines to the workspace; then dV = P^T dO, dK = dS^T Q and dQ = dS K are weighted
-// sums, the same kernel as the primitives gather and scatter. So each product is computed once. P and dS do not grow
-// with the batch: the workspace has room for those of some lines at a time, or of some keys of one line.
+// Backward, with P = exp(score - top) / total, dP = dO V^T, dS = P (dP - delta) and delta = sum over C of dO * O:
+// product_kernel writes P and dS of some lines to the workspace. Then dV = P^T dO, dK = dS^T Q and dQ = dS K are
+// weighted sums, computed by the kernel of the primitives gather and scatter. So each product is computed once. The
+// workspace has a fixed size for any batch: it holds P and dS of some lines, or of some keys of one line, at a time.
 //
-// Between the passes of 16-bit dtypes, dQ and dK wait in float32, since the two parts may cancel; the other results are
-// averages, which do not, and wait in the output.
+// Between the passes of 16-bit dtypes, dQ and dK are kept in float32, since the two parts may cancel. The other results
+// are averages, which do not cancel, and are kept in the output.
 #include "general.h"
 
 #include <algorithm>
@@ -41,27 +42,28 @@ using device::kAllLanes;
 using device::kWarp;
 
 constexpr int kThreads = 256;
-constexpr int kPiece = 8;      // channels that multiply stages at a time
-constexpr int kPad = 4;        // keeps rows of shared memory aligned to Vec4 and spreads its columns over the banks
-constexpr int kPerThread = 8;  // targets of a thread in accumulate
-constexpr int kSide = 104;     // most pixels of either side in a block of product_kernel, which has then
-constexpr int kProductThreads = 192;  // threads, with 8 x 8 products each
+constexpr int kPiece = 8;             // channels in a piece of multiply
+constexpr int kPad = 4;               // aligns rows of shared memory to Vec4 and spreads columns over the banks
+constexpr int kPerThread = 8;         // targets per thread in accumulate
+constexpr int kSide = 104;            // maximum pixels of either side in a block of product_kernel
+constexpr int kProductThreads = 192;  // threads of product_kernel, with 8 x 8 products each
 
-// Sums of sums round less than one long sum: the channels of a product, and the sources of a weighted sum, that a
-// thread adds up before the result goes to memory, where those after it are added to it. Not for 16-bit dtypes, whose
-// own rounding is far larger.
+// The maximum number of channels of a product, or sources of a weighted sum, that a thread adds up before the result
+// goes to memory. The following ones are added there, because a sum of sums has a smaller rounding error than one long
+// sum. There is no limit for 16-bit dtypes, whose own rounding is far larger.
 template <class T>
 constexpr int kLongestSum = sizeof(T) < 4 ? std::numeric_limits<int>::max() : 128;
 
-// For P and dS. The lines of 97 pixels that it holds, 810 of them, are all of 8 images: few launches, each with work
-// for a whole GPU.
+// The size of P and dS together. It holds 810 lines of 97 pixels, as many as 8 images have. So there are few launches,
+// each with enough work for a whole GPU.
 constexpr int64_t kWorkspaceBytes = 60 << 20;
 
-// Blocks that a multiprocessor shall hold, which bounds the registers: sums of 64 bits take twice as many.
+// The minimum number of blocks per multiprocessor, which limits the registers; 64-bit sums take twice as many
+// registers.
 template <class T>
 constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 2;
 
-// exp(a - b). The difference comes first: the product of a large b with log2(e) would lose what lies between them.
+// Returns exp(a - b). Subtract before multiplying by log2(e): the product of a large b would round the difference away.
 __device__ __forceinline__ float exp_difference(float a, float b) {
   return device::exp2_approximate((a - b) * 1.4426950408889634f);
 }
@@ -77,17 +79,17 @@ constexpr CC_HOST_DEVICE I ceil_div(I a, I b) {
   return (a + b - 1) / b;
 }
 
-// Some neighboring pixels of a line.
+// A range of neighboring pixels of a line.
 struct Range {
   int first, count;
-  // The part of it that block `tile` of tiles of `size` has.
+  // Returns tile number `tile` of this range, divided into tiles of `size` pixels.
   __device__ __forceinline__ Range tile(int tile, int size) const {
     const int skipped = tile * size;
     return {first + skipped, min(size, count - skipped)};
   }
 };
 
-// Their channels in a feature map.
+// The pixels of a Range in a feature map.
 template <class T>
 struct Pixels {
   const T* first;
@@ -99,31 +101,31 @@ struct Pixels {
         count(range.count) {}
 };
 
-// The rows of a pass go backwards: they begin with what the columns read and wrote last, which the L2 cache still has.
+// The row pass goes backwards. It starts with what the column pass used last, which is still in the L2 cache.
 __device__ __forceinline__ unsigned block_of_pass(bool column) {
   return column ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
 }
 
-// A side of multiply on its way from global to shared memory, kPiece channels of up to kRows pixels at a time. A thread
-// carries kLoads fours of neighboring pixels of one channel, so that it writes Vec4; neighboring threads have
-// neighboring channels. The block has at least kRows / kLoads threads.
+// Copies one side of multiply from global to shared memory, in pieces of kPiece channels of up to kRows pixels. A
+// thread copies kLoads groups of four neighboring pixels of one channel, so it can write Vec4. Neighboring threads copy
+// neighboring channels. The block must have at least kRows / kLoads threads.
 template <class T, int kRows, int kLoads>
 struct Pieces {
   static constexpr int kPitch = kRows + kPad;
   static constexpr int kSize = kPiece * kPitch;
 
-  const T* source;  // of the thread's first row and the next piece
-  int rows;         // from there to the end
+  const T* source;  // address of the thread's first row in the next piece
+  int rows;         // number of rows from there on
   T held[kLoads][4];
 
   static __device__ __forceinline__ int channel() { return threadIdx.x % kPiece; }
   static __device__ __forceinline__ int row() { return threadIdx.x / kPiece * 4; }
-  static __device__ __forceinline__ int apart() { return blockDim.x / kPiece * 4; }  // rows between a thread's fours
+  static __device__ __forceinline__ int apart() { return blockDim.x / kPiece * 4; }  // rows between a thread's groups
 
   __device__ __forceinline__ explicit Pieces(const Pixels<T>& pixels)
       : source(pixels.first + row() * pixels.step + channel()), rows(pixels.count - row()) {}
 
-  // Reads the next piece, of the last `channels`; zeros past the last one, and past the last pixel.
+  // Reads the next piece, where `channels` channels are left. Past the last channel and pixel, it holds zeros.
   __device__ __forceinline__ void load(int64_t step, int channels) {
     const int present = channel() < channels ? rows : 0;
 #pragma unroll
@@ -135,7 +137,7 @@ struct Pieces {
     source += kPiece;
   }
 
-  // stage [kPiece, kPitch]: what load has read.
+  // Writes the loaded piece to stage [kPiece, kPitch].
   __device__ __forceinline__ void store(Sum<T>* stage) const {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -148,12 +150,12 @@ struct Pieces {
   }
 };
 
-// Which products multiply leaves with a thread: kQuads * 4 pixels of either side, in fours far apart, so that
-// neighboring threads read neighboring fours. By device::lane, so that a second one, for what follows the products,
-// takes no registers from them.
+// The products of multiply that a thread holds: kQuads * 4 pixels of either side, in separate groups of four, so that
+// neighboring threads read neighboring groups. It is computed from device::lane, so that another Square after the
+// products is recomputed there and does not hold registers during them.
 template <int kQuads>
 struct Square {
-  int a_step, b_step;  // fours of pixels between those of one thread
+  int a_step, b_step;  // groups of four pixels between two groups of a thread
   int a_first, b_first;
   bool active;
   __device__ __forceinline__ Square(int a_count, int b_count)
@@ -170,9 +172,9 @@ struct Square {
 template <int kARows, int kBRows>
 constexpr int kPieceSize = kPiece * (kARows + kBRows + 2 * kPad);
 
-// products[i][j] = sum over channels of a[square.a(i)] * b[square.b(j)]; what lies past the last pixel is undefined.
-// Pixels of either side are equally far apart.
-// stage: 2 * kPieceSize sums of shared memory, which nobody uses; free for other uses after a barrier.
+// products[i][j] = sum over channels of a[square.a(i)] * b[square.b(j)]. Products past the last pixel are undefined.
+// Both sides must have the same stride between pixels.
+// stage: unused shared memory for 2 * kPieceSize sums; it can be reused after a barrier.
 template <class T, int kARows, int kBRows, int kQuads, int kLoads>
 __device__ __forceinline__ void multiply(Sum<T> (&products)[4 * kQuads][4 * kQuads], const Square<kQuads>& square,
                                          const Pixels<T>& a, const Pixels<T>& b, int channels, Sum<T>* stage) {
@@ -194,7 +196,7 @@ __device__ __forceinline__ void multiply(Sum<T> (&products)[4 * kQuads][4 * kQua
   const auto store = [&] {
     a_pieces.store(next);
     b_pieces.store(next + APieces::kSize);
-    __syncthreads();  // the piece is there, and all have read the one before
+    __syncthreads();  // the piece is visible to all threads, and all have read the previous one
   };
   load(channels);
   store();
@@ -224,24 +226,24 @@ __device__ __forceinline__ void multiply(Sum<T> (&products)[4 * kQuads][4 * kQua
   }
 }
 
-// How a block shares out the sums of accumulate: kLanes threads side by side have kChannels channels each, kLanes
-// apart. sources: whose weights are in shared memory at a time.
+// The distribution of the sums of accumulate over a block. kLanes neighboring threads hold kChannels channels each,
+// with stride kLanes. sources: the number of sources whose weights are in shared memory at a time.
 template <int lanes, int channels, int sources>
 struct Shape {
   static constexpr int kLanes = lanes, kChannels = channels;
-  static constexpr int kSpan = kLanes * kChannels;  // channels of a block
+  static constexpr int kSpan = kLanes * kChannels;  // channels per block
   static constexpr int kTargets = kPerThread * kThreads / kLanes;
   static constexpr int kSources = sources;
   static constexpr int kPitch = kTargets + kPad;
   static constexpr int kWeights = kSources * kPitch;    // [kSources, kPitch] in shared memory
-  static_assert(kTargets * kSources <= 16 * kThreads);  // 4 x 4 products a thread
+  static_assert(kTargets * kSources <= 16 * kThreads);  // 4 x 4 products per thread
 };
 
-constexpr int kPieceBytes = 8192;  // of the values that a block's threads carry at a time
+constexpr int kPieceBytes = 8192;  // bytes in a piece of the values
 
-// The values of accumulate on their way from global to shared memory, kRows sources of kSpan channels at a time, to a
-// ring of kPieces such pieces. A barrier passes kAhead of them on. Of all kernels, two blocks fit into the 100 KB of
-// sm_86, sm_89 and sm_120, and one of float64 into the 64 KB of sm_75.
+// Copies the values of accumulate from global to shared memory, in pieces of kRows sources of kSpan channels, to a ring
+// of kPieces pieces. Each barrier passes kAhead pieces on. For every kernel, two blocks fit in the 100 KB of sm_86,
+// sm_89 and sm_120, and one block of float64 fits in the 64 KB of sm_75.
 template <class T, class Shape>
 struct Values {
   static constexpr int kSpan = Shape::kSpan;
@@ -253,12 +255,12 @@ struct Values {
   static constexpr int kLoads = kSize / kThreads;
   static constexpr int kWidth = std::min(kSpan, kThreads);
 
-  const T* source;  // of the thread's first value of the next piece
+  const T* source;  // address of the thread's first value in the next piece
   int64_t step;
-  int rows, channels;  // from there to the end
+  int rows, channels;  // number of rows and channels from there on
   T held[kLoads];
 
-  // channels: that the map has from the first one of `sources` on.
+  // channels_: the channels of the map from the first one of `sources` on.
   __device__ __forceinline__ Values(const Pixels<T>& sources, int channels_)
       : source(sources.first + threadIdx.x / kWidth * sources.step + threadIdx.x % kWidth),
         step(sources.step),
@@ -267,7 +269,7 @@ struct Values {
     load();
   }
 
-  // Reads the next piece; zeros past the last source and the last channel.
+  // Reads the next piece. Past the last source and the last channel, it holds zeros.
   __device__ __forceinline__ void load() {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -278,7 +280,7 @@ struct Values {
     rows -= kRows;
   }
 
-  // stage [kRows, kSpan]: what load has read.
+  // Writes the loaded piece to stage [kRows, kSpan].
   __device__ __forceinline__ void store(Sum<T>* stage) const {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) stage[i * kThreads + threadIdx.x] = device::to_sum(held[i]);
@@ -287,9 +289,9 @@ struct Values {
 using Narrow = Shape<16, 4, 32>;
 using Wide = Shape<32, 8, 64>;
 using Widest = Shape<64, 8, 104>;
-constexpr int kNarrowChannels = 2 * Narrow::kSpan;  // up to here, a wider shape would idle or not be faster
+constexpr int kNarrowChannels = 2 * Narrow::kSpan;  // up to here, a wider shape has idle threads or is not faster
 
-// What accumulate leaves with a thread.
+// The sums of accumulate that a thread holds.
 template <class T, class Shape>
 struct Sums {
   Sum<T> at[kPerThread][Shape::kChannels];
@@ -303,7 +305,7 @@ struct Sums {
       for (auto& element : row) element = 0;
   }
 
-  // f(sum, target, offset) for those sums that exist, offset from the first channel of the first target.
+  // Calls f(sum, target, offset) for the sums that exist; offset is relative to the first channel of the first target.
   template <class F>
   __device__ __forceinline__ void for_each(int targets, int channels, int64_t step, F&& f) {
     int64_t offset = first_target * step + first_channel;
@@ -316,9 +318,9 @@ struct Sums {
     }
   }
 
-  // at += weight * value, over `sources` sources. weights: [sources, kPitch] in shared memory; values: their first
-  // piece; ring: Values::kRing sums of shared memory, which nobody uses. The weights may be written by other threads
-  // just before, and be overwritten after a barrier.
+  // at += weight * value, over `sources` sources. weights: [sources, kPitch] in shared memory; values: holds the first
+  // piece; ring: unused shared memory for Values::kRing sums. No barrier is needed between writing the weights and this
+  // call. They can be overwritten after a barrier.
   __device__ __forceinline__ void accumulate(const Sum<T>* weights, Values<T, Shape>& values, int sources, int targets,
                                              Sum<T>* ring) {
     using V = Values<T, Shape>;
@@ -331,12 +333,12 @@ struct Sums {
     const Sum<T>* own_weights = weights + first_target;
     int piece = 0;
     for (int left = sources; left > 0; left -= V::kRows, ++piece) {
-      if (piece % V::kAhead == 0) __syncthreads();  // the next kAhead pieces are there, and all have read those before
+      if (piece % V::kAhead == 0) __syncthreads();  // kAhead pieces are visible, and all have read the previous ones
       const bool more = left > V::kAhead * V::kRows;
       if (more) values.load();
       const Sum<T>* const row_values = ring + piece % V::kPieces * V::kSize + first_channel;
       if (first_target >= targets) {
-        // no sums of its own
+        // this thread has no sums
       } else if (left >= V::kRows) {
 #pragma unroll 2
         for (int row = 0; row < V::kRows; ++row)
@@ -365,15 +367,15 @@ struct Sums {
   }
 };
 
-// Sums of shared memory of forward_kernel: the scores take the place of the staged pieces.
+// Shared memory of forward_kernel, in sums: the scores overwrite the pieces of multiply.
 template <class T, class Shape>
 constexpr int kForwardTile = std::max(Shape::kWeights, 2 * kPieceSize<Shape::kTargets, Shape::kSources>);
 template <class T, class Shape>
 constexpr int kForwardShared =
     (kForwardTile<T, Shape> + 3 * Shape::kTargets + Values<T, Shape>::kRing) * sizeof(Sum<T>);
 
-// The channels of the result from `channel` on, Shape::kSpan at most; one block per line and tile of queries. The last
-// launch of the rows writes the final normalizers.
+// Computes up to Shape::kSpan channels of the result, starting at `channel`. There is one block per line and tile of
+// queries. The last launch of the row pass writes the final normalizers.
 template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f, bool column, int channel) {
   using S = Sum<T>;
@@ -381,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
   S* const tile = shared<S>();                          // [kSources, kPitch] scores, then weights
   S* const tops = tile + kForwardTile<T, Shape>;        // [kTargets] largest score of a query so far
   S* const totals = tops + Shape::kTargets;             // [kTargets] sum of the exponentials relative to it
-  S* const factors = totals + Shape::kTargets;          // [kTargets] what the sums are to be multiplied by
+  S* const factors = totals + Shape::kTargets;          // [kTargets] factors that the sums must be multiplied by
   S* const value_ring = factors + Shape::kTargets;      // [Values::kRing]
 
   const int length = static_cast<int>(column ? f.sizes.H : f.sizes.W);
@@ -393,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
     return static_cast<Normalizer<S>*>(f.normalizer)[line.pixel(queries.first + query)];
   };
   const Normalizer<S> none{-INFINITY, 0};
-  const int query = threadIdx.x / kReaders, reader = threadIdx.x % kReaders;  // in the softmax
+  const int query = threadIdx.x / kReaders, reader = threadIdx.x % kReaders;  // role in the softmax
 
   if (reader == 0) {
     const Normalizer<S> before = !column && query < queries.count ? normalizer(query) : none;
@@ -404,10 +406,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
   for (int first = 0; first < length; first += Shape::kSources) {
     const Range keys{first, min(Shape::kSources, length - first)};
     S scores[4][4];
-    __syncthreads();  // all have used the tile before
+    __syncthreads();  // all threads have used the previous tile
     multiply<T, Shape::kTargets, Shape::kSources, 1, 1>(scores, Square<1>(queries.count, keys.count),
                                                         {f.query, c, line, queries}, {f.key, c, line, keys}, c, tile);
-    __syncthreads();  // the pieces give way to the scores
+    __syncthreads();  // the scores overwrite the pieces
     if (const Square<1> square(queries.count, keys.count); square.active) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -427,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
     for (int k = reader; k < keys.count; k += kReaders) top = max(top, tile[k * Shape::kPitch + query]);
 #pragma unroll
     for (int lanes = 1; lanes < kReaders; lanes *= 2) top = max(top, __shfl_xor_sync(kAllLanes, top, lanes));
-    const S base = top == -INFINITY ? 0 : top;  // all masked: exponentials of -inf, not of NaN
+    const S base = top == -INFINITY ? 0 : top;  // if all are masked, avoids -inf - -inf = NaN
     S added = 0;
     for (int k = reader; k < keys.count; k += kReaders) {
       S& element = tile[k * Shape::kPitch + query];
@@ -453,7 +455,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
     sums.accumulate(tile, values, keys.count, queries.count, value_ring);
   }
 
-  // What the columns left weighs their total like the exponential of one score.
+  // The column result is weighted by the column total, as if it were the exponential of one score.
   __syncthreads();
   S* const carried = tile;  // [kTargets]
   if (threadIdx.x < queries.count) {
@@ -472,7 +474,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
   });
 }
 
-// Where the weight lies with which pixel `query` of a line sees its pixel `key`.
+// The location of the weight with which pixel `query` of a line attends to pixel `key`.
 struct WeightLayout {
   int64_t start, lines, outer, inner;  // line i starts at start + i / lines * outer + i % lines * inner
   int64_t query_step, key_step;
@@ -485,48 +487,48 @@ struct WeightLayout {
   __device__ __forceinline__ bool absent(int query, int key) const { return without_self && key == query; }
 };
 
-// The entries of one direction in [N,L,H,W].
+// The layout of the row or column entries in weights [N,L,H,W].
 WeightLayout entries(const Sizes& s, bool column) {
   const int64_t plane = s.H * s.W;
   if (column) return {s.W * plane, s.W, s.L() * plane, 1, s.W, plane, 0, true};
   return {0, s.H, s.L() * plane, s.W, 1, plane, 0, false};
 }
 
-// Room for the queries of a key in P and dS: whole Vec4.
+// The length of a row of P and dS, padded to whole Vec4.
 constexpr int64_t row_of(int64_t queries) { return ceil_div<int64_t>(queries, 4) * 4; }
 
-// [lines, keys, row_of(queries)]
+// The layout of P and dS, [lines, keys, row_of(queries)].
 WeightLayout matrices(const Range& keys, int64_t queries) {
   return {0, 1, keys.count * row_of(queries), 0, 1, row_of(queries), keys.first, false};
 }
 
-// What becomes of the product x of a query pixel and a key pixel.
+// What product_kernel writes for the product x of a query pixel and a key pixel.
 enum class Result {
   score,     // x
   softmax,   // P = exp(x - top) / total
   gradient,  // dS = P (x - delta)
 };
 
-// What one launch of product_kernel does: the products of each query pixel of each line with each key pixel.
+// The arguments of product_kernel, which computes the products of all query pixels with all key pixels of each line.
 struct Products {
   Sizes sizes;
   bool column;
-  int channels;  // of the maps
+  int channels;  // channels of the maps
   int64_t first_line, lines;
-  Range queries, keys;       // in each line
-  int query_side, key_side;  // of a block, kSide at most
+  Range queries, keys;       // pixels of each line
+  int query_side, key_side;  // pixels per block, at most kSide
   const void* query_map;     // [N,H,W,channels]
   const void* key_map;       // [N,H,W,channels]
   const void* shift;         // [N,H,W] normalizers or delta
-  const void* P;             // in Sum<T>, of Result::gradient
-  void* out;                 // in T of Result::score, else in Sum<T>
-  WeightLayout layout;       // of P and out
+  const void* P;             // in Sum<T>, for Result::gradient
+  void* out;                 // in T for Result::score, otherwise in Sum<T>
+  WeightLayout layout;       // layout of P and out
 };
 
 template <class T>
 constexpr int kProductShared = 2 * kPieceSize<kSide, kSide> * sizeof(Sum<T>);
 
-// Products of some channels to [N,L,H,W].
+// Writes or adds the products of some channels to [N,L,H,W].
 template <class T>
 __device__ __forceinline__ void write_scores(const Products& p, const Sum<T> (&products)[8][8], const Range& queries,
                                              const Range& keys, int64_t start, bool first) {
@@ -545,7 +547,7 @@ __device__ __forceinline__ void write_scores(const Products& p, const Sum<T> (&p
         T& to = out[p.layout.without_self && key > query ? entry - p.layout.key_step : entry];
         if constexpr (std::is_same_v<T, Sum<T>>)
           to = first ? products[i][j] : to + products[i][j];
-        else  // all channels at once
+        else  // 16-bit types have all channels in one span
           to = device::from_sum<T>(products[i][j]);
       }
       entry += (i == 3 ? 4 * square.a_step - 3 : 1) * query_step;
@@ -553,8 +555,8 @@ __device__ __forceinline__ void write_scores(const Products& p, const Sum<T> (&p
   }
 }
 
-// Products of some channels to [lines, keys, queries], where they become P or dS with the last ones. Whole fours of
-// queries: the rows of the matrix have room for what lies past the last query.
+// Writes or adds the products of some channels to [lines, keys, queries]. With the last channels, they become P or dS.
+// Queries are written in groups of four: the padding of the rows takes those past the last query.
 template <class T, Result result>
 __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&products)[8][8], const Square<2>& square,
                                              const Line& line, const Range& queries, const Range& keys, int64_t start,
@@ -620,13 +622,13 @@ __global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Pr
   const Square<2> square(queries.count, keys.count);
   const int64_t start = p.layout.line(line_index);
   S products[8][8];
-  Range span{0, 0};  // of channels
-  do {               // zeros where there are no channels
+  Range span{0, 0};  // range of channels
+  do {               // runs once even without channels, to write zeros
     span = {span.first + span.count, min(p.channels - span.first - span.count, kLongestSum<T>)};
     Pixels<T> query_pixels(p.query_map, p.channels, line, queries), key_pixels(p.key_map, p.channels, line, keys);
     query_pixels.first += span.first;
     key_pixels.first += span.first;
-    __syncthreads();  // all have read the pieces before
+    __syncthreads();  // all threads have read the previous pieces
     multiply<T, kSide, kSide, 2, 2>(products, square, query_pixels, key_pixels, span.count, shared<S>());
     if (!square.active) continue;
     constexpr bool only = !std::is_same_v<T, Sum<T>>;  // 16-bit types have one span
@@ -638,7 +640,7 @@ __global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Pr
   } while (span.first + span.count < p.channels);
 }
 
-// delta [N,H,W] = sum over C of out * grad_out; one warp per pixel
+// delta [N,H,W] = sum over C of out * grad_out, with one warp per pixel.
 template <class T>
 __global__ void __launch_bounds__(kThreads) delta_kernel(Backward b, Sum<T>* delta) {
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -654,22 +656,22 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(Backward b, Sum<T>* del
   if (threadIdx.x % kWarp == 0) delta[pixel] = sum;
 }
 
-// What one launch of sum_kernel does: for each target pixel of each line, the sum of the source pixels' channels times
-// their weights.
+// The arguments of sum_kernel, which computes, for each target pixel of each line, the weighted sum of the source
+// pixels.
 struct WeightedSum {
   Sizes sizes;
   bool column;
   int channels;
   int64_t first_line, lines;
-  Range targets, sources;  // in each line
-  bool targets_see;        // the targets are the queries of the weights, the sources the keys, or the other way round
-  bool wide;               // weights in Sum<T>, not in T
+  Range targets, sources;  // pixels of each line
+  bool targets_see;        // if true, targets are queries and sources are keys of the weights; otherwise vice versa
+  bool wide;               // the weights are in Sum<T>, not in T
   const void* weights;
   WeightLayout layout;
   const void* values;  // [N,H,W,channels]
   void* out;           // [N,H,W,channels]
-  void* scratch;       // the same in Sum<T>, or null: holds the sums of the passes before the last in the place of out
-  bool add, last;      // to what the passes before left; no pass comes after
+  void* scratch;       // [N,H,W,channels] in Sum<T> or null; if given, passes before the last write here, not to out
+  bool add, last;      // add to the result of the previous passes; this is the last pass
 };
 
 template <class T, class Shape>
@@ -698,7 +700,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sum_kernel(WeightedSum a
   Sums<T, Shape> sums;
   for (int first = 0; first < a.sources.count; first += Shape::kSources) {
     const Range sources{a.sources.first + first, min(Shape::kSources, a.sources.count - first)};
-    __syncthreads();  // all have used the weights before
+    __syncthreads();  // all threads have used the previous weights
     const Range queries = a.targets_see ? targets : sources, keys = a.targets_see ? sources : targets;
     const int query = threadIdx.x % query_side;  // neighboring queries have neighboring weights
 #pragma unroll 4
@@ -726,7 +728,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sum_kernel(WeightedSum a
   });
 }
 
-// Queues launches until the first that fails.
+// Queues kernel launches. After a launch fails, the following ones are skipped.
 struct Queue {
   void* stream;
   int error = cudaSuccess;
@@ -743,7 +745,7 @@ struct Queue {
                            arguments...);
   }
 
-  // Blocks alike, and no more threads in them than squares of products.
+  // Blocks of equal size, with no more threads than squares of products.
   template <class T, Result result>
   void products(Products p) {
     const auto side = [](int pixels) {
@@ -753,7 +755,7 @@ struct Queue {
     p.query_side = side(p.queries.count);
     p.key_side = side(p.keys.count);
     const int squares = p.query_side / 8 * (p.key_side / 8);
-    const int threads = std::max({squares, p.query_side, p.key_side});  // as many as sides, for Pieces
+    const int threads = std::max({squares, p.query_side, p.key_side});  // Pieces needs at least as many as either side
     const int64_t tiles =
         static_cast<int64_t>(ceil_div(p.queries.count, p.query_side)) * ceil_div(p.keys.count, p.key_side);
     launch(product_kernel<T, result>, p.lines * tiles, ceil_div(threads, kWarp) * kWarp, kProductShared<T>, p);
@@ -778,7 +780,7 @@ int run_forward(const Forward& f, void* stream) {
   Queue queue{stream};
   for (const bool column : {true, false})
     for (int channel = 0; channel == 0 || channel < f.sizes.C;
-         channel += Shape::kSpan)  // normalizers even without channels
+         channel += Shape::kSpan)  // runs even without channels, for the normalizers
       queue.launch(forward_kernel<T, Shape>,
                    lines(f.sizes, column) * ceil_div<int64_t>(column ? f.sizes.H : f.sizes.W, Shape::kTargets),
                    kThreads, kForwardShared<T, Shape>, f, column, channel);
@@ -828,7 +830,7 @@ int run_primitive(Primitive primitive, const Sizes& sizes, const void* first, co
   return queue.error;
 }
 
-// How many lines, or else how many keys of one line, have their P and dS in the workspace at a time.
+// The number of lines, or of keys of a single line, whose P and dS fit in the workspace at a time.
 struct Portion {
   int64_t lines, keys;
 };
@@ -836,10 +838,10 @@ struct Portion {
 template <class T>
 Portion portion(const Sizes& sizes, bool column) {
   const int64_t all = lines(sizes, column), length = column ? sizes.H : sizes.W, row = row_of(length);
-  const int64_t room = kWorkspaceBytes / (2 * sizeof(Sum<T>));  // of each matrix
+  const int64_t room = kWorkspaceBytes / (2 * sizeof(Sum<T>));  // elements of each matrix
   if (length * row > room) return {1, std::max<int64_t>(kSide, room / row / kSide * kSide)};
   const int64_t rounds = ceil_div(all, room / (length * row));
-  return {rounds == 0 ? 0 : ceil_div(all, rounds), length};  // the rounds alike, so that none has few blocks
+  return {rounds == 0 ? 0 : ceil_div(all, rounds), length};  // rounds of equal size, so that none has few blocks
 }
 
 // The parts of the workspace.

@@ -1,5 +1,5 @@
-// Kernels for every dtype, every architecture, any number of channels and lines of any length: see general.cu. Each
-// function queues its work on the stream (a cudaStream_t) and returns the cudaError_t of the launches.
+// Kernels for every dtype and architecture, any number of channels and lines of any length (see general.cu). Each
+// function queues its work on the stream (a cudaStream_t) and returns the cudaError_t of the launches as an int.
 #pragma once
 
 #include "../kernels.h"
@@ -11,7 +11,7 @@ int backward(const Backward& arguments, void* stream);
 int primitive(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second, void* out,
               void* stream);
 
-// Bytes of Backward::workspace.
+// Returns the size of Backward::workspace in bytes.
 int64_t backward_workspace(Dtype dtype, const Sizes& sizes);
 
 }  // namespace cc_attention::general

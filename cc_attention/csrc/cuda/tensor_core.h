@@ -1,11 +1,11 @@
-// What the tensor-core kernels are made of: tiles of shared memory, the operands that a warp takes from them, the way
-// of its results to memory.
+// Building blocks of the tensor-core kernels: tiles of shared memory, loads of a warp's operands from them, and writing
+// results to memory.
 //
-// Storage types are bfloat16, float16, and float, whose products are those of tf32. A product step takes 32 bytes of
-// the contraction, 16 or 8 elements, and then both widths are the same to the loads of row-major operands. Only the
-// transposed loads differ: ldmatrix transposes 16-bit elements; of tf32 each lane takes its words one by one, and there
-// word t and word t + 4 of a step stand for elements 2t and 2t + 1. That is the order in which a lane holds the results
-// of the last product, so that these become operands of the next without moving.
+// Storage types are bfloat16, float16, and float with tf32 products. A step of a product takes 32 bytes of the
+// contraction: 16 elements of 16 bits, or 8 of tf32. Loads of row-major operands are then the same for both widths.
+// Only transposed loads differ: ldmatrix transposes 16-bit elements, but for tf32 each lane loads its words one by one.
+// There, words t and t + 4 of a step hold elements 2t and 2t + 1. A lane holds the results of a product in the same
+// order, so they become operands of the next product without moving between lanes.
 #pragma once
 
 #include <initializer_list>
@@ -18,25 +18,25 @@ namespace cc_attention::tensor_core {
 using device::kAllLanes;
 using device::kWarp;
 
-// A tile has rows of 128 bytes of channels and 16 more, so that eight rows lie in different banks.
+// A row of a tile is 128 bytes of channels and 16 bytes of padding, so that eight rows lie in different banks.
 constexpr int kRowBytes = 128;
 constexpr int kRowPieces = kRowBytes / 16;
 constexpr int kPitch = kRowBytes + 16;
 
-constexpr int kTile = 16;       // rows of a product's left operand; keys and queries come in tiles of as many
-constexpr int kStepBytes = 32;  // of the contraction, in one product
+constexpr int kTile = 16;       // rows of the left operand of a product; also the queries or keys of a tile
+constexpr int kStepBytes = 32;  // bytes of the contraction in one step
 
 template <class T>
 constexpr int kSize = sizeof(T);
 template <class T>
-constexpr int kStep = kStepBytes / kSize<T>;  // elements of the contraction, in one product
+constexpr int kStep = kStepBytes / kSize<T>;  // elements of the contraction in one step
 template <class T>
 constexpr int kChunk = kRowBytes / kSize<T>;  // channels in a row of a tile
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// The place of a lane in the fragments of a product: it holds elements (row, 2 * pair), (row, 2 * pair + 1) of each 16
-// x 8 result, and the same of row + 8.
+// The position of a lane in the fragments of a product. Of each 16 x 8 result, it holds elements (row, 2 * pair) and
+// (row, 2 * pair + 1), and the same two of row + 8.
 struct Lane {
   int index, row, pair;
 };
@@ -45,15 +45,15 @@ __device__ __forceinline__ Lane this_lane() {
   return {index, index / 4, index % 4};
 }
 
-// Starts to copy rows first .. first + rows - 1 of a line of feature map [N,H,W,channels] into a tile, the 128 bytes
-// from channel `channel` on; zeros beyond the line and the channels.
+// Starts copying pixels first .. first + rows - 1 of a line of feature map [N,H,W,channels] into a tile: the 128 bytes
+// that start at channel `channel`. Beyond the line and the channels, the tile gets zeros.
 template <class T>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const T* feature_map, const Line& line, int first,
                                           int rows, int channel, int channels) {
   const int piece = threadIdx.x % kRowPieces, apart = blockDim.x / kRowPieces;
   const int from = channel + piece * (16 / kSize<T>);
   int row = threadIdx.x / kRowPieces;
-  const int present = from < channels ? line.length - first : 0;  // rows
+  const int present = from < channels ? line.length - first : 0;  // rows that exist
   const int step = static_cast<int>(line.step) * channels;
   const T* source = feature_map + line.first * channels + ((first + row) * step + from);
   unsigned char* to = tile + row * kPitch + piece * 16;
@@ -73,28 +73,28 @@ __device__ __forceinline__ void round_words(uint32_t (&words)[4]) {
   }
 }
 
-// Of an address that the compiler cannot see to be a multiple of 4; it would load byte by byte.
+// Loads a word. Without the alignment hint, the compiler would load it byte by byte.
 __device__ __forceinline__ uint32_t word_at(const unsigned char* address) {
   uint32_t word;
   memcpy(&word, __builtin_assume_aligned(address, 4), sizeof word);
   return word;
 }
 
-// The 16 x kStep left operand at `tile`, whose rows are the operand's.
+// Loads the 16 x kStep left operand, whose rows are the rows at `tile`.
 template <class T>
 __device__ __forceinline__ void load_left(uint32_t (&operand)[4], const unsigned char* tile, int pitch, int lane) {
   device::load_matrices(operand, tile + lane % 16 * pitch + lane / 16 * 16);
   round_words<T>(operand);
 }
 
-// Two kStep x 8 right operands, words 0, 1 and words 2, 3, from 16 rows at `tile` that are the operands' columns.
+// Loads two kStep x 8 right operands, as words 0, 1 and words 2, 3. Their columns are the 16 rows at `tile`.
 template <class T>
 __device__ __forceinline__ void load_right(uint32_t (&operands)[4], const unsigned char* tile, int pitch, int lane) {
   device::load_matrices(operands, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16);
   round_words<T>(operands);
 }
 
-// The left operand whose transpose, kStep rows of 16 elements, is at `tile`.
+// Loads the left operand whose transpose, kStep rows of 16 elements, is at `tile`.
 template <class T>
 __device__ __forceinline__ void load_left_transposed(uint32_t (&operand)[4], const unsigned char* tile, int pitch,
                                                      int lane) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ void load_left_transposed(uint32_t (&operand)[4], con
   }
 }
 
-// The left operand at `tile` for a product with transposed right operands, whose order of elements it has to share.
+// Loads the left operand at `tile` for a product with transposed right operands, in their order of elements.
 template <class T>
 __device__ __forceinline__ void load_left_results(uint32_t (&operand)[4], const unsigned char* tile, int pitch,
                                                   int lane) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ void load_left_results(uint32_t (&operand)[4], const 
   }
 }
 
-// Two right operands side by side, words 0, 1 and words 2, 3: the kStep rows of 16 elements at `tile` are their rows.
+// Loads two right operands side by side, as words 0, 1 and words 2, 3, from kStep rows of 16 elements at `tile`.
 template <class T>
 __device__ __forceinline__ void load_right_transposed(uint32_t (&operands)[4], const unsigned char* tile, int pitch,
                                                       int lane) {
@@ -133,7 +133,7 @@ __device__ __forceinline__ void load_right_transposed(uint32_t (&operands)[4], c
   }
 }
 
-// first, second += left times the one and the other right operand.
+// Adds to `first` and `second` the products of `left` with the two operands in `right`.
 template <class T>
 __device__ __forceinline__ void multiply_pair(float (&first)[4], float (&second)[4], const uint32_t (&left)[4],
                                               const uint32_t (&right)[4]) {
@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply_pair(float (&first)[4], float (&second)
   device::multiply_add<T>(second, left, right[2], right[3]);
 }
 
-// scores[j] += the 16 rows at `left` times the 8 rows 8j .. 8j + 7 at `right`, over `steps` steps of both rows'
+// scores[j] += products of the 16 rows at `left` with rows 8j .. 8j + 7 at `right`, over `steps` steps of their
 // channels.
 template <class T, int tiles>
 __device__ __forceinline__ void multiply_rows(float (&scores)[2 * tiles][4], const unsigned char* left,
@@ -160,7 +160,8 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[2 * tiles][4], con
   }
 }
 
-// Keeps results j, 16 x 8, as part of the left operands of the next product; of 16-bit elements two make up a step.
+// Stores result j, 16 x 8, as part of the left operands of the next product. With 16-bit elements, two results fill a
+// step.
 template <class T, int steps>
 __device__ __forceinline__ void keep_as_left(uint32_t (&operands)[steps][4], int j, const float (&results)[4]) {
   if constexpr (std::is_same_v<T, float>) {
@@ -170,20 +171,21 @@ __device__ __forceinline__ void keep_as_left(uint32_t (&operands)[steps][4], int
   }
 }
 
-// Steps of the contraction that a tile from channel `channel` on has.
+// Returns the number of steps of the contraction in a tile that starts at channel `channel`.
 template <class T>
 __device__ __forceinline__ int steps_from(int channel, int channels) {
   const int left = channels - channel < kChunk<T> ? channels - channel : kChunk<T>;
   return (left + kStep<T> - 1) / kStep<T>;
 }
 
-// Where 16 rows of results belong: pixels row .. row + 15 of a line, from channel `channel` on. They leave the
-// fragments as runs of four neighboring channels: lanes of even and odd `pair` swap halves of two neighboring 16 x 8
-// results, numbers j (even) and j + 1, and hold then four channels of row lane.row + 8 * half.
+// The destination of 16 rows of results in a feature map [N,H,W,channels]: pixels row .. row + 15 of a line, starting
+// at channel `channel`. A lane writes runs of four neighboring channels. To form them, lanes with even and odd `pair`
+// swap halves of two neighboring 16 x 8 results, j (even) and j + 1. A lane then holds four channels of row lane.row +
+// 8 * half.
 struct Place {
-  int64_t first;  // element of the lane's run of results 0 and 1 in the first 8 rows, in a feature map [N,H,W,channels]
-  int apart;      // elements to the run in the others
-  int left[2];    // channels from there on, none beyond the line
+  int64_t first;  // offset, in elements of the map, of the lane's run of results 0 and 1 in the first 8 rows
+  int apart;      // elements from there to the run in the last 8 rows
+  int left[2];    // channels from there on, by half; 0 beyond the line
 
   __device__ __forceinline__ Place(const Line& line, int row, int channel, int channels) {
     const Lane lane = this_lane();
@@ -205,7 +207,7 @@ struct Place {
     return {{odd ? got[0] : kept[0], odd ? got[1] : kept[1], odd ? kept[0] : got[0], odd ? kept[1] : got[1]}};
   }
 
-  // Whether the lane's run of results j and j + 1 exists.
+  // Returns whether the lane's run of results j and j + 1 exists.
   __device__ __forceinline__ bool has(int j, int half) const { return 8 * j < left[half]; }
   template <class T>
   __device__ __forceinline__ T* run(T* feature_map, int j, int half) const {
@@ -213,8 +215,9 @@ struct Place {
   }
 };
 
-// The runs of a block of results, read before the products that are added to them, so that these hide the wait. Words,
-// for elements of 16 bits would be taken apart, and waited for, at once.
+// The previous values of a block of results. They are read before the products that are added to them, so that the
+// products hide the latency. They are held as words: the compiler would unpack 16-bit elements at once, and wait for
+// them.
 template <class T, int tiles>
 struct Runs {
   uint32_t at[tiles / 2][2][kSize<T>] = {};
@@ -254,7 +257,7 @@ __device__ __forceinline__ Vec4<T> narrow(const Vec4<float>& run) {
   }
 }
 
-// Two neighboring elements of shared memory.
+// Store and load two neighboring elements of shared memory.
 template <class T>
 __device__ __forceinline__ void store_pair(unsigned char* to, float first, float second) {
   if constexpr (std::is_same_v<T, float>) {
@@ -274,7 +277,8 @@ __device__ __forceinline__ void load_pair(float (&pair)[2], const unsigned char*
   for (int i = 0; i < 2; ++i) pair[i] = device::to_sum(stored.at[i]);
 }
 
-// Writes a warp's 16 rows at `tile` to pixels first .. first + 15 of a line, the 128 bytes from channel `channel` on.
+// Writes the 16 rows at `tile` of a warp to pixels first .. first + 15 of a line: 128 bytes, starting at channel
+// `channel`.
 template <class T>
 __device__ __forceinline__ void write_rows(T* feature_map, const unsigned char* tile, const Line& line, int first,
                                            int channel, int channels) {
@@ -297,10 +301,10 @@ __device__ __forceinline__ void write_rows(T* feature_map, const unsigned char* 
 }
 
 constexpr int kLongestLine = 272;
-constexpr int kMostChannels = 8192;  // elements of a line are counted in int
+constexpr int kMostChannels = 8192;  // so that offsets within a line fit in an int
 
-// What both directions need: sm_80, 16-bit elements or leave to use tf32, channels and addresses for copies of 16
-// bytes, lines that a block can hold.
+// Returns whether forward and backward kernels support the arguments. They need sm_80, 16-bit elements or permission to
+// use tf32, channels and addresses that allow copies of 16 bytes, and lines that fit in a block.
 inline bool fits(Dtype dtype, const Sizes& sizes, const Device& device, std::initializer_list<const void*> operands) {
   if (device.capability < 80 || dtype == Dtype::float64 || (dtype == Dtype::float32 && !device.tf32)) return false;
   for (const void* operand : operands)
@@ -310,7 +314,7 @@ inline bool fits(Dtype dtype, const Sizes& sizes, const Device& device, std::ini
          sizes.c <= kMostChannels && sizes.C <= kMostChannels && sizes.H <= kLongestLine && sizes.W <= kLongestLine;
 }
 
-// Whether these kernels can serve the arguments on the device, and queue them there (as kernels.h says).
+// serves returns whether these kernels support the arguments on the device. The others are specified in kernels.h.
 bool serves(const Forward& arguments, const Device& device);
 bool serves(const Backward& arguments, const Device& device);
 int forward(const Forward& arguments, const Device& device, void* stream);

@@ -1,17 +1,19 @@
-// The attention's backward on tensor cores (bf16, fp16, tf32; sm_80 and later).
+// Backward of the attention on tensor cores (bf16, fp16, tf32; sm_80 and later).
 //
-// Like the forward, a pass over the columns and one over the rows; a block has a whole line, a warp 16 of its queries.
-// Every gradient is the sum of what a pixel's column and its row give: the columns' pass writes, the rows' pass adds,
-// no atomics. With P = exp(S - top) / total, S = Q K^T:
+// Like the forward, it is a column pass and a row pass. A block processes a whole line, and each warp 16 of its
+// queries. Every gradient is the sum of a part from the column and a part from the row. The column pass writes it, and
+// the row pass adds to it, without atomics. With P = exp(S - top) / total and S = Q K^T:
 //
 //     dV = P^T dO      dP = dO V^T      dS = P (dP - delta), delta = rowsum(dO O)      dQ = dS K      dK = dS^T Q
 //
-// P, and then dS in its place, is a tile of shared memory in the line's storage type: each warp writes the rows of its
-// queries and reads, for the transposed products, the columns of some keys. A line of more keys than that tile has is
-// taken in blocks of keys. All else streams through a ring of pairs of tiles, one by keys and one by queries, of 128
-// bytes of channels: first K and Q for the scores, then V and dO, whose chunks give a part of dP and all of their
-// channels of dV, then K and Q again for dQ and dK. The columns' parts of dQ and dK are kept in float32, for they
-// cancel: dS sums to 0 over a criss-cross.
+// P, later overwritten by dS, is a tile of shared memory in the storage type. Each warp writes the rows of its queries
+// and, for the transposed products, reads the columns of some keys. If a line has more keys than that tile, it is
+// processed in blocks of keys.
+//
+// All other data streams through a ring of tile pairs, one by keys and one by queries, with 128 bytes of channels per
+// row. First come K and Q for the scores. Then come V and dO; each of their chunks adds to dP and completes its
+// channels of dV. Last come K and Q again, for dQ and dK. The column parts of dQ and dK are kept in float32, because
+// the two parts may cancel: dS sums to 0 over row and column.
 #include "tensor_core.h"
 
 namespace cc_attention::tensor_core {
@@ -29,20 +31,20 @@ struct Gradients {
   T* grad_query;                         // [N,H,W,c]
   T* grad_key;                           // [N,H,W,c]
   T* grad_value;                         // [N,H,W,C]
-  float* partial_query;                  // [N,H,W,c], the gradient itself where T is float
-  float* partial_key;                    // [N,H,W,c], likewise
+  float* partial_query;                  // [N,H,W,c], grad_query itself if T is float
+  float* partial_key;                    // [N,H,W,c], grad_key itself if T is float
   float* delta;                          // [N,H,W]
   Sizes sizes;
 };
 
-// Of the GPU compiled for, 90 for sm_90. All get the same results; only what spares registers differs.
+// The architecture compiled for, such as 90 for sm_90. It changes only how registers are saved, never the results.
 #ifdef __CUDA_ARCH__
 constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 #else
 constexpr int kArchitecture = 0;  // not a GPU
 #endif
 
-constexpr int kUnitTiles = 4;  // 16 x 8 results of a transposed product that a warp computes at a time
+constexpr int kUnitTiles = 4;  // 16 x 8 results that a warp computes at a time
 
 template <class T>
 __device__ __forceinline__ void multiply_unit(float (&results)[kUnitTiles][4], const uint32_t (&left)[4],
@@ -55,7 +57,7 @@ __device__ __forceinline__ void multiply_unit(float (&results)[kUnitTiles][4], c
   }
 }
 
-// results += A B for 16 rows of A at `weights` and 32 columns of B at `right`, over `length` columns of A.
+// results += A B, for 16 rows of A at `weights` and 32 columns of B at `right`, summed over `length` columns of A.
 template <class T>
 __device__ __forceinline__ void multiply(float (&results)[kUnitTiles][4], const unsigned char* weights, int pitch,
                                          const unsigned char* right, int length) {
@@ -68,7 +70,7 @@ __device__ __forceinline__ void multiply(float (&results)[kUnitTiles][4], const 
   }
 }
 
-// results += A^T B for 16 columns of A at `weights` and 32 columns of B at `right`, over `length` rows of A.
+// results += A^T B, for 16 columns of A at `weights` and 32 columns of B at `right`, summed over `length` rows of A.
 template <class T>
 __device__ __forceinline__ void multiply_transposed(float (&results)[kUnitTiles][4], const unsigned char* weights,
                                                     int pitch, const unsigned char* right, int length) {
@@ -81,7 +83,7 @@ __device__ __forceinline__ void multiply_transposed(float (&results)[kUnitTiles]
   }
 }
 
-// Writes old + results: to `result`, or to `partial` where more is to be added.
+// Writes old + results to `result` if complete, otherwise to `partial`, to which more will be added.
 template <class T, class Partial, int tiles>
 __device__ __forceinline__ void write_sum(const Place& place, const float (&results)[tiles][4],
                                           const Runs<Partial, tiles>& old, Partial* partial, T* result, bool complete) {
@@ -100,7 +102,7 @@ __device__ __forceinline__ void write_sum(const Place& place, const float (&resu
     }
 }
 
-// Two neighboring weights, as the products take them.
+// Stores two neighboring weights, rounded to tf32 if T is float.
 template <class T>
 __device__ __forceinline__ void store_weights(unsigned char* to, float first, float second) {
   if constexpr (std::is_same_v<T, float>) {
@@ -111,21 +113,21 @@ __device__ __forceinline__ void store_weights(unsigned char* to, float first, fl
   }
 }
 
-// rowsum(dO O) of a warp's 16 queries, by pieces of 16 bytes, so that both are read as they lie in memory; in parts of
-// a few rows, which take few registers.
+// rowsum(dO O) of the 16 queries of a warp. Pieces of 16 bytes give coalesced reads. The rows are processed in parts,
+// to save registers.
 template <class T>
 struct Delta {
   static constexpr int kRowsAtOnce = kWarp / kRowPieces;
   static constexpr int kPerPiece = 16 / kSize<T>;
-  static constexpr int kPieces = kSize<T> == 4 || kArchitecture >= 100 ? 1 : 2;  // of a lane in a part
+  static constexpr int kPieces = kSize<T> == 4 || kArchitecture >= 100 ? 1 : 2;  // pieces of a lane in a part
   static constexpr int kParts = kTile / kRowsAtOnce / kPieces;
   float sums[kParts][kPieces] = {};
-  uint32_t out_words[kPieces][4];  // of O, what add will need
+  uint32_t out_words[kPieces][4];  // pieces of O, held from read() to add()
 
   static __device__ __forceinline__ int row(int part, int piece, int lane) {
     return kRowsAtOnce * (part * kPieces + piece) + lane / kRowPieces;
   }
-  // Reads a part of O from channel `channel` on; add, after other work, finds it there.
+  // Reads a part of O, starting at channel `channel`. Other work between read and add hides the latency.
   __device__ __forceinline__ void read(int part, const T* out, const Line& line, int first_row, int channel,
                                        int channels) {
     const int lane = device::lane();
@@ -141,7 +143,7 @@ struct Delta {
       source += kRowsAtOnce * step;
     }
   }
-  // grads: the tile of dO of that chunk, at the warp's rows.
+  // Adds the products of that part. grads: the tile of dO for the same channels, at the rows of the warp.
   __device__ __forceinline__ void add(int part, const unsigned char* grads) {
     struct alignas(16) Piece {
       T at[kPerPiece];
@@ -157,7 +159,7 @@ struct Delta {
     }
   }
 
-  // Writes delta [N,H,W] at the warp's queries.
+  // Writes delta [N,H,W] for the queries of the warp.
   __device__ __forceinline__ void write(float* delta, const Line& line, int first_row) {
     const int lane = device::lane();
 #pragma unroll
@@ -170,12 +172,12 @@ struct Delta {
   }
 };
 
-// What is to be copied next into the ring.
+// The next tiles to copy into the ring.
 struct Item {
   int first_key = 0, part = 0, channel = 0, stage = 0;
 };
 
-// key_tiles: of 16 keys, a block of keys; warps: the most that a block has, and with it the longest line.
+// key_tiles: tiles of 16 keys in a block of keys; warps: the maximum in a block, which limits the length of a line.
 template <class T, int key_tiles, int warps, int blocks_per_processor>
 __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     backward_kernel(const Gradients<T> a, bool column, int stages) {
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
   constexpr int weights_pitch = keys * kSize<T> + 16;
   constexpr int chunk_units = kChunk<T> / 8 / kUnitTiles;
 
-  // The rows' pass takes the images from the last to the first, which the columns' pass has left in the cache.
+  // The row pass goes from the last image to the first, since the column pass left the last ones in the cache.
   const Line line = line_of(a.sizes, column, column ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   const int block_warps = blockDim.x / kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -195,13 +197,13 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
   unsigned char* weights = device::dynamic_shared();  // [queries] rows of `keys`: P, then dS
   unsigned char* ring = weights + queries * weights_pitch;
   const int item_bytes = (keys + queries) * kPitch;  // a tile by keys, then one by queries
-  // The place of the lane's results j, of row lane.row + 8 * half, in that tile.
+  // Returns the address in `weights` of the lane's part of result j, in row lane.row + 8 * half.
   const auto weights_of = [&](const Lane& lane, int j, int half) {
     return weights + (first_row + lane.row + 8 * half) * weights_pitch + (8 * j + 2 * lane.pair) * kSize<T>;
   };
 
-  // Where the blocks of keys end: known beforehand if the longest line is one block. That spares registers on sm_100
-  // and later, and costs some before.
+  // The end of the blocks of keys. It is a constant if even the longest line is one block. This saves registers on
+  // sm_100 and later, but costs some on older architectures.
   constexpr bool one_block = key_tiles == warps && (kArchitecture == 0 || kArchitecture >= 100);
   const int keys_end = one_block ? keys : line.length;
 
@@ -224,16 +226,16 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     if (next.part == 0) next.first_key += keys;
   };
   if (stages == 2) start_item();
-  // Waits for the next item, starts the one after it, and returns its tile by keys; that by queries follows.
+  // Waits for the next item, starts copying the one after it, and returns the keys' tile. The queries' tile follows it.
   const auto take_item = [&]() -> const unsigned char* {
     if (stages == 1) {
-      __syncthreads();  // the one before it is read
+      __syncthreads();  // all warps have read the previous item
       start_item();
     }
     device::wait_for_copies<0>();
-    __syncthreads();  // it is there for all, and the one before it is read
+    __syncthreads();  // the item is visible to all warps, and all have read the previous one
     if (stages == 2) start_item();
-    return ring + next.stage * item_bytes;  // of two stages, the next but one has that of this one
+    return ring + next.stage * item_bytes;  // with two stages, the item after the next uses the same stage as this one
   };
 
 #pragma unroll 1
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + lane.row + 8 * half;
-      // Of a row beyond the line nothing, whatever the keys hold: its products with an infinite key are NaN.
+      // Rows beyond the line get zeros explicitly: their products with an infinite key would be NaN.
       const int end = row < line.length ? line.length : 0;
       const Normalizer<float> normalizer = end > 0 ? a.normalizers[line.pixel(row)] : Normalizer<float>{0.f, 1.f};
       const float shift = -log2f(normalizer.total);
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
         for (int i = 0; i < 2; ++i) {
           const int k = first_key + 8 * j + 2 * lane.pair + i;
           const bool seen = k < end && !(column && k == row);
-          const float difference = scores[j][2 * half + i] - normalizer.top;  // first: see the forward
+          const float difference = scores[j][2 * half + i] - normalizer.top;  // subtract first: see the forward
           p[i] = seen ? device::exp2_approximate(fmaf(difference, kLog2e, shift)) : 0.f;
         }
         store_weights<T>(weights_of(lane, j, half), p[0], p[1]);
@@ -278,7 +280,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
       const int steps = steps_from<T>(channel, C);
       constexpr int parts = Delta<T>::kParts, part_steps = kRowBytes / kStepBytes / parts;
 #pragma unroll
-      for (int part = 0; part < parts; ++part) {  // the products hide the wait for O
+      for (int part = 0; part < parts; ++part) {  // the products hide the latency of O
         if (column && first_block) new_delta.read(part, a.out, line, first_row, channel, C);
         const int from = part * part_steps * kStepBytes, left = steps - part * part_steps;
         multiply_rows<T, key_tiles>(grad_weights, grads + first_row * kPitch + from, by_keys + from,
@@ -302,7 +304,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 #pragma unroll 1
     for (int channel = 0; channel < c; channel += kChunk<T>) {
       const unsigned char* by_keys = take_item();
-      if (channel == 0) {  // now no warp reads P any more
+      if (channel == 0) {  // no warp reads P any more
         const Lane lane = this_lane();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -342,11 +344,11 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     }
   }
 #else
-  __trap();  // built for an older architecture than fits() has seen: better no result than none written
+  __trap();  // compiled for an older architecture than fits() checked: fail instead of leaving the output unwritten
 #endif
 }
 
-// What a pass over lines of this length takes: a kernel of the first column that fits, and its block.
+// The block and the kernel, by its number of key tiles, for lines of a given length.
 int block_warps(int64_t length) { return static_cast<int>((length + kTile - 1) / kTile); }
 int key_tiles_for(int64_t length) { return length <= 64 ? 4 : length <= 112 ? 7 : length <= 144 ? 9 : 6; }
 
@@ -425,7 +427,7 @@ int backward(const Backward& b, const Device& device, void* stream) {
   }
 }
 
-// Partial gradients of query and key, where they are not of float32 themselves, and delta.
+// Returns the bytes of delta and, unless dtype is float32, of the partial gradients of query and key.
 int64_t backward_workspace(Dtype dtype, const Sizes& sizes) {
   return sizes.pixels() * (dtype == Dtype::float32 ? 1 : 2 * sizes.c + 1) * static_cast<int64_t>(sizeof(float));
 }

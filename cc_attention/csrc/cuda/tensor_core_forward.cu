@@ -1,18 +1,21 @@
-// The attention's forward on tensor cores (bf16, fp16, tf32; sm_80 and later).
+// Forward of the attention on tensor cores (bf16, fp16, tf32; sm_80 and later).
 //
-// A row or a column is a small attention problem: the columns' pass, without the pixel itself, writes its result and
-// its normalizers; the rows' pass merges its own with them, in place: a line whose scores are all -inf, or that has
-// none, weighs 0. A block has a line and up to 16 queries for each of its warps. It computes the scores against all
-// keys of the line once; their exponentials stay in registers, in the line's storage type, as the left operand of the
-// products with the values. All streams through a ring of pairs of tiles, one by keys and one by queries, of 128 bytes
-// of channels: first key and query, then the values and, in the rows' pass, the columns' result. A warp leaves its
-// results in the place of the latter, from where they go to memory in whole rows.
+// A row or a column is a small attention problem. The column pass, in which a pixel does not attend to itself, writes
+// its result and its normalizers. The row pass merges its own result with them, in place. A line without finite scores
+// has weight 0.
+//
+// A block processes one line, and each of its warps up to 16 queries. It computes the scores with all keys of the line
+// once. Their exponentials stay in registers, in the storage type, as the left operand of the products with the values.
+//
+// All data streams through a ring of tile pairs, with 128 bytes of channels per row: one tile holds keys or values, the
+// other queries or results. First come key and query, then the values and, in the row pass, the result of the column
+// pass. A warp overwrites the latter with its results, which then go to memory in whole rows.
 #include "tensor_core.h"
 
 namespace cc_attention::tensor_core {
 namespace {
 
-// key_tiles: of 16 keys, the longest line; warps: the most that a block has.
+// key_tiles: tiles of 16 keys in the longest line; warps: the maximum in a block.
 template <class T, int key_tiles, int warps, int blocks_per_processor>
 __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     forward_kernel(const T* __restrict__ query,     // [N,H,W,c]
@@ -27,7 +30,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
   constexpr int steps = keys / kStep<T>;
   const int c = static_cast<int>(sizes.c), C = static_cast<int>(sizes.C);
 
-  // The rows' pass takes the images from the last to the first, whose values the columns' pass has left in the cache.
+  // The row pass goes from the last image to the first, since the column pass left the last ones in the cache.
   const Line line = line_of(sizes, column, column ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   const Lane lane = this_lane();
   const int warp = threadIdx.x / kWarp;
@@ -37,9 +40,9 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 
   unsigned char* const ring = device::dynamic_shared();  // [stages] pairs of tiles
   const int pair_bytes = (keys + block_queries) * kPitch;
-  const int own_rows = (keys + warp * kTile) * kPitch;  // of the warp's queries, in a pair
-  int filling = 1;                                      // the pair where the next values go
-  int next_channel = 0;                                 // the first of them
+  const int own_rows = (keys + warp * kTile) * kPitch;  // offset of the warp's queries in a pair
+  int filling = 1;                                      // the pair that receives the next values
+  int next_channel = 0;                                 // the first channel of the next values
   const auto start_values = [&] {
     if (next_channel < C) {
       unsigned char* const to = ring + filling * pair_bytes;
@@ -47,16 +50,16 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
       if (!column)
         copy_rows(to + keys * kPitch, static_cast<const T*>(out), line, first_query, block_queries, next_channel, C);
     }
-    device::commit_copies();  // an empty group too, so that the number of younger groups tells which have arrived
+    device::commit_copies();  // also an empty group, so that the number of newer groups tells which have arrived
     filling = filling + 1 < stages ? filling + 1 : 0;
     next_channel += kChunk<T>;
   };
 
-  // Keys and queries take the first pair of the ring, the first values already the others.
+  // Keys and queries use the first pair of the ring, while the first values are already copied to the others.
   float scores[2 * key_tiles][4] = {};
 #pragma unroll 1
   for (int channel = 0; channel < c; channel += kChunk<T>) {
-    if (channel > 0) __syncthreads();  // the tiles are read
+    if (channel > 0) __syncthreads();  // all warps have read the tiles
     copy_rows(ring, key, line, 0, keys, channel, c);
     copy_rows(ring + keys * kPitch, query, line, first_query, block_queries, channel, c);
     device::commit_copies();
@@ -80,8 +83,8 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     for (int half = 0; half < 2; ++half)
       if (rows[half] < line.length) of_column[half] = normalizers[line.pixel(rows[half])];
 
-  // Softmax over the line, with base 2 because the hardware has it. The difference comes first, since the product of a
-  // large score with log2(e) would lose it.
+  // Softmax over the line, in base 2 because the hardware supports it. Subtract before multiplying by log2(e): the
+  // product of a large score would round the difference away.
   float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int j = 0; j < 2 * key_tiles; ++j)
@@ -91,7 +94,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
       if (k >= line.length || (column && k == rows[i / 2])) scores[j][i] = -INFINITY;
       largest[i / 2] = fmaxf(largest[i / 2], scores[j][i]);
     }
-  float base[2], sum[2] = {0.f, 0.f};  // base: of exponentials of -inf, not of NaN
+  float base[2], sum[2] = {0.f, 0.f};  // base is finite, to avoid -inf - -inf = NaN
   for (int half = 0; half < 2; ++half) {
     for (const int other : {1, 2})
       largest[half] = fmaxf(largest[half], __shfl_xor_sync(kAllLanes, largest[half], other));
@@ -107,14 +110,14 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     }
     keep_as_left<T>(weights, j, scores[j]);
   }
-  __syncwarp();                       // all lanes have read the columns' normalizers, which one of them replaces
-  float weight[2], column_weight[2];  // of the line's sum of values, and of the columns' result
+  __syncwarp();                       // all lanes have read the column normalizers, which one lane replaces
+  float weight[2], column_weight[2];  // weights of this line's sum of values and of the column result
   for (int half = 0; half < 2; ++half) {
     for (const int other : {1, 2}) sum[half] += __shfl_xor_sync(kAllLanes, sum[half], other);
     float top = largest[half], total = sum[half];
     weight[half] = total == 0.f ? 0.f : 1.f / total;
     column_weight[half] = 0.f;
-    if (!column) {  // NaN where there is nothing in the column either
+    if (!column) {  // NaN if the column has no finite score either
       top = fmaxf(largest[half], of_column[half].top);
       const float here = expf(largest[half] - top), there = expf(of_column[half].top - top) * of_column[half].total;
       total = here * sum[half] + there;
@@ -133,7 +136,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
       device::wait_for_copies<1>();
     else
       device::wait_for_copies<0>();
-    __syncthreads();  // this chunk is there for all, and the one before it is read
+    __syncthreads();  // this chunk is visible to all warps, and all have read the previous one
     start_values();
 
     float results[tiles][4] = {};
@@ -164,9 +167,9 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     __syncwarp();
     write_rows(out, own, line, first_query + warp * kTile, channel, C);
   }
-  device::wait_for_copies<0>();  // the empty groups
+  device::wait_for_copies<0>();  // the remaining empty groups
 #else
-  __trap();  // built for an older architecture than fits() has seen: better no result than none written
+  __trap();  // compiled for an older architecture than fits() checked: fail instead of leaving the output unwritten
 #endif
 }
 
@@ -200,8 +203,8 @@ cudaError_t run(const Forward& a, const Device& device, void* stream) {
     else if (length <= 144)
       error = launch_pass<T, 9, 9, 1>(a, device, column, stream);
     else
-      // Not nine warps of tf32: a multiprocessor's four parts take as many warps each, and ten or more leave each
-      // thread too few registers.
+      // tf32 uses eight warps, not nine: nine would occupy the four partitions of a multiprocessor like twelve, and
+      // leave too few registers per thread.
       error = launch_pass<T, 17, sizeof(T) == 4 ? 8 : 9, 1>(a, device, column, stream);
     if (error != cudaSuccess) return error;
   }
