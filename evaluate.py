@@ -80,7 +80,9 @@ def resolve(
                 f"{args_file(args.restore_from)}: its class table {found.classes} is not there; give "
                 "--classes"
             )
-    table, num_classes = choose_table(found.classes, None if found.classes else found.num_classes)
+    # With weights, the number is theirs and not that of a flag, and the message below is the right one.
+    by_flags = weights is None or found.classes is None
+    table, num_classes = choose_table(found.classes, found.num_classes if by_flags else None)
     if found.num_classes not in (None, num_classes):
         raise UsageError(
             f"--classes {found.classes}: has {num_classes} classes, but the network {found.num_classes}; "

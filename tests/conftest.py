@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import resource
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cv2
-import numpy as np
-import pytest
-import torch
+# Before PyTorch is loaded: by default its threads wait in a busy loop, which slows down all other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from utils.args import exit_status
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from utils.args import exit_status  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Flags of the smallest run of the real network.
 SMALL = "--gpu cpu --backbone resnet50 --num-workers 0".split()
+#: Flags of a run of the small network, which tests/small/*.py and the fixture `small_network` make known.
+TINY = "--gpu cpu --model small --backbone small --num-workers 0".split()
 
 
 def status_of(main: Callable[[list[str]], int | None], *arguments: object) -> int:
@@ -40,6 +51,15 @@ def longest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture(scope="module")
+def small_network() -> Iterator[None]:
+    """Let commands that run in this process know the small network."""
+    from small.network import registered
+
+    with registered():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +107,122 @@ def fill(model: torch.nn.Module, seed: int = 0) -> None:
     model.state_dict()["head.cca.gamma"].fill_(0.7)
 
 
+@contextlib.contextmanager
+def _state_restored() -> Iterator[None]:
+    """Undo what a command changes in its process: environment, directory, signals, settings of PyTorch."""
+    environment, directory, arguments, path = dict(os.environ), os.getcwd(), sys.argv, list(sys.path)
+    streams = sys.stdin, sys.stdout, sys.stderr
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    hooks = sys.unraisablehook, sys.excepthook
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    dtype, threads, opencv_threads = torch.get_default_dtype(), torch.get_num_threads(), cv2.getNumThreads()
+    random_state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(random_state)
+        cv2.setNumThreads(opencv_threads)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+        torch.use_deterministic_algorithms(deterministic)
+        sys.unraisablehook, sys.excepthook = hooks
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.stdin, sys.stdout, sys.stderr = streams
+        sys.argv, sys.path[:] = arguments, path
+        os.chdir(directory)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def _descriptors_replaced(files: dict[int, int]) -> Iterator[None]:
+    """Let file descriptors refer to other open files: a map from the one to the other."""
+    kept = {number: os.dup(number) for number in files}
+    try:
+        for number, other in files.items():
+            os.dup2(other, number)
+        yield
+    finally:
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def _exit_status(command: Callable[[], object]) -> int:
+    """Return the status with which the interpreter would exit after `command`."""
+    try:
+        command()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 def run(
     script: str, *arguments: object, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """A script of the project, or a module by its name, in a process of its own, with its output as text."""
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project, or a module by its name, as the main program of this process.
+
+    This saves starting an interpreter and importing PyTorch. The code is executed as `__main__`, with its
+    own standard streams, and what it changes in the process is undone (`_state_restored`). Processes that
+    it starts are real. Use `run_process` where the interpreter itself matters.
+
+    Args:
+        environment: variables that are set for the command. PyTorch is already loaded, so those that it reads
+            at its start affect only the processes that the command starts.
+    """
+    text = [str(argument) for argument in arguments]
+    with contextlib.ExitStack() as held:
+        held.enter_context(_state_restored())
+        files = {number: held.enter_context(tempfile.TemporaryFile()) for number in (1, 2)}
+        nothing = held.enter_context(open(os.devnull, "rb"))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        replaced = {0: nothing.fileno(), **{number: file.fileno() for number, file in files.items()}}
+        with _descriptors_replaced(replaced), warnings.catch_warnings():
+            sys.stdin = open(0, closefd=False)
+            sys.stdout = open(1, "w", closefd=False)
+            sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
+            os.environ.update(environment or {})
+            os.chdir(ROOT)
+            # Warnings are printed as outside of pytest, and not collected.
+            warnings.showwarning = _show_warning
+            warnings.resetwarnings()
+            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", category)
+            warnings.filterwarnings("ignore", message=r".* found in sys.modules", module="runpy")
+            if script.endswith(".py"):
+                sys.argv = [str(ROOT / script), *text]
+                command = functools.partial(runpy.run_path, sys.argv[0], run_name="__main__")
+            else:
+                sys.argv = [script, *text]
+                command = functools.partial(runpy.run_module, script, run_name="__main__", alter_sys=True)
+            status = _exit_status(command)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        output = []
+        for file in files.values():
+            file.seek(0)
+            output.append(file.read().decode())
+    return subprocess.CompletedProcess([script, *text], status, *output)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
+
+
+def run_process(
+    script: str, *arguments: object, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project, or a module by its name, in a process of its own."""
     what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     return subprocess.run(
         [sys.executable, *what, *map(str, arguments)],

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run
+from conftest import run_process
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -213,7 +213,7 @@ def test_paper_needs_what_it_counts(monkeypatch):
 
 
 def test_started_as_a_file_it_says_how_to_start_it():
-    result = run("tools/profile.py")
+    result = run_process("tools/profile.py")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines() == [
         "tools/profile.py: not a command by itself; run python -m tools.profile in its project"
