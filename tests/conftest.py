@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import resource
@@ -16,22 +17,23 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before PyTorch is loaded: by default its threads wait in a busy loop, which slows down all other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import cv2
+import numpy as np
+import pytest
+import torch
 
-from utils.args import exit_status  # noqa: E402
+from utils.args import exit_status
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Flags of the smallest run of the real network.
-SMALL = "--gpu cpu --backbone resnet50 --num-workers 0".split()
+SMALL = ["--gpu", "cpu", "--backbone", "resnet50", "--num-workers", "0"]
 #: Flags of a run of the small network, which tests/small/*.py and the fixture `small_network` make known.
-TINY = "--gpu cpu --model small --backbone small --num-workers 0".split()
+TINY = ["--gpu", "cpu", "--model", "small", "--backbone", "small", "--num-workers", "0"]
 
 
 def status_of(main: Callable[[list[str]], int | None], *arguments: object) -> int:
@@ -60,6 +62,21 @@ def small_network() -> Iterator[None]:
 
     with registered():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter_in_fast_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that starts Python or a shell without the marker `slow` or `build`."""
+    if any(request.node.get_closest_marker(name) for name in ("slow", "build")):
+        return
+    start = subprocess.Popen.__init__
+
+    def checked(self: subprocess.Popen, command: Any, *others: Any, **options: Any) -> None:
+        program = os.path.basename(os.fsdecode(command if isinstance(command, (str, bytes)) else command[0]))
+        assert not program.startswith(("python", "bash", "sh")), f"mark the test slow: it starts {program}"
+        start(self, command, *others, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", checked)
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +110,19 @@ def scenes(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def healthy(tmp_path) -> Path:
+    """Four pictures of each split with labels and instances."""
+    folder = tmp_path / "CS"
+    for split in ("train", "val"):
+        for number in range(4):
+            _, label = write_pair(folder, split, number, (48, 64))
+            ids = cv2.imread(str(folder / label), cv2.IMREAD_GRAYSCALE).astype(np.uint16)
+            instances = np.where(ids >= 24, ids * 1000 + 1, ids).astype(np.uint16)
+            cv2.imwrite(str(folder / label.replace("labelIds", "instanceIds")), instances)
+    return folder
+
+
 def fill(model: torch.nn.Module, seed: int = 0) -> None:
     """Random weights of a sensible size, negative batch-norm weights among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,6 +135,26 @@ def fill(model: torch.nn.Module, seed: int = 0) -> None:
         else:
             value.copy_(random * 0.5)
     model.state_dict()["head.cca.gamma"].fill_(0.7)
+
+
+def fill_library(model: torch.nn.Module) -> torch.nn.Module:
+    """Fill a network of a library with random weights, some of them tiny, zero or negative; return it."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        random = torch.randn(value.shape, generator=generator)
+        if name.endswith("running_var"):
+            value.copy_(random.abs() * 0.3 + 0.5)
+        elif value.dim() > 1:
+            value.copy_(random * (2 / value[0].numel()) ** 0.5)
+        elif value.dim() == 1:
+            value.copy_(random * 0.5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            with torch.no_grad():
+                module.weight[:4] = torch.tensor([0, 1e-7, -3e-6, -1.0])
+    return model.eval()
 
 
 @contextlib.contextmanager
@@ -188,9 +238,13 @@ def run(
         sys.stderr.flush()
         replaced = {0: nothing.fileno(), **{number: file.fileno() for number, file in files.items()}}
         with _descriptors_replaced(replaced), warnings.catch_warnings():
-            sys.stdin = open(0, closefd=False)
-            sys.stdout = open(1, "w", closefd=False)
-            sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
+            sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+            sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)))
+            sys.stderr = io.TextIOWrapper(
+                io.BufferedWriter(io.FileIO(2, "w", closefd=False)),
+                errors="backslashreplace",
+                line_buffering=True,
+            )
             os.environ.update(environment or {})
             os.chdir(ROOT)
             # Warnings are printed as outside of pytest, and not collected.
@@ -239,7 +293,7 @@ def last_line(text: str) -> str:
 
 
 def mean_of(output: str) -> float:
-    """The mean IoU that evaluate.py printed."""
+    """Return the mean IoU that evaluate.py printed."""
     found = re.search(r"mean IoU ([0-9.]+)", output)
     assert found, output
     return float(found.group(1))
@@ -247,7 +301,7 @@ def mean_of(output: str) -> float:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CCNet of ResNet-50 and 19 classes with random weights."""
+    """Write a checkpoint of CCNet with ResNet-50, 19 classes and random weights; return its path."""
     from networks import Seg_Model
 
     model = Seg_Model(19, backbone="resnet50")

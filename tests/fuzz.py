@@ -138,11 +138,15 @@ def small_train(ground: Ground) -> list[str]:
 
 
 def small_evaluate(ground: Ground) -> list[str]:
-    return ["--data-dir", str(ground.data), *"--backbone resnet50 --whole --num-workers 0 --gpu cpu".split()]
+    return [
+        "--data-dir",
+        str(ground.data),
+        *["--backbone", "resnet50", "--whole", "--num-workers", "0", "--gpu", "cpu"],
+    ]
 
 
 def small_report(run: str, out: str) -> list[str]:
-    return [run, *"--pictures 1 --attention 0 --gpu cpu".split(), "--out", f"{out}/a.html"]
+    return [run, *["--pictures", "1", "--attention", "0", "--gpu", "cpu"], "--out", f"{out}/a.html"]
 
 
 @functools.cache
@@ -221,10 +225,32 @@ def check_command(name: str, main: Callable[[], int | None], arguments: list[str
 # Flags
 
 #: Small enough to be cheap where they are right, or beyond everything that is.
-NUMBERS = (
-    "0 1 2 3 17,17 33 0.5 1.0 0.5,1 -1 -0 1e-300 1e39 1e300 nan inf -inf 1,2,3 0x10 1_0 99999999999999999999 "
-    "1000000,1000000 1e1 true"
-).split()
+NUMBERS = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "17,17",
+    "33",
+    "0.5",
+    "1.0",
+    "0.5,1",
+    "-1",
+    "-0",
+    "1e-300",
+    "1e39",
+    "1e300",
+    "nan",
+    "inf",
+    "-inf",
+    "1,2,3",
+    "0x10",
+    "1_0",
+    "99999999999999999999",
+    "1000000,1000000",
+    "1e1",
+    "true",
+]
 WORDS = (
     "",
     " ",
@@ -322,7 +348,7 @@ COMMANDS = (
     Command(
         "profile.py",
         profile,
-        lambda _, out: "--gpu cpu --input-size 33,33 --backbone resnet50 --rounds 0".split(),
+        lambda _, out: ["--gpu", "cpu", "--input-size", "33,33", "--backbone", "resnet50", "--rounds", "0"],
     ),
     Command("seeds.py", seeds, lambda g, out: [f"{out}/seeds", "--seeds", "0"]),
 )
@@ -424,7 +450,7 @@ def _in_mode(ids: np.ndarray, mode: str, draw: st.DrawFn) -> Image.Image:
 
 
 def label_body(drawn: tuple[np.ndarray, bytes, str]) -> None:
-    """A label file is read as the ids that were written, or refused."""
+    """Check that a label file is read as the ids that were written, or refused."""
     ids, content, mode = drawn
     expected = (ids > 0).astype(np.uint8) if mode == "1" else ids
     with tempfile.TemporaryDirectory() as folder, time_limit(LIMIT):
@@ -545,7 +571,7 @@ def checkpoint_edits() -> st.SearchStrategy[tuple[list[Edit], int]]:
 
 
 def checkpoint_body(drawn: tuple[list[Edit], int]) -> None:
-    """An edited checkpoint fits a network with all its numbers finite, or is refused."""
+    """Check that an edited checkpoint fits a network with only finite numbers, or is refused."""
     edits, wrapper = drawn
     state: dict[Any, Any] = dict(_entries())
     for name, what, how in edits:
@@ -571,7 +597,7 @@ def checkpoint_body(drawn: tuple[list[Edit], int]) -> None:
 
 
 def checkpoint_bytes_body(changes: list[tuple[int, int]]) -> None:
-    """A checkpoint whose bytes are damaged is read or refused."""
+    """Check that a checkpoint with damaged bytes is read or refused."""
     file = io.BytesIO()
     torch.save({"conv1.weight": torch.ones(2, 3), "b": torch.ones(5, dtype=torch.float16)}, file)
     content = bytearray(file.getvalue())
@@ -648,7 +674,7 @@ def damaged_runs(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 def report_body(drawn: tuple[str, bytes]) -> None:
-    """A report of a run with a damaged file is a page, or says which file is damaged."""
+    """Check that the report of a run with a damaged file is a page, or names the damaged file."""
     name, content = drawn
     with tempfile.TemporaryDirectory() as folder:
         for each in (*RUN_FILES, "confusion.png"):
@@ -703,7 +729,7 @@ def damaged_states(draw: st.DrawFn) -> list[tuple[str, bytes]]:
 
 
 def state_body(drawn: list[tuple[str, bytes]]) -> None:
-    """A state is resumed from with the step that its weights are of, or is not; nothing of it is gone."""
+    """Check that a run resumes from a damaged state at the step of its weights, or refuses and keeps it."""
     with tempfile.TemporaryDirectory() as folder, time_limit(LIMIT):
         for name, content in (_states() | dict(drawn)).items():
             Path(folder, name).write_bytes(content)

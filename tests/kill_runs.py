@@ -15,6 +15,7 @@ kills take about a quarter of an hour on two cores, and up to 7 GB in TMPDIR. Li
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -182,10 +183,8 @@ class Run:
 
     def kill_all(self) -> None:
         for pid in self.pids():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def wait_for_all(self) -> None:
         end = time.monotonic() + LIMIT
@@ -234,7 +233,7 @@ class Run:
 
 
 def parent(pid: int) -> int:
-    """The parent of a process; 0 where it is gone."""
+    """Return the parent of a process, or 0 if the process is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -251,7 +250,7 @@ def describe(kill: Kill) -> str:
 
 
 def difference(run: Path, uninterrupted: Path) -> str | None:
-    """What of a run is not as in the other one; None: nothing."""
+    """Return the first difference between two runs, or None."""
     for name in WEIGHTS:
         if not (run / name).exists():
             return f"{name} is missing"
@@ -261,7 +260,7 @@ def difference(run: Path, uninterrupted: Path) -> str | None:
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
-    """The log without what is measured."""
+    """Return the log without the measured values."""
     lines = (run / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 

@@ -53,7 +53,7 @@ from utils import args as flags
 from utils.errors import UsageError
 from utils.files import check_outputs, check_writable, write_file
 from utils.progress import Progress
-from utils.resources import check_fits
+from utils.resources import check_memory
 
 #: --fit: what a GPU holds besides the tensors. One H200 step had 3 % above them; the context takes about half
 #: a GiB, and memory falls into pieces.
@@ -100,7 +100,7 @@ def profile(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
     """Everything about one setting, in bytes, seconds and FLOPs, ready for JSON."""
     simulation = simulate(setting)
     if rounds and device.type == "cpu":
-        check_fits("--batch-size, --input-size", simulation.peak)
+        check_memory("--batch-size, --input-size", simulation.peak)
     times = measure(setting, model, device, rounds) if rounds else Times({}, None)
     parameters = parameters_of(model)
     parts: dict[str, dict[str, Any]] = {}

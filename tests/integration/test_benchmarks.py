@@ -119,8 +119,15 @@ def test_peak_memory_on_the_cpu_is_that_of_the_run_alone():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--shapes 8x97", "--shapes 0x3x3", "--dtypes int8", "--channels 24", "--device cpu --dtypes tf32"]
-    + ["--contenders theirs", "--rounds 0"],
+    [
+        "--shapes 8x97",
+        "--shapes 0x3x3",
+        "--dtypes int8",
+        "--channels 24",
+        "--device cpu --dtypes tf32",
+        "--contenders theirs",
+        "--rounds 0",
+    ],
 )
 def test_bad_arguments_end_in_status_2(arguments: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as ended:
@@ -130,7 +137,7 @@ def test_bad_arguments_end_in_status_2(arguments: str, capsys: pytest.CaptureFix
 
 def test_a_folder_that_is_missing_is_named():
     with pytest.raises(UsageError, match=r"--out no/folder/a.json: no file can be written in"):
-        attention.main("--out no/folder/a.json".split())
+        attention.main(["--out", "no/folder/a.json"])
 
 
 def test_our_float32_over_our_bfloat16():
@@ -255,7 +262,8 @@ def test_evaluation_is_measured_beside_its_forward_passes(tmp_path: Path, capsys
 def test_builds_beside_each_other(root, tmp_path, capsys):
     if "cpu" not in ops.DEVICE_TYPES:
         pytest.skip("cc_attention._C is not built")
-    flags = "--device cpu --shapes 1x5x7 --channels 8 16 --out".split() + [str(tmp_path / "r.json")]
+    flags = ["--device", "cpu", "--shapes", "1x5x7", "--channels", "8", "16"]
+    flags += ["--out", str(tmp_path / "r.json")]
     assert builds.main([f"old={root}", f"new={root}", *flags]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert list(report["builds"]) == ["old", "new"] and len(report["builds"]["new"]["times"]) == 6

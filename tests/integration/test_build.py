@@ -38,7 +38,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def make_toolkit(home: Path, release: str) -> Path:
-    """A folder with an nvcc that tells that release, and its folder when asked what it would run."""
+    """Make a folder with an nvcc that reports the release, and for --dryrun its folder."""
     (home / "bin").mkdir(parents=True)
     nvcc = home / "bin/nvcc"
     nvcc.write_text(
@@ -87,7 +87,7 @@ def test_toolkits_in_order(script: ModuleType, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the build and the set-up read, without anything built."""
+    """Return a copy of the files that the build and the set-up read, without build results."""
     folder = tmp_path / "a checkout"
     ignore = shutil.ignore_patterns("_C*", "__pycache__")
     for name in ("cc_attention", "tools"):
@@ -98,6 +98,9 @@ def checkout(tmp_path: Path) -> Path:
         for path in ROOT.glob(name):
             shutil.copy(path, folder)
     return folder
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.build]
 
 
 def run_setup(checkout: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -174,7 +177,7 @@ def test_wheel_of_the_source_distribution(checkout: Path, tmp_path: Path) -> Non
     described = {"LICENSE", "MANIFEST.in", "PKG-INFO", "pyproject.toml", "setup.cfg", "setup.py"}
     assert {name for name in names if ".egg-info/" not in name} == package | described
 
-    command = "-m pip wheel --no-cache-dir --no-build-isolation --no-deps -w".split()
+    command = ["-m", "pip", "wheel", "--no-cache-dir", "--no-build-isolation", "--no-deps", "-w"]
     result = subprocess.run(
         [sys.executable, *command, str(tmp_path), str(source)],
         env=os.environ | {"CCNET_CUDA": "0"},

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def called(module, arguments, monkeypatch, capsys) -> tuple[int, str]:
-    """Exit status and last line on standard error of a command, run in this process."""
+    """Run a command in this process; return its exit status and last line on standard error."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     try:
         status = flags_of.exit_status(module.main)
@@ -62,7 +62,7 @@ def make_data(folder) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A data set and a run of four steps of the small network on it."""
+    """Return a folder with a data set and a run of four steps of the small network, its output, its flags."""
     folder = tmp_path_factory.mktemp("run")
     make_data(folder / "data")
     arguments = ["--data-dir", folder / "data", *TRAIN, "--num-steps", "4", "--print-frequency", "1"]
@@ -73,7 +73,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained_resnet(tmp_path_factory):
-    """A data set and a run of four steps of the real network on it."""
+    """Return a folder with a data set and a run of four steps of the real network, its output, its flags."""
     folder = tmp_path_factory.mktemp("real")
     make_data(folder / "data")
     arguments = ["--data-dir", folder / "data", *SMALL, *RECIPE, "--num-steps", "4", "--print-frequency", "1"]
@@ -84,8 +84,19 @@ def trained_resnet(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    ["train.py", "evaluate.py", "dataset.check", "dataset.mini", "tools.attention", "tools.convert"]
-    + ["tools.export", "tools.predict", "tools.profile", "tools.report", "tools.seeds"],
+    [
+        "train.py",
+        "evaluate.py",
+        "dataset.check",
+        "dataset.mini",
+        "tools.attention",
+        "tools.convert",
+        "tools.export",
+        "tools.predict",
+        "tools.profile",
+        "tools.report",
+        "tools.seeds",
+    ],
 )
 @pytest.mark.slow
 def test_each_command_starts_as_a_process(command):
@@ -450,7 +461,7 @@ class TestTraining:
 
 @pytest.fixture(scope="module")
 def evaluated(trained):
-    """A network of random weights evaluated by tiles: its folder, output, arguments and result.txt."""
+    """Evaluate random weights by tiles; return the folder, the output, the arguments and result.txt."""
     folder = trained[0] / "evaluated"
     folder.mkdir()
     model = SmallNetwork(19)

@@ -36,7 +36,7 @@ ONE = World(0, 1, torch.device("cpu"))
 
 
 def brightness(images):
-    """A network of three classes: by the brightness of a pixel, at 1/1 of the picture's size."""
+    """Classify each pixel by its brightness into three classes, at full resolution."""
     mean = images.mean(1, keepdim=True)
     return torch.cat([-(mean + 60).abs(), -mean.abs(), -(mean - 60).abs()], 1)
 
@@ -208,7 +208,7 @@ class TestArchive:
             write_archive(str(tmp_path / "s.zip"), pictures, CITYSCAPES.label_ids())
 
 
-SMALL = "--gpu cpu --backbone resnet50 --num-workers 0 --input-size 33,33".split()
+SMALL = ["--gpu", "cpu", "--backbone", "resnet50", "--num-workers", "0", "--input-size", "33,33"]
 
 
 def run(arguments, monkeypatch, capsys):
@@ -429,7 +429,7 @@ class TestWritten:
 
     @pytest.fixture
     def listed(self, tmp_path):
-        """A data set in the folders that results have: pictures in outputs/, labels in submission/."""
+        """Make a data set in the folders of results: pictures in outputs/, labels in submission/."""
         for folder in ("outputs", "submission"):
             (tmp_path / folder).mkdir()
         rng = np.random.default_rng(0)

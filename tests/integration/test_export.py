@@ -31,7 +31,7 @@ SIZES = [(1, 65, 65), (3, 40, 72), (1, 57, 90)]
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """A backbone of few blocks, of either kind."""
+    """Register a backbone with few blocks."""
     DEPTHS["tiny"] = (2, 1, 1, 1)
     yield
     del DEPTHS["tiny"]
@@ -98,7 +98,7 @@ def assert_near(answer: np.ndarray | torch.Tensor, logits: torch.Tensor) -> None
 
 @pytest.fixture(scope="module")
 def session(folder):
-    """Runs an ONNX file."""
+    """Return a function that runs an ONNX file."""
     for name in export.PACKAGES:
         pytest.importorskip(name, reason=f"the package {name} is not installed")
     import onnxruntime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, last_line, write_pair
+from conftest import ROOT, TINY, last_line, write_pair
 
 #: Ends by itself only after many minutes.
 ENDLESS = [
@@ -26,7 +27,9 @@ ENDLESS = [
     "--input-size",
     "33,33",
 ]
-CPU = ["--batch-size", "2", *SMALL]
+CPU = ["--batch-size", "2", *TINY]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +42,12 @@ def data(tmp_path_factory) -> Path:
 
 
 class Training:
-    """train.py under way."""
+    """train.py under way, in a process of its own."""
 
     def __init__(self, data: Path, snapshots: Path, *flags: object, limits=None):
         self.snapshots = snapshots
-        command = [sys.executable, "train.py", "--data-dir", data, "--snapshot-dir", snapshots, *flags]
+        script = "tests/small/train.py"
+        command = [sys.executable, script, "--data-dir", data, "--snapshot-dir", snapshots, *flags]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
@@ -58,15 +62,13 @@ class Training:
         return self
 
     def __exit__(self, *_) -> None:
-        """Nothing of it is left, whatever the test did."""
-        try:
+        """End all processes of the run, whatever the test did."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.communicate()
 
     def wait_for(self, step: int) -> None:
-        """Until `step` is done and its state is saved."""
+        """Wait until `step` is done and its state is saved."""
         for _ in range(2400):
             if (self.snapshots / f"state_{step}.json").exists():
                 return
@@ -82,7 +84,7 @@ class Training:
         return found
 
     def end(self) -> tuple[int, str]:
-        """Exit status and standard error, within a minute."""
+        """Return the exit status and standard error; the run has to end within a minute."""
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
 
@@ -96,7 +98,7 @@ def newest(snapshots: Path) -> int:
 
 
 def assert_nothing_lost(snapshots: Path, done: int = 0) -> None:
-    """The newest state is that of the last step logged (or of `done`), whole; nothing else lies about."""
+    """Check that the newest state is complete and of the last logged step (or `done`), without leftovers."""
     step = newest(snapshots)
     assert step == (done or logged(snapshots)[-1])
     content = torch.load(snapshots / f"state_{step}.pt", weights_only=True)
@@ -111,7 +113,7 @@ class TestSignals:
         flags = [
             *ENDLESS,
             *CPU[:2],
-            *SMALL[2:],
+            *TINY[2:],
             "--nproc",
             processes,
             "--save-state-every",
@@ -157,7 +159,7 @@ class TestSignals:
 
 class TestProcesses:
     def test_killed_rank(self, data, tmp_path):
-        flags = [*ENDLESS, *CPU[:2], *SMALL[2:], "--nproc", 2]
+        flags = [*ENDLESS, *CPU[:2], *TINY[2:], "--nproc", 2]
         with Training(data, tmp_path, *flags) as run:
             run.wait_for(1)
             os.kill(run.children()[1], signal.SIGKILL)
@@ -167,7 +169,7 @@ class TestProcesses:
         assert newest(tmp_path) >= logged(tmp_path)[-1] - 1
 
     def test_killed_launcher_takes_its_processes_along(self, data, tmp_path):
-        flags = [*ENDLESS, *CPU[:2], *SMALL[2:], "--nproc", 2]
+        flags = [*ENDLESS, *CPU[:2], *TINY[2:], "--nproc", 2]
         with Training(data, tmp_path, *flags) as run:
             run.wait_for(1)
             ranks = run.children()
@@ -206,7 +208,7 @@ class TestProcesses:
 
 class TestDisk:
     def test_file_too_large(self, data, tmp_path):
-        limit = 100 << 20
+        limit = 3 << 20
 
         def limits() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -221,16 +223,16 @@ class TestDisk:
     def test_full_disk(self, data, tmp_path, processes):
         disk = tmp_path / "disk"
         disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1000m", "tmpfs", str(disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=15m", "tmpfs", str(disk)]
         if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("needs the right to mount a small disk")
-        flags = [*ENDLESS, *CPU[:2], *SMALL[2:], "--nproc", processes]
+        flags = [*ENDLESS, *CPU[:2], *TINY[2:], "--nproc", processes]
         try:
             with Training(data, disk, *flags) as run:
                 status, errors = run.end()
             assert status == 1 and "Traceback" not in errors
             assert "No space left on device" in last_line(errors) and "state_3.pt" in last_line(errors)
-            # Two states of 420 MB are there, and no room for a third.
+            # Two states of 6 MB are there, and no room for a third.
             assert_nothing_lost(disk, done=2)
         finally:
             subprocess.run(["umount", str(disk)], check=True)

@@ -13,7 +13,7 @@ from utils.errors import UsageError
 
 @pytest.fixture(scope="module", autouse=True)
 def ground(tmp_path_factory):
-    """The files of the fuzzers, and a folder to work in: a flag's value may be a relative path."""
+    """Make the files of the fuzzers, and a working directory, since flag values may be relative paths."""
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("here"))
     yield fuzz.ground()

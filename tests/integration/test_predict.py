@@ -164,7 +164,7 @@ def test_a_camera_runs_until_it_is_interrupted(
             assert number == 1
             self.frames = 0
 
-        def isOpened(self) -> bool:
+        def isOpened(self) -> bool:  # noqa: N802
             return True
 
         def get(self, _: int) -> float:

@@ -29,7 +29,7 @@ N, H, W = 2, 9, 13
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """A backbone of few blocks, for what does not depend on their number."""
+    """Register a backbone with few blocks, for tests that do not depend on their number."""
     DEPTHS["tiny"] = (2, 1, 1, 1)
     yield
     del DEPTHS["tiny"]
@@ -175,7 +175,19 @@ def test_fit_names_the_largest_batches(monkeypatch):
 
 
 def test_command_times_every_part_and_writes_json(monkeypatch, tmp_path, capsys):
-    flags = "--backbone tiny --input-size 33,41 --gpu cpu --rounds 1 --train --num-classes 4".split()
+    flags = [
+        "--backbone",
+        "tiny",
+        "--input-size",
+        "33,41",
+        "--gpu",
+        "cpu",
+        "--rounds",
+        "1",
+        "--train",
+        "--num-classes",
+        "4",
+    ]
     run_main(monkeypatch, *flags, "--json", tmp_path / "profile.json")
     result = json.loads((tmp_path / "profile.json").read_text())
     parts = result["parts"]
@@ -189,7 +201,21 @@ def test_command_times_every_part_and_writes_json(monkeypatch, tmp_path, capsys)
 
 
 def test_attention_left_out_has_no_part(monkeypatch, capsys):
-    run_main(monkeypatch, *"--backbone tiny --input-size 33,41 --gpu cpu --rounds 1 --recurrence 0".split())
+    run_main(
+        monkeypatch,
+        *[
+            "--backbone",
+            "tiny",
+            "--input-size",
+            "33,41",
+            "--gpu",
+            "cpu",
+            "--rounds",
+            "1",
+            "--recurrence",
+            "0",
+        ],
+    )
     assert "head.convb" in (printed := capsys.readouterr().out) and "head.cca" not in printed
 
 

@@ -28,7 +28,7 @@ from utils.errors import UsageError
 
 @pytest.fixture
 def finished(tmp_path: Path, scenes: Path, checkpoint: Path) -> Path:
-    """A run's folder with predictions that are right in a growing part of each picture."""
+    """Return the folder of a run whose predictions are right in a growing part of each picture."""
     folder = tmp_path / "a <run>"
     (folder / "outputs").mkdir(parents=True)
     dataset = CSDataSet(str(scenes), split="val", crop_size=None)

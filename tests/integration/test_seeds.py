@@ -19,7 +19,7 @@ NOTED = EvaluateOptions.names(lambda flag: flag.noted)
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that were run, which leave what the real ones do."""
+    """Replace the commands by ones that only write the files of the real ones; return those that were run."""
     done: list[list[str]] = []
 
     def run(script: str, *arguments: object) -> None:

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a script, outside pytest
 
-from emulator import Emulator, build  # noqa: E402
+from emulator import Emulator, build
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).parents[1] / "data/kernel_resources.json"
@@ -37,7 +37,7 @@ REPORT = re.compile(
 
 
 def find_nvcc() -> str | None:
-    """The compiler that setup.py would take."""
+    """Return the path of the nvcc that setup.py would use."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)

@@ -350,7 +350,7 @@ def caught(edits: dict[str, str]) -> str | None:
 
 
 def failure(library: Path) -> str | None:
-    """The first failure of the kernels in a library, or None."""
+    """Return the first failure of the kernels in a library, or None."""
     emulator = Emulator(library)
     backend = Backend("emulator", emulator.forward, emulator.backward)
     for shape, dtype, chosen in CASES:

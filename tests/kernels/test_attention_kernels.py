@@ -53,7 +53,13 @@ def on_device(device: str) -> Backend:
     return Backend(device, forward, backward, device)
 
 
-@pytest.fixture(params=["cpu", "emulator", "cuda"])
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("emulator", marks=pytest.mark.build),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "emulator":
         emulated = request.getfixturevalue("emulator")
@@ -83,12 +89,12 @@ def sample(
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What one writes in PyTorch, in the dtype of the operands from end to end."""
+    """Compute the attention in plain PyTorch, in the dtype of the operands throughout."""
     return reference.ca_map(F.softmax(reference.ca_weight(query, key), dim=1), value)
 
 
 def results_of(function: Callable[..., Tensor], operands: list[Tensor]) -> list[Tensor]:
-    """out and the three gradients."""
+    """Out and the three gradients."""
     *inputs, grad = operands
     inputs = [t.detach().requires_grad_() for t in inputs]
     out = function(*inputs)
@@ -96,7 +102,7 @@ def results_of(function: Callable[..., Tensor], operands: list[Tensor]) -> list[
 
 
 def plain_errors(operands: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
-    """The largest error of plain PyTorch for out and the gradients, over several orders of the channels.
+    """Return the largest error of plain PyTorch, over several orders of the channels, for out and gradients.
 
     One order alone is a matter of luck, and of the processor, whose library sums in an order of its own: on
     small maps the error of a gradient differs by up to three times.
@@ -120,7 +126,7 @@ def plain_errors(operands: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
 
 
 def run(backend: Backend, operands: list[Tensor], **settings: int) -> tuple[list[Tensor], Tensor]:
-    """out and the three gradients; normalizer."""
+    """Out and the three gradients; normalizer."""
     out, normalizer = backend.forward(*operands[:3], **settings)
     return [out, *backend.backward(*operands[:3], out, normalizer, operands[3], **settings)], normalizer
 
@@ -132,7 +138,7 @@ def check(
     like: torch.dtype | None = None,
     peaked: bool = False,
 ) -> None:
-    """The error against float64 is at most twice `plain_errors` in the same dtype, plus one rounding.
+    """Check that the error against float64 is at most twice `plain_errors` of the dtype, plus one rounding.
 
     like: another dtype than the operands' whose precision is meant.
     peaked: the softmax is nearly one-hot, and in the gradients of query and key almost everything cancels.
@@ -242,6 +248,7 @@ def test_tf32(backend: Backend, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("tensor_cores", [True, False])
 @pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 64, 72, 18, 33), (1, 8, 40, 3, 150)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.build
 def test_same_bits_in_any_order_of_threads(
     emulator: Emulator, dtype: torch.dtype, shape: tuple[int, ...], tensor_cores: bool
 ) -> None:
@@ -362,7 +369,7 @@ def test_equal_scores_beyond_the_precision_of_their_sum() -> None:
 
 
 def primitives(emulator: Emulator | None, name: str, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The result of ca_weight or ca_map and its two gradients."""
+    """Return the result of ca_weight or ca_map and its two gradients."""
     if emulator is None:
         leaves = [t.clone().requires_grad_() for t in inputs]
         out = getattr(ops, name)(*leaves)
@@ -378,6 +385,7 @@ def primitives(emulator: Emulator | None, name: str, inputs: list[Tensor], grad:
 @pytest.mark.parametrize("shape", [(1, 3, 4, 1, 9), (1, 3, 4, 9, 1), (2, 8, 5, 5, 19)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
 @pytest.mark.parametrize("name", ["ca_weight", "ca_map"])
+@pytest.mark.build
 def test_primitives_of_inf_and_nan(
     emulator: Emulator, name: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:

@@ -20,6 +20,7 @@ SILENT = {
     *("uninitialized_dynamic", "uninitialized_variable"),
 }
 
+pytestmark = pytest.mark.build
 needs_compiler = pytest.mark.skipif(not emulator.COMPILER, reason="there is no C++ compiler")
 
 
@@ -39,7 +40,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def tf32(x: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, ties away from zero, by arithmetic."""
+    """Round to 10 bits of mantissa, ties away from zero, by arithmetic."""
     mantissa, exponent = torch.frexp(x.double())
     rounded = (mantissa.abs() * 2**11 + 0.5).floor() * x.double().sign()
     return torch.ldexp(rounded, exponent - 11).float()

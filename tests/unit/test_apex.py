@@ -93,7 +93,7 @@ class SyncBatchnormFunction:
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """A function that puts an apex of these files in place of any other."""
+    """Return a function that replaces apex by a package with given files."""
 
     def forget() -> dict:
         names = [name for name in sys.modules if name.partition(".")[0] in ("apex", *EXTENSIONS)]

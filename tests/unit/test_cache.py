@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from dataset import CSDataSet, DataError, cache
 from dataset.cache import PictureCache, Plan
@@ -81,39 +78,9 @@ def test_picture_that_has_grown_does_not_touch_its_neighbor(path):
     assert cached.get(0) is None and np.array_equal(cached.get(1)[0], contents(1, SIZES)[0])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which root alone may")
-def test_full_disk_only_ends_the_filling(tmp_path):
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        sizes = [(64, 64)] * 20
-        full = PictureCache(str(tmp_path / "pictures.cache"), Plan(sizes, 10**9))
-        for number in range(20):
-            full.put(number, *contents(number, sizes))
-        there = [full.get(number) is not None for number in range(20)]
-        assert 1 <= sum(there) < 20 and there == sorted(there, reverse=True)
-        del full
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
 def test_no_cache_where_none_can_be(tmp_path):
     with pytest.raises(DataError, match="the cache can't be opened"):
         PictureCache(str(tmp_path / "none" / "x"), Plan(SIZES, 10**6))
-
-
-def test_file_in_memory_is_gone_with_its_processes():
-    """Others may open it while this process is there; nothing of it has a name in a folder."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dataset import cache; print(cache.in_memory())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("/proc/") and not os.path.exists(done.stdout.strip())
-    path = cache.in_memory()
-    assert path.startswith(f"/proc/{os.getpid()}/fd/") and "memfd" in os.readlink(path)
 
 
 def test_file_on_disk_is_another_one_once_a_picture_or_its_meaning_has_changed(scenes, tmp_path):

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill, longest_file, run
+from conftest import fill, fill_library, longest_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evaluate
-import train
 from dataset import IMG_MEAN
 from networks import ABN, CheckpointError, Seg_Model
 from networks.convert import (
@@ -45,28 +44,8 @@ OUR_MEAN = torch.tensor(IMG_MEAN, dtype=torch.float64).view(3, 1, 1)
 EXACT = 1e-6
 
 
-def fill_library(model: nn.Module) -> nn.Module:
-    """Random weights, with batch norms that have negative, tiny and zero weights; in evaluation mode."""
-    generator = torch.Generator().manual_seed(1)
-    for name, value in model.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        random = torch.randn(value.shape, generator=generator)
-        if name.endswith("running_var"):
-            value.copy_(random.abs() * 0.3 + 0.5)
-        elif value.dim() > 1:
-            value.copy_(random * (2 / value[0].numel()) ** 0.5)
-        elif value.dim() == 1:
-            value.copy_(random * 0.5)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            with torch.no_grad():
-                module.weight[:4] = torch.tensor([0, 1e-7, -3e-6, -1.0])
-    return model.eval()
-
-
 def picture(height: int, width: int) -> Tensor:
-    """[1, 3, height, width], R G B in 0..255"""
+    """Return a random picture [1, 3, height, width], R G B in 0..255."""
     random = torch.randint(0, 256, (1, 3, height, width), generator=torch.Generator().manual_seed(2))
     return random.double()
 
@@ -109,12 +88,12 @@ def assert_same(outputs: list[Tensor], expected: list[Tensor], share: float = EX
 
 
 def tool(*arguments: object) -> int:
-    """python -m tools.convert in this process; its exit status"""
+    """Run `python -m tools.convert` in this process; return its exit status."""
     return exit_status(lambda: convert.main([str(argument) for argument in arguments]))
 
 
 def converted(folder: Path, state: object, *arguments: object) -> dict[str, Tensor]:
-    """What the tool makes of a state dict."""
+    """Return the state dict that the tool converts a state dict to."""
     torch.save(state, folder / "source.pth")
     (folder / "output.pth").unlink(missing_ok=True)
     assert tool(folder / "source.pth", folder / "output.pth", *arguments) == 0
@@ -122,7 +101,7 @@ def converted(folder: Path, state: object, *arguments: object) -> dict[str, Tens
 
 
 def unchecked(state: dict[str, Tensor], mean=IMAGENET_MEAN, std=IMAGENET_STD) -> dict[str, Tensor]:
-    """What it makes of a library's state dict, without its own comparison."""
+    """Convert the state dict of a library, without the comparison of the networks."""
     return from_batch_norm(to_our_pictures(imagenet_names("source", state), mean, std, IMG_MEAN.tolist()))
 
 
@@ -404,7 +383,7 @@ def library_state(name: str) -> dict[str, Tensor]:
 
 
 def constant(model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of the model's shapes that takes no room on the disk."""
+    """Return a state dict of the shapes of the model that takes little space on the disk."""
     number = torch.full([1], 0.01, device="cpu")
     return {
         name: number.reshape([1] * value.dim()).expand(value.shape)
@@ -669,35 +648,3 @@ def test_rename_takes_whole_parts():
     modules = {"a": "x", "a.b": "y", "c.1": "z"}
     names = ["a.w", "a.b.w", "ab.w", "c.1.w", "c.10.w"]
     assert list(rename(dict.fromkeys(names), modules)) == ["x.w", "y.w", "ab.w", "z.w", "c.10.w"]
-
-
-def test_training_from_torchvision(scenes, tmp_path, monkeypatch, capsys):
-    """The run, the two processes that resume it, and the evaluation build the network of the weights."""
-    models = pytest.importorskip("torchvision").models
-    url = models.ResNet50_Weights.IMAGENET1K_V1.url
-    cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
-    cached.parent.mkdir(parents=True)
-    torch.save(fill_library(models.resnet50()).state_dict(), cached)
-    arguments = [
-        *("--data-dir", scenes, "--snapshot-dir", tmp_path / "run", "--input-size", "17,17"),
-        *("--batch-size", 2, "--num-steps", 1, "--learning-rate", 1e-9),
-        *("--restore-from", "torchvision", "--backbone", "resnet50", "--num-workers", 0),
-    ]
-    environment = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--gpu", "cpu"])
-    assert train.main() == 0
-    assert "torchvision: 266 entries loaded, 32 new" in capsys.readouterr().out
-    checkpoint = tmp_path / "run/CS_scenes_1.pth"
-    state, expected = read_state_dict(checkpoint), unchecked(torch.load(cached, weights_only=True))
-    for name in ("shift", "conv1.weight", "layer4.2.conv3.weight"):
-        torch.testing.assert_close(state[name], expected[name], rtol=1e-5, atol=1e-6)
-    result = run("train.py", *arguments, "--nproc", 2, "--resume", environment=environment)
-    assert result.returncode == 0 and "the run is finished" in result.stdout, result.stderr
-    args = evaluate.get_parser().parse_args(["--data-dir", str(scenes), "--restore-from", str(checkpoint)])
-    options, _, _ = evaluate.resolve(args, state)
-    assert options.backbone == "resnet50"
-    model = evaluate.make_model(options, state)
-    load_weights(model, checkpoint, complete=True)
-    assert model.variant == VARIANTS["torchvision"] and torch.equal(model.shift, state["shift"])

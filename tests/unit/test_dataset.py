@@ -64,7 +64,7 @@ def augmented_by_the_original(image, label, crop, augmentation):
 
 
 def sampled(image, label, crop, augmentation):
-    """A sample as the loader makes it, of the rows that it needs, in the form of the original."""
+    """Return a sample as the loader makes it, from the rows that it needs, in the original's layout."""
     size = label.shape
     rows = rows_needed(size, crop, augmentation)
     image, label, content = apply(image[:rows], label[:rows], size, crop, augmentation, 255)
@@ -193,7 +193,7 @@ def packed(row: np.ndarray, bits: int) -> bytes:
 
 
 def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
-    """A grayscale PNG of filtered rows."""
+    """Return a grayscale PNG with filtered rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

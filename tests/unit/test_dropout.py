@@ -47,7 +47,7 @@ class Alone(World):
 
 
 def masks_of(model: nn.Module, step: int, samples: range, seed: int = 5) -> list[Tensor]:
-    """The mask of each layer, bool [samples, channels]."""
+    """Return the mask of each layer, bool [samples, channels]."""
     masks = DropoutMasks(model, seed, CPU)
     masks.draw(step, samples)
     with masks.applied(0, 1):

@@ -43,9 +43,9 @@ class Model(torch.nn.Module):
 def sliding_by_the_original(model, image, tile):
     """One image [3, h, w], as the original's loop goes: accumulate tiles in numpy, divide by the visits."""
     _, height, width = image.shape
-    stride = int(math.ceil(tile[0] * (1 - 1 / 3)))
-    rows = int(math.ceil((height - tile[0]) / stride) + 1)
-    columns = int(math.ceil((width - tile[1]) / stride) + 1)
+    stride = math.ceil(tile[0] * (1 - 1 / 3))
+    rows = math.ceil((height - tile[0]) / stride) + 1
+    columns = math.ceil((width - tile[1]) / stride) + 1
     total, visits = np.zeros((CLASSES, height, width)), np.zeros((height, width))
     for row in range(rows):
         for column in range(columns):

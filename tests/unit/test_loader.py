@@ -32,12 +32,12 @@ ALONE = Process(0, 1)
 
 
 def records(dataset, batch_size, steps, processes=1, workers=0, seed=3):
-    """The records of every global batch, put together from the shares of all processes."""
+    """Return the records of every global batch, joined from the shares of all processes."""
     shares = [
         train_batches(dataset, seed, steps, Process(rank, processes), Loading(batch_size, workers))
         for rank in range(processes)
     ]
-    return [sum((batch.records for batch in parts), []) for parts in zip(*shares, strict=True)]
+    return [[record for batch in parts for record in batch.records] for parts in zip(*shares, strict=True)]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_pixels_are_those_of_the_record(dataset):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_batches_are_the_samples_minus_the_mean_with_zero_padding(scenes, layout, kind):
     """Crops that reach over the picture on both sides, mirrored and not: as an item of the data set."""
     if kind == "cuda" and not torch.cuda.is_available():

@@ -26,7 +26,7 @@ def made(height: int, width: int, classes: int = 5, void: float = 0.2, seed: int
 
 
 def hard_target_by_scipy(logits, labels, thresh, min_kept, factor=8):
-    """The selection of the original: threshold on the zoomed probabilities, pixels at full resolution."""
+    """Select pixels as the original does: threshold from resized probabilities, pixels at full resolution."""
     probability, target = logits.softmax(1).numpy(), labels.numpy()
     coarse = ndimage.zoom(probability, (1.0, 1.0, 1.0 / factor, 1.0 / factor), order=1)
     coarse_target = ndimage.zoom(target, (1.0, 1.0 / factor, 1.0 / factor), order=0)

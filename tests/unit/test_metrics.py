@@ -108,7 +108,7 @@ def test_iou_is_exact_beyond_single_precision():
 
 
 def picture(**regions):
-    """A row of pixels as three arrays [1, w], of regions (label id, instance id, predicted id, pixels)."""
+    """Return arrays [1, w] of label, instance and predicted ids, from regions (these three, pixels)."""
     columns = np.concatenate([np.tile([region[:3]], (region[3], 1)) for region in regions.values()])
     return tuple(columns.T[:, None, :])
 
@@ -253,7 +253,7 @@ def made_pictures(seed, count=4, **kind):
 
 @pytest.fixture
 def official(tmp_path):
-    """The official evaluation as a function of a list of (label ids, instance ids, predicted label ids)."""
+    """Return the official evaluation, a function of a list of (label, instance, predicted label ids)."""
     pytest.importorskip(
         "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
         reason="the official evaluation is not installed (cityscapesscripts and its pyquaternion)",

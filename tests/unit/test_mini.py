@@ -33,7 +33,7 @@ def generated(tmp_path_factory) -> Path:
 
 
 def run_wrong(capsys, *argv: str) -> str:
-    """The one line on standard error of a command that has to end with status 2."""
+    """Return the only line on standard error of a command, and check its exit status 2."""
     assert status_of(main, *argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

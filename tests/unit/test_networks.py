@@ -252,6 +252,7 @@ class TestABN:
             torch.testing.assert_close(part["mean"], norm.running_mean)
             torch.testing.assert_close(part["var"], norm.running_var)
 
+    @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_synchronized_on_a_gpu_equals_the_whole(self, tmp_path):
         """The kernels of nn.SyncBatchNorm, two processes sharing one GPU over gloo."""

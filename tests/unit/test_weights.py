@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
 import re
 import socket
-import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from torch import Tensor, nn
 
 import evaluate
@@ -46,7 +42,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def state(model) -> dict[str, Tensor]:
-    """The same number everywhere, which takes no room on the disk."""
+    """Return a state dict filled with one number, which takes little space on the disk."""
     number = torch.full([1], 0.01)
     return {
         name: number.reshape([1] * value.dim()).expand(value.shape)
@@ -238,50 +234,6 @@ class Touch:
 
 
 class TestFiles:
-    def save(self, path: Path, what: str) -> dict[str, Tensor]:
-        """Write a file with the weights of a module that only an unsafe load opens; return them."""
-        module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-        weights = module.state_dict()
-        if what == "module":
-            torch.save(module, path)
-        elif what == "module in a dictionary":
-            torch.save({"model": module, "epoch": np.float64(3)}, path, _use_new_zipfile_serialization=False)
-        elif what == "arguments":
-            torch.save({"state_dict": weights, "args": argparse.Namespace(lr=1)}, path)
-        elif what == "flat":
-            torch.save({**weights, "args": argparse.Namespace(lr=1)}, path, pickle_protocol=4)
-        elif what == "pickle":
-            path.write_bytes(
-                pickle.dumps({"model": {name: value.numpy() for name, value in weights.items()}})
-            )
-        elif what == "TorchScript":
-            torch.jit.script(module).save(path)
-        return weights
-
-    @pytest.mark.filterwarnings("ignore")  # of TorchScript
-    @pytest.mark.parametrize(
-        "what", ["module", "module in a dictionary", "arguments", "flat", "pickle", "TorchScript"]
-    )
-    def test_advice_for_a_pickled_one_works_as_it_stands(self, what, tmp_path):
-        path = tmp_path / "it's one.pth"
-        weights = self.save(path, what)
-        message = refused(path)
-        assert "if you trust" in message and ("TorchScript" in message) == (what == "TorchScript")
-        found = re.search(r"extract the weights with (python -c .*) and use (.*)$", message)
-        assert found
-        environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        done = subprocess.run(
-            ["bash", "-c", found[1]],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        read = read_state_dict(found[2])
-        assert set(read) >= set(weights) and all(torch.equal(read[name], weights[name]) for name in weights)
-
     @pytest.mark.parametrize("zip_file", [True, False])
     def test_what_would_run_a_command_runs_none_and_gets_no_advice(self, zip_file, path, tmp_path):
         torch.save({"a": Touch(tmp_path / "ran")}, path, _use_new_zipfile_serialization=zip_file)

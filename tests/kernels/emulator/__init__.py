@@ -38,7 +38,7 @@ GUARD = 4096  # elements around each operand
 
 @cache
 def compiler_version() -> str:
-    """What the compiler is and makes of -march=native here."""
+    """Return the compiler version and its meaning of -march=native on this machine."""
     command = [COMPILER, "-march=native", "-x", "c++", "-v", "-E", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
@@ -48,7 +48,7 @@ def digest(*texts: str) -> str:
 
 
 def make_once(result: Path, make: Callable[[str], None]) -> Path:
-    """Makes a file unless it is there, under another name first: other processes never see half of it."""
+    """Make a file unless it exists. It is renamed when complete, so other processes never see half of it."""
     if not result.exists():
         result.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=result.parent) as folder:
@@ -132,7 +132,18 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = [("dtype", c_int), ("sizes", Sizes)] + [
         (name, c_void_p)
-        for name in "query key value out normalizer grad_out grad_query grad_key grad_value workspace".split()
+        for name in [
+            "query",
+            "key",
+            "value",
+            "out",
+            "normalizer",
+            "grad_out",
+            "grad_query",
+            "grad_key",
+            "grad_value",
+            "workspace",
+        ]
     ]
 
 
@@ -187,7 +198,7 @@ class Emulator:
         threads: int = 2,
         shared_memory: int = SHARED_MEMORY,
     ) -> None:
-        """Calls a function of the library that launches kernels and returns a cudaError_t."""
+        """Call a function of the library that launches kernels and returns a cudaError_t."""
         self.library.emulator_set(schedule, threads, shared_memory)
         code = self.library[name](*arguments)
         message = self.library.emulator_error().decode()
@@ -255,8 +266,11 @@ class Emulator:
         return grad_query, grad_key, grad_value
 
     def primitive(self, primitive: str, first: Tensor, second: Tensor, **settings: int) -> Tensor:
-        """primitive_cuda: "score" of two feature maps gives weights [N,L,H,W]; "gather" and "scatter" take
-        weights and a feature map and give a feature map [N,C,H,W]."""
+        """Run primitive_cuda.
+
+        "score" of two feature maps gives weights [N,L,H,W]. "gather" and "scatter" take weights and a feature
+        map and give a feature map [N,C,H,W].
+        """
         n, channels, height, width = second.shape
         sizes = Sizes(n, 0, channels, height, width)
         score = primitive == "score"
@@ -285,7 +299,7 @@ def sizes_of(query: Tensor, value: Tensor) -> Sizes:
 
 
 def to_memory(feature_map: Tensor) -> Operand:
-    """A feature map [N,C,H,W] as [N,H,W,C]."""
+    """Return a feature map [N,C,H,W] as [N,H,W,C]."""
     return Operand(feature_map.permute(0, 2, 3, 1), feature_map.dtype)
 
 
