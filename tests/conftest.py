@@ -58,7 +58,7 @@ def longest_file(size: int) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def small_network() -> Iterator[None]:
     """Let commands that run in this process know the small network."""
-    from small.network import registered
+    from small_network import registered
 
     with registered():
         yield

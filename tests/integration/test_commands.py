@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, fill, last_line, mean_of, run, run_process, write_pair
 from PIL import Image
-from small.network import SmallNetwork
+from small_network import SmallNetwork
 
 import evaluate
 import train

@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parents[1]), str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
-from small.network import registered  # noqa: E402
+from small_network import registered  # noqa: E402
 
 import evaluate  # noqa: E402
 from utils.args import exit_status  # noqa: E402
