@@ -117,7 +117,7 @@ def healthy(tmp_path) -> Path:
     for split in ("train", "val"):
         for number in range(4):
             _, label = write_pair(folder, split, number, (48, 64))
-            ids = cv2.imread(str(folder / label), cv2.IMREAD_GRAYSCALE).astype(np.uint16)
+            ids = np.asarray(cv2.imread(str(folder / label), cv2.IMREAD_GRAYSCALE), np.uint16)
             instances = np.where(ids >= 24, ids * 1000 + 1, ids).astype(np.uint16)
             cv2.imwrite(str(folder / label.replace("labelIds", "instanceIds")), instances)
     return folder

@@ -39,6 +39,7 @@ REPORT = re.compile(
 def find_nvcc() -> str | None:
     """Return the path of the nvcc that setup.py would use."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
     home, _ = setup.find_toolkit()
@@ -47,7 +48,9 @@ def find_nvcc() -> str | None:
 
 def nvcc_version(nvcc: str) -> str:
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release ([\d.]+)", output)[1]
+    found = re.search(r"release ([\d.]+)", output)
+    assert found, output
+    return found[1]
 
 
 def short(name: str) -> str:
@@ -117,14 +120,15 @@ def main() -> int:
     if nvcc is None:
         print("kernel_resources.py: there is no nvcc for this PyTorch", file=sys.stderr)
         return 2
-    table = {"nvcc": nvcc_version(nvcc), "shared_memory": shared_memory(), "kernels": measure(nvcc)}
+    resources = measure(nvcc)
+    table = {"nvcc": nvcc_version(nvcc), "shared_memory": shared_memory(), "kernels": resources}
     text = json.dumps(table, indent=1)
     # A kernel in a line.
     text = re.sub(
         r"\{\s+(\"(?:registers|64)\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text
     )
     TABLE.write_text(text + "\n")
-    for architecture, kernels in table["kernels"].items():
+    for architecture, kernels in resources.items():
         spilling = [f"{name} ({r['spills']} bytes)" for name, r in kernels.items() if r["spills"]]
         print(f"{architecture}: {len(kernels)} kernels, spilling: {', '.join(spilling) or 'none'}")
     return 0

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -311,7 +312,7 @@ BUGS: list[Bug] = [
 
 # Shape, dtype, settings: both widths of elements, several chunks of channels, tails, a line of several blocks
 # of keys, little shared memory.
-CASES = [
+CASES: list[tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = [
     ((1, 64, 264, 7, 33), BF16, {}),
     ((2, 72, 40, 7, 18), F32, {"tf32": True}),
     ((1, 8, 72, 3, 150), BF16, {}),

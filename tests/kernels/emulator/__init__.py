@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_int, c_int64, c_void_p
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -39,12 +39,17 @@ GUARD = 4096  # elements around each operand
 @cache
 def compiler_version() -> str:
     """Return the compiler version and its meaning of -march=native on this machine."""
+    assert COMPILER is not None, "there is no C++ compiler"
     command = [COMPILER, "-march=native", "-x", "c++", "-v", "-E", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
+
+
+def _write(text: str, path: str) -> None:
+    Path(path).write_text(text)
 
 
 def make_once(result: Path, make: Callable[[str], None]) -> Path:
@@ -99,7 +104,7 @@ def build(
     # A copy of the sources, for the edits, as the files include each other by their relative places.
     tree = CACHE / digest(common, *sorted(map(str, texts.items()))) / "csrc"
     for name, text in texts.items():
-        make_once(tree / name, lambda path, text=text: Path(path).write_text(text))
+        make_once(tree / name, partial(_write, text))
     # The emulator comes last: its variables have to lie behind those of the kernels.
     inputs = {tree / name: text for name, text in sorted(texts.items()) if not name.endswith(".h")}
     inputs[own[-1]] = ""
@@ -212,7 +217,7 @@ class Emulator:
         operands: dict[str, Operand],
         capability: int = 90,
         shared_memory: int = SHARED_MEMORY,
-        tf32: bool = False,
+        tf32: int = False,
         **settings: int,
     ) -> None:
         for operand_name, operand in operands.items():
@@ -228,7 +233,7 @@ class Emulator:
         value: Tensor,  # [N,C,H,W]
         **settings: int,
     ) -> tuple[Tensor, Tensor]:
-        """forward_cuda: out [N,C,H,W] and normalizer [N,H,W,2]."""
+        """Run forward_cuda; return out [N,C,H,W] and normalizer [N,H,W,2]."""
         dtype, sizes = query.dtype, sizes_of(query, value)
         pixels = (sizes.N, sizes.H, sizes.W)
         operands = {name: to_memory(t) for name, t in (("query", query), ("key", key), ("value", value))}
@@ -249,7 +254,7 @@ class Emulator:
         grad_out: Tensor,  # [N,C,H,W]
         **settings: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """backward_cuda: the gradients of query, key and value."""
+        """Run backward_cuda; return the gradients of query, key and value."""
         dtype, sizes = query.dtype, sizes_of(query, value)
         number = DTYPES.index(dtype)
         inputs = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out}
