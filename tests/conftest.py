@@ -1,4 +1,4 @@
-"""What several tests need: small data sets, and the commands run as a user runs them."""
+"""Helpers and fixtures of several tests: small data sets, weights, and commands run as a user runs them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def root() -> Path:
 def write_pair(
     folder: Path, split: str, number: int, size: tuple[int, int], classes: int = 19
 ) -> tuple[str, str]:
-    """One random picture and its labelIds in the Cityscapes layout; their relative paths."""
+    """Write a random picture and its labelIds in the Cityscapes layout; return their relative paths."""
     rng = np.random.default_rng(number)
     base = f"{split}/ulm/ulm_000000_{number:06d}"
     image, label = f"leftImg8bit/{base}_leftImg8bit.png", f"gtFine/{base}_gtFine_labelIds.png"
@@ -102,7 +102,7 @@ def write_pair(
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """Six training and five validation pictures of 48 x 64 random pixels, in the Cityscapes layout."""
+    """Write six training and five validation pictures of 48 x 64 random pixels, in the Cityscapes layout."""
     folder = tmp_path / "scenes"
     for split, count in (("train", 6), ("val", 5)):
         for number in range(count):
@@ -112,7 +112,7 @@ def scenes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def healthy(tmp_path) -> Path:
-    """Four pictures of each split with labels and instances."""
+    """Write four pictures of each split with labels and instances."""
     folder = tmp_path / "CS"
     for split in ("train", "val"):
         for number in range(4):
@@ -124,7 +124,7 @@ def healthy(tmp_path) -> Path:
 
 
 def fill(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random weights of a sensible size, negative batch-norm weights among them."""
+    """Fill a network with random weights of a sensible size, some batch-norm weights negative."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
         random = torch.randn(value.shape, generator=generator, dtype=torch.float64)

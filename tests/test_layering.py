@@ -1,4 +1,4 @@
-"""The order of the house: who may import whom, and what nobody does."""
+"""Layers: which package may import which, and what no file may do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = [
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level names that a file imports, anywhere in it."""
+    """Return the names that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

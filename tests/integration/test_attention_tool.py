@@ -1,4 +1,4 @@
-"""tools/attention, and how it draws."""
+"""The tool tools.attention and its drawings."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_moved_class_table_is_spoken_of(
 
 
 def test_nothing_that_is_read_is_replaced_and_all_is_looked_at_first(checkpoint: Path, street: Path) -> None:
-    """The figure of one picture would be the other picture; a pixel lies outside of the second one."""
+    """Nothing is written if a figure would replace an input, or a pixel lies outside one of the pictures."""
     other = street.parent / "street_24_32.png"
     other.write_bytes(street.read_bytes())
     with pytest.raises(UsageError, match="--out: would replace its own input .*street_24_32.png"):

@@ -1,4 +1,4 @@
-"""The benchmarks: that they compare the same function, their arithmetic, and what the commands leave."""
+"""The benchmarks: they compare the same function, compute correctly, and write complete reports."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_our_float32_over_our_bfloat16():
 
 
 class TestParts:
-    """A part of the GPU report is a process whose end, whatever it is, leaves an entry."""
+    """A part of the GPU report is a process. However it ends, the report has an entry."""
 
     def entry(self, tmp_path: Path, code: str, seconds: float = 30, **options) -> dict:
         part = Part("one", [sys.executable, "-c", code], 60, **options)

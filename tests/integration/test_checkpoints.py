@@ -1,4 +1,4 @@
-"""Checkpoints across processes: advice that works as it stands, the lock of a run, weights of a library."""
+"""Checkpoints across processes: advice that works as printed, the lock of a run, weights of a library."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
 
 
 def test_training_from_torchvision(scenes, tmp_path, monkeypatch, capsys):
-    """The run, the two processes that resume it, and the evaluation build the network of the weights."""
+    """The run, two processes that resume it, and the evaluation build the network that fits the weights."""
     models = pytest.importorskip("torchvision").models
     url = models.ResNet50_Weights.IMAGENET1K_V1.url
     cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them: to the end, again, in parallel, and with wrong input."""
+"""train.py and evaluate.py as a user runs them: complete, repeated, in parallel, and with wrong input."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class TestTraining:
 
     @pytest.mark.slow
     def test_resume_of_three_processes_is_exact_too(self, trained, tmp_path):
-        """Three numbers have several sums: their order must not depend on where a run began."""
+        """The rounded sum of three numbers depends on their order, which a resume must not change."""
         folder, _, _ = trained
         flags = ["--data-dir", folder / "data", *TRAIN[2:], "--nproc", 3, "--batch-size", 3, "--num-steps", 4]
         flags += ["--save-state-every", 2, "--snapshot-dir"]
@@ -205,7 +205,7 @@ class TestTraining:
 
     @pytest.mark.slow
     def test_any_number_of_processes_has_the_same_samples_and_the_same_first_loss(self, trained, tmp_path):
-        """Whatever the share of void in each; later losses go apart by rounding, as training is chaotic."""
+        """This holds for any share of void in a process. Later losses differ by amplified rounding."""
         folder, _, _ = trained
         flags = ["--data-dir", folder / "data", *TRAIN[2:], "--batch-size", 4]
         flags += ["--num-steps", 2, "--print-frequency", 1]
@@ -223,7 +223,7 @@ class TestTraining:
 
     @pytest.mark.slow
     def test_speed_options_stay_within_two_percent(self, trained, tmp_path):
-        """bfloat16, channels_last and the compiler change the rounding, and the first losses little."""
+        """bfloat16, channels_last and the compiler change the first losses by rounding only."""
         folder, _, _ = trained
         flags = ["--data-dir", folder / "data", *SMALL, *RECIPE, "--num-steps", 6, "--print-frequency", 1]
         losses = []
@@ -236,7 +236,7 @@ class TestTraining:
         assert (np.abs(losses[1] / losses[0] - 1) < 0.02).all() and (losses[1] != losses[0]).all()
 
     def test_fine_tuning_options(self, trained, tmp_path):
-        """All at once: frozen statistics stay, average and best weights are written, the log says it."""
+        """All fine-tuning options work together: frozen statistics, averaged and best weights, the log."""
         folder, _, arguments = trained
         weights = folder / "snapshots/CS_scenes_4.pth"
         flags = [
@@ -269,7 +269,7 @@ class TestTraining:
 
     @pytest.mark.slow
     def test_gradients_are_averaged_over_the_processes(self, trained, tmp_path):
-        """Without void the mean of the processes' means is the mean over the batch."""
+        """Without void, the mean of the processes' means is the mean over the batch."""
         folder, _, _ = trained
         for label in (folder / "data/gtFine/train/ulm").glob("*labelIds.png"):
             ids = cv2.imread(str(label), cv2.IMREAD_GRAYSCALE)
@@ -358,7 +358,7 @@ class TestTraining:
         assert (tmp_path / "CS_scenes_1.pth").exists() and done.stdout.count("step 1/1") == 1
 
     def test_state_of_another_step_and_odd_files_are_kept_aside(self, trained, tmp_path):
-        """The run goes on from the state before, and ends as if all had been right."""
+        """The run resumes from the previous state and ends as an undisturbed one."""
         folder, _, arguments = trained
         snapshots = folder / "snapshots"
         for name in ("state_2.pt", "state_2.json", "state_4.pt", "state_4.json"):
@@ -542,7 +542,7 @@ class TestEvaluation:
 
 
 class TestWrongUsage:
-    """Exit status 2 and a last line that names the flag or the file; nothing is written."""
+    """Wrong usage has exit status 2 and a last line that names the flag or file, and nothing is written."""
 
     @pytest.mark.parametrize(
         "flags, words",

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_file_names_that_are_no_text(healthy, tmp_path, root):
-    """The names of pictures, folders, list and results, where the terminal takes UTF-8 alone."""
+    """Names of pictures, folders, list and results need not be UTF-8, even for a UTF-8 terminal."""
     folder = os.fsencode(tmp_path) + b"/d\xe4"
     os.rename(healthy, folder)
     name = folder + b"/leftImg8bit/val/ulm/stra\xdfe_leftImg8bit.png"
@@ -46,7 +46,7 @@ def test_file_names_that_are_no_text(healthy, tmp_path, root):
 
 
 def test_as_a_command(healthy, root):
-    """One clean line beside the progress, though a decoder has something to say."""
+    """The command prints its progress and one error line; warnings of a decoder become notes."""
     content = (healthy / IMAGE).read_bytes()
     (healthy / IMAGE).write_bytes(content[: len(content) // 2])
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -82,7 +82,7 @@ def test_full_disk_only_ends_the_filling(tmp_path):
 
 
 def test_file_in_memory_is_gone_with_its_processes():
-    """Others may open it while this process is there; nothing of it has a name in a folder."""
+    """Other processes can open the file while this one runs. It has no name in any folder."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dataset import cache; print(cache.in_memory())"
     )

@@ -1,4 +1,4 @@
-"""What README and docs say exists: files, commands, flags; their Python runs."""
+"""Files, commands and flags in README and docs exist, and their Python code runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page: Path) -> None:
-    """Paths of the project in code style."""
+    """Paths in code style exist."""
     for name in re.findall(r"`((?:\w+/)+[\w.-]+\.(?:py|sh|md|json|png|tsv|sbatch))`", read(page)):
         if name.split("/")[0] in {path.name for path in ROOT.iterdir() if path.is_dir()} - {
             "snapshots",

@@ -1,4 +1,4 @@
-"""What can happen to a run: each fault ends it within a minute, with one clear cause and nothing lost."""
+"""Faults during a run: each ends it within a minute, with one clear cause and nothing lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def data(tmp_path_factory) -> Path:
 
 
 class Training:
-    """train.py under way, in a process of its own."""
+    """A running train.py, in its own process, with the small network."""
 
     def __init__(self, data: Path, snapshots: Path, *flags: object, limits=None):
         self.snapshots = snapshots
@@ -261,7 +261,7 @@ class TestInput:
         assert_nothing_lost(tmp_path)
 
     def test_weights_that_overflow_in_the_last_step_are_not_saved(self, data, tmp_path):
-        """No later step looks at them."""
+        """The weights of the last step are checked too, although no later step uses them."""
         flags = ["--num-steps", 1, "--learning-rate", 1e30, "--weight-decay", 1e30]
         with Training(data, tmp_path, *ENDLESS, *CPU, *flags) as run:
             status, errors = run.end()

@@ -1,4 +1,4 @@
-"""A killed run ends as if nobody had killed it. A few kills; python tests/kill_runs.py gives more."""
+"""A killed and resumed run ends as an uninterrupted one. tests/kill_runs.py tries more kills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/elastic.sh and tools/slurm.sbatch: a run that they restart ends as one that was never interrupted."""
+"""tools/elastic.sh and tools/slurm.sbatch: a run that they restart ends as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ if name == "scontrol" and sys.argv[1:3] == ["show", "job"]:
 
 
 class Cluster:
-    """Fake commands of Slurm in a folder, and what they were called with."""
+    """Fake commands of Slurm in a folder, and a record of their calls."""
 
     job = 4711
 
@@ -274,7 +274,7 @@ class TestSlurm:
 
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
-    """Two network namespaces, 10.77.0.1 and 10.77.0.2 to each other, by their names."""
+    """Make two connected network namespaces, 10.77.0.1 and 10.77.0.2; return their names."""
     names = [f"ccnet-{os.getpid()}-{number}" for number in (1, 2)]
 
     def ip(*arguments: str) -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def run_copy_of_the_package(
     folder: Path, library: bytes | None, before: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Use a copy of the package with the given bytes for its library, in a process of its own.
+    """Use a copy of the package with the given bytes as its library, in its own process.
 
     Args:
         before: statements to run before the package is imported.

@@ -1,4 +1,4 @@
-"""python -m tools.profile: counts by hand and by brute force, the paper's table, the memory of a step."""
+"""tools.profile: counts against those by hand and brute force, the paper's table, memory of a step."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_what_does_not_fit_is_not_tried(monkeypatch):
 
 
 def test_the_largest_batch_is_found_wherever_it_is(monkeypatch):
-    """Of needs that grow by a line, and of one that is far above the line through the first two."""
+    """The needed memory may grow linearly, or much faster than its first two values suggest."""
     for needs in (lambda batch: 2.0 + batch, lambda batch: 2.0 + batch + 3 * max(0, batch - 2)):
         monkeypatch.setattr(profile, "need", lambda setting, needs=needs: needs(setting.batch))
         rooms = [1.0, 3.0, 4.5, 30.0, 401.0]

@@ -1,4 +1,4 @@
-"""tools/report: everything that a run has is on the page, and the page is one file."""
+"""tools.report: the page shows all results of a run and is a single file."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def finished(tmp_path: Path, scenes: Path, checkpoint: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Texts, references and open elements of a page."""
+    """The texts, references and unclosed elements of a page."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""tools/seeds: which commands it runs, and the table that it makes of their results."""
+"""tools.seeds: the commands that it runs, and the table of their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard streams and error lines of commands, in processes of their own."""
+"""Standard streams and error lines of commands, in their own processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the CUDA kernels take of a multiprocessor.
+"""Measure the resources of a multiprocessor that the CUDA kernels need.
 
     python tests/kernels/kernel_resources.py      measures and writes tests/data/kernel_resources.json
 
@@ -54,13 +54,13 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def short(name: str) -> str:
-    """forward_kernel<float, 7, 7, 2> of a demangled name."""
+    """Shorten a demangled name to forward_kernel<float, 7, 7, 2>."""
     name = name.replace("cc_attention::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
     return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|general::Result)\)", "", name)).strip()
 
 
 def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[str, int]]:
-    """Kernel name -> resources, of one file and architecture."""
+    """Return the resources of the kernels of one file on one architecture, by name."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-O3", "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", str(source)]
         done = subprocess.run(
@@ -83,7 +83,7 @@ def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[st
 
 
 def shared_memory() -> dict[str, dict[str, int]]:
-    """Operator and dtype -> length of the longest line -> bytes of dynamic shared memory of a block."""
+    """Return the bytes of dynamic shared memory of a block, by operator and dtype, then line length."""
     kernels = Emulator(build())
     table: dict[str, dict[str, int]] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -104,7 +104,7 @@ def shared_memory() -> dict[str, dict[str, int]]:
 
 
 def measure(nvcc: str) -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture -> kernel -> resources."""
+    """Return the resources of all kernels, by architecture and name."""
     sources = sorted((ROOT / "cc_attention/csrc/cuda").glob("*.cu"))
     jobs = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,4 +1,4 @@
-"""Plants bugs into the CUDA kernels, one at a time, and reports which of them the emulator's tests catch.
+"""Plant bugs into the CUDA kernels, one at a time, and report which of them the emulator's tests catch.
 
     python tests/kernels/planted_bugs.py [NAME ...]
 
@@ -336,7 +336,7 @@ CASES: list[tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = [
 
 
 def caught(edits: dict[str, str]) -> str | None:
-    """How the tests catch the edited kernels; None if they do not.
+    """Return how the tests catch the edited kernels, or None if they do not.
 
     They run in a process of their own, whose memory a bug may write all over.
     """

@@ -1,4 +1,4 @@
-"""The emulator of CUDA: each of its words against the definition, and each kind of planted error is found."""
+"""The emulator of CUDA: each primitive against its definition, and each kind of planted error is found."""
 
 import re
 import shutil
@@ -63,7 +63,7 @@ def test_product(kernels: Emulator, dtype: torch.dtype, schedule: int):
 
 
 def test_product_of_nothing_but_nan_and_zero(kernels: Emulator):
-    """Uninitialized rows are no error as long as nothing comes of them: only their own results are NaN."""
+    """Uninitialized rows are not an error if only their own results are NaN."""
     a, b, d = torch.ones(16, 8), torch.ones(8, 8), torch.zeros(16, 8)
     bits(a)[3] = -1
     kernels.call("run_product", 0, at(a), at(b), at(d))
@@ -203,7 +203,7 @@ def test_every_fault_is_tried():
 
 @needs_compiler
 def test_other_processors():
-    """Fibers by the C library, as on processors other than x86-64."""
+    """The emulator works with fibers of the C library, as on processors other than x86-64."""
     kernels = Emulator(emulator.build(sources=[SOURCE], flags=["-O1", "-DCC_EMULATOR_UCONTEXT"]))
     assert run_pipeline(kernels, "none", 4) and not run_pipeline(kernels, "no_barrier_after_read", 2)
     with pytest.raises(RuntimeError, match="deadlock"):

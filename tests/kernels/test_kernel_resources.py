@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every architecture and take what the table of kernel_resources.py says."""
+"""The CUDA kernels compile for every architecture and need the resources in the table."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ def test_blocks_ask_for_the_shared_memory_of_the_table() -> None:
 @pytest.mark.build
 @pytest.mark.parametrize("source", ["tensor_core_forward.cu", "tensor_core_backward.cu"])
 def test_shared_memory_is_not_read_byte_by_byte(nvcc: str, source: str, tmp_path: Path) -> None:
-    """As from an address whose alignment the compiler cannot see: right, and several times slower."""
+    """The compiler knows the alignment of shared memory. Reads byte by byte would be several times slower."""
     path = kernel_resources.ROOT / "cc_attention/csrc/cuda" / source
     ptx = tmp_path / "kernels.ptx"
     subprocess.run([nvcc, "-O3", "-std=c++20", "-arch=sm_80", "-ptx", path, "-o", ptx], check=True)

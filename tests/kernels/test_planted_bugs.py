@@ -1,4 +1,4 @@
-"""The tests of the kernels catch planted bugs: a sample of those of tests/kernels/planted_bugs.py."""
+"""The tests of the kernels catch a sample of the planted bugs of tests/kernels/planted_bugs.py."""
 
 import pytest
 from emulator import COMPILER

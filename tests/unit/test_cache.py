@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: what comes out is what went in, whoever wrote it and however that ended."""
+"""The cache of decoded pictures returns what was stored, whoever wrote it and however that ended."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_file_on_disk_is_another_one_once_a_picture_or_its_meaning_has_changed(s
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_are_those_of_the_files(scenes, workers):
-    """Every epoch gives what it gives without a cache, from a cache that holds four of six pictures too."""
+    """Every epoch gives the same samples as without a cache, even if the cache holds four of six pictures."""
     plain, cached = (CSDataSet(str(scenes), crop_size=(24, 40)) for _ in range(2))
     plan = Plan(cached.sizes(), 48 + 4 * 4 * 48 * 64)
     assert plan.number == 4

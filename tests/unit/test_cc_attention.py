@@ -1,4 +1,4 @@
-"""Criss-cross attention: the reference against loops, the compiled operators against the reference."""
+"""Criss-cross attention: the reference against loops, compiled operators against the reference."""
 
 import math
 import re
@@ -103,7 +103,7 @@ def test_reference_is_the_definition(shape: tuple[int, ...]) -> None:
 
 
 def test_a_pixel_counts_itself_once() -> None:
-    """Equal scores everywhere: the result is the mean over the H + W - 1 pixels of the criss-cross."""
+    """With equal scores the result is the mean over the H + W - 1 pixels of row and column."""
     value = torch.arange(12.0).reshape(1, 1, 3, 4)
     zeros = torch.zeros(1, 2, 3, 4)
     for function in (reference.criss_cross_attention, ops.criss_cross_attention):
@@ -155,7 +155,7 @@ def forward_and_gradients(
 def test_compiled_is_as_exact_as_pytorch(
     compiled: str, name: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
 ) -> None:
-    """The error against float64 is at most twice plain PyTorch's in the same dtype, plus one rounding."""
+    """The error against float64 is at most twice that of PyTorch in the same dtype, plus one rounding."""
     for shape in SHAPES:
         if shape in TINY:
             shape = (shape[0] * MANY, *shape[1:])
@@ -442,7 +442,7 @@ def test_mixed_dtypes_are_refused_outside_autocast() -> None:
 
 @pytest.mark.parametrize("module", [ops, reference])
 def test_large_half_precision_scores_do_not_overflow(device: str, module: object) -> None:
-    """CCNet does not scale its scores: 64 channels of 40 * 40 are beyond float16."""
+    """CCNet does not scale its scores, and 64 channels of 40 * 40 exceed float16."""
     large = torch.full((1, 64, 3, 4), 40.0, device=device, dtype=torch.float16)
     value = torch.ones(1, 2, 3, 4, device=device, dtype=torch.float16)
     assert torch.equal(module.criss_cross_attention(large, large, value), value)
@@ -452,7 +452,7 @@ def test_large_half_precision_scores_do_not_overflow(device: str, module: object
 
 @pytest.mark.parametrize("module", [ops, reference])
 def test_autocast(device: str, module: object) -> None:
-    """The halves run in float32; the fused operator in the region's dtype, like PyTorch's own attention."""
+    """ca_weight and ca_map run in float32, the fused operator in the dtype of the region, as in PyTorch."""
     query, key, value, weight = sample((2, 3, 5, 4, 7), device, torch.float32)
     expected = reference.criss_cross_attention(*(t.bfloat16() for t in (query, key, value)))
     with torch.autocast(device, torch.bfloat16):
@@ -494,7 +494,7 @@ def restored_precision() -> Iterator[None]:
 
 
 class Calls(TorchDispatchMode):
-    """Notes whether calls of the fused operator ask for tf32."""
+    """Records whether calls of the fused operator ask for tf32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -510,7 +510,7 @@ class Calls(TorchDispatchMode):
 def test_tf32_is_what_pytorch_is_set_to(
     name: str, monkeypatch: pytest.MonkeyPatch, restored_precision: None
 ) -> None:
-    """With either interface of PyTorch, whose older one can't be read once the newer one was set."""
+    """Both interfaces of PyTorch are followed. The older one can't be read once the newer one was set."""
     if not ops.DEVICE_TYPES:
         pytest.skip("the compiled operators are not built")
     monkeypatch.setattr(

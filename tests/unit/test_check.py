@@ -1,4 +1,4 @@
-"""Every way in which a data set is broken, as the check command and as the loader report it."""
+"""Broken data sets, as reported by the check command and by the loader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INSTANCES = f"gtFine/train/ulm/{NAME}_gtFine_instanceIds.png"
 
 
 def checked(folder, capsys, *flags) -> tuple[int, str, str]:
-    """Exit status, output and last line on standard error of the check command."""
+    """Run the check command; return exit status, output and last line on standard error."""
     status = status_of(check.main, folder, "--num-workers", "2", "--partial", *flags)
     captured = capsys.readouterr()
     return status, captured.out, last_line(captured.err or "\n-")
@@ -306,7 +306,7 @@ def test_notes_are_no_problems(healthy, capsys):
 
 
 def test_cities_of_cityscapes_have_their_pictures(healthy, capsys):
-    """Of the official cities alone: val's ulm is none of them."""
+    """The pictures of the official cities are counted. In val, ulm is not one of them."""
     status, output, line = checked(healthy, capsys)  # --partial
     assert status == 0
     assert status_of(check.main, healthy) == 2
@@ -424,7 +424,7 @@ def test_classes_that_occur_nowhere_are_named(healthy, capsys):
 
 
 def test_masks_of_black_and_white(tmp_path, capsys):
-    """Without a table white is void, and its class is nowhere; a row of id 255 makes it one."""
+    """Without a table, white is void and its class does not occur. A row with id 255 makes it a class."""
     mask = np.zeros((8, 8), np.uint8)
     mask[:2] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -441,7 +441,7 @@ def test_masks_of_black_and_white(tmp_path, capsys):
 
 
 def test_pictures_that_are_nearly_black(tmp_path, capsys):
-    """12 bits in 16, of which the upper 8 are read."""
+    """Of 12 bits stored in 16, only the upper 8 are read."""
     pixels = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(np.uint16)
     for number in range(3):
         cv2.imwrite(str(tmp_path / f"{number}.png"), pixels * (16 if number == 2 else 1))

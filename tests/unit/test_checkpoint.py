@@ -1,4 +1,4 @@
-"""States: complete or not there, the newest good one found, all of them checked, nothing in them run."""
+"""States are complete or absent and checked, the newest good one is found, and no code in them runs."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_damaged_states_do_not_replace_each_other(tmp_path, parts):
 
 
 def make_odd(path, kind: str) -> None:
-    """Something other than a file at `path`."""
+    """Make something other than a file at `path`."""
     if kind == "folder":
         path.mkdir()
         (path / "content").touch()
@@ -277,7 +277,7 @@ def test_names_of_other_files_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("validation", [{}, {"validation": {"step": 0, "best_step": 0, "best_mean_iou": -1}}])
 def test_state_of_an_earlier_version_is_refused(tmp_path, parts, validation):
-    """Its dropout depended on the number of processes."""
+    """Its dropout masks depended on the number of processes, so it is refused."""
     save(tmp_path, 2, parts)
     description = tmp_path / "state_2.json"
     content = json.loads(description.read_text())
@@ -351,7 +351,7 @@ def test_state_of_another_network_is_refused(tmp_path, parts):
 
 
 def other_entry(change):
-    """Of the momentum of the first weight."""
+    """Return an edit that changes the momentum of the first weight."""
 
     def edit(content):
         entry = content["optimizer"]["state"][0]
@@ -486,7 +486,7 @@ def test_momentum_of_weights_without_a_gradient_may_be_missing(tmp_path, parts):
 
 
 def test_no_process_goes_on_with_a_state_that_another_can_t_load(tmp_path, parts):
-    """The files of the run change only after this."""
+    """All processes check the state before any file of the run changes."""
 
     class OtherFails(World):
         calls = 0
@@ -540,7 +540,7 @@ def test_lock_that_is_no_file_is_refused(tmp_path, kind):
 
 
 class Malicious:
-    """Unpickled by an ordinary reader, it makes a folder."""
+    """An object that makes a folder when an ordinary reader unpickles it."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""Weights of other programs against those programs' own networks, and every way out and back in."""
+"""Converted weights against the networks of their programs, and every way out and back in."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def layers_of(model: nn.Module, forward, images: Tensor) -> list[Tensor]:
 
 
 def network(state: dict[str, Tensor], num_classes: int | None = None) -> ResNet:
-    """ResNet-50 in float64, with CCNet's heads if it has classes, and every entry of `state` in it."""
+    """Return ResNet-50 in float64 with the entries of `state`, with CCNet's heads if it has classes."""
     variant = variant_of(state)
     with torch.device("meta"):
         model = (
@@ -106,7 +106,7 @@ def unchecked(state: dict[str, Tensor], mean=IMAGENET_MEAN, std=IMAGENET_STD) ->
 
 
 class TestImageNet:
-    """ResNets of torchvision and timm at output stride 8, as these libraries dilate them."""
+    """ResNets of torchvision and timm with output stride 8, dilated as these libraries do it."""
 
     def test_torchvision(self, tmp_path):
         models = pytest.importorskip("torchvision").models
@@ -128,7 +128,7 @@ class TestImageNet:
         assert_same(layers_of(model, model.features, ours(rgb)), right)
 
     def test_timm_with_ccnets_own_stem(self, tmp_path):
-        """It becomes CCNet itself: every block of a layer dilates, and around the picture is IMG_MEAN."""
+        """The result is CCNet itself: all blocks of a layer are dilated, padding has the value IMG_MEAN."""
         timm = pytest.importorskip("timm")
         library = fill_library(timm.create_model("resnet50s", output_stride=8))
         state = converted(tmp_path, library.state_dict())
@@ -162,7 +162,7 @@ class TestImageNet:
 
 
 def test_weights_that_ours_cannot_have():
-    """One convolution and batch norm, each channel by itself: negative weights, and those below eps."""
+    """Negative batch-norm weights and those below eps are converted exactly, channel by channel."""
     torch.manual_seed(0)
     convolution, norm = nn.Conv2d(3, 8, 3).double(), nn.BatchNorm2d(8).double().eval()
     weights = [2.0, -2.0, 1e-5, -1e-5, 1e-6, -1e-6, 1e-9, -1e-9]
@@ -183,7 +183,7 @@ def test_weights_that_ours_cannot_have():
 
 
 class Mmseg(nn.Module):
-    """mmsegmentation's CCNet, rebuilt in plain PyTorch from its description, with its names."""
+    """The CCNet of mmsegmentation, rebuilt in plain PyTorch from its description, with its names."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -239,7 +239,7 @@ class Mmseg(nn.Module):
 
     @staticmethod
     def attend(cca, x):
-        """Every pair of pixels, all but those of one row or one column masked."""
+        """Compute attention over all pairs of pixels, masked to those in one row or column."""
         _, _, height, width = x.shape
         query, key, value = (part(x).flatten(2) for part in (cca.query_conv, cca.key_conv, cca.value_conv))
         rows = torch.arange(height).repeat_interleave(width)
@@ -285,7 +285,7 @@ def test_mmsegmentation(tmp_path):
 
 
 def test_original_out_and_in_again(tmp_path, monkeypatch):
-    """Names, order, bits; a file of the kind that PyTorch 0.4 reads, with nothing in it that 0.4 lacks."""
+    """Names, order and bits are kept, in a file that PyTorch 0.4 can read."""
     monkeypatch.setattr(convert, "compare", lambda *_: None)  # of what is the same to the bit, as is tested
     with torch.device("meta"):
         model = Seg_Model(19)
@@ -314,7 +314,7 @@ def test_original_out_and_in_again(tmp_path, monkeypatch):
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """`model` with nn.BatchNorm2d and an activation in place of every activated batch norm."""
+    """Return `model` with nn.BatchNorm2d and an activation in place of every activated batch norm."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, ABN):
@@ -357,7 +357,7 @@ def test_plain_batch_norm_and_back(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", convert.TARGETS)
 def test_weights_of_16_bits(dtype, target, tmp_path, monkeypatch):
-    """Out and, but for the sum with eps, to the bit."""
+    """Weights of 16 bits are converted exactly, except for the sum with eps."""
     monkeypatch.setattr(convert, "compare", lambda *_: None)
     state = {"layer1.0.bn1.weight": torch.randn(64).to(dtype), "layer1.0.bn1.running_mean": torch.ones(64)}
     content = to_batch_norm(state) if target == "batch-norm" else state
@@ -369,7 +369,7 @@ def test_weights_of_16_bits(dtype, target, tmp_path, monkeypatch):
 
 
 def small_state(**changes: Tensor | None) -> dict[str, Tensor]:
-    """CCNet's ResNet-50 with the same number everywhere, entries replaced, added, or left out (None)."""
+    """Return CCNet's ResNet-50 filled with one number, with entries replaced, added, or removed (None)."""
     with torch.device("meta"):
         model = Seg_Model(5, backbone="resnet50")
     state = {**constant(model), **changes}
@@ -396,7 +396,7 @@ def backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tracked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` as a module with nn.BatchNorm2d, or inplace_abn's, has it."""
+    """Return `state` with the entries of nn.BatchNorm2d or of inplace_abn."""
     ends = (".running_mean", ".num_batches_tracked")
     return state | {name.replace(*ends): torch.tensor(0) for name in state if name.endswith(ends[0])}
 
@@ -442,7 +442,7 @@ FILES = {
 
 
 class TestRefusals:
-    """One line, and no file."""
+    """A refusal is one line, and no file is written."""
 
     def refused(self, capsys, folder, *arguments, status=2):
         before = sorted(path.name for path in folder.iterdir())
@@ -497,7 +497,7 @@ class TestRefusals:
         assert "head.cca.gamma" in error or "dsn.0.weight" in error
 
     def test_weights_beyond_float32(self, capsys, tmp_path):
-        """In the file, after the conversion, and in what the network makes of them."""
+        """Weights beyond float32 are found in the file, after the conversion, and in the outputs."""
         paths = tmp_path / "source.pth", tmp_path / "output.pth"
         torch.save(library_state("resnet50"), paths[0])
         error = self.refused(capsys, tmp_path, *paths, "--std", "1,1e-41,1e-41")
@@ -575,7 +575,7 @@ class TestRefusals:
         assert "--from" in self.refused(capsys, tmp_path, "torchvision", paths[1], "--from", "mmseg")
 
     def test_outputs_that_differ(self, capsys, tmp_path, monkeypatch):
-        """A conversion that is wrong; nan in it, too."""
+        """A wrong conversion, also one that gives NaN, is found by comparing outputs."""
         paths = [tmp_path / "source.pth", tmp_path / "output.pth"]
         torch.save(small_state(), tmp_path / "source.pth")
         before = convert.Source(small_state(), "ccnet", None)

@@ -69,7 +69,7 @@ def test_pixels_are_those_of_the_record(dataset):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_batches_are_the_samples_minus_the_mean_with_zero_padding(scenes, layout, kind):
-    """Crops that reach over the picture on both sides, mirrored and not: as an item of the data set."""
+    """Crops that exceed the picture, mirrored or not, equal the items of the data set."""
     if kind == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     dataset = CSDataSet(str(scenes), crop_size=(56, 80))
@@ -119,7 +119,7 @@ def test_unusable_picture_arrives_as_its_error(dataset, scenes, workers):
 
 
 class TestSharedMemory:
-    """Too little of it is a RunError that names it, wherever it shows."""
+    """Too little shared memory is a RunError that names it, wherever it occurs."""
 
     def expect_one_line(self, dataset, scenes):
         whole = CSDataSet(str(scenes), crop_size=None, split="val")

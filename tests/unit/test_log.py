@@ -1,4 +1,4 @@
-"""log.jsonl of a resumed run: its entries continue those before, and nothing else in it is lost."""
+"""log.jsonl of a resumed run: entries continue the earlier ones, and nothing in it is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decoders write to standard error, and the progress of long work."""
+"""Messages of decoders on standard error, and the progress of long work."""
 
 from __future__ import annotations
 

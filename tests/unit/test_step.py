@@ -1,4 +1,4 @@
-"""A training step: for any number of processes, in parts, in mixed precision, undone when not finite."""
+"""A training step: in parts, in mixed precision, undone if not finite."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Small(nn.Module):
 
 
 class Exploding(Small):
-    """Of finite loss and infinite gradient."""
+    """A network with a finite loss and an infinite gradient."""
 
     def forward(self, images):
         outputs = super().forward(images)

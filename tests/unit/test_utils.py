@@ -1,4 +1,4 @@
-"""utils: numbers, files, standard streams and shortages, as every command meets them."""
+"""The package utils: numbers, files and shortages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from utils.resources import LEAST_BYTES, check_fits, physical_memory, shortage
 
 @pytest.fixture
 def never_waits() -> Iterator[None]:
-    """Whatever waits for a FIFO fails, rather than wait for ever."""
+    """Fail a test that waits for a FIFO, instead of hanging."""
 
     def waited(_number: int, _frame: object) -> None:
         raise TimeoutError("waits for a FIFO")

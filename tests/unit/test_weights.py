@@ -1,4 +1,4 @@
-"""Checkpoints in: what is read from which file, and the line that refuses the others."""
+"""Loading of checkpoints: what is read from which file, and the errors for others."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class TestEntries:
 
 
 class TestMark:
-    """Which batch norm a state dict is for."""
+    """The kind of batch norm that a state dict is marked for."""
 
     @pytest.mark.parametrize("zip_file", [True, False])
     def test_torch_saves_it_and_every_module_takes_it(self, zip_file, path):
@@ -224,7 +224,7 @@ class TestMark:
 
 
 class Touch:
-    """Unpickled, it would make a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -292,7 +292,7 @@ class TestFiles:
 
 
 class TestRecipe:
-    """args.json beside a checkpoint."""
+    """The file args.json beside a checkpoint."""
 
     def open(self, folder: Path, content: bytes, **flags: object) -> common.Network:
         (folder / "args.json").write_bytes(content)

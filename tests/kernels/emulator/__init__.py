@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: compiles the .cu files with the emulator, and calls them with tensors.
+"""Compile the CUDA kernels with an emulator for the CPU, and call them with tensors.
 
 kernels = Emulator(build())
 out, normalizer = kernels.forward(query, key, value, schedule=2)
@@ -77,7 +77,7 @@ def build(
     sources: Iterable[Path] | None = None,
     flags: Iterable[str] = ("-O2",),
 ) -> Path:
-    """Compiles the kernels into a library for the CPU, or takes one that is there.
+    """Compile the kernels into a library for the CPU, or reuse an existing one.
 
     Args:
         edits: texts in the place of files of cc_attention/csrc, {"cuda/device.h": ...}.
@@ -153,7 +153,7 @@ class Backward(ctypes.Structure):
 
 
 class Operand:
-    """Memory of a tensor between NaN: a copy of a tensor, or NaN where given a shape."""
+    """Memory of a tensor surrounded by NaN: a copy of a tensor, or all NaN for a shape."""
 
     def __init__(self, content: Tensor | tuple[int, ...], dtype: torch.dtype) -> None:
         shape = tuple(content.shape) if isinstance(content, Tensor) else content
@@ -172,7 +172,7 @@ class Operand:
         return self.tensor.data_ptr()
 
     def check(self, name: str) -> None:
-        """Fails where an input was written to, or memory around an output."""
+        """Fail if an input or memory around an output was written to."""
         if self.before is not None:
             assert torch.equal(self.memory, self.before), f"{name}, an input, was written to"
         outside = (self.memory[: self.inside.start], self.memory[self.inside.stop :])
