@@ -1,11 +1,11 @@
-"""One page about a run, to look at and to send around.
+"""Write one HTML page about a training run.
 
     python -m tools.report RUN_DIR [--out FILE.html]
 
 RUN_DIR is the --snapshot-dir of a training run, with the results of evaluate.py in it or in --results. The
-page has the recipe, the environment, the curves, the scores of the classes, the confusion matrix, the best
-and the worst pictures with label and prediction, and attention maps. It is a single file that needs no
-network; what the run does not have is left out, and the page says how to get it.
+page shows the recipe, the environment, the curves, the scores and how they were obtained, the confusion
+matrix, the best and the worst pictures with label and prediction, and attention maps. It is a single file
+that needs no network. If the run lacks a part, the page says how to get it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import glob
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -23,7 +23,7 @@ import torch
 
 import train
 from dataset import IMG_MEAN, CSDataSet
-from dataset.labels import choose_table
+from dataset.labels import CITYSCAPES, LabelReader, choose_table
 from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
 from engine.data.transfer import subtract_mean
 from engine.evaluation.metrics import confusion_matrix, mean_iou
@@ -31,24 +31,24 @@ from engine.evaluation.results import CONFUSION, FILES, RESULT
 from networks.attention import picture_attention
 from networks.weights import read_state_dict
 from tools import common
-from tools.report_page import Example, Report, page
+from tools.report_page import Color, Example, Figure, Report, page
 from utils import args as flags
 from utils import run_files
-from utils.drawing.attention_figure import draw_attention
+from utils.drawing.attention_figure import draw_panels
 from utils.drawing.palette import colored, make_palette
 from utils.errors import DataError, InputError, UsageError
 from utils.files import check_outputs, check_writable, read_input, write_file
 from utils.progress import Progress
 
 OUTPUTS, EVENTS = "outputs", "tensorboard"
-#: Pictures on a page, of a kind.
+#: Maximum number of pictures of a kind on a page.
 MOST = 1000
 
 
 class Scored(NamedTuple):
     """A picture of the data set, and the mean IoU of its prediction."""
 
-    number: int  # in the data set
+    number: int  # index in the data set
     score: float
 
 
@@ -115,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         result=result or {},
         confusion=read_confusion(os.path.join(results, CONFUSION), missing),
         missing=missing,
+        colors=class_colors(results, result) if result else (),
+        pictures=len(evaluation.dataset) if evaluation else None,
     )
     if evaluation:
         try:
@@ -191,6 +193,19 @@ def read_confusion(path: str, missing: list[str]) -> bytes | None:
     return None
 
 
+def class_colors(results: str, result: dict[str, Any]) -> Sequence[Color]:
+    """Return the RGB colors of the classes of a result; empty if its class table no longer exists."""
+    try:
+        how = run_files.arguments_of(results, result)
+        table, number = choose_table(how["classes"], how["num_classes"])
+        colors = LabelReader(table, num_classes=number).colors()
+    except InputError:
+        colors = list(CITYSCAPES.colors) if result["classes"] == list(CITYSCAPES.names) else []
+    palette = make_palette(colors)
+    number = len(result["classes"]) if colors else 0
+    return [palette[3 * index : 3 * index + 3] for index in range(min(number, 255))]
+
+
 def event_files(folder: str) -> list[str]:
     """Return TensorBoard's files, the oldest first."""
     found = [
@@ -238,10 +253,10 @@ def read_events(path: str) -> Iterator[Any]:
 
 
 def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluation) -> Report:
-    """The report with its best and worst pictures, and with attention maps.
+    """Return the report with its best and worst pictures, and with attention maps.
 
     Raises:
-        DataError, UsageError: pictures, labels, predictions or the checkpoint are not there any more.
+        DataError, UsageError: pictures, labels, predictions or the checkpoint no longer exist.
     """
     dataset, how, predictions = evaluation
     scored = score_pictures(dataset, predictions)
@@ -249,6 +264,7 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
     half = (len(ranked) + 1) // 2
     best, worst = ranked[:half][: args.pictures], ranked[half:][::-1][: args.pictures]
     palette = make_palette(dataset.labels.colors())
+    occurring = np.zeros(256, bool)
 
     def shown(several: list[Scored]) -> list[Example]:
         examples = []
@@ -256,27 +272,28 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
             picture = dataset.picture(number, instances=False)
             assert picture.label is not None
             prediction = read_prediction(predictions, picture.name, dataset.labels.num_classes)
-            examples.append(
-                Example(
-                    picture.name,
-                    score,
-                    [picture.image[..., ::-1], colored(picture.label, palette), colored(prediction, palette)],
-                )
-            )
+            occurring[np.unique(picture.label)] = occurring[np.unique(prediction)] = True
+            row = [
+                Figure("picture", picture.image[..., ::-1]),
+                Figure("label", colored(picture.label, palette)),
+                Figure("prediction", colored(prediction, palette)),
+            ]
+            examples.append(Example(picture.name, score, [row]))
         return examples
 
+    report = report._replace(best=shown(best), worst=shown(worst))
+    names = [*enumerate(dataset.labels.names()), (dataset.labels.ignore_label, "not scored")]
     report = report._replace(
-        best=shown(best),
-        worst=shown(worst),
-        legend=list(zip(dataset.labels.names(), np.array(palette).reshape(256, 3).tolist(), strict=False)),
+        legend=[(name, palette[3 * index : 3 * index + 3]) for index, name in names if occurring[index]]
     )
     checkpoint = args.restore_from or how["restore_from"]
     if not args.attention or not checkpoint:
         return report
+    network = argparse.Namespace(
+        restore_from=checkpoint, classes=how["classes"], recurrence=how["recurrence"], gpu=args.gpu
+    )
     try:
-        return report._replace(
-            attention=attention_of(args.gpu, args.attention, checkpoint, how, dataset, ranked)
-        )
+        return report._replace(attention=attention_of(network, args.attention, evaluation, ranked))
     except InputError as error:
         report.missing.append(f"no attention: {error}")
         return report
@@ -321,36 +338,52 @@ def read_prediction(folder: str, name: str, num_classes: int) -> np.ndarray:
 
 
 def attention_of(
-    gpu: str | None,
+    flags_of_network: argparse.Namespace,
     number_of_pictures: int,
-    checkpoint: str,
-    how: dict[str, Any],
-    dataset: CSDataSet,
+    evaluation: Evaluation,
     ranked: list[Scored],
 ) -> list[Example]:
-    """Attention of pixels of pictures spread over the ranks, by the network as it was evaluated."""
-    network = common.open_network(
-        argparse.Namespace(
-            restore_from=checkpoint, classes=how["classes"], recurrence=how["recurrence"], gpu=gpu
-        )
-    )
+    """Return attention maps of pictures from all ranks, computed by the network as it was evaluated.
+
+    Args:
+        flags_of_network: the flags of `common.add_network_flags`.
+        number_of_pictures: number of pictures, with two pixels each.
+        evaluation: the data set and its predictions.
+        ranked: the pictures, ordered by score.
+    """
+    network = common.open_network(flags_of_network)
     if network.recurrence == 0 or not ranked:
         return []
+    dataset = evaluation.dataset
     number_of_pictures = min(number_of_pictures, len(ranked))
     mean = torch.tensor(IMG_MEAN, device=network.device)
     examples = []
     for index in np.linspace(0, len(ranked) - 1, number_of_pictures + 2).round().astype(int)[1:-1]:
         picture = dataset.picture(ranked[index].number, instances=False)
+        prediction = read_prediction(evaluation.predictions, picture.name, dataset.labels.num_classes)
         height, width = picture.image.shape[:2]
         pixels = [(height // 2, width // 3), (2 * height // 3, 2 * width // 3)]
         image = subtract_mean(torch.from_numpy(picture.image)[None].to(network.device), mean)
         maps = picture_attention(network.model, image, pixels).cpu().numpy()
-        figures = [
-            np.array(draw_attention(cv2.cvtColor(picture.image, cv2.COLOR_BGR2RGB), pixel, maps[:, number]))
-            for number, pixel in enumerate(pixels)
-        ]
-        examples.append(Example(picture.name, ranked[index].score, figures))
+        shown = cv2.cvtColor(picture.image, cv2.COLOR_BGR2RGB)
+        rows = []
+        for number, pixel in enumerate(pixels):
+            where = describe_pixel(pixel, picture.label, prediction, dataset.labels.names())
+            first, *others = draw_panels(shown, pixel, maps[:, number])
+            row = [Figure(f"Cross: {where}", np.array(first.image))]
+            row += [Figure(f"{caption}; cross: {where}", np.array(panel)) for caption, panel in others]
+            rows.append(row)
+        examples.append(Example(picture.name, ranked[index].score, rows))
     return examples
+
+
+def describe_pixel(
+    pixel: tuple[int, int], label: np.ndarray | None, prediction: np.ndarray, names: Sequence[str]
+) -> str:
+    """Return the position of a pixel and the names of its true and its predicted class."""
+    true = 255 if label is None else int(label[pixel])
+    true_name = names[true] if true < len(names) else "none (not scored)"
+    return f"row {pixel[0]}, column {pixel[1]}, label {true_name}, prediction {names[prediction[pixel]]}"
 
 
 if __name__ == "__main__":

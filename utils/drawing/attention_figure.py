@@ -97,7 +97,9 @@ def draw_panels(
         panels.append((f"R = {recurrence}: largest weight {weights.max():.3g}", laid_over))
     if view is None:
         view = max(1.0, width / 400, height / 400)
-    return [Panel(text, _marked(Image.fromarray(array), center[0], center[1], view)) for text, array in panels]
+    return [
+        Panel(text, _marked(Image.fromarray(array), center[0], center[1], view)) for text, array in panels
+    ]
 
 
 def panel_size(size: tuple[int, int], number: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from html import escape
 from typing import NamedTuple
 
 #: Size of a drawing and its margins: small, so that text stays legible on the screen of a phone.
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 250, 66, 14, 12, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 250, 78, 14, 12, 44
 #: Height of the legend, and width that is estimated for a letter.
 LEGEND, LETTER = 22, 7.2
 #: Maximum number of points of a curve; longer curves are averaged.
@@ -67,7 +67,7 @@ def draw_curves(
     parts.append(f'<text x="{middle[0]}" y="{bottom + 38}" text-anchor="middle">{escape(x_title)}</text>')
     if y_title:
         parts.append(
-            f'<text x="14" y="{middle[1]}" text-anchor="middle" transform="rotate(-90 14 {middle[1]})">'
+            f'<text x="13" y="{middle[1]}" text-anchor="middle" transform="rotate(-90 13 {middle[1]})">'
             f"{escape(y_title)}</text>"
         )
     for number, (name, points) in enumerate(kept.items()):

@@ -20,9 +20,7 @@ def make_palette(colors: Sequence[tuple[int, int, int]]) -> list[int]:
         ValueError: more than 255 colors, or a color that is not three integers in 0..255.
     """
     if len(colors) > 255:
-        raise ValueError(
-            f"{len(colors)} colors, but a palette holds 255 and the black of the ignored pixels"
-        )
+        raise ValueError(f"{len(colors)} colors, but a palette holds 255 and the black of the ignored pixels")
     for color in colors:
         if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
             raise ValueError(f"{color} is not an RGB color of three integers in 0..255")
