@@ -53,29 +53,35 @@ class Scored(NamedTuple):
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = common.Parser("report", __doc__)
     add = parser.add_argument
     add("run", metavar="RUN_DIR", help="folder of a training run")
-    add("--out", metavar="FILE", help="the page; without it RUN_DIR/report.html")
-    add("--results", metavar="DIR", help="where evaluate.py wrote to, if not to RUN_DIR")
+    add("--out", metavar="FILE", help="page to write (default: RUN_DIR/report.html)")
+    add("--results", metavar="DIR", help="output folder of evaluate.py (default: RUN_DIR)")
     add(
         "--pictures",
         type=flags.number(int, 0, MOST),
         default=3,
-        help="best and worst, of each (default: %(default)s)",
+        help="number of best and of worst pictures (default: %(default)s)",
     )
     add(
         "--attention",
         type=flags.number(int, 0, MOST),
         default=2,
-        help="attention examples (default: %(default)s)",
+        help="number of pictures with attention maps (default: %(default)s)",
     )
-    add("--restore-from", metavar="FILE", help="checkpoint for the attention; without it the evaluated one")
-    add("--gpu", metavar="ID", help="a GPU's number, or cpu; without it the first GPU, or the CPU")
+    add(
+        "--restore-from",
+        metavar="FILE",
+        help="checkpoint for the attention maps (default: the evaluated one)",
+    )
+    add("--gpu", metavar="ID", help="number of a GPU, or cpu (default: the first GPU, or the CPU)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     args = get_parser().parse_args(argv)
     if not os.path.isdir(args.run):
         raise UsageError(f"{args.run}: no such folder; name the --snapshot-dir of a run")
@@ -94,17 +100,19 @@ def main(argv: list[str] | None = None) -> None:
         try:
             evaluation = Evaluation.open(results, result)
         except InputError as error:
-            # Run and data may have parted; the rest of the page stands by itself.
+            # The data set may have been moved; the rest of the page does not need it.
             missing.append(f"no pictures: {error}")
     else:
-        missing.append(f"no scores and pictures: there is no {RESULT} in {results}; evaluate.py writes it")
+        missing.append(
+            f"no scores and pictures: there is no {RESULT} in {results}; run evaluate.py to write it"
+        )
     out = args.out or os.path.join(args.run, "report.html")
     check_outputs("--out", [out], inputs_of(args.run, results, args.restore_from, evaluation))
     check_writable("--out", os.path.dirname(out) or ".")
     log, odd = run_files.read_log(args.run)
     if odd:
         path = os.path.join(args.run, run_files.LOG)
-        missing.append(f"{path}: left out {odd} of {odd + len(log)} lines, which are no entries of a log")
+        missing.append(f"{path}: skipped {odd} of {odd + len(log)} lines, which are not entries of a log")
     report = Report(
         name=os.path.basename(os.path.abspath(args.run)),
         recipe=recipe,
@@ -130,18 +138,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Evaluation(NamedTuple):
-    """What was evaluated."""
+    """An evaluation: its data set, its arguments and its predictions."""
 
     dataset: CSDataSet
-    arguments: dict[str, Any]  # of result.txt
-    predictions: str  # their folder
+    arguments: dict[str, Any]  # "arguments" of result.txt
+    predictions: str  # folder
 
     @classmethod
     def open(cls, results: str, result: dict[str, Any]) -> Evaluation:
-        """Return the evaluation that `result` is of.
+        """Return the evaluation that wrote `result`.
 
         Raises:
-            DataError, UsageError: it is not noted, or its data set is not there any more.
+            DataError, UsageError: `result` does not describe it, or its data set no longer exists.
         """
         how = run_files.arguments_of(results, result)
         dataset = CSDataSet(
@@ -161,7 +169,7 @@ class Evaluation(NamedTuple):
 def inputs_of(
     run: str, results: str, checkpoint: str | None, evaluation: Evaluation | None
 ) -> list[str | None]:
-    """Return the files that the page is made from; None, and what is not there, among them."""
+    """Return the files that the page is made from. Some may be None or missing."""
     names = (run_files.RECIPE, run_files.ENVIRONMENT, run_files.LOG)
     inputs: list[str | None] = [os.path.join(run, name) for name in names]
     inputs += [os.path.join(results, name) for name in FILES]
@@ -176,18 +184,26 @@ def inputs_of(
     return inputs
 
 
-# What a run leaves
+# Files of a run
 
 
 def read_confusion(path: str, missing: list[str]) -> bytes | None:
-    """Return a picture of PNG; None where there is none, with a line in `missing` where it is damaged."""
+    """Return the content of a PNG file.
+
+    Args:
+        path: the file.
+        missing: receives a line if the file is damaged.
+
+    Returns:
+        None if the file is missing or damaged.
+    """
     if not os.path.lexists(path):
         return None
     try:
         content = read_input(path)
         if decode_image(load(path)) is not None and content.startswith(PNG_SIGNATURE):
             return content
-        missing.append(f"no confusion matrix: {path} is not PNG; run evaluate.py again")
+        missing.append(f"no confusion matrix: {path} is not a PNG file; run evaluate.py again")
     except (OSError, DataError) as error:
         missing.append(f"no confusion matrix: {path} can't be read ({error}); run evaluate.py again")
     return None
@@ -207,7 +223,7 @@ def class_colors(results: str, result: dict[str, Any]) -> Sequence[Color]:
 
 
 def event_files(folder: str) -> list[str]:
-    """Return TensorBoard's files, the oldest first."""
+    """Return the TensorBoard files of a folder, oldest first."""
     found = [
         path for path in glob.glob(os.path.join(glob.escape(folder), "events.*")) if os.path.isfile(path)
     ]
@@ -215,7 +231,7 @@ def event_files(folder: str) -> list[str]:
 
 
 def read_validation(folder: str) -> list[tuple[float, float]]:
-    """Return (step, mean IoU) of the validations, from TensorBoard's files; of a repeated step the last."""
+    """Return (step, mean IoU) of the validations in TensorBoard files; the last one of a repeated step."""
     scores: dict[float, float] = {}
     for path in event_files(folder):
         for event in read_events(path):
@@ -226,9 +242,9 @@ def read_validation(folder: str) -> list[tuple[float, float]]:
 
 
 def read_events(path: str) -> Iterator[Any]:
-    """Yield the events of a file of TensorBoard's.
+    """Yield the events of a TensorBoard file.
 
-    It has records of length (8 bytes), checksum (4 bytes), content, checksum.
+    Each record consists of length (8 bytes), checksum (4 bytes), content and checksum.
     """
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
@@ -244,7 +260,7 @@ def read_events(path: str) -> Iterator[Any]:
         position += 16 + length
         try:
             event = Event.FromString(record)
-        except DecodeError:  # damaged, or the end of a run that is still writing
+        except DecodeError:  # damaged, or the run is still writing
             return
         yield event
 
@@ -300,7 +316,11 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
 
 
 def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
-    """The mean IoU of every picture by itself, over the classes that occur in its label or prediction."""
+    """Return the mean IoU of each picture, over the classes that occur in its label or prediction.
+
+    Raises:
+        DataError, UsageError: a label or prediction is missing, damaged, or of a wrong size.
+    """
     progress = Progress(len(dataset))
     scored = []
     for index, pair in enumerate(dataset.pairs):
@@ -308,7 +328,7 @@ def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
         prediction = torch.from_numpy(read_prediction(predictions, pair.name, dataset.labels.num_classes))
         if label.shape != prediction.shape:
             raise UsageError(
-                f"{prediction_path(predictions, pair.name)}: of another size than its label; "
+                f"{prediction_path(predictions, pair.name)}: its size differs from that of the label; "
                 "run evaluate.py again"
             )
         confusion = confusion_matrix(
@@ -320,6 +340,7 @@ def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
 
 
 def prediction_path(folder: str, name: str) -> str:
+    """Return the path of the prediction of a picture."""
     return os.path.join(folder, f"{name}.png")
 
 
@@ -327,13 +348,13 @@ def read_prediction(folder: str, name: str, num_classes: int) -> np.ndarray:
     """Return the classes of a picture, uint8 [h, w].
 
     Raises:
-        DataError: no such picture, or a damaged one.
-        UsageError: it holds other things than classes.
+        DataError: the file is missing or damaged.
+        UsageError: it does not hold classes.
     """
     path = prediction_path(folder, name)
     classes = decode_label(load(path))
     if classes.ndim != 2 or classes.dtype != np.uint8 or classes.max(initial=0) >= num_classes:
-        raise UsageError(f"{path}: not a picture of {num_classes} classes; run evaluate.py again")
+        raise UsageError(f"{path}: not a prediction of {num_classes} classes; run evaluate.py again")
     return classes
 
 

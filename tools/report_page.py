@@ -108,7 +108,7 @@ class Report(NamedTuple):
     validation: list[tuple[float, float]]  # (step, mean IoU)
     result: dict[str, Any]  # result.txt
     confusion: bytes | None  # confusion.png
-    missing: list[str]  # lines that name what is missing and why
+    missing: list[str]  # lines about missing parts, with the reason
     colors: Sequence[Color] = ()  # RGB of the classes
     pictures: int | None = None  # number of evaluated pictures
     best: Sequence[Example] = ()

@@ -64,7 +64,7 @@ def test_maps_lie_where_they_belong() -> None:
 def test_what_can_t_be_shown(checkpoint: Path, street: Path) -> None:
     with pytest.raises(UsageError, match="49 rows and 65 columns"):
         run(checkpoint, street, "--pixel", "49,0")
-    with pytest.raises(UsageError, match="leaves the attention out"):
+    with pytest.raises(UsageError, match="there is no attention to draw"):
         run(checkpoint, street, "--recurrence", "0")
     with pytest.raises(UsageError, match="no such file"):
         run(checkpoint, street.parent / "gone.png")

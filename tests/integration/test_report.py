@@ -230,7 +230,7 @@ def test_a_run_without_results_says_so(finished: Path, capsys: pytest.CaptureFix
     (finished / "confusion.png").unlink()
     text, _ = made(finished)
     assert "there is no result.txt" in text and "Best pictures" not in text and "Curves" in text
-    assert "evaluate.py writes it" in capsys.readouterr().out
+    assert "run evaluate.py to write it" in capsys.readouterr().out
 
 
 def test_data_that_is_gone_costs_the_pictures_alone(finished: Path) -> None:
@@ -373,7 +373,7 @@ def test_odd_values_of_the_recipe_and_the_log_are_shown_or_left_out(finished: Pa
     (finished / "outputs/ulm_000000_000002.png").write_bytes(b"")
     (finished / "confusion.png").write_bytes((finished / "confusion.png").read_bytes()[:99])
     text, page = made(finished, "--pictures", "1", "--attention", "0")
-    assert "log.jsonl: left out 2 of 3 lines" in text and "no confusion matrix: " in text
+    assert "log.jsonl: skipped 2 of 3 lines" in text and "no confusion matrix: " in text
     assert "no pictures: " in text and "Confusion matrix" not in text and not page.open
 
 
@@ -382,7 +382,7 @@ def test_predictions_of_other_classes_are_named(finished: Path, value: int) -> N
     picture = finished / "outputs/ulm_000000_000002.png"
     save_indexed_png(picture, np.full((48, 64), value, np.uint8), make_palette([]))
     text, _ = made(finished, "--pictures", "1", "--attention", "0")
-    assert "ulm_000000_000002.png: not a picture of 19 classes; run evaluate.py again" in text
+    assert "ulm_000000_000002.png: not a prediction of 19 classes; run evaluate.py again" in text
 
 
 def test_a_page_replaces_nothing_that_it_shows(finished: Path, scenes: Path, checkpoint: Path) -> None:

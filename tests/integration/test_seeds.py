@@ -75,10 +75,10 @@ def test_each_seed_is_trained_and_evaluated(
 def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:
     out, recipe = str(tmp_path), ["--train", "--data-dir", "CS"]
     for arguments, message in (
-        ([out, *recipe, "--random-seed", "1"], "--random-seed: is set for each seed"),
+        ([out, *recipe, "--random-seed", "1"], "--random-seed: set by this command for each seed"),
         ([out, *recipe, "--evaluate", "--restore-from=x"], "--restore-from=x: is set"),
         ([out, *recipe, "--evaluate", "--output-d", "x"], "--output-d: is set"),
-        ([out, "--evaluate", "--whole", *recipe], "--evaluate: comes after --train"),
+        ([out, "--evaluate", "--whole", *recipe], "--evaluate: stands before --train"),
         ([out], "--train: is missing"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -484,7 +484,7 @@ class TestRefusals:
                 continue
             paths = tmp_path / "source.pth", tmp_path / "output.pth"
             error = self.refused(capsys, tmp_path, *paths, "--from", kind)
-            assert f"--from {kind}: {paths[0]} is {kinds[0]}; leave --from out" in error
+            assert f"--from {kind}: {paths[0]} is {kinds[0]}; omit --from" in error
         assert convert.read_source(str(tmp_path / "source.pth"), None, None, None).kind == kinds[0]
 
     def test_two_networks_in_one_file(self, capsys, tmp_path):
