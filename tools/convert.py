@@ -108,8 +108,8 @@ def get_parser() -> Parser:
             f"--{name}",
             type=triple(name),
             metavar="R,G,B",
-            help=f"{what} that normalizes the pictures of SOURCE, in 0..255 (default: that of its library, or "
-            "of ImageNet)",
+            help=f"{what} that normalizes the pictures of SOURCE, in 0..255 (default: that of its library, "
+            "or of ImageNet)",
         )
     return parser
 

@@ -4,8 +4,8 @@
     python -m tools.export --restore-from snapshots/CS_scenes_60000.pth --out ccnet.pt2 --output logits
 
 Input: pictures, uint8 RGB [N, h, w, 3] of any size. Output: classes, int32 [N, h, w]. ONNX files contain only
-standard operators of opset 18. Programs of torch.export run in PyTorch. Before a file is kept, its outputs are
-compared with those of the network, at sizes other than that of the export. See docs/export.md.
+standard operators of opset 18. Programs of torch.export run in PyTorch. Before a file is kept, its outputs
+are compared with those of the network, at sizes other than that of the export. See docs/export.md.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ def write_onnx(program: torch.export.ExportedProgram, path: str, output: str, ab
     domains = {node.domain for node in model.graph.node}
     if domains != {""} or opsets != {("", OPSET)} or model.functions:
         raise RunError(
-            f"{path}: this PyTorch writes operators of {sorted(domains)}, opsets {sorted(opsets)}; try another "
-            "version of PyTorch"
+            f"{path}: this PyTorch writes operators of {sorted(domains)}, opsets {sorted(opsets)}; try "
+            "another version of PyTorch"
         )
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

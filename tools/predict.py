@@ -5,9 +5,9 @@
 An input is a picture, a folder (with its subfolders), a list (.txt or .lst: one path in each line, relative
 to the list), a video, or camera:N. Results are written to DIR, under the name and subfolder of the input:
 
-    overlay/        colors of the classes over the picture (JPEG; a video for a video)
-    color/          colors of the classes (PNG with a palette, whose values are train ids; a video for a video)
-    labelIds/       ids of the class table (PNG; one for each frame of a video)
+    overlay/        colors of the classes over the picture (JPEG; videos: a video)
+    color/          colors of the classes (PNG with a palette, values are train ids; videos: a video)
+    labelIds/       ids of the class table (PNG; videos: one for each frame)
     probabilities/  with --save probabilities: float16 [K, h, w] (.npy)
     sheet.jpg       contact sheet of up to 24 pictures, with a legend
 

@@ -55,7 +55,8 @@ td.number, th.number { text-align: right; white-space: nowrap; font-variant-nume
 tr + tr { border-top: 1px solid var(--soft); }
 .beside { display: flex; flex-wrap: wrap; gap: 8px 56px; align-items: flex-start; }
 .classes { width: 100%; max-width: 600px; }
-.classes td { vertical-align: middle; overflow-wrap: break-word; } .classes td:last-child, .classes th:last-child { padding-right: 0; }
+.classes td { vertical-align: middle; overflow-wrap: break-word; }
+.classes td:last-child, .classes th:last-child { padding-right: 0; }
 .classes .bars { width: 45%; min-width: 40px; }
 .bar { background: var(--soft); height: 10px; border-radius: 5px; }
 .bar div { background: var(--bar); height: 10px; border-radius: 5px; }

@@ -176,7 +176,7 @@ class TestParts:
         assert entry["status"] == "timed out" and entry["note"] == "began" and time.monotonic() - begin < 30
 
     def test_no_time_left_or_no_tool(self, tmp_path: Path):
-        assert self.entry(tmp_path, "", seconds=1) == {"status": "skipped", "note": "no time was left"}
+        assert self.entry(tmp_path, "", seconds=1) == {"status": "skipped", "note": "no time left"}
         assert self.entry(tmp_path, "", missing="no tool") == {"status": "skipped", "note": "no tool"}
 
     def test_what_logs_say(self, tmp_path: Path):

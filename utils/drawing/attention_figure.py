@@ -78,7 +78,10 @@ def draw_panels(
     A map is shown relative to its largest weight, on a square-root scale that makes small weights visible.
 
     Args:
-        picture, pixel, maps, class_name: as for `draw_attention`.
+        picture: uint8 [h, w, 3] RGB.
+        pixel: (row, column) in the picture.
+        maps: float [R, H, W], the weights after each recurrence.
+        class_name: name of the pixel's class, shown in the first caption.
         view: size of the cross, relative to that in a panel 400 pixels wide. By default it is derived from
             the size of the panel.
     """
