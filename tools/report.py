@@ -63,12 +63,14 @@ def get_parser() -> argparse.ArgumentParser:
         "--pictures",
         type=flags.number(int, 0, MOST),
         default=3,
+        metavar="N",
         help="number of best and of worst pictures (default: %(default)s)",
     )
     add(
         "--attention",
         type=flags.number(int, 0, MOST),
         default=2,
+        metavar="N",
         help="number of pictures with attention maps (default: %(default)s)",
     )
     add(

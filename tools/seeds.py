@@ -44,6 +44,9 @@ OWN = (("--snapshot-dir", "--random-seed", "--resume"), ("--restore-from", "--ou
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = common.Parser("seeds", __doc__)
+    parser.usage = (
+        "%(prog)s [-h] [--seeds N] [--first-seed SEED] DIR --train FLAGS ... [--evaluate FLAGS ...]"
+    )
     add = parser.add_argument
     add("out", metavar="DIR", help="output folder")
     add(
@@ -57,6 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--first-seed",
         type=flags.number(int, 0, 2**63 - 1001),
         default=12345,
+        metavar="SEED",
         help="first seed; the others follow it (default: %(default)s)",
     )
     return parser

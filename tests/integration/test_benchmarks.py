@@ -211,7 +211,7 @@ def test_stopwatch_marks_the_attention_and_nothing_behind_it(name: str):
 def test_without_a_gpu_the_report_ends_in_status_2(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_report.main([str(tmp_path / "out")]) == 2
-    assert "there is no GPU" in last_line(capsys.readouterr().err) and not (tmp_path / "out").exists()
+    assert "PyTorch finds no GPU" in last_line(capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 def test_quick_report_on_the_cpu(tmp_path: Path):
