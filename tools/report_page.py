@@ -378,12 +378,15 @@ def _classes(result: dict[str, Any], colors: Sequence[Color]) -> str:
         )
         or f"<tr><td>mean IoU</td>{_number(result['meanIU'])}</tr>"
     )
-    instance_note = (
-        "<p>iIoU: IoU in which each object counts the same, whatever its size; for classes with objects.</p>"
-    )
+    notes = []
+    if None in result["IU_array"]:
+        notes.append("No IoU: the class occurs neither in labels nor in predictions.")
+    if instances:
+        notes.append("iIoU: IoU in which objects count equally, regardless of their size.")
     return (
         f'<div class="beside"><table class="classes">{heading}{"".join(rows)}</table>'
-        f"<div><h3>Averages</h3><table>{averages}</table></div></div>" + (instance_note if instances else "")
+        f"<div><h3>Averages</h3><table>{averages}</table></div></div>"
+        + "".join(f"<p>{note}</p>" for note in notes)
     )
 
 

@@ -52,7 +52,7 @@ def draw_heat_map(names: Sequence[str], confusion: np.ndarray) -> Image.Image:
     shares = confusion / np.maximum(totals, 1)
     lines = [
         "Row: true class. Column: predicted class.",
-        "Number: percent of the pixels of the true class; none below 0.5.",
+        "Number: percent of the row, if 0.5 or more.",
     ]
     if not totals.all():
         lines.append("Gray row: the class occurs in no label.")
