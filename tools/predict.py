@@ -42,6 +42,7 @@ from tools.sources import (
     PictureFile,
     Video,
     check_video_name,
+    count_files,
     find,
     first_names,
     frames,
@@ -137,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
                 sheet.draw().save(temporary, quality=90)
             print(f"{args.out}: {work.done} pictures ({', '.join(args.save)}); {SHEET} shows {sheet.shown}")
         if work.cut:
-            print(f"skipped further pages of {len(work.cut)} files: {first_names(sorted(work.cut))}")
+            names = first_names(sorted(work.cut))
+            print(f"skipped further pages of {count_files(len(work.cut))}: {names}")
     if unreadable:
         for line in unreadable[:-1]:
             print(line, file=sys.stderr)

@@ -57,15 +57,16 @@ class Skipped(NamedTuple):
     def say(self, folder: str) -> str:
         """Describe them in one line, with paths relative to `folder`."""
         parts = []
-        for paths, kind in (
-            (self.litter, "hidden or system files"),
-            (self.others, "files that are not pictures"),
-        ):
+        for paths, kind in ((self.litter, "hidden or system"), (self.others, "not pictures")):
             if paths:
-                parts.append(
-                    f"{len(paths)} {kind} ({first_names([os.path.relpath(p, folder) for p in paths])})"
-                )
-        return f"skipped {' and '.join(parts)}"
+                names = first_names([os.path.relpath(path, folder) for path in paths])
+                parts.append(f"{len(paths)} {kind} ({names})")
+        return f"skipped {count_files(len(self.litter) + len(self.others))}: {', '.join(parts)}"
+
+
+def count_files(number: int) -> str:
+    """Write a number of files: "1 file" or "2 files"."""
+    return "1 file" if number == 1 else f"{number} files"
 
 
 def first_names(names: Sequence[str]) -> str:

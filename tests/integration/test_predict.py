@@ -292,8 +292,8 @@ def test_what_systems_leave_in_a_folder_is_skipped_and_counted(
         (tmp_path / name).touch()
     assert [each.name for each in sources.find([str(tmp_path)], "")[0]] == ["p", "a/q"]
     said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path}: skipped 5 hidden or system files (.DS_Store, ._p.png, ")
-    assert "and 2 more) and 2 files that are not pictures (moving.gif, a/notes.txt)\n" in said
+    assert said.startswith(f"{tmp_path}: skipped 7 files: 5 hidden or system (.DS_Store, ._p.png, ")
+    assert "and 2 more), 2 not pictures (moving.gif, a/notes.txt)\n" in said
     assert said.count("\n") == 1
 
 
