@@ -196,8 +196,8 @@ def kinds_of(path: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
         return ("imagenet",)
     if "layer1.0.conv1.weight" not in state:
         raise CheckpointError(
-            f"{path}: has an unknown entry {next(iter(state))}; give CCNet, mmsegmentation's CCNet, or a "
-            "ResNet of torchvision or timm"
+            f"{path}: not a known network (its first entry is {next(iter(state))}); give CCNet, "
+            "mmsegmentation's CCNet, or a ResNet of torchvision or timm"
         )
     if batch_norm_of(state) == PLAIN:
         return ("batch-norm",)
