@@ -18,15 +18,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, when run as a script
 
 from dataset import IMG_MEAN
-from examples.predict_folder import load
+from dataset.pictures import decode_upright, load
+from examples.predict_folder import load_network
 from networks.attention import picture_attention
 from utils.drawing.attention_figure import draw_attention
 
 
 def main(checkpoint: str, picture: str, out: str, *pixels: str) -> None:
     """Draw the attention of the network in `checkpoint` for some pixels of `picture` into the file `out`."""
-    model = load(checkpoint)
-    bgr = cv2.imread(picture)
+    model = load_network(checkpoint)
+    bgr = decode_upright(load(picture))
     image = torch.from_numpy(bgr - IMG_MEAN).permute(2, 0, 1).float()[None]
     places = [(int(row), int(column)) for row, column in (text.split(",") for text in pixels)]
     maps = picture_attention(model, image, places)  # [passes, pixels, H, W], at the resolution of the head

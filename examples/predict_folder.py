@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import cv2
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, when run as a script
 
 from dataset import IMG_MEAN
 from dataset.labels import LabelReader
+from dataset.pictures import decode_upright, load
 from engine.inference import predict_whole
 from networks import Seg_Model, load_weights
 from networks.models import describe
@@ -26,7 +26,7 @@ from networks.weights import read_state_dict
 from utils.drawing.palette import make_palette, save_indexed_png
 
 
-def load(checkpoint: str) -> Seg_Model:
+def load_network(checkpoint: str) -> Seg_Model:
     """Return the network of a checkpoint, as args.json beside it and the weights describe it."""
     state = read_state_dict(checkpoint)
     found, _ = describe(checkpoint, state, given={})
@@ -40,13 +40,13 @@ def load(checkpoint: str) -> Seg_Model:
 
 def main(checkpoint: str, pictures: str, out: str) -> None:
     """Predict every PNG and JPEG file in the folder `pictures` and write the classes to the folder `out`."""
-    model = load(checkpoint)
+    model = load_network(checkpoint)
     palette = make_palette(LabelReader().colors())
     Path(out).mkdir(parents=True, exist_ok=True)
     for path in sorted(Path(pictures).iterdir()):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
             continue
-        pixels = cv2.imread(str(path))  # uint8 [h, w, 3], BGR as the network expects it
+        pixels = decode_upright(load(str(path)))  # uint8 [h, w, 3], BGR as the network expects it
         image = torch.from_numpy(pixels - IMG_MEAN).permute(2, 0, 1).float()[None]
         with torch.inference_mode():
             classes = predict_whole(model, image).argmax(1)[0]

@@ -183,7 +183,7 @@ class TestParts:
         assert entry["status"] == "timed out" and entry["note"] == "began" and time.monotonic() - begin < 30
 
     def test_no_time_left_or_no_tool(self, tmp_path: Path):
-        assert self.entry(tmp_path, "", seconds=1) == {"status": "skipped", "note": "no time was left"}
+        assert self.entry(tmp_path, "", seconds=1) == {"status": "skipped", "note": "no time left"}
         assert self.entry(tmp_path, "", missing="no tool") == {"status": "skipped", "note": "no tool"}
 
     def test_what_logs_say(self, tmp_path: Path):
@@ -218,7 +218,7 @@ def test_stopwatch_marks_the_attention_and_nothing_behind_it(name: str):
 def test_without_a_gpu_the_report_ends_in_status_2(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_report.main([str(tmp_path / "out")]) == 2
-    assert "there is no GPU" in last_line(capsys.readouterr().err) and not (tmp_path / "out").exists()
+    assert "PyTorch finds no GPU" in last_line(capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 def test_quick_report_on_the_cpu(tmp_path: Path):
