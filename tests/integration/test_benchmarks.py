@@ -85,6 +85,7 @@ def test_a_run_that_fails_later_leaves_the_others():
     assert failures == {"b": "ValueError: third"} and list(times) == ["a"] and len(times["a"]) > 2
 
 
+@pytest.mark.slow
 def test_attention_command_writes_numbers_and_a_plot(tmp_path: Path):
     numbers, picture = tmp_path / "a.json", tmp_path / "a.png"
     arguments = (
@@ -152,6 +153,7 @@ def test_our_float32_over_our_bfloat16():
     assert attention.float32_over_bfloat16(cases) == {"1x2x3": {"forward": 1.5}}
 
 
+@pytest.mark.slow
 class TestParts:
     """A part of the GPU report is a process. However it ends, the report has an entry."""
 
@@ -221,6 +223,7 @@ def test_without_a_gpu_the_report_ends_in_status_2(tmp_path: Path, monkeypatch, 
     assert "PyTorch finds no GPU" in last_line(capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_quick_report_on_the_cpu(tmp_path: Path):
     done = run("benchmarks/gpu_report.py", tmp_path, "--device", "cpu", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import last_line, write_pair
+from conftest import TINY, last_line, write_pair
 from PIL import Image
 
 import evaluate as command
@@ -31,6 +31,8 @@ from utils import args as flags
 from utils import resources
 from utils.drawing.heat_map import EDGE, draw_heat_map
 from utils.errors import RunError
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -205,7 +207,7 @@ class TestArchive:
             write_archive(str(tmp_path / "s.zip"), pictures, CITYSCAPES.label_ids())
 
 
-SMALL = ["--gpu", "cpu", "--backbone", "resnet50", "--num-workers", "0", "--input-size", "33,33"]
+SMALL = [*TINY, "--input-size", "33,33"]
 
 
 def run(arguments, monkeypatch, capsys):

@@ -24,6 +24,8 @@ from networks.variants import DEPTHS, VARIANTS
 from tools import export
 from utils.errors import RunError, UsageError
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 5
 #: Batch, height, width: none is the tool's example, nor one of those that it compares by itself.
 SIZES = [(1, 65, 65), (3, 40, 72), (1, 57, 90)]

@@ -245,6 +245,7 @@ def test_a_video_that_ends_early_is_named(tmp_path: Path, checkpoint: Path) -> N
         run(checkpoint, tmp_path / "v.avi", "--out", tmp_path / "out", "--save", "color")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_broken_video(tmp_path: Path) -> None:
     """A video that exceeds the largest file of 20 kB is removed, although OpenCV reports no error."""
     code = (

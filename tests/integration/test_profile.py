@@ -41,6 +41,7 @@ def run_main(monkeypatch, *arguments: object) -> None:
 
 
 @compiled
+@pytest.mark.slow
 def test_counted_as_the_paper_counts_the_papers_gflops_come_out():
     rows = profile.paper()
     counted = {name: round(row["gflops_as_the_paper_counts"], 2) for name, row in rows.items()}
@@ -132,6 +133,7 @@ def test_peak_of_what_is_alive():
         assert alive.now == 64
 
 
+@pytest.mark.slow
 def test_memory_of_a_step():
     model = Seg_Model(5, backbone="tiny")
     setting = SMALL._replace(size=(257, 257))
@@ -238,6 +240,7 @@ def test_paper_needs_what_it_counts(monkeypatch):
         profile.paper()
 
 
+@pytest.mark.slow
 def test_started_as_a_file_it_says_how_to_start_it():
     result = run_process("tools/profile.py")
     assert result.returncode == 2

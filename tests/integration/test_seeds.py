@@ -93,6 +93,7 @@ def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:
     assert commands == []
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_ends_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="train.py: wrong usage or input"):
         seeds.main([str(tmp_path / "runs"), "--train", "--data-dir", str(tmp_path / "none"), "--gpu", "cpu"])

@@ -325,6 +325,7 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_plain_batch_norm_and_back(tmp_path):
     model = Seg_Model(5, backbone="resnet50")
     fill(model)

@@ -137,6 +137,7 @@ class TestSharedMemory:
         monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the workers are forks
         self.expect_one_line(dataset, scenes)
 
+    @pytest.mark.slow
     def test_worker_that_met_a_bus_error(self, dataset, scenes, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: os.kill(os.getpid(), signal.SIGBUS))
         self.expect_one_line(dataset, scenes)
