@@ -123,7 +123,7 @@ class TestRequire:
         with pytest.raises(UsageError) as error:
             apex.require(device_type)
         text = str(error.value)
-        assert text.startswith("--backend apex: ") and "\n" not in text and "leave the flag out" in text
+        assert text.startswith("--backend apex: ") and "\n" not in text and "omit the flag" in text
         return text
 
     def test_complete(self, install):

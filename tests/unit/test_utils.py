@@ -319,7 +319,7 @@ def test_a_log_is_a_file(tmp_path: Path, kind: str) -> None:
 
 def test_events_need_a_folder(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").touch()
-    with pytest.raises(UsageError, match="tensorboard is no folder"):
+    with pytest.raises(UsageError, match="tensorboard is not a folder"):
         RunLog(str(tmp_path), 0, 3, 1)
 
 
