@@ -1,8 +1,8 @@
 """Prediction of whole pictures, by overlapping tiles, and at several scales.
 
 Logits are computed in bands of lines, so that predicting the classes of a picture needs memory for the logits
-of one band only, whatever the size of the picture. Lines are the rows of a picture that is at least as high as
-wide, and the columns of a wider one. The logits of a picture are its bands, concatenated.
+of one band only. Lines are the rows of a picture that is at least as high as wide, and the columns of a wider
+one. The logits of a picture are its bands, concatenated.
 
 Source: evaluate.py of the original.
 """
