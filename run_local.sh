@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Sets up, trains and evaluates in one go; run again, it continues where it stopped.
+# Set up, train and evaluate. Run again, it resumes.
 #
-#   ./run_local.sh                             a small network on the generated mini data set (CPU: minutes)
+#   ./run_local.sh                             a small network on the generated data set (about 10 minutes on a CPU)
 #   ./run_local.sh CS                          the published recipe on Cityscapes in CS, on every visible GPU
 #   ./run_local.sh CS ccnet 60000 769,769 1    the same with model, steps, input size and OHEM (1 or 0)
 #
-# Settings by environment: IMAGENET, the backbone's weights (dataset/resnet101-imagenet.pth where that is; torchvision
-# downloads that library's); SNAPSHOT_DIR, where the run goes (snapshots, and snapshots/mini); GPU, ids such as
-# 0,1,2,3, or cpu (as many GPUs as divide the batch).
+# Environment variables:
+#   IMAGENET       weights of the backbone: a file, or torchvision or timm:NAME to download them
+#                  (default: dataset/resnet101-imagenet.pth, if it exists)
+#   SNAPSHOT_DIR   folder of the run (default: snapshots, or snapshots/mini)
+#   GPU            ids such as 0,1,2,3, or cpu (default: as many GPUs as divide the batch)
 set -euo pipefail
 invoked_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ $# -gt 5 ] || [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-    sed -n '2,10s/^# \{0,1\}//p' "$(basename "${BASH_SOURCE[0]}")"
+    sed -n '2,12s/^# \{0,1\}//p' "$(basename "${BASH_SOURCE[0]}")"
     if [ $# -gt 5 ]; then exit 2; else exit 0; fi
 fi
 absolute() { (cd "$invoked_from" && realpath -m -- "$1"); }
@@ -28,33 +30,31 @@ fi
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if [ $# = 0 ]; then
     data=data/mini snapshots=${SNAPSHOT_DIR:-snapshots/mini} steps=300
-    network=(--backbone resnet50)
     device=(--gpu "${GPU:-$([ "$gpus" = 0 ] && echo cpu || echo 0)}")
     "$PYTHON" -m dataset.mini "$data"
-    "$PYTHON" train.py --data-dir "$data" --random-mirror --random-scale "${network[@]}" --input-size 97,97 \
+    "$PYTHON" train.py --data-dir "$data" --random-mirror --random-scale --backbone resnet50 --input-size 97,97 \
         --batch-size 4 --num-steps $steps --num-workers 1 --print-frequency 20 --save-state-every 50 \
         --snapshot-dir "$snapshots" --resume "${device[@]}"
-    "$PYTHON" evaluate.py --data-dir "$data" --restore-from "$snapshots/CS_scenes_$steps.pth" "${network[@]}" --whole \
-        "${device[@]}"
+    "$PYTHON" evaluate.py --data-dir "$data" --restore-from "$snapshots/CS_scenes_$steps.pth" --whole "${device[@]}"
     exit
 fi
 
 model=${2:-ccnet} steps=${3:-60000} size=${4:-769,769} ohem=${5:-0} snapshots=${SNAPSHOT_DIR:-snapshots}
 device=(--gpu "${GPU:-cpu}")
-for ids in 0 0,1 0,1,2,3 0,1,2,3,4,5,6,7; do # what divides the batch of 8
+for ids in 0 0,1 0,1,2,3 0,1,2,3,4,5,6,7; do # their number divides the batch of 8
     count=$(tr -cd , <<<"$ids" | wc -c)
     if [ -z "${GPU:-}" ] && [ "$gpus" -gt "$count" ]; then device=(--gpu "$ids"); fi
 done
 imagenet=dataset/resnet101-imagenet.pth
 case "${IMAGENET:-}" in
 "") ;;
-torchvision* | timm:*) imagenet=$IMAGENET ;; # a library's, to be downloaded
+torchvision* | timm:*) imagenet=$IMAGENET ;; # the name of weights to download
 *) imagenet=$(absolute "$IMAGENET") ;;
 esac
 restore=(--restore-from "$imagenet")
 if [ ! -e "$imagenet" ] && [ -z "${IMAGENET:-}" ]; then
-    echo "run_local.sh: $imagenet is not there: training from random weights, far below the published scores;" \
-        "IMAGENET=torchvision downloads others" >&2
+    echo "run_local.sh: $imagenet does not exist: training from random weights, far below the published scores;" \
+        "IMAGENET=torchvision downloads other weights" >&2
     restore=()
 fi
 "$PYTHON" train.py --data-dir "$data" --model "$model" --random-mirror --random-scale "${restore[@]}" \

@@ -97,7 +97,7 @@ class CSDataSet(Dataset):
         DataError: see `layout.read_list` and `layout.discover`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         root: str,
         list_path: str | None = None,

@@ -108,11 +108,13 @@ def add_flags(
     """
     groups: dict[str, Any] = {}
     by_name = {each.name: each for each in fields(options)}
-    for group in reversed(options.__mro__):
-        if not issubclass(group, Options):
-            continue
+    classes = [each for each in options.__mro__ if issubclass(each, Options)]
+    for group in reversed(classes):
         for name in inspect.get_annotations(group):
-            if name not in by_name or "flag" not in by_name[name].metadata:
+            # Add a flag that a subclass redefines only once, in the group of the subclass.
+            if name not in by_name or group is not next(
+                each for each in classes if name in inspect.get_annotations(each)
+            ):
                 continue
             flag, default = _flag_of(by_name[name]), by_name[name].default
             if group.title not in groups:
@@ -133,8 +135,9 @@ def add_flags(
             if flag.bare:
                 settings |= {"nargs": "?", "const": True}
             groups[group.title].add_argument(f"--{name.replace('_', '-')}", **settings)
-    # torch.distributed.launch passes this flag. It is ignored: the environment has the same number.
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    if issubclass(options, ProcessOptions):
+        # torch.distributed.launch passes this flag. It is ignored: the environment has the same number.
+        parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 @dataclass(frozen=True, kw_only=True)

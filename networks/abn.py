@@ -89,10 +89,7 @@ class ABN(nn.Module):
         if self.training and self.group is not None:
             # apex has kernels for these two dtypes only.
             by_apex = self.backend == "apex" and x.dtype in (torch.float32, torch.float16)
-            batch_norm = _apex_batch_norm if by_apex else _synchronized_batch_norm
-            y = batch_norm(
-                x, weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum, self.group
-            )
+            y = (_apex_batch_norm if by_apex else _synchronized_batch_norm)(x, weight, self, self.group)
         else:
             y = F.batch_norm(
                 x,
@@ -182,26 +179,27 @@ def train_mode(model: nn.Module, keep_statistics: bool) -> None:
             module.eval()
 
 
-def _apex_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):
+def _apex_batch_norm(x: Tensor, weight: Tensor, norm: ABN, group: StatisticsGroup) -> Tensor:
     from apex.parallel.optimized_sync_batchnorm_kernel import SyncBatchnormFunction
 
     # The function replaces the storage of the statistics it gets. Ours must stay, since state dicts share it.
-    mean, variance = running_mean.clone(), running_var.clone()
-    y = SyncBatchnormFunction.apply(x, None, weight, bias, mean, variance, eps, True, momentum, group.group)
-    running_mean.copy_(mean)
-    running_var.copy_(variance)
+    mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+    y = SyncBatchnormFunction.apply(
+        x, None, weight, norm.bias, mean, variance, norm.eps, True, norm.momentum, group.group
+    )
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
     return y
 
 
-def _synchronized_batch_norm(x, weight, bias, running_mean, running_var, eps, momentum, group):
+def _synchronized_batch_norm(x: Tensor, weight: Tensor, norm: ABN, group: StatisticsGroup) -> Tensor:
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.momentum)
     if x.is_cuda:
         # Call the kernels behind nn.SyncBatchNorm directly, in order to pass |weight| + eps.
         from torch.nn.modules._functions import SyncBatchNorm
 
-        return SyncBatchNorm.apply(
-            x, weight, bias, running_mean, running_var, eps, momentum, group.group, group.size
-        )
-    return _SynchronizedBatchNorm.apply(x, weight, bias, running_mean, running_var, eps, momentum, group)
+        return SyncBatchNorm.apply(x, weight, norm.bias, *statistics, group.group, group.size)
+    return _SynchronizedBatchNorm.apply(x, weight, norm.bias, *statistics, group)
 
 
 class _SynchronizedBatchNorm(torch.autograd.Function):
@@ -211,7 +209,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, eps, momentum, group):
+    def forward(ctx, x, weight, bias, running_mean, running_var, eps, momentum, group):  # noqa: PLR0913
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype

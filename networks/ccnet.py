@@ -38,7 +38,7 @@ class Seg_Model(ResNet):  # noqa: N801
         utils.errors.CheckpointError: `pretrained_model` is unreadable or belongs to another network.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         num_classes: int,
         criterion: Callable[[list[Tensor], Tensor], Tensor] | None = None,

@@ -1,8 +1,9 @@
-"""The order of the house: who may import whom, and what nobody does."""
+"""The layers of the repository: which package may import which, and calls that no code makes."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,20 @@ from engine.runtime.distributed import OPERATOR_MISSING
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"cc_attention", "dataset", "engine", "loss", "networks", "utils"}
-#: Each package, and the siblings that it may import. Commands, tests, benchmarks import what they like.
-ALLOWED = {"dataset": {"utils"}, "networks": {"cc_attention", "utils"}, "engine": {"utils"}}
+#: What may import everything below it and is imported by nothing below it, besides train.py and evaluate.py.
+TOP = {"tools", "benchmarks", "examples", "tests"}
+#: The packages that a package may import besides itself. cc_attention is installed alone; utils serves the others.
+ALLOWED = {name: {"utils"} for name in PACKAGES - {"cc_attention", "utils"}}
+ALLOWED["networks"] = {"utils", "cc_attention"}
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 COMMANDS = [
-    ROOT / "train.py",
-    ROOT / "evaluate.py",
-    ROOT / "setup.py",
-    *sorted((ROOT / "tools").glob("*.py")),
+    *(ROOT / name for name in ("train.py", "evaluate.py", "setup.py")),
+    *sorted(path for name in ("tools", "examples") for path in (ROOT / name).glob("*.py")),
 ]
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level names that a file imports, anywhere in it."""
+    """Return the names that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -33,11 +35,35 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def packages(path: Path) -> set[str]:
+    """Return the top-level names that a file imports."""
+    return {name.split(".")[0] for name in imports(path)}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_packages_import_only_the_siblings_they_may(path):
+def test_a_package_imports_only_what_it_may(path):
     package = path.relative_to(ROOT).parts[0]
-    siblings = {name.split(".")[0] for name in imports(path)} & PACKAGES - {package}
-    assert siblings <= ALLOWED.get(package, set())
+    forbidden = (PACKAGES | TOP | {"train", "evaluate"}) - {package} - ALLOWED.get(package, set())
+    assert not packages(path) & forbidden
+
+
+def test_tools_do_not_import_benchmarks_or_tests():
+    for path in COMMANDS:
+        assert not packages(path) & {"benchmarks", "tests"}, path
+    for name in ("train.py", "evaluate.py", "setup.py"):
+        assert not packages(ROOT / name) & TOP, name
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+    graph = {}
+    for module, path in modules.items():
+        found = set()
+        for name in imports(path):
+            # `from a.b import c`: c is a module or a name in a.b.
+            found |= {name, name.rpartition(".")[0]} & modules.keys()
+        graph[module] = found - {module}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(modules)  # raises CycleError
 
 
 def test_one_file_knows_torch_distributed():
@@ -71,7 +97,7 @@ def test_every_python_file_says_what_it_is_for():
     files = [
         *SOURCES,
         *COMMANDS,
-        *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
         *(ROOT / "benchmarks").glob("*.py"),
     ]
     assert [path for path in files if not ast.get_docstring(ast.parse(path.read_text()))] == []

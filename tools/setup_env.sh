@@ -66,7 +66,7 @@ ccnet_pip() {
 ccnet_install() { # name of the stamp, pip's arguments
     local stamp=.venv/ccnet-$1 digest
     shift
-    digest=$(cat requirements.txt requirements-dev.txt constraints.txt | ccnet_digest)
+    digest=$(cat requirements*.txt constraints.txt | ccnet_digest)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$digest" ]; then return; fi
     ccnet_say "installing $*"
     if ! ccnet_pip "$@" -c constraints.txt; then

@@ -25,8 +25,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
             return action.help
-        if isinstance(action.default, tuple):
-            return f"{action.help} (default: {','.join(f'{value:g}' for value in action.default)})"
+        if isinstance(action.default, (tuple, list)) and "%(default)" not in (action.help or ""):
+            values = [f"{value:g}" if isinstance(value, float) else str(value) for value in action.default]
+            return f"{action.help} (default: {','.join(values)})"
         return super()._get_help_string(action)
 
 

@@ -7,11 +7,22 @@ import os
 import platform
 import re
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+#: Packages that a result may depend on.
+PACKAGES = (
+    "torchvision",
+    "numpy",
+    "opencv-python-headless",
+    "opencv-python",
+    "pillow",
+    "tensorboardX",
+    "timm",
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -64,3 +75,22 @@ def _processor() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Print what a report of a problem should contain: machine, packages, operator and commit."""
+    for name, value in machine("cuda" if torch.cuda.is_available() else "cpu").items():
+        print(f"{name}: {value}")
+    print(f"system: {platform.platform()}")
+    for package in PACKAGES:
+        try:
+            print(f"{package}: {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package}: not installed")
+    library = next((ROOT / "cc_attention").glob("_C*.so"), None)
+    print(f"operator: {library.name if library else 'not built'}")
+    print(f"commit: {commit()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The description of a checkpoint's network: flags, then args.json, then the weights, then defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from networks import CheckpointError, Seg_Model
+from networks.models import Description, args_file, backbone_of, describe
+from utils.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return dict(Seg_Model(5, backbone="resnet50").state_dict())
+
+
+def described(folder: Path, state: dict[str, Tensor], run: object = None, **given: object):
+    path = str(folder / "CS_scenes_9.pth")
+    if run is not None:
+        Path(args_file(path)).write_text(json.dumps(run))
+    return describe(path, state, given)
+
+
+def test_weights_alone(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    assert described(tmp_path, state) == (Description("ccnet", "resnet50", 2, 5, None), [])
+
+
+def test_the_run_tells_what_the_weights_do_not(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    run = {"model": "ccnet", "backbone": "resnet50", "recurrence": 3, "num_classes": 5, "classes": "a.tsv"}
+    run["input_size"] = [97, 97]
+    assert described(tmp_path, state, run) == (Description("ccnet", "resnet50", 3, 5, "a.tsv"), [])
+
+
+def test_a_flag_goes_before_the_run_with_one_line(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    run = {"recurrence": 3, "classes": "a.tsv"}
+    found, notes = described(tmp_path, state, run, recurrence=1, classes="b.tsv")
+    assert (found.recurrence, found.classes) == (1, "b.tsv")
+    assert notes == [
+        f"--recurrence 1: used instead of 3, which {tmp_path}/args.json has",
+        f"--classes b.tsv: used instead of a.tsv, which {tmp_path}/args.json has",
+    ]
+    assert described(tmp_path, state, run, recurrence=3)[1] == []  # the same: nothing to say
+
+
+@pytest.mark.parametrize(
+    "name, wrong, right", [("backbone", "resnet101", "resnet50"), ("num_classes", 19, 5)]
+)
+def test_the_weights_go_before_both(tmp_path: Path, state: dict[str, Tensor], name, wrong, right) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(UsageError, match=f"{flag} {wrong}: the weights of .* have .* {right}; leave out"):
+        described(tmp_path, state, **{name: wrong})
+    with pytest.raises(UsageError, match=f"args.json: {name} {wrong}: .* {right}; give {flag} {right}"):
+        described(tmp_path, state, {name: wrong})
+    found, notes = described(tmp_path, state, {name: wrong}, **{name: right})
+    assert getattr(found, name) == right and len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    "run",
+    [{"model": "fcn"}, {"backbone": 7}, {"recurrence": "2"}, {"num_classes": None}, {"classes": ["a"]}],
+)
+def test_impossible_values_are_named(tmp_path: Path, state: dict[str, Tensor], run: dict) -> None:
+    (name,) = run
+    with pytest.raises(UsageError, match=f"args.json: {name} is .* give --{name.replace('_', '-')}"):
+        described(tmp_path, state, run)
+
+
+def test_other_weights_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match="its stages have"):
+        backbone_of("x.pth", {"layer1.0.conv1.weight": torch.zeros(1)})
+    many = {**state, "head.bottleneck.3.weight": torch.empty(300, 512, 1, 1, device="meta")}
+    with pytest.raises(CheckpointError, match="300 classes; .*255"):
+        described(tmp_path, many)
