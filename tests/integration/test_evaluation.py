@@ -496,7 +496,7 @@ class TestWritten:
         odd = folder / "ulm\udcff_leftImg8bit.png"
         odd.write_bytes(picture)
         status, _, line = run(arguments, monkeypatch, capsys)
-        assert status == 2 and "ulm\\udcff" in line and "is not UTF-8" in line
+        assert status == 2 and "ulm\\udcff" in line and "is not valid UTF-8" in line
         odd.unlink()
         long = tmp_path / "data" / f"{'n' * 250}.png"  # and _labelIds behind it is more than a name can have
         long.write_bytes(picture)
