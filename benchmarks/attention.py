@@ -1,25 +1,25 @@
-"""Criss-cross attention against plain PyTorch, against full attention, and against what the machine can do.
+"""Compare criss-cross attention with plain PyTorch, with full attention, and with the limits of the machine.
 
     python -m benchmarks.attention [--device cpu|cuda] [--shapes 8x97x97 ...] [--dtypes float32 bfloat16 ...]
         [--contenders ours bmm ...] [--out FILE.json] [--plot FILE.png]
 
-In one run: time of forward and of forward + backward (gradients of query, key and value), on CUDA also as a
-replayed graph, and peak memory over the inputs, of
+Measures the time of forward and of forward + backward (gradients of query, key and value), on CUDA also as a
+replayed graph, and the peak memory in addition to the inputs. The contenders are
 
 - ours: `cc_attention.criss_cross_attention`;
-- pure PyTorch: the bmm formulation (as the published CCNet code without its extension) and the einsum one (as
-  mmcv), each eager and compiled;
-- views: the best that we could write without a kernel, matrix products on views of channels_last maps;
-- non-local: full attention by scaled_dot_product_attention, in one head and, since 512 channels of value are
-  more than the flash kernels take, with the value split into heads that share query and key.
+- pure PyTorch: the bmm formulation (as in the published CCNet code without its extension) and the einsum
+  formulation (as in mmcv), each eager and compiled;
+- views: the best hand-written PyTorch, matrix products on views of channels_last tensors;
+- non-local: full attention by scaled_dot_product_attention, in one head, and with the value split into heads
+  that share query and key, because flash kernels do not support 512 channels of value.
 
-Each runs on contiguous and on channels_last inputs (non-local on channels_last alone, where its tokens are a
-view); in a comparison the best of a family counts. The floor is the time that the bytes and FLOP which no
-implementation avoids take at the copy bandwidth and matrix rate measured in the same run. Every contender is
-compared with float64 before it is timed. One that fails is reported, and the run goes on; one that is wrong
-is not timed, and makes the exit status 1. On the CPU no contender gets more than half of the free memory.
+Each contender runs on contiguous and on channels_last inputs (non-local only on channels_last ones, where its
+tokens are views). Comparisons use the best contender of a family. The floor is the minimum time for the bytes
+and FLOP that no implementation avoids, at the copy bandwidth and matrix rate measured in the same run. Each
+contender is compared with float64 before it is timed. Contenders that fail are reported. Contenders that give
+wrong results are not timed, and the exit status is 1. On the CPU, a contender may use half the free memory.
 
-On the CPU, compiling takes most of the time: `--contenders ours bmm einsum views non-local` leaves it out.
+On the CPU, compiling takes most of the time; `--contenders ours bmm einsum views non-local` avoids it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started as a file, which puts benchmarks/ on the path in place of the project
+if not __package__:  # started as a file: the path has benchmarks/ instead of the project folder
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "benchmarks.attention", *sys.argv[1:]]
@@ -66,7 +66,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-#: Largest relative error that rounding explains. Wrong results are off by tenths.
+#: Maximum relative error of correct results. Wrong results have errors of tenths.
 ERROR_LIMITS = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
 TIMED = ("forward", "forward+backward")
 PEERS = {name: f"best {name} / ours" for name in ("pure PyTorch", "views", "non-local")}
@@ -77,9 +77,10 @@ COLUMNS = (*TIMED, *(f"{name} graph" for name in TIMED), *(f"{name} peak" for na
 
 
 def bmm_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """criss_cross_attention as batched matrix products over copied lines of pixels.
+    """Compute criss-cross attention as batched matrix products over copied rows and columns.
 
-    Source: the pure PyTorch branch of CCNet (arXiv 1811.11721), the pixel left out of its own column by -inf.
+    Source: the pure PyTorch branch of CCNet (arXiv 1811.11721), which excludes a pixel from its own column
+    with -inf.
     """
     n, _, h, w = query.shape
     channels = value.shape[1]
@@ -105,7 +106,7 @@ def bmm_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def einsum_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """criss_cross_attention as four contractions. Source: the formulation of mmcv's CrissCrossAttention."""
+    """Compute criss-cross attention as four contractions, the formulation of mmcv's CrissCrossAttention."""
     h = query.shape[2]
     vertical = torch.einsum("ncyx,ncvx->nxyv", query, key) + _diagonal(query)
     horizontal = torch.einsum("ncyx,ncyu->nyxu", query, key)
@@ -115,7 +116,7 @@ def einsum_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def view_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """criss_cross_attention as products of views, which copy nothing if the inputs are channels_last."""
+    """Compute criss-cross attention as products of views, without copies for channels_last inputs."""
     h = query.shape[2]
     diagonal = _diagonal(query)
     query, key, value = (x.permute(0, 2, 3, 1) for x in (query, key, value))  # [N, H, W, k]
@@ -127,19 +128,22 @@ def view_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _diagonal(query: Tensor) -> Tensor:
-    """[H, H], -inf on the diagonal: a pixel meets itself in its row already."""
+    """Return [H, H] with -inf on the diagonal: the row of a pixel already contains it."""
     h = query.shape[2]
     return torch.diag(torch.full((h,), -torch.inf, device=query.device, dtype=query.dtype))
 
 
 def non_local(query: Tensor, key: Tensor, value: Tensor, width: int = 0) -> Tensor:
-    """Full attention: each pixel attends to all, unscaled as in CCNet.
+    """Compute full attention, in which each pixel attends to all, without scaling as in CCNet.
 
     Args:
-        width: 0 for one head; else value's channels are split into heads of width * c that share the query
-            and key, padded with zeros to as many channels.
+        query: [N, c, H, W].
+        key: [N, c, H, W].
+        value: [N, C, H, W].
+        width: 0 for one head. Otherwise the channels of value are split into heads of width * c channels,
+            which share query and key, padded with zeros to that many channels.
     """
-    n, c, h, w = query.shape
+    _, c, h, w = query.shape
     # [N, k, H, W] -> [N, H * W, k], in channels_last without a copy
     query, key, value = (x.permute(0, 2, 3, 1).flatten(1, 2) for x in (query, key, value))
     heads = value.shape[2] // (width * c) if width else 1
@@ -151,13 +155,13 @@ def non_local(query: Tensor, key: Tensor, value: Tensor, width: int = 0) -> Tens
 
 
 def exact_non_local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """non_local, step by step: what its results are compared with."""
+    """Compute `non_local` step by step, as its reference."""
     weight = F.softmax(query.flatten(2).mT @ key.flatten(2), dim=2)  # [N, pixel, pixel seen]
     return (value.flatten(2) @ weight.mT).view(value.shape)
 
 
-#: Family, function, and what it must agree with, by name. The heads of non-local are as wide as the key, or
-#: twice that.
+#: Family, function and reference by name. The heads of non-local have as many channels as the key, or twice
+#: as many.
 FORMULATIONS: dict[str, tuple[str, Function, Function]] = {
     "ours": ("ours", criss_cross_attention, reference.criss_cross_attention),
     "bmm": ("pure PyTorch", bmm_attention, reference.criss_cross_attention),
@@ -167,7 +171,7 @@ FORMULATIONS: dict[str, tuple[str, Function, Function]] = {
     "non-local split": ("non-local", partial(non_local, width=1), exact_non_local),
     "non-local split wide": ("non-local", partial(non_local, width=2), exact_non_local),
 }
-#: What --contenders offers, and the formulations that each stands for.
+#: Choices of --contenders, and their formulations.
 CHOICES = {
     "ours": ["ours"],
     "bmm": ["bmm"],
@@ -181,7 +185,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A formulation in a layout of the inputs."""
+    """A formulation with a memory format of the inputs."""
 
     formulation: str
     layout: str
@@ -189,22 +193,27 @@ class Contender:
 
     @property
     def kind(self) -> str:
+        """Return the formulation, and whether it is compiled."""
         return f"{self.formulation} compiled" if self.compiled else self.formulation
 
     @property
     def name(self) -> str:
+        """Return the kind and the memory format."""
         return f"{self.kind}, {self.layout}"
 
     @property
     def family(self) -> str:
+        """Return the family of the formulation."""
         return FORMULATIONS[self.formulation][0]
 
     def function(self) -> Function:
+        """Return the function to measure."""
         function = FORMULATIONS[self.formulation][1]
         return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
 
 
 def make_contenders(names: list[str]) -> list[Contender]:
+    """Return the contenders for choices of --contenders."""
     return [
         Contender(formulation, layout, name.endswith("-compiled"))
         for name in names
@@ -218,24 +227,29 @@ def make_contenders(names: list[str]) -> list[Contender]:
 
 @dataclass(frozen=True)
 class Work:
-    """The FLOP and the bytes of device memory that no implementation avoids."""
+    """FLOP and bytes of device memory that no implementation avoids."""
 
     flop: int
     bytes: int
 
     def seconds(self, flop_per_second: float, bytes_per_second: float) -> float:
-        """Both at once, so that the slower one decides."""
+        """Return the minimum time: FLOP and bytes overlap, so that the slower one decides."""
         return max(self.flop / flop_per_second, self.bytes / bytes_per_second)
 
 
 def necessary_work(shape: Shape, channels: tuple[int, int], element_size: int) -> tuple[Work, Work]:
-    """Forward and backward of a shape [N, H, W] with (c, C) channels.
+    """Return the necessary work of forward and backward.
 
-    With S = N H W (H + W - 1) scores, the forward is two products, query key and weight value: 2 S (c + C)
-    FLOP. The backward has five: the scores again, grad_weight, and grad_value, grad_query, grad_key:
-    2 S (3 c + 2 C). Each tensor moves once: the forward reads query, key, value and writes the result and 4
-    bytes a pixel, the logarithm of the softmax's denominator; the backward reads all these and the result's
-    gradient, and writes the three gradients.
+    There are S = N H W (H + W - 1) scores. The forward consists of two products, query key and weight value:
+    2 S (c + C) FLOP. The backward consists of five, for the scores, grad_weight, grad_value, grad_query and
+    grad_key: 2 S (3 c + 2 C) FLOP. Each tensor moves once. The forward reads query, key and value, and writes
+    the result and 4 bytes per pixel (logarithm of the denominator of the softmax). The backward reads all of
+    these and the gradient of the result, and writes three gradients.
+
+    Args:
+        shape: N, H, W.
+        channels: c and C.
+        element_size: bytes of an element.
     """
     (n, h, w), (c, value) = shape, channels
     pixels = n * h * w
@@ -253,20 +267,21 @@ def necessary_work(shape: Shape, channels: tuple[int, int], element_size: int) -
 
 @dataclass(frozen=True)
 class Case:
-    """What contenders are compared on: shape [N, H, W], channels (c, C), a key of DTYPES, a device."""
+    """Inputs on which contenders are compared."""
 
     shape: Shape
-    channels: tuple[int, int]
-    precision: str
+    channels: tuple[int, int]  # c, C
+    precision: str  # a key of DTYPES
     device: str
 
     def apply_precision(self) -> None:
+        """Set the precision of matrix products for the process."""
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
 
     def inputs(self, layout: str) -> list[Tensor]:
-        """Random query, key, value, which require gradients, and a gradient of the result.
+        """Return random query, key and value, which require gradients, and a gradient of the result.
 
-        Scores of variance 1: much larger ones would show how bfloat16 rounds them, not which result is wrong.
+        Scores have variance 1: errors of much larger ones would be dominated by the rounding of bfloat16.
         """
         n, h, w = self.shape
         c, channels = self.channels
@@ -282,8 +297,11 @@ class Case:
         return [*(t.requires_grad_() for t in tensors[:3]), tensors[3]]
 
     def input_sets(self, layout: str) -> list[list[Tensor]]:
-        """On a GPU as many inputs as exceed its L2 cache four times, so that none is found there again; on
-        the CPU two, as the contenders' turns clear the cache."""
+        """Return several sets of inputs, so that none is found in a cache again.
+
+        On a GPU they exceed the L2 cache four times. On the CPU two are enough, because the contenders run
+        alternately.
+        """
         count = 2
         if self.device == "cuda":
             n, h, w = self.shape
@@ -294,14 +312,14 @@ class Case:
 
 
 def forward(function: Function, sets: list[list[Tensor]]) -> None:
-    """The function on each set of inputs, without gradients."""
+    """Call a function on each set of inputs, without gradients."""
     with torch.no_grad():
         for query, key, value, _ in sets:
             function(query, key, value)
 
 
 def forward_backward(function: Function, sets: list[list[Tensor]]) -> None:
-    """The function on each set of inputs and the gradients of query, key and value."""
+    """Call a function on each set of inputs, and compute the gradients of query, key and value."""
     for query, key, value, grad in sets:
         torch.autograd.grad(function(query, key, value), (query, key, value), grad)
 
@@ -310,10 +328,10 @@ ACTIONS = {"forward": forward, "forward+backward": forward_backward}
 
 
 def relative_error(contender: Contender, function: Function, case: Case) -> float:
-    """Largest ||x - exact|| / ||exact|| of the result and its gradients, on lines as long as the case's.
+    """Return the largest ||x - exact|| / ||exact|| of the result and its gradients.
 
-    Two narrow pictures, with all of a row and with all of a column; compiled functions see only the first,
-    since each takes a compilation.
+    Inputs are two narrow pictures, with rows and with columns as long as those of the case. Compiled
+    functions run only on the first one, because each shape takes a compilation.
     """
     _, h, w = case.shape
     exact_function = FORMULATIONS[contender.formulation][2]
@@ -329,12 +347,12 @@ def relative_error(contender: Contender, function: Function, case: Case) -> floa
             float((x.detach().double() - y.detach()).norm() / y.detach().norm())
             for x, y in zip(results, exacts, strict=True)
         ]
-    # The maximum of Python would lose a NaN.
+    # max() of Python may lose a NaN.
     return float(torch.tensor(errors).max())
 
 
 def peak(contender: Contender, function: Function, case: Case, action: str) -> int:
-    """Bytes that an action takes at most over its inputs, its results among them."""
+    """Return the peak memory of an action in bytes, including its results, without its inputs."""
     if case.device == "cuda":
         run, sets = ACTIONS[action], [case.inputs(contender.layout)]
         run(function, sets)
@@ -344,8 +362,8 @@ def peak(contender: Contender, function: Function, case: Case, action: str) -> i
         run(function, sets)
         return torch.cuda.max_memory_allocated() - before
     if contender.compiled:
-        raise NotImplementedError("the compiler's own memory is in the same process")
-    # Forked from a process that has imported PyTorch and run nothing: fresh, and there at once.
+        raise NotImplementedError("not measured: the memory of the compiler is in the same process")
+    # A process forked from one that has only imported PyTorch: clean, and started quickly.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cc_attention"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -353,11 +371,11 @@ def peak(contender: Contender, function: Function, case: Case, action: str) -> i
 
 
 def peak_of_process(contender: Contender, case: Case, action: str, threads: int) -> int:
-    """`peak` on the CPU, where it is a matter of the whole process: for a fresh one."""
+    """Return the peak memory of an action on the CPU; for a new process."""
     torch.set_num_threads(threads)
     run, function = ACTIONS[action], contender.function()
     small = Case((1, 3, 5), case.channels, case.precision, case.device)
-    run(function, [small.inputs(contender.layout)])  # libraries and threads begin
+    run(function, [small.inputs(contender.layout)])  # starts libraries and threads
     sets = [case.inputs(contender.layout)]
     before = timing.resident_peak()
     run(function, sets)
@@ -367,10 +385,22 @@ def peak_of_process(contender: Contender, case: Case, action: str, threads: int)
 def measure_case(
     case: Case, contenders: list[Contender], *, timed: bool, memory: bool, graphs: bool, rounds: int
 ) -> dict[str, Any]:
-    """Errors, times (seconds) and peaks (bytes) by contender; under "failed" why a column is missing."""
+    """Measure the contenders of a case.
+
+    Args:
+        case: the inputs.
+        contenders: the functions to compare.
+        timed: whether to measure times.
+        memory: whether to measure peak memory.
+        graphs: whether to measure CUDA graphs.
+        rounds: number of measurements.
+
+    Returns:
+        Errors, times (seconds) and peaks (bytes) by contender; "failed" holds the reasons of missing columns.
+    """
     case.apply_precision()
     if any(contender.compiled for contender in contenders):
-        torch.compiler.reset()  # a function is compiled a few times only, each shape and dtype being one
+        torch.compiler.reset()  # the number of compilations of a function is limited
     results: dict[str, dict[str, Any]] = {}
     functions: dict[str, Function] = {}
     for contender in contenders:
@@ -379,7 +409,7 @@ def measure_case(
             function = contender.function()
             result["error"] = relative_error(contender, function, case)
             result["wrong"] = not result["error"] <= ERROR_LIMITS[case.precision]
-        except Exception as error:  # out of memory, no compiler: the others go on
+        except Exception as error:  # out of memory, no compiler: continue with the others
             result["failed"]["all"] = timing.reason(error)
             continue
         if result["wrong"]:
@@ -410,7 +440,7 @@ def time_case(
     graphs: bool,
     rounds: int,
 ) -> None:
-    """Adds the times of the contenders to their results."""
+    """Add the times of the contenders to their results."""
     sets = {layout: case.input_sets(layout) for layout in LAYOUTS}
     count = len(sets["contiguous"])
     for action, run in ACTIONS.items():
@@ -434,7 +464,7 @@ def collect(
     rounds: int,
     sets: int,
 ) -> None:
-    """Times of the runs, each over so many sets of inputs, into one column of the results."""
+    """Add the times of runs, each over `sets` sets of inputs, to a column of the results."""
     times, failures = timing.interleaved(runs, device, rounds)
     for name, values in times.items():
         results[name][column] = timing.quartiles([value / sets for value in values])
@@ -446,13 +476,13 @@ def collect(
 
 
 def number(result: dict[str, Any], column: str) -> float | None:
-    """Median seconds, or bytes, of a column of a contender's results."""
+    """Return the median seconds, or the bytes, of a column of the results of a contender."""
     value = result.get(column)
     return value["median"] if isinstance(value, dict) else value
 
 
 def best(results: dict[str, dict[str, Any]], column: str, **key: str) -> tuple[str, float] | None:
-    """Name and number of the best contender of a family or kind in a column."""
+    """Return name and value of the best contender of a family or kind in a column."""
     ((field, wanted),) = key.items()
     found = [
         (name, value)
@@ -463,7 +493,7 @@ def best(results: dict[str, dict[str, Any]], column: str, **key: str) -> tuple[s
 
 
 def compare(results: dict[str, dict[str, Any]], floors: dict[str, float]) -> dict[str, Any]:
-    """For each column, the best of ours, the best of each other family over it, and it over the floor."""
+    """Return for each column our best value, its ratio to the floor, and the ratios of other families."""
     ratios: dict[str, Any] = {}
     for column in COLUMNS:
         ours = best(results, column, family="ours")
@@ -485,7 +515,7 @@ def compare(results: dict[str, dict[str, Any]], floors: dict[str, float]) -> dic
 
 
 def float32_over_bfloat16(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By shape and column: our float32 over our bfloat16."""
+    """Return the ratio of our float32 to our bfloat16 values, by shape and column."""
     result: dict[str, dict[str, float]] = {}
     for wide in (case for case in cases if case["dtype"] == "float32"):
         for narrow in (c for c in cases if c["dtype"] == "bfloat16" and c["shape"] == wide["shape"]):
@@ -498,15 +528,16 @@ def float32_over_bfloat16(cases: list[dict[str, Any]]) -> dict[str, dict[str, fl
     return result
 
 
-# Showing
+# Tables and charts
 
 
 def title(case: dict[str, Any]) -> str:
+    """Return shape and dtype of a case."""
     return f"{'x'.join(map(str, case['shape']))} {case['dtype']}"
 
 
 def show(case: dict[str, Any]) -> None:
-    """Prints a case as a table: milliseconds and megabytes, then the comparison, then what failed."""
+    """Print a case as a table: milliseconds and megabytes, comparisons, and failures."""
     columns = [column for column in COLUMNS if any(column in r for r in case["contenders"].values())]
     width = max(map(len, [*case["contenders"], *PEERS.values()]))
 
@@ -541,7 +572,10 @@ def show(case: dict[str, Any]) -> None:
 
 
 def plot(report: dict[str, Any], path: str) -> None:
-    """A panel for each case and time, a bar for each kind of contender: its best, launched or replayed."""
+    """Draw a bar chart with a panel for each case and time.
+
+    Each bar is the best time of a kind of contender, with or without a CUDA graph.
+    """
     colors = {
         "ours": (31, 119, 180),
         "pure PyTorch": (150, 150, 150),
@@ -566,10 +600,8 @@ def plot(report: dict[str, Any], path: str) -> None:
     picture = Image.new("RGB", (2 * column, 60 + height * ((len(panels) + 1) // 2)), "white")
     draw = ImageDraw.Draw(picture)
     about = report["machine"]
-    draw.text(
-        (16, 10), "Criss-cross attention: milliseconds on a logarithmic scale, less is better", ink, bold
-    )
-    text = "dashed: the floor, at the rate of PyTorch's own products"
+    draw.text((16, 10), "Criss-cross attention: milliseconds, logarithmic scale, lower is better", ink, bold)
+    text = "dashed: floor, at the rate of PyTorch's matrix products"
     draw.text((16, 34), f"{about['name']}, PyTorch {about['torch']}; {text}", ink, plain)
     for index, (heading, floor, bars) in enumerate(panels):
         x, y = column * (index % 2), 60 + height * (index // 2)
@@ -596,7 +628,7 @@ def plot(report: dict[str, Any], path: str) -> None:
 
 
 def shape_argument(text: str) -> Shape:
-    """N x H x W, such as 8x97x97."""
+    """Parse NxHxW, such as 8x97x97."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape; give NxHxW such as 8x97x97")
     n, h, w = map(int, text.split("x"))
@@ -604,42 +636,65 @@ def shape_argument(text: str) -> Shape:
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = Parser(prog="python -m benchmarks.attention", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     cuda = torch.cuda.is_available()
-    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="default: %(default)s")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if cuda else "cpu",
+        help="device (default: %(default)s)",
+    )
     add(
         "--shapes",
         nargs="+",
         type=shape_argument,
         metavar="NxHxW",
-        help="default: 8x97x97 2x97x97 1x129x257, on the CPU 1x97x97",
+        help="shapes of the inputs (default: 8x97x97 2x97x97 1x129x257, on the CPU 1x97x97)",
     )
     add(
         "--memory-shapes",
         nargs="*",
         type=shape_argument,
         metavar="NxHxW",
-        help="of the peak memory, or none; default: those of --shapes, on the CPU 1x193x193 too",
+        help="shapes for the peak memory, or none (default: those of --shapes, on the CPU also 1x193x193)",
     )
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="tf32: on CUDA only")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32", "bfloat16"],
+        help="data types; tf32 only on CUDA (default: float32 bfloat16)",
+    )
     add(
         "--channels",
         type=positive_int,
         default=512,
-        help="of value, a multiple of 16; query and key have 1/8",
+        help="channels of value, a multiple of 16; query and key have 1/8 of them (default: %(default)s)",
     )
-    add("--contenders", nargs="+", choices=CHOICES, default=list(CHOICES))
-    add("--graphs", action=argparse.BooleanOptionalAction, default=True, help="time CUDA graphs as well")
-    add("--rounds", type=positive_int, default=5, help="turns of each contender (default: %(default)s)")
-    add("--threads", type=processes, help="of the CPU; default: PyTorch's choice")
-    add("--out", metavar="FILE.json", help="where all numbers go, after every case")
-    add("--plot", metavar="FILE.png", help="a bar chart of the times")
+    add(
+        "--contenders",
+        nargs="+",
+        choices=CHOICES,
+        default=list(CHOICES),
+        help="functions to compare (default: all)",
+    )
+    add(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also measure CUDA graphs (default: yes)",
+    )
+    add("--rounds", type=positive_int, default=5, help="number of measurements (default: %(default)s)")
+    add("--threads", type=processes, help="number of CPU threads (default: that of PyTorch)")
+    add("--out", metavar="FILE.json", help="JSON file to write the results to, updated after each case")
+    add("--plot", metavar="FILE.png", help="file to write a bar chart of the times to")
     return parser
 
 
 def cases_of(args: argparse.Namespace) -> Iterator[tuple[Case, bool, bool]]:
-    """Each case, and whether its time and its memory are measured."""
+    """Yield each case, and whether its time and its memory are measured."""
     gpu = args.device == "cuda"
     shapes = args.shapes or ([(8, 97, 97), (2, 97, 97), (1, 129, 257)] if gpu else [(1, 97, 97)])
     memory = args.memory_shapes
@@ -652,14 +707,15 @@ def cases_of(args: argparse.Namespace) -> Iterator[tuple[Case, bool, bool]]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark. Return the exit status."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.channels % 16:
-        parser.error(f"argument --channels: {args.channels} is not a multiple of 16")
+        parser.error(f"argument --channels: {args.channels} is not a multiple of 16; give one, such as 512")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: there is no GPU here")
+        parser.error("argument --device: no GPU found; give cpu")
     if args.device == "cpu" and "tf32" in args.dtypes:
-        parser.error("argument --dtypes: tf32 is for CUDA only")
+        parser.error("argument --dtypes: tf32 needs a GPU; give other types")
     for flag, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
             check_output_file(flag, path)
@@ -671,7 +727,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare_all(args: argparse.Namespace) -> int:
-    """Measures every case, prints it and writes what there is; 1 where a contender was wrong."""
+    """Measure, print and write all cases. Return 1 if a contender was wrong, otherwise 0."""
     about = machine(args.device) | {"compiled_for": sorted(ops.DEVICE_TYPES)}
     contenders = make_contenders(args.contenders)
     bandwidth = timing.copy_bandwidth(args.device)
@@ -683,12 +739,14 @@ def compare_all(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {
         "machine": about,
         "ceilings": {"copy_bytes_per_second": bandwidth, "matrix_flop_per_second": rates},
-        "units": "seconds; peaks over the inputs in bytes",
+        "units": "seconds; peaks in addition to the inputs in bytes",
         "cases": cases,
     }
     print(f"{about['name']}, {about['threads']} threads, PyTorch {about['torch']}, {about['date']}")
-    print(f"load before the run: {about['load']:.2g} (others slow the CPU's contenders unequally)")
-    print(f"compiled operators for: {', '.join(about['compiled_for']) or 'no device'}")
+    print(
+        f"system load before the run: {about['load']:.2g} (other processes distort measurements on the CPU)"
+    )
+    print(f"operator compiled for: {', '.join(about['compiled_for']) or 'no device'}")
     print(f"copy {bandwidth / 1e9:.4g} GB/s; matrix products in TFLOP/s: ", end="")
     print(", ".join(f"{name} {rate / 1e12:.4g}" for name, rate in rates.items()), flush=True)
     for case, timed, memory in cases_of(args):
@@ -717,7 +775,7 @@ def compare_all(args: argparse.Namespace) -> int:
             plot(report, args.plot)
     for name, ratios in report["float32_over_bfloat16"].items():
         text = ", ".join(f"{column} {ratio:.3g}" for column, ratio in ratios.items())
-        print(f"\n{name}: our float32 over our bfloat16: {text}")
+        print(f"\n{name}: ratio of our float32 to our bfloat16: {text}")
     return int(any(result.get("wrong") for case in cases for result in case["contenders"].values()))
 
 

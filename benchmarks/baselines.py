@@ -1,10 +1,11 @@
-"""What a network has to beat: predictors that know only where a pixel is, or only its color.
+"""Score trivial predictors that use only the position or only the color of a pixel.
 
     python -m benchmarks.baselines --data-dir D [--train-list L --val-list L] [--num-classes K] [--out JSON]
 
-Fitted on the training split and scored on the validation split by mean IoU, void excluded:
-row prior: the most frequent class at each relative height; position prior: the same for each cell of a grid;
-mean color: the class whose mean BGR color is nearest. Without lists, the layout is that of Cityscapes.
+The predictors are fitted on the training split and scored on the validation split by mean IoU without void
+pixels. Row prior: the most frequent class at each relative height. Position prior: the most frequent class in
+each cell of a grid. Mean color: the class with the nearest mean BGR color. Without lists, the data set has
+the layout of Cityscapes.
 """
 
 import json
@@ -19,15 +20,15 @@ from tools.common import end
 from utils import args as flags
 from utils.files import check_output_file, write_file
 
-ROWS, COLUMNS = 128, 32  # cells of the priors, over the whole picture
+ROWS, COLUMNS = 128, 32  # cells of the priors over the picture
 
 
 class Baselines:
-    """Statistics of a training split, and what they predict.
+    """Predictors that use the statistics of a training split.
 
     Args:
         pairs: iterable of (image [h, w, 3] BGR, label [h, w] train ids).
-        num_classes: K.
+        num_classes: number of classes K.
     """
 
     def __init__(self, pairs, num_classes: int = NUM_CLASSES):
@@ -50,18 +51,21 @@ class Baselines:
         self._lengths = np.where(total > 0, (means**2).sum(1), np.inf).astype(np.float32)
 
     def row_prior(self, image: np.ndarray) -> np.ndarray:
+        """Predict the most frequent class at the height of each pixel."""
         row, column = _cells(image.shape[:2])
         return self._row[row + 0 * column]
 
     def position_prior(self, image: np.ndarray) -> np.ndarray:
+        """Predict the most frequent class in the grid cell of each pixel."""
         return self._cell[_cells(image.shape[:2])]
 
     def mean_color(self, image: np.ndarray) -> np.ndarray:
-        # |x - m|^2 = |x|^2 - 2 x m + |m|^2, whose first term is the same for every class.
+        """Predict the class with the nearest mean color."""
+        # |x - m|^2 = |x|^2 - 2 x m + |m|^2; the first term is the same for every class.
         return (self._lengths - 2 * image.astype(np.float32) @ self._colors.T).argmin(-1)
 
     def scores(self, pairs) -> dict[str, float]:
-        """Mean IoU of each predictor over (image, label) pairs."""
+        """Return the mean IoU of each predictor over (image, label) pairs."""
         num_classes = len(self._colors)
         predictors = {
             "row_prior": self.row_prior,
@@ -77,32 +81,39 @@ class Baselines:
 
 
 def _cells(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Row [h, 1] and column [1, w] of the grid that each pixel falls into."""
+    """Return the grid row [h, 1] and column [1, w] of each pixel."""
     height, width = shape
     return (np.arange(height) * ROWS // height)[:, None], (np.arange(width) * COLUMNS // width)[None, :]
 
 
 def whole_pictures(root: str, list_path: str | None, split: str, num_classes: int = NUM_CLASSES):
-    """(image [h, w, 3] BGR 0..255, train ids int64 [h, w]) of each picture of a data set, one at a time."""
+    """Yield (image [h, w, 3] BGR 0..255, train ids int64 [h, w]) for each picture of a data set."""
     data = CSDataSet(root, list_path, None, (0, 0, 0), num_classes=num_classes, split=split)
     for index in range(len(data)):
         picture = data.picture(index, instances=False)
+        assert picture.label is not None  # these splits have labels
         yield picture.image, picture.label.astype(np.int64)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark. Return the exit status."""
     parser = flags.Parser(prog="python -m benchmarks.baselines", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data-dir",
         required=True,
-        help="data set in the layout of Cityscapes, or what the lists are relative to",
+        help="data set in the layout of Cityscapes, or the folder to which the lists are relative",
     )
     parser.add_argument(
-        "--train-list", help="list of image<TAB>label lines to fit on; default: the layout's train split"
+        "--train-list", help="list of image<TAB>label lines for the fit (default: split train)"
     )
-    parser.add_argument("--val-list", help="list to score on; default: the layout's val split")
-    parser.add_argument("--num-classes", type=flags.classes, default=NUM_CLASSES)
-    parser.add_argument("--out", help="write the scores to this JSON file too")
+    parser.add_argument("--val-list", help="list of image<TAB>label lines for the score (default: split val)")
+    parser.add_argument(
+        "--num-classes",
+        type=flags.classes,
+        default=NUM_CLASSES,
+        help="number of classes (default: %(default)s)",
+    )
+    parser.add_argument("--out", metavar="FILE", help="JSON file to write the scores to")
     args = parser.parse_args(argv)
     if args.out:
         check_output_file("--out", args.out)

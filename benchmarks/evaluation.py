@@ -1,11 +1,11 @@
-"""How much longer an evaluation takes than the network's forward passes in it.
+"""Measure the overhead of an evaluation over its forward passes.
 
     python -m benchmarks.evaluation [--device cuda] [--size 1024x2048] [--tile 769,769] [--out JSON]
 
-Generated street scenes with labels and instances are evaluated as evaluate.py does: decoding in workers,
-tiles in batches, class scores summed, the four official scores, a colored PNG of each prediction. In turns
-with it the same forward passes run alone, on tensors of the same sizes that are on the device already. Exit
-status 1 where the evaluation takes more than 10 % longer.
+Generated street scenes with labels and instances are evaluated as by evaluate.py: decoding in workers, tiles
+in batches, summed class scores, the four official scores, and a colored PNG of each prediction. Alternately,
+the same forward passes run alone, on tensors of the same sizes that are already on the device. The exit
+status is 1 if the evaluation takes more than 10 % longer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from dataset import CSDataSet, mini
 from dataset.labels import LABELS, NUM_CLASSES
 from dataset.layout import instances_of
+from engine.data.loader import Loading
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.metrics import CityscapesEvaluation
 from engine.inference import predict_classes
@@ -39,26 +40,30 @@ from utils.drawing.palette import make_palette, save_indexed_png
 from utils.environment import machine
 from utils.files import check_output_file, write_file
 
-#: Different pictures.
+#: Number of different pictures.
 SCENES = 3
-#: Wall time of an evaluation over that of its forward passes, at most.
+#: Maximum ratio of the time of an evaluation to that of its forward passes.
 BAR = 1.10
 
 
 class Recorded:
-    """A network that notes the sizes of what it is given."""
+    """A network that records the sizes of its inputs."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
         self.sizes: list[torch.Size] = []
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        """Call the network."""
         self.sizes.append(images.shape)
         return self.model(images)
 
 
 def write_pictures(folder: Path, number: int, size: tuple[int, int]) -> CSDataSet:
-    """Some street scenes, under as many names as are wanted: large ones take seconds each to draw."""
+    """Write a data set of `number` pictures: SCENES different ones, linked under several names.
+
+    A large picture takes seconds to draw.
+    """
     mini.write(folder, 1, min(number, SCENES), size, seed=0)
     pairs = CSDataSet(str(folder), split="val").pairs
     for index in range(len(pairs), number):
@@ -69,6 +74,7 @@ def write_pictures(folder: Path, number: int, size: tuple[int, int]) -> CSDataSe
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a call takes, including its work on the device."""
     begin = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -77,7 +83,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Seconds of evaluations and of their forward passes."""
+    """Return the seconds of evaluations and of their forward passes."""
     device = torch.device(args.device)
     data = write_pictures(Path(folder) / "data", args.pictures, args.size)
     torch.manual_seed(0)
@@ -94,10 +100,8 @@ def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
             ),
             data,
             World(0, 1, device),
-            NUM_CLASSES,
-            255,
+            Loading(workers=args.num_workers),
             official=CityscapesEvaluation(LABELS),
-            workers=args.num_workers,
             keep=lambda name, prediction: save_indexed_png(
                 os.path.join(folder, "outputs", f"{name}.png"), prediction, palette
             ),
@@ -108,7 +112,7 @@ def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         for size in recorded.sizes:
             model(inputs[size])
 
-    evaluation()  # warms up, and notes the sizes
+    evaluation()  # warms up, and records the sizes
     inputs = {size: torch.randn(size, device=device) for size in set(recorded.sizes)}
     forward_passes()
     times: dict[str, list[float]] = {"forward passes": [], "evaluation": []}
@@ -128,26 +132,56 @@ def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def size(text: str) -> tuple[int, int]:
+    """Parse HxW."""
     height, width = text.split("x")
     return int(height), int(width)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = flags.Parser(
-        prog="python -m benchmarks.evaluation",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Run the benchmark. Return the exit status."""
+    parser = flags.Parser(prog="python -m benchmarks.evaluation", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the network runs")
-    add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="of the network")
-    add("--pictures", type=flags.positive_int, default=6, help="in an evaluation")
-    add("--size", type=size, default="512x1024", metavar="HxW", help="of the pictures")
-    add("--tile", type=flags.size, default="385,385", metavar="H,W", help="tile")
-    add("--tile-batch", type=flags.batch, default=1, help="tiles at once")
-    add("--num-workers", type=flags.workers, default=1, help="processes that read pictures")
-    add("--rounds", type=flags.positive_int, default=3, help="turns of both")
-    add("--out", help="write the results to this JSON file too")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="device of the network (default: %(default)s)",
+    )
+    add(
+        "--backbone",
+        choices=sorted(DEPTHS),
+        default="resnet101",
+        help="backbone of the network (default: %(default)s)",
+    )
+    add("--pictures", type=flags.positive_int, default=6, help="number of pictures (default: %(default)s)")
+    add(
+        "--size",
+        type=size,
+        default="512x1024",
+        metavar="HxW",
+        help="size of the pictures (default: %(default)s)",
+    )
+    add(
+        "--tile",
+        type=flags.size,
+        default="385,385",
+        metavar="H,W",
+        help="size of the tiles (default: %(default)s)",
+    )
+    add("--tile-batch", type=flags.batch, default=1, help="number of tiles in a batch (default: %(default)s)")
+    add(
+        "--num-workers",
+        type=flags.workers,
+        default=1,
+        help="number of processes that read pictures (default: %(default)s)",
+    )
+    add(
+        "--rounds",
+        type=flags.positive_int,
+        default=3,
+        help="number of measurements of both (default: %(default)s)",
+    )
+    add("--out", metavar="FILE", help="JSON file to write the results to")
     args = parser.parse_args(argv)
     if args.out:
         check_output_file("--out", args.out)
@@ -155,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         report = measured(args, folder)
     if args.out:
         write_file(args.out, json.dumps(report, indent=2) + "\n")
-    print(f"{report['setting']}: {report['ratio']:.3f} times the forward passes alone (at most {BAR})")
+    print(f"{report['setting']}: {report['ratio']:.3f} times the forward passes alone (limit {BAR})")
     return int(report["ratio"] > BAR)
 
 

@@ -1,27 +1,27 @@
-"""Everything that is to be known of a GPU machine, by one command, within eight minutes.
+"""Test and measure the project on a GPU machine within eight minutes, and write a report.
 
     python benchmarks/gpu_report.py OUT [--seconds 480]
 
-Builds the extension in place if it has no CUDA kernels (for this GPU's architecture alone, unless
-TORCH_CUDA_ARCH_LIST says otherwise), then runs, in the order of their value and each as a process of its own
-with a time limit, so that none needs another to succeed:
+If the extension has no CUDA kernels, it is built in place, for the architecture of this GPU unless
+TORCH_CUDA_ARCH_LIST is set. Then the following parts run, the most important ones first. Each one is a
+process with a time limit, and none depends on another:
 
     environment         GPU, driver, clocks, PyTorch
-    tests               the GPU tests of the operator and of the loader
-    attention           benchmarks/attention.py, every peer that needs no compiling, with CUDA graphs
-    training            the whole training step: images a second, peak memory, the attention's share of it
-    training-bmm        the same with the bmm formulation in place of our attention
-    evaluation          benchmarks/evaluation.py: a whole evaluation beside its forward passes alone
-    memcheck            the kernels of every kind under compute-sanitizer, forward and backward
-    attention-compiled  the formulations in plain PyTorch under torch.compile, at 8x97x97
-    racecheck, initcheck, synccheck   compute-sanitizer's other tools
+    tests               GPU tests of the operator and of the loader
+    attention           benchmarks/attention.py with all peers that need no compilation, with CUDA graphs
+    training            training step: images per second, peak memory, share of the attention
+    training-bmm        the same with the bmm formulation instead of our attention
+    evaluation          benchmarks/evaluation.py: overhead of an evaluation over its forward passes
+    memcheck            all kinds of kernels under compute-sanitizer, forward and backward
+    attention-compiled  formulations in plain PyTorch under torch.compile, at 8x97x97
+    racecheck, initcheck, synccheck   the other tools of compute-sanitizer
 
-OUT gets report.json (after every part, so that a run that is ended leaves what it has), report.md, and of
-each part NAME.log and the files it writes. `--part NAME` runs one of environment, training, training-bmm and
-kernels (what the sanitizer looks at) in this process.
+OUT receives report.json and report.md, which are updated after each part, and for each part NAME.log and its
+own files. `--part NAME` runs environment, training, training-bmm or kernels (the part for the sanitizer) in
+this process.
 
-Exit status: 0, 1 where a part failed, 2 without a GPU. `--device cpu --quick` runs the machinery with tiny
-sizes on a machine without one: that is for the tests, its numbers mean nothing.
+Exit status: 0 on success, 1 if a part failed, 2 without a GPU. `--device cpu --quick` runs everything with
+tiny sizes on a machine without a GPU. It is meant for tests; its numbers have no meaning.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -48,34 +49,34 @@ if TYPE_CHECKING:
 
     from utils.timing import Mark
 
-# Started as a file, this has no path to the project: what needs it runs as `python -m`, and imports it there.
+# Started as a file, this module can't import the project. Parts that need it run as `python -m`.
 ROOT = Path(__file__).resolve().parent.parent
-SHORTEST = 10.0  # seconds; with less left a part is not started
+SHORTEST = 10.0  # minimum number of seconds left to start a part
 
 
-# Parts, as processes
+# Parts as processes
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command and the seconds it may take; `missing` says why it can't run here."""
+    """A command with a time limit."""
 
     name: str
     command: list[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
-    missing: str = ""
+    missing: str = ""  # reason why the part can't run here
 
 
 def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """Runs a part for at most `seconds`, its output in OUT/NAME.log.
+    """Run a part for at most `seconds`. Its output goes to OUT/NAME.log.
 
     Returns:
-        status ("passed", "failed", "timed out" or "skipped"); seconds; note: the last line of a failure;
-        result: what the part left in OUT/NAME.json or says in its log.
+        status: "passed", "failed", "timed out" or "skipped"; seconds; note: the last line of a failure;
+        result: content of OUT/NAME.json, or results found in the log.
     """
     if part.missing or seconds < min(SHORTEST, part.seconds):
-        return {"status": "skipped", "note": part.missing or "no time was left"}
+        return {"status": "skipped", "note": part.missing or "no time left"}
     result, log = out / f"{part.name}.json", out / f"{part.name}.log"
     result.unlink(missing_ok=True)  # of an earlier report
     begin = time.monotonic()
@@ -94,7 +95,7 @@ def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             status = "timed out"
         finally:
-            # With the processes that it started, also where this one is interrupted.
+            # Kill the part with its processes, also if this process is interrupted.
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -113,7 +114,7 @@ def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def tests_of(log: str) -> dict[str, Any]:
-    """Counts of the outcomes in the output of `pytest -v`, which are there also where it was ended."""
+    """Count the outcomes in the output of `pytest -v`, which may be incomplete."""
     outcomes = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", log, re.MULTILINE)
     counts = {
         word.lower(): sum(o == word for _, o in outcomes) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")
@@ -122,7 +123,7 @@ def tests_of(log: str) -> dict[str, Any]:
 
 
 def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
-    """The parts after the environment and the build, by value."""
+    """Return the parts after environment and build, the most important ones first."""
     python = [sys.executable, "-m"]
     attention = [*python, "benchmarks.attention", "--device", device]
     options = ["--device", device] + ["--quick"] * quick
@@ -155,16 +156,16 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
 
     def sanitized(tool: str, seconds: float) -> Part:
         command = [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *own("kernels")]
-        # Each tensor in an allocation of its own: nothing between it and what an overrun touches.
+        # One allocation for each tensor, so that the sanitizer detects every overrun.
         apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Part(tool, command, seconds, apart, "" if sanitizer else "compute-sanitizer was not found")
+        return Part(tool, command, seconds, apart, "" if sanitizer else "compute-sanitizer not found")
 
-    peers = "--contenders ours bmm einsum non-local --dtypes bfloat16 float32 tf32 --rounds 3".split()
-    compiled = (
-        "--contenders ours bmm-compiled einsum-compiled --shapes 8x97x97 --dtypes bfloat16 float32".split()
+    peers = shlex.split("--contenders ours bmm einsum non-local --dtypes bfloat16 float32 tf32 --rounds 3")
+    compiled = shlex.split(
+        "--contenders ours bmm-compiled einsum-compiled --shapes 8x97x97 --dtypes bfloat16 float32"
     )
     evaluation = [*python, "benchmarks.evaluation", "--device", device, "--size", "1024x2048"]
-    evaluation += "--tile 769,769 --tile-batch 4 --num-workers 8 --pictures 128 --rounds 2".split()
+    evaluation += shlex.split("--tile 769,769 --tile-batch 4 --num-workers 8 --pictures 128 --rounds 2")
     return [
         Part("tests", [*python, "pytest", "-v", *(f"tests/{name}" for name in tests), "-k", "cuda"], 100),
         Part("attention", [*attention, *peers, *written("attention")], 200),
@@ -178,20 +179,20 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
 
 
 def write(path: Path, text: str) -> None:
-    """A file that is never seen half written (utils.files is out of reach here)."""
+    """Write a file atomically; utils.files can't be imported here."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def write_report(out: Path, report: dict[str, Any]) -> None:
-    """report.json, all numbers, and report.md, to be read."""
+    """Write report.json with all numbers, and report.md."""
     write(out / "report.json", json.dumps(report, indent=2) + "\n")
     write(out / "report.md", page(report))
 
 
 def make_report(out: Path, device: str, quick: bool, seconds: float) -> int:
-    """Runs all parts; 0 where every one passed that could run."""
+    """Run all parts. Return 0 if none failed, otherwise 1."""
     end = time.monotonic() + seconds
     report: dict[str, Any] = {"device": device, "quick": quick, "parts": {}}
     options = ["--device", device] + ["--quick"] * quick
@@ -214,7 +215,7 @@ def make_report(out: Path, device: str, quick: bool, seconds: float) -> int:
         run(Part("environment", environment, 60))
     for part in parts_of(out, device, quick):
         run(part)
-    print(f"{out / 'report.md'} and report.json are written")
+    print(f"{out / 'report.md'} and report.json written")
     return int(any(entry["status"] in ("failed", "timed out") for entry in report["parts"].values()))
 
 
@@ -222,20 +223,20 @@ def make_report(out: Path, device: str, quick: bool, seconds: float) -> int:
 
 
 def table(headings: list[str], rows: list[list[object]]) -> list[str]:
-    """A Markdown table, with an empty line after it."""
+    """Return the lines of a Markdown table and an empty line."""
     lines: list[Sequence[object]] = [headings, ["---"] * len(headings), *rows]
     cells = [[str(cell).replace("|", "/").replace("\n", "<br>") for cell in line] for line in lines]
     return [f"| {' | '.join(line)} |" for line in cells] + [""]
 
 
 def page(report: dict[str, Any]) -> str:
-    """report.md."""
+    """Return the content of report.md."""
     parts = report["parts"]
     results = {name: entry["result"] for name, entry in parts.items() if "result" in entry}
     about = results.get("environment", {})
     lines = [f"# Criss-cross attention on {about.get('name', report['device'])}", ""]
     if report["quick"]:
-        lines += ["A quick run with tiny sizes: its numbers mean nothing.", ""]
+        lines += ["Quick run with tiny sizes: the numbers have no meaning.", ""]
     lines += table(["", ""], [[key, value] for key, value in about.items() if key != "nvidia_smi"])
     outcomes = [[n, e["status"], e.get("seconds", ""), e.get("note", "")] for n, e in parts.items()]
     lines += ["## Parts", "", *table(["part", "outcome", "seconds", "note"], outcomes)]
@@ -269,7 +270,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def attention_page(name: str, report: dict[str, Any]) -> list[str]:
-    """A table of benchmarks/attention.py's comparisons: our time or peak, and the others' over it."""
+    """Return a table of the comparisons in benchmarks/attention.py: our values and ratios of the others."""
     rates = report["ceilings"]["matrix_flop_per_second"]
     ceilings = [f"{dtype} {rate / 1e12:.4g}" for dtype, rate in rates.items()]
     copy = report["ceilings"]["copy_bytes_per_second"] / 1e12
@@ -313,11 +314,11 @@ def attention_page(name: str, report: dict[str, Any]) -> list[str]:
     ]
 
 
-# Parts, in this process
+# Parts in this process
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The machine, and what the operator was compiled for."""
+    """Return facts about the machine, and the devices for which the operator is compiled."""
     from cc_attention import ops
     from utils import timing
     from utils.environment import machine
@@ -336,7 +337,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """An attention function that marks where each of its forwards and backwards begins and ends."""
+    """An attention function that marks the beginning and the end of each forward and backward."""
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], device: str):
         from utils.timing import mark
@@ -346,33 +347,37 @@ class Stopwatch:
         self.spans: list[list[Mark]] = []
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Call the attention function."""
         forward: list[Mark] = [self.mark()]
         backward: list[Mark] = []
         out = self.function(query, key, value)
         forward.append(self.mark())
         self.spans += [forward, backward]
-        # Of the convolutions behind the attention, the first one to go on shows that its backward is done:
-        # autograd takes what was recorded last first.
+        # Autograd runs operations in reverse order: the backward of the attention has ended when the first
+        # gradient of its inputs arrives.
         out.register_hook(lambda _: backward.append(self.mark()))
         for operand in (query, key, value):
             operand.register_hook(lambda _: backward.append(self.mark()) if len(backward) == 1 else None)
         return out
 
     def seconds(self) -> float:
-        """The sum over all calls so far."""
+        """Return the sum over all calls so far."""
         from utils.timing import seconds
 
         return sum(seconds(begin, end) for begin, end in self.spans)
 
 
 def training(device: str, quick: bool, attention: str) -> dict[str, Any]:
-    """A training step as in train.py, on random pictures, under bfloat16 autocast in channels_last.
+    """Measure a training step as in train.py, on random pictures, with bfloat16 autocast and channels_last.
 
     Args:
+        device: "cuda" or "cpu".
+        quick: whether to use tiny sizes.
         attention: "ours", or "bmm" for the formulation in plain PyTorch.
+
     Returns:
-        setting in words; medians of the seconds of a step and of the attention in it; images_per_second;
-        peak_bytes: of the device's memory, on the CPU of the process.
+        setting in words; median seconds of a step and of its attention; images_per_second; peak_bytes of the
+        device, or of the process on the CPU.
     """
     import cc_attention.module
     from benchmarks.attention import bmm_attention
@@ -395,7 +400,7 @@ def training(device: str, quick: bool, attention: str) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
-                parameter.fill_(0.2)  # gamma and the residuals' scales, which start at 0: zeros are faster
+                parameter.fill_(0.2)  # gamma and scales of residuals start at 0, and zeros are faster
     criterion = CriterionDSN()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4)
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
@@ -433,14 +438,15 @@ def training(device: str, quick: bool, attention: str) -> dict[str, Any]:
 
 
 def kernels(device: str, quick: bool) -> dict[str, Any]:
-    """Every kind of kernel, forward and backward, on short and long lines, against float64 on the CPU.
+    """Compare all kinds of kernels, forward and backward, with float64 on the CPU.
 
-    Inputs are made on the CPU, so that on the GPU little runs besides our kernels.
+    Rows and columns are short and long. Inputs are made on the CPU, so that the GPU runs mainly our kernels.
 
     Returns:
-        the largest relative error of each precision.
+        The largest relative error of each precision.
+
     Raises:
-        RuntimeError: an error is more than rounding.
+        RuntimeError: an error is larger than rounding.
     """
     from benchmarks.attention import ERROR_LIMITS, Case
     from cc_attention import criss_cross_attention, reference
@@ -451,8 +457,8 @@ def kernels(device: str, quick: bool) -> dict[str, Any]:
         if device == "cpu" and precision == "tf32":
             continue
         for line in lines:
-            # Rows and columns. Of the channels, the first fill whole matrix tiles, the next ones copies of 16
-            # bytes, the last ones neither.
+            # Rows and columns. The first channels fill matrix tiles, the second ones only copies of 16 bytes,
+            # and the last ones neither.
             for shape, channels in (
                 ((1, 3, line), (16, 64)),
                 ((1, line, 3), (24, 72)),
@@ -471,7 +477,7 @@ def kernels(device: str, quick: bool) -> dict[str, Any]:
                     gradients = torch.autograd.grad(result, moved, move(grad))
                     answers.append([x.detach().cpu().double() for x in (result, *gradients)])
                 found = [(x - y).norm() / y.norm() for x, y in zip(*answers, strict=True)]
-                worst = float(torch.stack(found).max())  # the maximum of Python would lose a NaN
+                worst = float(torch.stack(found).max())  # max() of Python may lose a NaN
                 errors[precision] = max(errors.get(precision, 0.0), worst)
                 print(f"{precision} {'x'.join(map(str, shape))} channels {channels}: {worst:.1e}", flush=True)
                 if not worst <= ERROR_LIMITS[precision]:
@@ -480,23 +486,29 @@ def kernels(device: str, quick: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command. Return the exit status."""
     parser = argparse.ArgumentParser(prog="gpu_report.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=lambda text: Path(text).absolute(), metavar="OUT", help="output folder")
     parser.add_argument(
-        "out", type=lambda text: Path(text).absolute(), metavar="OUT", help="folder of the report"
+        "--seconds", type=float, default=480, help="time limit for all parts (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=480, help="for everything (default: %(default)s)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, for the tests")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes, for tests")
     inside: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "environment": lambda args: environment(args.device),
         "training": lambda args: training(args.device, args.quick, "ours"),
         "training-bmm": lambda args: training(args.device, args.quick, "bmm"),
         "kernels": lambda args: kernels(args.device, args.quick),
     }
-    parser.add_argument("--part", choices=inside, help="run this part alone, in this process")
+    parser.add_argument("--part", choices=inside, help="run only this part, in this process")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_report.py: there is no GPU that PyTorch can use here", file=sys.stderr)
+        print(
+            "gpu_report.py: PyTorch finds no GPU; run it on a machine with one, or give --device cpu --quick",
+            file=sys.stderr,
+        )
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part is None:

@@ -1,18 +1,17 @@
-"""Training samples a second and core: this loader against the plain way of the original.
+"""Compare the speed of this data loader with the plain one of the original code, per core.
 
     python -m benchmarks.loader [--data-dir CS] [--rounds N] [--out JSON]
 
-Samples of 769x769, scaled and mirrored at random, of pictures of 2048x1024: those of --data-dir's train
-split, or generated street scenes with the noise of a camera, whose files are as large as Cityscapes'. The
-plain way decodes picture and label with OpenCV, maps the label id by id, resizes the whole, and works in
-float32. Both get the same augmentations, and are first seen to give the same samples. Then they take turns,
-through one worker to the network's tensors on the CPU, and stage by stage in this process. Exit status 1
-where a ratio is below its bar.
+Samples of 769x769 pixels, scaled and mirrored at random, are made from pictures of 2048x1024: those of the
+train split of --data-dir, or generated street scenes with camera noise, in files as large as those of
+Cityscapes. The plain loader decodes picture and label with OpenCV, maps the label id by id, resizes the whole
+picture, and works in float32. Both loaders receive the same augmentations, and are checked to give the same
+samples. They are then measured alternately: through one worker to tensors on the CPU, and stage by stage in
+this process. The exit status is 1 if a ratio is below its limit.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -26,10 +25,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dataset import IMG_MEAN, CSDataSet, cache, mini, pictures, transforms
+from dataset import IMG_MEAN, CSDataSet, DataError, cache, mini, pictures, transforms
 from dataset.labels import LABELS
-from engine.data.loader import SampleStream, train_batches
+from engine.data.loader import Loading, SampleStream, train_batches
 from engine.data.transfer import subtract_mean
+from engine.runtime.distributed import World
 from tools.common import end
 from utils import args as flags
 from utils import timing
@@ -38,15 +38,27 @@ from utils.files import check_output_file, write_file
 
 CROP = (769, 769)
 BATCH, SEED = 2, 0
-#: Pictures that are generated; batches of a turn through the worker, after the first one.
+#: Number of generated pictures; number of batches of a measurement, after the first one.
 PICTURES, TURN = 8, 12
-#: At least so many times as fast as the plain way.
+#: Minimum speedup over the plain loader.
 BARS = {"a sample": 2.0, "after decoding": 4.0, "from the cache": 6.0}
 CPU = torch.device("cpu")
 
 
+def imread(path: str, flags: int) -> np.ndarray:
+    """Read a picture with OpenCV.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    image = cv2.imread(path, flags)
+    if image is None:
+        raise DataError(f"{path}: not a readable picture; check the data set")
+    return image
+
+
 class Plain:
-    """The plain way to the samples of a data set."""
+    """The plain loader of the samples of a data set."""
 
     def __init__(self, dataset: CSDataSet):
         self.dataset = dataset
@@ -56,14 +68,15 @@ class Plain:
         return len(self.dataset)
 
     def decode(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a picture and its label ids."""
         pair = self.dataset.pairs[index]
-        image = cv2.imread(self.dataset.path(pair.image), cv2.IMREAD_COLOR)
-        return image, cv2.imread(self.dataset.path(pair.label), cv2.IMREAD_GRAYSCALE)
+        image = imread(self.dataset.path(pair.image), cv2.IMREAD_COLOR)
+        return image, imread(self.dataset.path(pair.label), cv2.IMREAD_GRAYSCALE)
 
     def augment(
         self, image: np.ndarray, ids: np.ndarray, augmentation: transforms.Augmentation
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Image float32 [3, h, w] minus mean and label float32 [h, w]."""
+        """Return image float32 [3, h, w] minus mean and label float32 [h, w]."""
         label = ids.copy()
         for row in LABELS:
             label[ids == row.id] = row.train_id
@@ -84,26 +97,28 @@ class Plain:
         return image[:, :, ::step].copy(), label[:, ::step].copy()
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return a randomly augmented sample."""
         image, ids = self.decode(index)
         return self.augment(image, ids, transforms.draw(rng, ids.shape, CROP, True, True))
 
 
 def write_frames(folder: Path) -> None:
-    """Street scenes of Cityscapes' size, smoothed noise on them: PNG files of 2.3 to 2.7 MB."""
+    """Write street scenes of the size of Cityscapes with smoothed noise, as PNG files of 2.3 to 2.7 MB."""
     mini.write(folder, PICTURES, 1, (1024, 2048), seed=0)
     for number, path in enumerate(sorted(folder.glob("leftImg8bit/train/*/*.png"))):
-        image = cv2.imread(str(path))
-        noise = np.random.default_rng(number).normal(0, 0.5, image.shape).round()
+        image = imread(str(path), cv2.IMREAD_COLOR)
+        noise = np.round(np.random.default_rng(number).normal(0, 0.5, image.shape))
         noisy = np.clip(image + noise, 0, 255).astype(np.uint8)
         cv2.imwrite(str(path), cv2.GaussianBlur(noisy, (0, 0), 0.6))
 
 
 def one_thread(_worker: int) -> None:
+    """Make OpenCV of a worker use one thread."""
     cv2.setNumThreads(0)
 
 
 def plain_batches(plain: Plain) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Through one worker, as the original's DataLoader."""
+    """Yield batches of the plain loader through one worker, like the DataLoader of the original code."""
     stream = SampleStream(plain, SEED)
     shares = [list(range(first, first + BATCH)) for first in range(0, (TURN + 1) * BATCH, BATCH)]
     loader = DataLoader(stream, batch_sampler=shares, num_workers=1, worker_init_fn=one_thread)
@@ -112,11 +127,12 @@ def plain_batches(plain: Plain) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def our_batches(dataset: CSDataSet) -> Iterator[Any]:
-    return train_batches(dataset, SEED, BATCH, range(TURN + 1), 0, 1, 1, CPU)
+    """Return the batches of this loader through one worker."""
+    return train_batches(dataset, SEED, range(TURN + 1), World(0, 1, CPU), Loading(BATCH, workers=1))
 
 
 def check_same(plain: Plain, dataset: CSDataSet) -> None:
-    """Raises AssertionError where the two give different samples."""
+    """Raise AssertionError if the two loaders give different samples."""
     batches = zip(plain_batches(plain), our_batches(dataset), strict=True)
     for _, ((images, labels), ours) in zip(range(4), batches, strict=False):
         off = (images - ours.images).abs()
@@ -124,7 +140,7 @@ def check_same(plain: Plain, dataset: CSDataSet) -> None:
 
 
 def rate(batches: Iterator[Any]) -> float:
-    """Samples a second, after the first batch."""
+    """Return the samples per second, after the first batch."""
     next(batches)
     begin = time.perf_counter()
     count = sum(BATCH for _ in batches)
@@ -132,24 +148,26 @@ def rate(batches: Iterator[Any]) -> float:
 
 
 class Stopwatch:
-    """Milliseconds of each stage, by its name."""
+    """Measure the milliseconds of stages by name."""
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
+        """Add the time since the last call to a stage."""
         now = time.perf_counter()
         self.times[stage] = self.times.get(stage, 0.0) + (now - self._last) * 1e3
         self._last = now
 
 
 def plain_stages(plain: Plain, index: int, rng: np.random.Generator) -> dict[str, float]:
+    """Return the milliseconds of the stages of `Plain.sample`."""
     pair = plain.dataset.pairs[index]
     watch = Stopwatch()
-    image = cv2.imread(plain.dataset.path(pair.image), cv2.IMREAD_COLOR)
+    image = imread(plain.dataset.path(pair.image), cv2.IMREAD_COLOR)
     watch.lap("picture: read and decode")
-    ids = cv2.imread(plain.dataset.path(pair.label), cv2.IMREAD_GRAYSCALE)
+    ids = imread(plain.dataset.path(pair.label), cv2.IMREAD_GRAYSCALE)
     watch.lap("label: read and decode")
     plain.augment(image, ids, transforms.draw(rng, ids.shape, CROP, True, True))
     watch.lap("after decoding")
@@ -157,7 +175,7 @@ def plain_stages(plain: Plain, index: int, rng: np.random.Generator) -> dict[str
 
 
 def our_stages(dataset: CSDataSet, index: int, rng: np.random.Generator) -> dict[str, float]:
-    """The steps of `CSDataSet.sample`; after decoding, also the subtraction of the mean on this CPU."""
+    """Return the milliseconds of the stages of `CSDataSet.sample`, and of subtracting the mean."""
     pair, reader = dataset.pairs[index], dataset.labels
     mean = torch.from_numpy(dataset.mean)
     watch = Stopwatch()
@@ -178,7 +196,7 @@ def our_stages(dataset: CSDataSet, index: int, rng: np.random.Generator) -> dict
 
 
 def stages(plain: Plain, dataset: CSDataSet, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each stage: the mean over the samples of a turn, the median over the turns."""
+    """Return the milliseconds of each stage: the median over rounds of the mean over samples."""
     turns: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -202,7 +220,7 @@ def stages(plain: Plain, dataset: CSDataSet, rounds: int) -> dict[str, dict[str,
 
 
 def measured(root: str, rounds: int) -> dict[str, Any]:
-    """Rates and stages of both ways."""
+    """Return the rates and stages of both loaders."""
     dataset, cached = (CSDataSet(root, crop_size=CROP) for _ in range(2))
     plain = Plain(dataset)
     cached.cache = cache.PictureCache(cache.in_memory(), cache.Plan(cached.sizes(), 32 * cache.GB))
@@ -252,14 +270,13 @@ def measured(root: str, rounds: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = flags.Parser(
-        prog="python -m benchmarks.loader",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Run the benchmark. Return the exit status."""
+    parser = flags.Parser(prog="python -m benchmarks.loader", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", help="data set in the layout of Cityscapes (default: generated)")
+    parser.add_argument(
+        "--rounds", type=flags.positive_int, default=7, help="number of measurements (default: %(default)s)"
     )
-    parser.add_argument("--data-dir", help="data set of Cityscapes' layout; generated frames without it")
-    parser.add_argument("--rounds", type=flags.positive_int, default=7, help="turns of each contender")
-    parser.add_argument("--out", help="write the results to this JSON file too")
+    parser.add_argument("--out", metavar="FILE", help="JSON file to write the results to")
     args = parser.parse_args(argv)
     if args.out:
         check_output_file("--out", args.out)
@@ -273,8 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, several in report["samples_per_second"].items():
         print(f"{name:<26} {several['median']:.1f} samples/s")
     for name, ratio in report["ratios"].items():
-        bar = f" (at least {BARS[name]:g})" if name in BARS else ""
-        print(f"{name:<26} {ratio:.2f} times the plain way{bar}")
+        bar = f" (limit {BARS[name]:g})" if name in BARS else ""
+        print(f"{name:<26} {ratio:.2f} times as fast as the plain loader{bar}")
     if args.out:
         write_file(args.out, json.dumps(report, indent=2) + "\n")
     return int(any(report["ratios"][name] < bar for name, bar in BARS.items()))

@@ -1,14 +1,15 @@
-"""The scores of an evaluation beside those of the official one, cityscapesscripts, on the same predictions.
+"""Compare the scores of an evaluation with those of cityscapesscripts on the same predictions.
 
     python -m benchmarks.official_scores --data-dir CS --run FOLDER [--split val] [--out JSON]
 
-FOLDER holds result.txt and outputs/ of evaluate.py. Prints the largest difference between the two over all
-classes and categories and the four averages; exit status 1 where it is above 1e-9.
+FOLDER holds result.txt and outputs/ of evaluate.py. Prints the four averages, and the largest difference over
+all classes, categories and averages. The exit status is 1 if it is above 1e-9.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -28,33 +29,39 @@ from utils import args as flags
 from utils import run_files
 from utils.files import check_output_file, write_file
 
-#: What both write, under the same names.
-KEYS = (
-    "averageScoreClasses averageScoreInstClasses averageScoreCategories averageScoreInstCategories "
-    "classScores classInstScores categoryScores categoryInstScores"
-).split()
+#: Scores that both write under the same names; the first four are averages.
+KEYS = [
+    "averageScoreClasses",
+    "averageScoreInstClasses",
+    "averageScoreCategories",
+    "averageScoreInstCategories",
+    "classScores",
+    "classInstScores",
+    "categoryScores",
+    "categoryInstScores",
+]
 BAR = 1e-9
 
 
 @contextlib.contextmanager
 def _patched() -> Iterator[Any]:
-    """Its module, made to run with this NumPy and silently.
+    """Yield the module of the official evaluation, patched to run silently and with this NumPy.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: cityscapesscripts is not installed.
     """
     named = ("CITYSCAPES_DATASET", "CITYSCAPES_RESULTS", "CITYSCAPES_EXPORT_DIR")  # read at import
     with mock.patch.dict(os.environ):
         for variable in named:
             os.environ.pop(variable, None)
-        from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as module
+        module = importlib.import_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
 
     def in1d(a: Any, b: Any, invert: bool = False) -> np.ndarray:
         return np.isin(np.ravel(a), b, invert=invert)
 
     settings = {"evalInstLevelScore": True, "quiet": True, "JSONOutput": False}
     with contextlib.ExitStack() as held:
-        # NumPy 2.4 has no in1d any more; cityscapesscripts 2.3.0 still calls it.
+        # NumPy 2.4 removed in1d, which cityscapesscripts 2.3.0 calls.
         held.enter_context(mock.patch.object(np, "in1d", in1d, create=True))
         for name, value in settings.items():
             held.enter_context(mock.patch.object(module.args, name, value))
@@ -62,25 +69,25 @@ def _patched() -> Iterator[Any]:
 
 
 def official_scores(truths: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
-    """What the official evaluation gives for pictures of label ids.
+    """Return the result of the official evaluation for pictures of label ids.
 
     Args:
-        truths: *_gtFine_labelIds.png, with *_gtFine_instanceIds.png beside them.
-        predictions: of each, a picture of one channel.
+        truths: files *_gtFine_labelIds.png, with *_gtFine_instanceIds.png in the same folder.
+        predictions: their predictions, pictures with one channel.
 
     Raises:
         ImportError: cityscapesscripts is not installed.
-        ValueError: it rejects the pictures.
+        ValueError: cityscapesscripts rejects the pictures.
     """
     with _patched() as module:
         try:
             return module.evaluateImgLists(list(predictions), list(truths), module.args)
-        except SystemExit as error:  # how it reports every error
-            raise ValueError("the official evaluation rejects the pictures (above)") from error
+        except SystemExit as error:  # cityscapesscripts reports all errors this way
+            raise ValueError("the official evaluation rejects the pictures; see its message above") from error
 
 
 def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
-    """Over all scores; infinity where one has a score or a class that the other has not."""
+    """Return the largest difference over all scores; infinity if a score or class is missing in one."""
     largest = 0.0
     for key in KEYS:
         pair = [value if isinstance(value, Mapping) else {key: value} for value in (ours[key], theirs[key])]
@@ -96,17 +103,24 @@ def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> fl
 
 
 def compare(data_dir: str, run: str, split: str) -> dict[str, Any]:
-    """Scores of both, and their largest difference.
+    """Return the averages of both evaluations, and the largest difference of their scores.
+
+    Args:
+        data_dir: data set in the layout of Cityscapes.
+        run: folder with result.txt and outputs/.
+        split: the evaluated split.
 
     Raises:
-        DataError: no such data set, or none with instances.
+        DataError: the data set is missing, or has no instances.
     """
     data = CSDataSet(data_dir, split=split)
     if not data.has_instances():
-        raise DataError(f"--data-dir {data_dir}: its labels have no instanceIds beside them")
+        raise DataError(
+            f"--data-dir {data_dir}: its labels have no *_instanceIds.png; name a data set with instances"
+        )
     ours = run_files.read_result(run)
     if ours is None:
-        raise DataError(f"{run}: has no {run_files.RESULT}; evaluate.py writes it")
+        raise DataError(f"{run}: has no {run_files.RESULT}; run evaluate.py to write it")
     if any(key not in ours for key in KEYS):
         raise DataError(f"{run}/result.txt: has no official scores; evaluate a data set with instances")
     with tempfile.TemporaryDirectory() as folder:
@@ -127,13 +141,14 @@ def compare(data_dir: str, run: str, split: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark. Return the exit status."""
     parser = flags.Parser(
         prog="python -m benchmarks.official_scores", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--data-dir", required=True, help="data set in the layout of Cityscapes")
     parser.add_argument("--run", required=True, help="folder with result.txt and outputs/")
-    parser.add_argument("--split", default="val", help="that was evaluated (default: val)")
-    parser.add_argument("--out", help="write the comparison to this JSON file too")
+    parser.add_argument("--split", default="val", help="evaluated split (default: val)")
+    parser.add_argument("--out", metavar="FILE", help="JSON file to write the comparison to")
     args = parser.parse_args(argv)
     if args.out:
         check_output_file("--out", args.out)
@@ -144,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     for key in KEYS[:4]:
         print(f"{key:<28} {report['ours'][key]}  official {report['official'][key]}")
     difference = report["largest_difference"]
-    print(f"{report['pictures']} pictures, largest difference {difference:.1e} (at most {BAR})")
+    print(f"{report['pictures']} pictures, largest difference {difference:.1e} (limit {BAR})")
     if args.out:
         write_file(args.out, json.dumps(report, indent=2) + "\n")
     return int(not difference <= BAR)

@@ -1,17 +1,16 @@
-"""How much later a resumed run begins its first step than a fresh one.
+"""Measure how much longer a resumed run takes to reach its first step than a new one.
 
     python -m benchmarks.resume [--rounds N] [--out JSON]
 
-From the start of `python train.py` to the end of its first step, in turns: step 1 of a fresh run, and step
-50 001 of a run resumed from its state on disk. 60 000 steps, 2975 training images in a list (a few small ones
-under many names), CCNet on ResNet-101, batch 2 of 33x33, on the CPU. Both do the same but for the state:
-its checksum, and loading it; the system still has the file in memory. Exit status 1 where that takes more
-than 2 seconds.
+Measures the time from the start of `python train.py` to the end of its first step, alternately: step 1 of a
+new run, and step 50 001 of a run resumed from its state on disk. Setting: 60 000 steps, 2975 training images
+in a list (a few small ones under many names), CCNet with ResNet-101, batch 2 of 33x33, on the CPU. Only the
+resumed run computes the checksum of the state and loads it; the file is in the page cache. The exit status is
+1 if that takes more than 2 seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -32,15 +31,15 @@ from utils.files import check_output_file, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, DONE, IMAGES = 60_000, 50_000, 2975
-#: Seconds that a resumed run may begin later than a fresh one.
+#: Maximum number of seconds that a resumed run may take longer.
 BAR = 2.0
-#: Seconds; what takes longer hangs.
+#: Seconds after which a run is taken to hang.
 LIMIT = 300.0
 FLAGS = f"--gpu cpu --num-workers 1 --batch-size 2 --input-size 33,33 --num-steps {STEPS} --print-frequency 1"
 
 
 def write_images(folder: Path) -> list[str]:
-    """A data set of IMAGES pairs; the flags that name it."""
+    """Write a data set of IMAGES pairs. Return the flags of train.py that name it."""
     mini.write(folder, 8, 1, (64, 128), seed=0)
     pairs = CSDataSet(str(folder), split="train").pairs
     lines = []
@@ -55,10 +54,16 @@ def write_images(folder: Path) -> list[str]:
 
 
 def seconds_until(step: int, flags: list[str], snapshots: Path, file: str | None = None) -> float:
-    """From the start of train.py to the end of `step`; then, or once it has written `file`, it is killed.
+    """Return the seconds from the start of train.py to the end of a step. Then the run is killed.
+
+    Args:
+        step: the step.
+        flags: flags of train.py.
+        snapshots: its --snapshot-dir.
+        file: file in `snapshots` to wait for before the run is killed.
 
     Raises:
-        RuntimeError: it ended before, or had not come so far after LIMIT.
+        RuntimeError: the run ended earlier, or did not reach the step within LIMIT.
     """
     begin = time.perf_counter()
     process = subprocess.Popen(
@@ -67,7 +72,7 @@ def seconds_until(step: int, flags: list[str], snapshots: Path, file: str | None
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # One thread: several wait for each other on a busy machine.
+        # Several threads would wait for each other on a busy machine.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
@@ -85,17 +90,17 @@ def seconds_until(step: int, flags: list[str], snapshots: Path, file: str | None
                 return seconds
     finally:
         timer.cancel()
-        os.killpg(process.pid, signal.SIGKILL)  # with what reads pictures for it
+        os.killpg(process.pid, signal.SIGKILL)  # with its workers
         process.wait()
         process.stdout.close()
-    raise RuntimeError(f"train.py did not do step {step}:\n{''.join(lines[-5:])}")
+    raise RuntimeError(f"train.py did not reach step {step}:\n{''.join(lines[-5:])}")
 
 
 def measured(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each fresh and each resumed start."""
+    """Return the seconds of each new and each resumed run."""
     images = write_images(folder / "data")
     old, new = folder / "old", folder / "new"
-    # Of one step, the last one before the state; its size is that of all.
+    # One step, the last one before the state, is enough: all states have the same size.
     begin = ["--start-iters", str(DONE - 1), "--save-state-every", str(DONE), "--save-pred-every", str(STEPS)]
     seconds_until(DONE, [*images, *begin], old, file=f"state_{DONE}.json")
     times: dict[str, list[float]] = {"fresh": [], "resumed": []}
@@ -108,13 +113,15 @@ def measured(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = flags.Parser(
-        prog="python -m benchmarks.resume",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Run the benchmark. Return the exit status."""
+    parser = flags.Parser(prog="python -m benchmarks.resume", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--rounds",
+        type=flags.positive_int,
+        default=7,
+        help="number of measurements of both (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=flags.positive_int, default=7, help="of a fresh and a resumed start")
-    parser.add_argument("--out", help="write the results to this JSON file too")
+    parser.add_argument("--out", metavar="FILE", help="JSON file to write the results to")
     args = parser.parse_args(argv)
     if args.out:
         check_output_file("--out", args.out)
@@ -133,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         write_file(args.out, json.dumps(report, indent=2) + "\n")
     print(
         f"median of {args.rounds}: fresh {fresh:.2f} s, resumed {resumed:.2f} s, ratio "
-        f"{resumed / fresh:.2f}, {resumed - fresh:.2f} s later (at most {BAR:.0f} s)"
+        f"{resumed / fresh:.2f}, {resumed - fresh:.2f} s later (limit {BAR:.0f} s)"
     )
     return int(resumed - fresh > BAR)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,10 +27,10 @@ class Segmenter(nn.Module):
 
     def __init__(self, name: str, num_classes: int):
         super().__init__()
-        self.backbone = timm.create_model(name, features_only=True, pretrained=False)
-        strides = self.backbone.feature_info.reduction()
-        self.level = strides.index(8)
-        channels = self.backbone.feature_info.channels()[self.level]
+        backbone: Any = timm.create_model(name, features_only=True, pretrained=False)
+        self.level = backbone.feature_info.reduction().index(8)
+        channels = backbone.feature_info.channels()[self.level]
+        self.backbone = backbone
         self.attention = RecurrentCrissCrossAttention(channels, recurrence=2)
         self.classify = nn.Conv2d(channels, num_classes, 1)
 

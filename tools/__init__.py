@@ -1,1 +1,1 @@
-"""What people do with a trained network: one command a file, `python -m tools.NAME --help`."""
+"""Commands for checkpoints and runs, one in each file; see `python -m tools.NAME --help`."""

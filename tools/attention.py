@@ -1,11 +1,11 @@
-"""Look at what pixels attend to.
+"""Draw the attention maps of pixels.
 
     python -m tools.attention PICTURE --restore-from CKPT [--pixel ROW,COLUMN ...] [--out DIR]
 
-The figure of the paper, for any checkpoint and any pixel: the picture with a cross, and the attention after
-each recurrence. After one it is the softmax over the pixel's row and column; after two the exact product of
-both, by which every pixel of the picture is reached. For each pixel DIR gets a figure, NAME_ROW_COLUMN.png,
-and the weights, NAME_ROW_COLUMN.npy: float32 [R, H, W], at the head's resolution, each map adding up to 1.
+For each pixel, DIR receives a figure as in the paper, NAME_ROW_COLUMN.png: the picture with a cross at the
+pixel, and the attention map after each recurrence. The first map is the softmax over the row and the column
+of the pixel. The second one is the product of two such steps and covers the whole picture. The weights are
+written to NAME_ROW_COLUMN.npy: float32 [R, H, W] at the resolution of the head. Each map sums to 1.
 """
 
 from __future__ import annotations
@@ -41,30 +41,32 @@ def pixel(text: str) -> tuple[int, int]:
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = common.Parser("attention", __doc__)
     add = parser.add_argument
-    add("pictures", nargs="+", metavar="PICTURE", help="picture, or folder or list of pictures")
+    add("pictures", nargs="+", metavar="PICTURE", help="picture, folder of pictures, or list of pictures")
     add(
         "--pixel",
         type=pixel,
         action="append",
         dest="pixels",
         metavar="ROW,COLUMN",
-        help="counted from 0 at the top left; may be given several times; without it the middle",
+        help="pixel, counted from 0 at the top left; may be given several times (default: the middle)",
     )
-    add("--out", default="attention", metavar="DIR", help="folder of the results (default: %(default)s)")
+    add("--out", default="attention", metavar="DIR", help="output folder (default: %(default)s)")
     common.add_network_flags(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     args = get_parser().parse_args(argv)
     pictures, videos = find(args.pictures, leave_out=os.path.realpath(args.out))
     if videos:
-        raise UsageError(f"{videos[0].path}: is no picture; name pictures")
+        raise UsageError(f"{videos[0].path}: is a video or camera; name pictures")
     network = common.open_network(args)
     if network.recurrence == 0:
-        raise UsageError("--recurrence 0: leaves the attention out; give 1 or more")
+        raise UsageError("--recurrence 0: there is no attention to draw; give 1 or more")
     chosen = [pixels_of(args.pixels, picture) for picture in pictures]
     stems = [
         [os.path.join(args.out, f"{name}_{row}_{column}") for row, column in pixels]
@@ -90,18 +92,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def pixels_of(asked: list[tuple[int, int]] | None, picture: PictureFile) -> list[tuple[int, int]]:
-    """Return the pixels to look at in a picture: those asked for, or the middle.
+    """Return the pixels to draw: those of --pixel, or the middle of the picture.
 
     Raises:
         DataError: the picture can't be read.
-        UsageError: it has no such pixel.
+        UsageError: a pixel lies outside of the picture.
     """
     height, width = decode_upright(load(picture.path)).shape[:2]
     for row, column in asked or []:
         if row >= height or column >= width:
             raise UsageError(
                 f"--pixel {row},{column}: {picture.path} has {height} rows and {width} columns, from 0; "
-                "give a pixel in it"
+                "give a pixel inside of it"
             )
     return asked or [(height // 2, width // 2)]
 

@@ -1,23 +1,23 @@
-"""Convert the weights of other programs to this one's, and this one's to theirs.
+"""Convert weights of other programs to this project's format, and back.
 
     python -m tools.convert ccnet_r50-d8_769x769_80k_cityscapes.pth ccnet_mmseg.pth
     python -m tools.convert torchvision:resnet101 imagenet.pth
     python -m tools.convert snapshots/CS_scenes_60000.pth for_the_original.pth --to original
 
-SOURCE, a file of torch.save or safetensors, is recognized by what is in it:
-  ccnet       this program's checkpoints and the original's, CCNet's or its ImageNet backbone
-  mmseg       mmsegmentation's CCNet (ResNetV1c, 50 or 101)
+SOURCE is a file of torch.save or safetensors. Its format is detected from its content:
+  ccnet       checkpoint of this project or of the original code: CCNet, or its ImageNet backbone
+  mmseg       CCNet of mmsegmentation (ResNetV1c, 50 or 101)
   imagenet    ResNet-50 or 101 of torchvision, or of timm (resnet101, resnet101s, resnet101c), as a file
               or by name: torchvision:resnet101, timm:resnet101.a1_in1k
-  batch-norm  what --to batch-norm wrote; without its mark, after another program saved it, it looks like
-              ccnet, and --from batch-norm has to say so
+  batch-norm  file written with --to batch-norm; if another program saved it again, its mark is lost and
+              --from batch-norm is needed to tell it from ccnet
 
---to:
-  ccnet       what train.py, evaluate.py and the tools read (the default)
-  original    the original's own: a file that PyTorch 0.4 can read
-  batch-norm  the same network with plain nn.BatchNorm2d, whose weight is |weight| + eps of the activated one
+Formats of --to:
+  ccnet       format that train.py, evaluate.py and the tools read (default)
+  original    format of the original code: a file that PyTorch 0.4 can read
+  batch-norm  the same network with nn.BatchNorm2d, whose weight is |weight| + eps of the activated one
 
-The network before and the one that was written get the same picture; if they differ, no file appears.
+Both networks are run on the same picture. If their outputs differ, no file is written.
 """
 
 from __future__ import annotations
@@ -67,54 +67,55 @@ from utils.files import check_output_file, check_writable, replacing, writing
 
 KINDS = ("ccnet", "mmseg", "imagenet", "batch-norm")
 TARGETS = ("ccnet", "original", "batch-norm")
-#: Largest difference of an output, as a share of its largest value.
+#: Maximum difference of an output, relative to its largest value.
 TOLERANCE = 1e-4
-#: Of the picture that is compared: even and odd, so that the pool's rounding counts.
+#: Size of the compared picture: one even and one odd side, to test the rounding of the pooling.
 SIZE = (40, 57)
 RECURRENCE = 2
 OUTPUTS = ("logits", "auxiliary logits")
 
 
 class Pictures(NamedTuple):
-    """How a program prepares its pictures; R G B in 0..255."""
+    """Normalization of the pictures of a program; R, G, B in 0..255."""
 
     mean: Sequence[float]
     std: Sequence[float]
 
 
 class Source(NamedTuple):
-    """Weights as they came, in our names."""
+    """Weights of a source, under the names of this project."""
 
     state: dict[str, Tensor]
     kind: str
-    pictures: Pictures | None  # None: this program's
+    pictures: Pictures | None  # None: those of this project
 
 
 def get_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser("convert", __doc__)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a file, or weights of a library by name")
-    add("output", metavar="OUTPUT", help="the file to write")
+    add("source", metavar="SOURCE", help="file, or name of the weights of a library")
+    add("output", metavar="OUTPUT", help="file to write")
     add(
         "--from",
         dest="kind",
         choices=KINDS,
-        help="what SOURCE is; without it, what is in it says so, and what contradicts it is refused",
+        help="format of SOURCE (default: detected from its content)",
     )
-    add("--to", choices=TARGETS, default="ccnet", help="what OUTPUT is to be (default: ccnet)")
+    add("--to", choices=TARGETS, default="ccnet", help="format of OUTPUT (default: ccnet)")
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
         add(
             f"--{name}",
             type=triple(name),
             metavar="R,G,B",
-            help=f"{what} that SOURCE's pictures are normalized by, in 0..255; without it its library's, or "
-            "ImageNet's",
+            help=f"{what} that normalizes the pictures of SOURCE, in 0..255 (default: that of its library, "
+            "or of ImageNet)",
         )
     return parser
 
 
 def triple(name: str) -> Callable[[str], tuple[float, ...]]:
-    """A type for argparse: three numbers, those of a std above 0."""
+    """Return a type for argparse that parses three numbers; those of a std are above 0."""
     one = flags.number(float, 0, 255, open_low=name == "std")
 
     def parse(text: str) -> tuple[float, ...]:
@@ -127,9 +128,10 @@ def triple(name: str) -> Callable[[str], tuple[float, ...]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
     args = get_parser().parse_args(arguments)
     if os.path.exists(args.output):
-        raise UsageError(f"{args.output}: exists; name another file, or take it away")
+        raise UsageError(f"{args.output}: exists; name another file, or remove it")
     check_writable("OUTPUT", os.path.dirname(args.output) or ".")
     check_output_file("OUTPUT", args.output)
     source = read_source(args.source, args.kind, args.mean, args.std)
@@ -139,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     backbone = next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
     if args.to == "original" and (variant, backbone) != ("ccnet", "resnet101"):
         raise UsageError(
-            f"--to original: {args.source} is the {variant} variant with {backbone}, and the original has "
-            "ccnet with resnet101 alone; leave --to out"
+            f"--to original: {args.source} is the {variant} variant with {backbone}, but the original code "
+            "supports only ccnet with resnet101; omit --to"
         )
     write(args.output, args.to, to_batch_norm(state) if args.to == "batch-norm" else state, source)
     heads = f"CCNet with {backbone}" if has_heads(state) else backbone
@@ -150,10 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def read_source(
     path: str, kind: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Source:
-    """Return SOURCE, recognized.
+    """Read SOURCE and detect its format.
 
     Raises:
-        CheckpointError, UsageError: one line that says what is wrong with it.
+        CheckpointError, UsageError: one line that names the problem.
     """
     library = Pictures(IMAGENET_MEAN, IMAGENET_STD)
     kinds: tuple[str, ...] = ("imagenet",)
@@ -161,7 +163,7 @@ def read_source(
         state = read_state_dict(path)
         kinds = kinds_of(path, state)
     if kind is not None and kind not in kinds:
-        raise UsageError(f"--from {kind}: {path} is {kinds[0]}; leave --from out")
+        raise UsageError(f"--from {kind}: {path} is {kinds[0]}; omit --from")
     kind = kind or kinds[0]
     if is_library(path):
         weights = library_weights(path)
@@ -169,23 +171,23 @@ def read_source(
     if kind in ("ccnet", "batch-norm"):
         for name, value in (("mean", mean), ("std", std)):
             if value is not None:
-                raise UsageError(f"--{name}: {path} is for this program's pictures; leave it out")
+                raise UsageError(f"--{name}: {path} uses the pictures of this project; omit --{name}")
         state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
         if not has_heads(state):
             state = {name: value for name, value in state.items() if not name.startswith("fc.")}
         check_network(path, state)
         if VARIANTS[variant_of(state)].shift and SHIFT not in state:
-            raise CheckpointError(f"{path}: lacks {SHIFT}, so it is damaged; copy or convert it again")
+            raise CheckpointError(f"{path}: has no {SHIFT} and is damaged; copy or convert it again")
         return Source(state, kind, None)
     names = mmseg_names if kind == "mmseg" else imagenet_names
     return Source(names(path, state), kind, Pictures(mean or library.mean, std or library.std))
 
 
 def kinds_of(path: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return what a state dict may be, the likeliest first.
+    """Return the possible formats of a state dict, the most likely one first.
 
     Raises:
-        CheckpointError: nothing that we know.
+        CheckpointError: unknown format.
     """
     if any(name.startswith(("decode_head.", "backbone.stem.")) for name in state):
         return ("mmseg",)
@@ -194,8 +196,8 @@ def kinds_of(path: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
         return ("imagenet",)
     if "layer1.0.conv1.weight" not in state:
         raise CheckpointError(
-            f"{path}: has no names of CCNet, mmsegmentation's CCNet, or a ResNet of torchvision or timm, but "
-            f"{next(iter(state))}; convert one of these"
+            f"{path}: not a known network (its first entry is {next(iter(state))}); give CCNet, "
+            "mmsegmentation's CCNet, or a ResNet of torchvision or timm"
         )
     if batch_norm_of(state) == PLAIN:
         return ("batch-norm",)
@@ -205,7 +207,7 @@ def kinds_of(path: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def convert(source: Source) -> dict[str, Tensor]:
-    """The weights in this program's form."""
+    """Return the weights in the format of this project."""
     state = source.state
     if source.pictures is not None:
         state = to_our_pictures(state, source.pictures.mean, source.pictures.std, IMG_MEAN.tolist())
@@ -213,7 +215,7 @@ def convert(source: Source) -> dict[str, Tensor]:
 
 
 def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -> None:
-    """Write `state`, read it back, and compare it with `source`; the file appears if they agree.
+    """Write `state`, read it back, and compare it with `source`. Keep the file only if they agree.
 
     Raises:
         RunError: they differ.
@@ -221,12 +223,12 @@ def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -
     content = {
         name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()
     }
-    if target == "original":  # whose PyTorch knows no bfloat16, and float16 on a GPU alone
+    if target == "original":  # PyTorch 0.4 has no bfloat16, and float16 only on GPUs
         content = {name: value.float() for name, value in content.items()}
     plain = target == "batch-norm"
     with replacing(path) as temporary:
         with writing(temporary) as file:
-            # The zip files of PyTorch 1.6 and later are nothing to the versions that run the original.
+            # Versions of PyTorch that run the original code do not read the zip files of 1.6 and later.
             torch.save(
                 mark(content, PLAIN if plain else ACTIVATED),
                 file,
@@ -237,19 +239,19 @@ def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -
 
 
 def compare(path: str, before: Source, after: Source) -> None:
-    """Print how far the outputs of two networks for one picture are apart.
+    """Print the difference between the outputs of two networks for one picture.
 
     Raises:
-        CheckpointError: those of `before` are nan or inf.
-        RunError: more than rounding.
+        CheckpointError: outputs of `before` are nan or inf.
+        RunError: the difference is larger than rounding.
     """
     names = OUTPUTS if has_heads(before.state) else [f"layer{number}" for number in range(1, 5)]
     old_outputs = outputs(before)
     for name, old in zip(names, old_outputs, strict=True):
         if not old.isfinite().all():
             raise CheckpointError(
-                f"{path}: not written, as the network of the source gives nan or inf in its {name}; "
-                "its weights are too large, take another checkpoint"
+                f"{path}: not written, because the source network gives nan or inf in its {name}; use a "
+                "checkpoint with smaller weights"
             )
     differences = [differs(old, new) for old, new in zip(old_outputs, outputs(after), strict=True)]
     worst = max(differences)
@@ -257,20 +259,20 @@ def compare(path: str, before: Source, after: Source) -> None:
     print(f"largest difference: {worst:.1e} of the largest value, in the {where} of a random picture")
     if not worst <= TOLERANCE:
         raise RunError(
-            f"{path}: not written, as its outputs differ by {worst:.1e} of the largest, more than "
-            f"{TOLERANCE:g}; see whether the source holds weights that float32 can't tell apart"
+            f"{path}: not written, because its outputs differ by {worst:.1e} of the largest, more than "
+            f"{TOLERANCE:g}; check the source for weights beyond the precision of float32"
         )
     if before.pictures is not None and "shift" not in after.state:
         own = outputs(before, own_border=True)
         border = max(differs(old, new) for old, new in zip(own, old_outputs, strict=True))
         print(
-            "around the picture CCNet has its mean and not the source's, which near the border makes "
-            f"{border:.1e} of the largest value"
+            "CCNet pads pictures with its own mean instead of the source's: near the border this changes "
+            f"outputs by {border:.1e} of the largest value"
         )
 
 
 def differs(old: Tensor, new: Tensor) -> float:
-    """Return the largest difference as a share of the largest old value; infinite where there is a nan."""
+    """Return the largest difference relative to the largest old value; infinity if there is a nan."""
     difference = (old - new).abs().max()
     if difference == 0:
         return 0.0
@@ -280,10 +282,14 @@ def differs(old: Tensor, new: Tensor) -> float:
 
 @torch.no_grad()
 def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
-    """What a network makes of the picture, in float64: logits and auxiliary logits, or layer1 to layer4.
+    """Return the float64 outputs of a network for one picture: both logits, or layer1 to layer4.
 
-    A network with plain batch norm is computed here from functions, one with ours by its own modules.
-    `own_border`: around the picture stands the source's mean, even where the converted network can't have it.
+    A network with plain batch norm is computed with functions, one with activated batch norm by its modules.
+
+    Args:
+        source: the weights.
+        own_border: whether pictures are padded with the mean of the source, which not every converted network
+            can reproduce.
     """
     generator = torch.Generator().manual_seed(0)
     rgb = torch.randint(0, 256, (1, 3, *SIZE), generator=generator).double()
@@ -307,9 +313,10 @@ def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
 
 
 def network_outputs(state: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:
+    """Return the outputs of a network in the format of this project; see `outputs`."""
     backbone = next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
     model: ResNet
-    with torch.device("meta"):  # no time and memory for weights that are replaced
+    with torch.device("meta"):  # saves time and memory: the weights are replaced
         if has_heads(state):
             classes = len(state["head.bottleneck.3.weight"])
             model = Seg_Model(classes, recurrence=RECURRENCE, backbone=backbone, variant=variant_of(state))
@@ -327,10 +334,12 @@ def network_outputs(state: Mapping[str, Tensor], images: Tensor) -> list[Tensor]
 
 
 def plain_outputs(state: Mapping[str, Tensor], images: Tensor, around: Tensor | None = None) -> list[Tensor]:
-    """`outputs` of a network with plain batch norm, on pictures that are ready for it.
+    """Return the outputs of a network with plain batch norm; see `outputs`.
 
     Args:
-        around: [1, 3, 1, 1], what stands around the pictures; zeros without it.
+        state: the weights.
+        images: [N, 3, h, w], normalized.
+        around: [1, 3, 1, 1], padding of the pictures; zeros by default.
     """
     variant = VARIANTS[variant_of(state)]
 
@@ -382,6 +391,7 @@ def plain_outputs(state: Mapping[str, Tensor], images: Tensor, around: Tensor | 
 
 
 def has_heads(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a state dict has the heads of CCNet, not only its backbone."""
     return any(name.startswith(HEADS) for name in state)
 
 

@@ -1,4 +1,4 @@
-"""What running CCNet costs, part by part: counted on tensors without data, or measured on a device."""
+"""Cost of CCNet by part: counted with tensors without data, or measured on a device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from networks import Seg_Model
 from utils.progress import Progress
 from utils.timing import mark, seconds
 
-#: The network's parts between the stem and the loss, in the order in which they run.
+#: Parts of the network between the stem and the loss, in the order in which they run.
 PARTS = (
     "layer1",
     "layer2",
@@ -43,20 +43,20 @@ MIB, GIB = 2**20, 2**30
 
 
 def convolution_with_bias_flops(x: Any, weight: Any, bias: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
-    """The paper counts a bias as one more input channel."""
+    """Count the FLOPs of a convolution as the paper does: a bias counts as one more input channel."""
     transposed = rest[3]
     flops = conv_flop_count(x, weight, out_shape, transposed)
     return flops + (2 * out_shape[0] * out_shape[1] * out_shape[2] * out_shape[3] if bias is not None else 0)
 
 
 def paper_criss_cross_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count by shapes as the paper does: H + W + 1 positions, two more than there are."""
+    """Count the FLOPs of the attention as the paper does: with H + W + 1 positions, two too many."""
     n, c, h, w = query
     return 2 * n * h * w * (h + w + 1) * (c + value[1])
 
 
 def paper_formulas() -> dict[Any, Any]:
-    """The paper's convention, where it is not ours."""
+    """Return FLOP formulas for the operators that the paper counts differently."""
     return {
         torch.ops.aten.convolution: convolution_with_bias_flops,
         torch.ops.cc_attention.criss_cross_attention: paper_criss_cross_flops,
@@ -67,17 +67,18 @@ def paper_formulas() -> dict[Any, Any]:
 
 
 class Passage:
-    """Reads a meter wherever a run leaves one part of the network for the next, forward and backward.
+    """Read a meter at each boundary between parts of the network, forward and backward.
 
-    What lies between two parts belongs to the later one: the concatenation to head.bottleneck.
+    Operations between two parts belong to the later one, for example the concatenation to head.bottleneck.
 
     Args:
-        read: the meter.
+        model: the network.
+        read: function that returns the reading of the meter.
     """
 
     def __init__(self, model: Seg_Model, read: Callable[[], Any]):
         self.read = read
-        self.spans: list[tuple[str, str, Any, Any]] = []  # phase, part, reading before and after
+        self.spans: list[tuple[str, str, Any, Any]] = []  # phase, part, readings before and after
         self._last: Any = None
         self._part = LOSS
         self._hooks = [model.layer1.register_forward_pre_hook(lambda _, inputs: self._left(STEM, inputs[0]))]
@@ -91,6 +92,7 @@ class Passage:
             )
 
     def start(self) -> None:
+        """Begin a run."""
         self.spans.clear()
         self._last = self.read()
 
@@ -104,13 +106,16 @@ class Passage:
         self._part = part
 
     def end_of_forward(self) -> None:
+        """End the forward pass, including the loss."""
         self._close(FORWARD, LOSS)
         self._part = LOSS
 
     def end_of_backward(self) -> None:
+        """End the backward pass."""
         self._close(BACKWARD, self._part)
 
     def end_of_step(self) -> None:
+        """End the step of the optimizer."""
         self._close(FORWARD, OPTIMIZER)
 
     def _close(self, phase: str, part: str) -> None:
@@ -119,14 +124,15 @@ class Passage:
         self._last = now
 
     def remove(self) -> None:
+        """Remove the hooks from the network."""
         for hook in self._hooks:
             hook.remove()
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and the most there were since `peak` was last set.
+    """Count the bytes of live tensors (`now`), and their maximum since `peak` was last set.
 
-    It sees every operation below autograd, so also what autograd keeps, and lets go of during the backward.
+    The mode sees every operation below autograd, and thus also tensors that autograd keeps and frees.
     """
 
     def __init__(self, model: nn.Module):
@@ -157,13 +163,14 @@ class Alive(TorchDispatchMode):
 
 
 class Kept:
-    """Bytes that autograd keeps for the backward, each storage once, without weights and statistics."""
+    """Count the bytes that autograd keeps for the backward pass, without weights and statistics."""
 
     def __init__(self, model: nn.Module):
         self.bytes = 0
         self._seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def pack(self, tensor: Tensor) -> Tensor:
+        """Count a saved tensor, each storage once. Return the tensor."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
@@ -171,29 +178,29 @@ class Kept:
         return tensor
 
 
-# A run on tensors without data
+# Runs on tensors without data
 
 
 class Cost(NamedTuple):
-    """Of a part. `memory`: bytes kept for the backward; in prediction the most alive besides the weights."""
+    """Cost of a part of the network."""
 
     flops_forward: int
     flops_backward: int
-    memory: int
+    memory: int  # bytes kept for the backward pass; in prediction, peak of the tensors without the weights
 
 
 class Simulation(NamedTuple):
-    """`peak`: the most bytes of tensors alive at a time. Optimizer: its momentum."""
+    """Result of `simulate`; memory in bytes."""
 
     parts: dict[str, Cost]
-    peak: int
+    peak: int  # maximum size of the tensors that are alive at the same time
     weights: int
     gradients: int
-    optimizer: int
+    optimizer: int  # momentum
 
 
 class Setting(NamedTuple):
-    """What is run."""
+    """Network, precision and input of a run."""
 
     backbone: str = "resnet101"
     num_classes: int = 19
@@ -207,6 +214,7 @@ class Setting(NamedTuple):
     variant: str = "ccnet"
 
     def words(self) -> str:
+        """Describe the setting in one line."""
         kind = "a training step" if self.train else "prediction"
         extras = f"{', OHEM' * self.ohem}{', channels_last' * self.channels_last}"
         return (
@@ -216,19 +224,22 @@ class Setting(NamedTuple):
 
 
 def criterion_of(setting: Setting) -> CriterionDSN:
+    """Return the loss of a setting."""
     return CriterionOhemDSN() if setting.ohem else CriterionDSN()
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer as in train.py."""
     return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4)
 
 
 def autocast_of(setting: Setting, device: str) -> torch.autocast:
+    """Return the autocast context of a setting."""
     return torch.autocast(device, PRECISIONS.get(setting.amp or ""), enabled=setting.amp is not None)
 
 
 def set_layout(model: nn.Module, channels_last: bool) -> None:
-    """As Module.to(memory_format), which does not know tensors without data."""
+    """Set the memory format, like Module.to(memory_format), which does not support tensors without data."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -239,7 +250,7 @@ def set_layout(model: nn.Module, channels_last: bool) -> None:
 def network_without_data(
     backbone: str, num_classes: int, recurrence: int, channels_last: bool, variant: str
 ) -> tuple[FakeTensorMode, Seg_Model]:
-    """Tensors without data belong to the mode that they were made in."""
+    """Return a network of tensors without data, and the mode to which they belong."""
     mode = FakeTensorMode()
     with mode:
         model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone, variant=variant)
@@ -253,12 +264,13 @@ def simulate(
     formulas: Mapping[Any, Any] | None = None,
     attention: Callable[[], nn.Module] | None = None,
 ) -> Simulation:
-    """Run the network, or a training step with its loss as train.py does it, on tensors without data.
+    """Run a prediction, or a training step as in train.py, on tensors without data.
 
     Args:
-        passes: forward and backward passes whose gradients add up, as with train.py's --grad-accum.
-        formulas: FLOPs of operators, in place of PyTorch's and ours.
-        attention: makes what stands in the place of head.cca.
+        setting: network, precision and input.
+        passes: number of forward and backward passes of a step, as with --grad-accum of train.py.
+        formulas: FLOP formulas of operators, which replace the default ones.
+        attention: returns a module that replaces head.cca.
     """
     make = network_without_data.__wrapped__ if attention else network_without_data
     mode, model = make(
@@ -320,18 +332,18 @@ def simulate(
     return Simulation(parts, max(peaks), weights, gradients, momentum)
 
 
-# A run on a device
+# Runs on a device
 
 
 class Times(NamedTuple):
-    """Seconds by phase and part, and the device's measured peak in bytes, None on the CPU."""
+    """Result of `measure`."""
 
-    seconds: dict[tuple[str, str], float]
-    peak: int | None
+    seconds: dict[tuple[str, str], float]  # by phase and part
+    peak: int | None  # peak memory of the device in bytes; None on the CPU
 
 
 def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: int) -> Times:
-    """Return the medians over `rounds` runs, after one to warm up."""
+    """Return the median times over `rounds` runs, after one run to warm up."""
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     torch.backends.cudnn.benchmark = True
     model.to(device).to(memory_format=layout).train(setting.train)
@@ -376,7 +388,7 @@ def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
 
 
 def parameters_of(model: Seg_Model) -> dict[str, int]:
-    """Number of parameters by part."""
+    """Return the number of parameters of each part."""
     counts = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in PARTS}
     total = sum(p.numel() for p in model.parameters())
     return {STEM: total - sum(counts.values()), **counts}

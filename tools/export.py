@@ -1,11 +1,11 @@
-"""A checkpoint for other runtimes: ONNX, or a program of torch.export.
+"""Export a checkpoint to ONNX, or to a program of torch.export.
 
     python -m tools.export --restore-from snapshots/CS_scenes_60000.pth --out ccnet.onnx
     python -m tools.export --restore-from snapshots/CS_scenes_60000.pth --out ccnet.pt2 --output logits
 
-Pictures in, uint8 RGB [N, h, w, 3] of any size, and classes out, int32 [N, h, w]. ONNX has standard operators
-alone, of opset 18; the program runs wherever PyTorch does. Before a file gets its name, its answers are
-compared with the network's at sizes that it was not made with. See docs/export.md.
+Input: pictures, uint8 RGB [N, h, w, 3] of any size. Output: classes, int32 [N, h, w]. ONNX files contain only
+standard operators of opset 18. Programs of torch.export run in PyTorch. Before a file is kept, its outputs
+are compared with those of the network, at sizes other than that of the export. See docs/export.md.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from utils import args as flags
 from utils.errors import CheckpointError, RunError, UsageError
 from utils.files import check_outputs, check_writable, replacing
 
-#: The one that PyTorch's exporter writes by itself, without a conversion; TensorRT 10 reads 9 to 20 and more.
+#: Native opset of PyTorch's exporter, written without a conversion. TensorRT 10 reads 9 to 20 and more.
 OPSET = 18
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-#: Largest difference from the network's logits, relative to the largest of them.
+#: Maximum difference from the logits of the network, relative to the largest logit.
 TOLERANCE = 1e-4
-#: Batch, height and width of the example, and of the pictures that are compared: other sizes, odd and even,
-#: square and not.
+#: Batch, height and width of the example for the export, and of the compared pictures, which have other
+#: sizes: odd and even, square and not.
 EXAMPLE = (2, 97, 129)
 COMPARED = ((1, 129, 129), (2, 96, 160), (1, 171, 90))
-SMALLEST = 9  # pixels, of which 2 x 2 features are left
+SMALLEST = 9  # minimum side in pixels: gives 2x2 features
 AXES = ("batch", "height", "width")
 
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-# The network, in operators that every runtime has
+# The network in operators that every runtime supports
 
 
 class PlainAttention(nn.Module):
-    """RecurrentCrissCrossAttention by matrix products and one softmax over rows and columns together.
+    """RecurrentCrissCrossAttention as matrix products and one softmax over row and column.
 
-    Heights and widths may change from call to call. In channels_last the products are of views.
+    Height and width may change from call to call. With channels_last inputs, the products use views.
     """
 
     def __init__(self, attention: RecurrentCrissCrossAttention):
@@ -67,7 +67,7 @@ class PlainAttention(nn.Module):
         self.recurrence = attention.recurrence
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> [N, C, H, W]"""
+        """Apply the attention `recurrence` times to x [N, C, H, W]; the result has the same shape."""
         for _ in range(self.recurrence):
             x = x + self.gamma * self._attend(x)
         return x
@@ -80,7 +80,7 @@ class PlainAttention(nn.Module):
         row = query @ key.mT  # [N, H, W, W]: (y, x) sees (y, u)
         column = query.transpose(1, 2) @ key.transpose(1, 2).mT  # [N, W, H, H]: (y, x) sees (v, x)
         line = torch.arange(height, device=x.device)
-        column = column.masked_fill(line[:, None] == line, -torch.inf)  # a pixel is in its row already
+        column = column.masked_fill(line[:, None] == line, -torch.inf)  # a pixel is already in its row
         weight = torch.cat([row, column.transpose(1, 2)], dim=3).softmax(3)  # [N, H, W, W + H]
         from_row = weight[..., :width] @ value
         from_column = weight[..., width:].transpose(1, 2) @ value.transpose(1, 2)  # [N, W, H, C]
@@ -88,7 +88,7 @@ class PlainAttention(nn.Module):
 
 
 def fold(module: nn.Module) -> None:
-    """Put every activated batch norm into the convolution before it, in place; its activation is left."""
+    """Fold each activated batch norm into the preceding convolution, in place; the activation remains."""
     before: nn.Module | None = None
     for name, child in module.named_children():
         if isinstance(child, ABN):
@@ -106,7 +106,7 @@ def fold(module: nn.Module) -> None:
 
 
 def _fused(convolution: nn.Conv2d, norm: ABN) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias in float64."""
+    """Return weight and bias of the folded convolution, in float64."""
     mean, variance, weight, bias = (
         t.detach().double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     )
@@ -117,9 +117,13 @@ def _fused(convolution: nn.Conv2d, norm: ABN) -> tuple[nn.Parameter, nn.Paramete
 
 
 class Exported(nn.Module):
-    """uint8 RGB pictures [N, h, w, 3] -> classes int32 [N, h, w], or logits [N, C, H, W] at 1/8 size.
+    """The exported network: uint8 RGB pictures [N, h, w, 3] to classes or logits.
 
-    Takes over the parts of `model`, which is changed; the auxiliary head is left out.
+    It has no auxiliary head.
+
+    Args:
+        model: the network. Its modules are reused and changed.
+        output: "classes" for int32 [N, h, w], "logits" for [N, C, H, W] at 1/8 size.
     """
 
     mean: Tensor
@@ -130,13 +134,13 @@ class Exported(nn.Module):
         mean = torch.from_numpy(IMG_MEAN)
         if model.shift is not None:
             mean = mean - model.shift
-        # The network wants BGR: its first convolution takes the channels in the other order.
+        # The network expects BGR: reverse the input channels of the first convolution.
         model.conv1.weight = nn.Parameter(model.conv1.weight.detach().flip(1))
         self.register_buffer("mean", mean.flip(0))
         relu = nn.ReLU()
         stem = [model.get_submodule(f"conv{number + 1}") for number in range(len(model.variant.stem))]
-        # For ceil_mode, which runtimes take differently: zeros behind the last row and column. After a ReLU
-        # they change no maximum.
+        # Replace ceil_mode, in which runtimes differ, by zeros after the last row and column. They change no
+        # maximum of values after a ReLU.
         ceil = [nn.ZeroPad2d((0, 1, 0, 1))] if model.variant.ceil_mode else []
         self.trunk = nn.Sequential(
             *(layer for convolution in stem for layer in (convolution, relu)),
@@ -149,17 +153,18 @@ class Exported(nn.Module):
         self.output = output
 
     def forward(self, pictures: Tensor) -> Tensor:
+        """Predict pictures, uint8 RGB [N, h, w, 3]."""
         x = (pictures.to(torch.float32) - self.mean).permute(0, 3, 1, 2)
         logits = self.head(self.trunk(x))
         if self.output == "logits":
             return logits
         logits = F.interpolate(logits, size=pictures.shape[1:3], mode="bilinear", align_corners=True)
-        # int32, since not every runtime makes uint8 of integers.
+        # int32, because some runtimes can't convert integers to uint8.
         return logits.argmax(1).to(torch.int32)
 
 
 def trace(model: nn.Module) -> torch.export.ExportedProgram:
-    """As a program for any batch, height and width."""
+    """Export a network as a program for any batch size, height and width."""
     example = torch.zeros(*EXAMPLE, 3, dtype=torch.uint8)
     batch, height, width = (
         torch.export.Dim(axis, min=low) for axis, low in zip(AXES, (1, SMALLEST, SMALLEST), strict=True)
@@ -172,17 +177,28 @@ def trace(model: nn.Module) -> torch.export.ExportedProgram:
 
 
 def require_packages(out: str) -> None:
+    """Raise UsageError if a package for ONNX is missing."""
     for name in PACKAGES:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise UsageError(
-                f"--out {out}: ONNX needs the package {name}; pip install {' '.join(PACKAGES)}"
+                f"--out {out}: ONNX needs the package {name}; run pip install {' '.join(PACKAGES)}"
             ) from error
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: str, output: str, about: dict[str, str]) -> None:
-    """Raises RunError where it would hold anything but standard operators of OPSET, or a fixed size."""
+    """Write a program as an ONNX file.
+
+    Args:
+        program: the network.
+        path: file to write.
+        output: name of the output.
+        about: metadata by name.
+
+    Raises:
+        RunError: the file would contain non-standard operators, another opset, or a fixed size.
+    """
     import onnx
 
     exported = torch.onnx.export(
@@ -198,7 +214,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: str, output: str, ab
     model = exported.model_proto
     for entries in (model.graph.node, model.graph.input, model.graph.output, model.graph.value_info):
         for entry in entries:
-            entry.ClearField("metadata_props")  # the exporter's own notes
+            entry.ClearField("metadata_props")  # notes of the exporter
             if hasattr(entry, "doc_string"):
                 entry.ClearField("doc_string")
     name_axes(model.graph)
@@ -207,28 +223,38 @@ def write_onnx(program: torch.export.ExportedProgram, path: str, output: str, ab
     opsets = {(entry.domain, entry.version) for entry in model.opset_import}
     domains = {node.domain for node in model.graph.node}
     if domains != {""} or opsets != {("", OPSET)} or model.functions:
-        raise RunError(f"{path}: this PyTorch writes operators of {sorted(domains)}, opsets {sorted(opsets)}")
+        raise RunError(
+            f"{path}: this PyTorch writes operators of {sorted(domains)}, opsets {sorted(opsets)}; try "
+            "another version of PyTorch"
+        )
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
 
 def name_axes(graph: Any) -> None:
-    """Raises RunError where an axis of the pictures has a fixed size."""
+    """Name the axes of inputs and outputs.
+
+    Raises:
+        RunError: an axis of the pictures has a fixed size.
+    """
     dimensions = graph.input[0].type.tensor_type.shape.dim
     names = {}
     for axis, dimension in zip(AXES, dimensions, strict=False):
         if not dimension.dim_param:
-            raise RunError(f"the exporter fixed the {axis} to {dimension.dim_value}")
+            raise RunError(
+                f"this PyTorch fixes the {axis} to {dimension.dim_value}; try another version of PyTorch"
+            )
         names[dimension.dim_param] = axis
     for values in (graph.input, graph.output):
         for value in values:
             for dimension in value.type.tensor_type.shape.dim:
                 if dimension.dim_param in names:
                     dimension.dim_param = names[dimension.dim_param]
-    del graph.value_info[:]  # between the layers sizes are expressions of the exporter's names
+    del graph.value_info[:]  # sizes between the layers use the exporter's names
 
 
 def open_onnx(path: str) -> Run:
+    """Return a function that runs an ONNX file on pictures."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -236,6 +262,7 @@ def open_onnx(path: str) -> Run:
 
 
 def open_program(path: str) -> Run:
+    """Return a function that runs a program of torch.export on pictures."""
     module = torch.export.load(path).module()
 
     def run(pictures: np.ndarray) -> np.ndarray:
@@ -246,10 +273,18 @@ def open_program(path: str) -> Run:
 
 
 def compare(run: Run, model: Seg_Model, output: str) -> float:
-    """Return the largest difference from the network's logits over the largest of them, at COMPARED.
+    """Return the largest difference from the logits of the network, relative to the largest logit.
 
-    Of classes: how far the logit of one that was answered is below the highest. Infinite where the answer is
-    of another shape, is no class, or has a nan; nan where the network's own logits are not finite.
+    For classes, the difference is that between the largest logit of a pixel and the logit of its class.
+
+    Args:
+        run: the exported network.
+        model: the network.
+        output: "classes" or "logits".
+
+    Returns:
+        Infinity if an output has a wrong shape, an invalid class or a nan; nan if the logits of the network
+        are not finite.
     """
     worst = 0.0
     generator = np.random.default_rng(0)
@@ -266,7 +301,7 @@ def compare(run: Run, model: Seg_Model, output: str) -> float:
 
 
 def _difference(answer: Tensor, logits: Tensor, size: tuple[int, int], output: str) -> float:
-    """`compare` for one answer; may be nan."""
+    """Return the difference for one output; may be nan."""
     scale = logits.abs().max()
     if output == "logits":
         if answer.shape != logits.shape:
@@ -281,7 +316,7 @@ def _difference(answer: Tensor, logits: Tensor, size: tuple[int, int], output: s
 
 
 def about(network: common.Network, output: str) -> dict[str, str]:
-    """What a user of the file has to know, as text by name."""
+    """Return the metadata of the file, as text by name."""
     return {
         "network": f"CCNet {network.backbone}, R={network.recurrence}",
         "input": "uint8 [batch, height, width, 3]",
@@ -296,35 +331,37 @@ def about(network: common.Network, output: str) -> dict[str, str]:
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = common.Parser("export", __doc__)
     add = parser.add_argument
     add("--restore-from", metavar="FILE", required=True, help="checkpoint")
-    add("--out", metavar="FILE", required=True, help="what to write, .onnx or .pt2")
+    add("--out", metavar="FILE", required=True, help="file to write, .onnx or .pt2")
     add(
         "--output",
         choices=("classes", "logits"),
         default="classes",
-        help="classes at the picture's size (without it), or logits at 1/8 of it",
+        help="classes at the size of the picture, or logits at 1/8 of it (default: %(default)s)",
     )
     add(
         "--classes",
         metavar="TABLE",
-        help="names of the classes; without it as the checkpoint's run, or Cityscapes'",
+        help="table with the names of the classes (default: that of the checkpoint's run, or Cityscapes)",
     )
     add(
         "--recurrence",
         type=flags.recurrence,
-        help="how often the attention is applied; without it as in the checkpoint's run, or 2",
+        help="number of times that the attention is applied (default: that of the checkpoint's run, or 2)",
     )
-    parser.set_defaults(gpu="cpu")  # where the network runs that the file is compared with
+    parser.set_defaults(gpu="cpu")  # device of the network for the comparison
     return parser
 
 
 def main() -> None:
+    """Run the command."""
     args = get_parser().parse_args()
     ending = os.path.splitext(args.out)[1]
     if ending not in (".onnx", ".pt2"):
-        raise UsageError(f"--out {args.out}: ends in neither .onnx nor .pt2; give one of them")
+        raise UsageError(f"--out {args.out}: does not end in .onnx or .pt2; give one of them")
     if ending == ".onnx":
         require_packages(args.out)
     network = common.open_network(args)
@@ -338,11 +375,16 @@ def main() -> None:
 
 
 def export(network: common.Network, out: str, output: str) -> None:
-    """Write and compare; nothing is left where they differ.
+    """Export a network and compare the outputs. Keep the file only if they agree.
+
+    Args:
+        network: the network.
+        out: file to write.
+        output: "classes" or "logits".
 
     Raises:
-        CheckpointError: the network's logits are not finite.
-        RunError: they differ by more than TOLERANCE.
+        CheckpointError: logits of the network are not finite.
+        RunError: outputs differ by more than TOLERANCE.
     """
     begin = time.monotonic()
     program = trace(Exported(copy.deepcopy(network.model), output).eval())
@@ -352,7 +394,7 @@ def export(network: common.Network, out: str, output: str) -> None:
             write_onnx(program, temporary, output, known)
             run = open_onnx(temporary)
         else:
-            # By way of memory: torch aborts the process where the disk refuses a write of its own.
+            # Write from memory: torch aborts the process if the disk refuses a write.
             content = io.BytesIO()
             torch.export.save(program, content, extra_files=known)
             with open(temporary, "wb") as file:
@@ -362,13 +404,13 @@ def export(network: common.Network, out: str, output: str) -> None:
         worst = compare(run, network.model, output)
         if math.isnan(worst):
             raise CheckpointError(
-                f"{network.path}: its network gives nan or inf, the weights are too large; take another one"
+                f"{network.path}: the network gives nan or inf; use a checkpoint with smaller weights"
             )
         sizes = ", ".join(f"{n}x{height}x{width}" for n, height, width in COMPARED)
         if not worst <= TOLERANCE:
             raise RunError(
-                f"{out}: not written, its logits differ from the network's by {worst:.1e} of the largest, "
-                f"allowed are {TOLERANCE:g} (pictures of {sizes}); try another PyTorch or onnxruntime"
+                f"{out}: not written, because its outputs differ by {worst:.1e} of the largest logit, more "
+                f"than {TOLERANCE:g} (pictures of {sizes}); try another version of PyTorch or onnxruntime"
             )
     print(
         f"{out}: {os.path.getsize(out) / 1e6:.1f} MB; largest difference from the network {worst:.1e} of the "

@@ -2,18 +2,18 @@
 
     python -m tools.predict INPUT [INPUT ...] --restore-from CKPT [--out DIR]
 
-An input is a picture, a folder (the pictures in it and below), a list (.txt or .lst: in each line a path,
-relative to the list), a video, or camera:0. DIR gets, under the name and the subfolder that the input has:
+An input is a picture, a folder (with its subfolders), a list (.txt or .lst: one path in each line, relative
+to the list), a video, or camera:N. Results are written to DIR, under the name and subfolder of the input:
 
-    overlay/        the classes' colors over the picture (JPEG; of a video, a video)
-    color/          the classes' colors: PNG with a palette, values are train ids (of a video, a video)
-    labelIds/       the ids of the class table: PNG (of a video, one for each frame)
-    probabilities/  with --save probabilities: float16 [K, h, w], .npy
-    sheet.jpg       a look at up to 24 of them, with the legend
+    overlay/        colors of the classes over the picture (JPEG; videos: a video)
+    color/          colors of the classes (PNG with a palette, values are train ids; videos: a video)
+    labelIds/       ids of the class table (PNG; videos: one for each frame)
+    probabilities/  with --save probabilities: float16 [K, h, w] (.npy)
+    sheet.jpg       contact sheet of up to 24 pictures, with a legend
 
-Pictures may have any size. One larger than the tile, --input-size, is predicted by tiles, as by evaluate.py.
-What can't be read is left out and named at the end; the exit status is then 2. A camera runs until Ctrl-C.
-Where a result would replace a file that is read, nothing is written.
+Pictures may have any size. Pictures larger than --input-size are predicted in tiles, as by evaluate.py.
+Unreadable inputs are skipped and named at the end, with exit status 2. A camera runs until Ctrl-C. If a
+result would replace an input, nothing is written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,16 @@ from engine.data.transfer import subtract_mean
 from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
 from engine.options import AveragingOptions, add_flags
 from tools import common
-from tools.sources import PictureFile, Video, check_video_name, find, frames
+from tools.sources import (
+    PictureFile,
+    Video,
+    check_video_name,
+    count_files,
+    find,
+    first_names,
+    frames,
+    further_pages,
+)
 from utils import args as flags
 from utils.drawing.palette import colored, make_palette, save_gray_png, save_indexed_png
 from utils.drawing.sheet import Sheet, overlay
@@ -49,55 +58,65 @@ from utils.progress import Progress
 
 OVERLAY, COLOR, LABEL_IDS, PROBABILITIES = KINDS = ("overlay", "color", "labelIds", "probabilities")
 ENDINGS = {OVERLAY: ".jpg", COLOR: ".png", LABEL_IDS: ".png", PROBABILITIES: ".npy"}
-#: Of a video: what becomes a video, and what a file for each frame.
+#: Results of a video that are videos, and those that are one file for each frame.
 FILMED, FRAMES = (OVERLAY, COLOR), (LABEL_IDS, PROBABILITIES)
 SHEET = "sheet.jpg"
-#: Pictures that are read ahead, and results that may wait to be written; threads for each.
+#: Number of pictures to read ahead and of results to queue for writing; threads for each.
 AHEAD, THREADS = 4, 3
 
 
 class Prediction(NamedTuple):
-    """classes uint8 [h, w]; probabilities float16 [K, h, w] where they are asked for."""
+    """The prediction of a picture."""
 
-    classes: np.ndarray
-    probabilities: np.ndarray | None
+    classes: np.ndarray  # uint8 [h, w]
+    probabilities: np.ndarray | None  # float16 [K, h, w]; None unless --save asks for them
 
 
 def kinds(text: str) -> tuple[str, ...]:
+    """Parse the value of --save."""
     chosen = tuple(part.strip() for part in text.split(","))
     if unknown := [kind for kind in chosen if kind not in KINDS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(KINDS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(KINDS)}")
     return chosen
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = common.Parser("predict", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="picture, folder, list, video or camera:N")
-    add("--out", default="predictions", metavar="DIR", help="folder of the results (default: %(default)s)")
+    add("--out", default="predictions", metavar="DIR", help="output folder (default: %(default)s)")
     add(
         "--save",
         type=kinds,
         default=(OVERLAY, COLOR, LABEL_IDS),
         metavar="KIND,KIND",
-        help=f"of {', '.join(KINDS)} (default: the first three)",
+        help=f"results to write, separated by commas: {', '.join(KINDS)} (default: the first three)",
     )
-    add("--opacity", type=flags.fraction, default=0.5, help="of an overlay's colors (default: %(default)s)")
+    add(
+        "--opacity",
+        type=flags.fraction,
+        default=0.5,
+        help="opacity of the overlay's colors (default: %(default)s)",
+    )
     add(
         "--input-size",
         type=flags.size,
         default=(769, 769),
         metavar="H,W",
-        help="tile (default: 769,769); a picture that fits into it is predicted in one piece",
+        help="size of the tiles (default: 769,769); smaller pictures are predicted as a whole",
     )
-    add("--whole", action="store_true", help="larger pictures in one piece too")
+    add("--whole", action="store_true", help="predict every picture as a whole, without tiles")
     add_flags(parser, AveragingOptions)
-    add("--frames", type=flags.positive_int, metavar="N", help="at most N frames of a video or camera")
+    add(
+        "--frames", type=flags.positive_int, metavar="N", help="maximum number of frames of a video or camera"
+    )
     common.add_network_flags(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command. Return 0."""
     args = get_parser().parse_args(argv)
     pictures, videos = find(args.inputs, leave_out=os.path.realpath(args.out))
     network = common.open_network(args)
@@ -118,22 +137,25 @@ def main(argv: list[str] | None = None) -> int:
         if work.done:
             with replacing(os.path.join(args.out, SHEET)) as temporary:
                 sheet.draw().save(temporary, quality=90)
-            print(f"{args.out}: {work.done} pictures ({', '.join(args.save)}), {SHEET} shows some of them")
+            print(f"{args.out}: {work.done} pictures ({', '.join(args.save)}); {SHEET} shows {sheet.shown}")
+        if work.cut:
+            names = first_names(sorted(work.cut))
+            print(f"skipped further pages of {count_files(len(work.cut))}: {names}")
     if unreadable:
         for line in unreadable[:-1]:
             print(line, file=sys.stderr)
-        several = f" ({len(unreadable)} inputs were left out)" if len(unreadable) > 1 else ""
+        several = f" ({len(unreadable)} inputs were skipped)" if len(unreadable) > 1 else ""
         raise DataError(unreadable[-1] + several)
     return 0
 
 
 def result_path(out: str, kind: str, name: str) -> str:
-    """Return the file of a kind for a picture or frame of this name."""
+    """Return the path of a result of a picture or frame."""
     return os.path.join(out, kind, f"{name}{ENDINGS[kind]}")
 
 
 def film_path(out: str, kind: str, video: Video) -> str:
-    """Return the video of a kind for a video."""
+    """Return the path of a result of a video that is a video itself."""
     return os.path.join(out, kind, f"{video.name}.mp4")
 
 
@@ -143,10 +165,10 @@ def check_written(
     videos: Sequence[Video],
     network: common.Network,
 ) -> None:
-    """See that no result would replace what is read, and that each can have its place.
+    """Check that no result would replace an input, and that all results can be written.
 
     Raises:
-        UsageError: naming the file.
+        UsageError: one line that names the file.
     """
     inputs = [picture.path for picture in pictures]
     inputs += [video.path for video in videos if isinstance(video.path, str)]
@@ -158,14 +180,14 @@ def check_written(
         results += [film_path(args.out, kind, video) for kind in FILMED if kind in args.save]
         for kind in FRAMES:
             if kind in args.save:
-                # How many frames there are is seen while they are read: those that an input may be.
+                # The number of frames is unknown until they are read: check the files that exist.
                 folder = os.path.join(args.out, kind, video.name)
                 results += glob.glob(os.path.join(glob.escape(folder), f"*{ENDINGS[kind]}"))
     check_outputs("--out", results, [*inputs, *network.files])
 
 
 class Work:
-    """Predicts with a network, and writes what the flags ask for."""
+    """Predict with a network, and write the results that the flags ask for."""
 
     def __init__(self, args: argparse.Namespace, network: common.Network, sheet: Sheet):
         self.args = args
@@ -175,14 +197,23 @@ class Work:
         self.label_ids = network.labels.label_ids()
         self.mean = torch.tensor(IMG_MEAN, device=network.device)
         self.done = 0
+        self.cut: list[str] = []  # files of several pages, of which the first is predicted
 
     def predict_pictures(self, pictures: list[PictureFile], unreadable: list[str]) -> None:
-        """Files are read ahead and results written behind, in threads, while the network is at work."""
+        """Predict pictures; threads read files ahead and write results while the network works.
+
+        Args:
+            pictures: the files.
+            unreadable: receives a line about each file that can't be read.
+        """
         progress = Progress(len(pictures))
 
         def read(source: PictureFile) -> np.ndarray | DataError:
             try:
-                return decode_upright(load(source.path))
+                encoded = load(source.path)
+                if pages := further_pages(encoded):
+                    self.cut.append(f"{source.path} (1 of {1 + pages} predicted)")
+                return decode_upright(encoded)
             except DataError as error:
                 return error
 
@@ -202,6 +233,11 @@ class Work:
                 future.result()
 
     def predict_video(self, video: Video) -> None:
+        """Predict the frames of a video or camera.
+
+        Raises:
+            DataError: it can't be read.
+        """
         rate, total, pictures = frames(video, self.args.frames)
         progress = Progress(total, "frame")
         with contextlib.ExitStack() as stack:
@@ -210,7 +246,7 @@ class Work:
                 for kind in FILMED
                 if kind in self.args.save
             }
-            # A camera has no end of its own: what is there when it is interrupted is the result.
+            # Ctrl-C ends a camera; the frames so far are the result.
             ends = contextlib.suppress(KeyboardInterrupt) if video.is_camera else contextlib.nullcontext()
             with ends, contextlib.closing(pictures):  # type: ignore[type-var]
                 for number, picture in enumerate(pictures, 1):
@@ -226,7 +262,11 @@ class Work:
 
     @torch.inference_mode()
     def predict(self, picture: np.ndarray) -> Prediction:
-        """picture: uint8 [h, w, 3] BGR, of any size."""
+        """Predict a picture, uint8 [h, w, 3] BGR, of any size.
+
+        Raises:
+            RunError: the network gives NaN.
+        """
         args, network = self.args, self.network
         image = subtract_mean(torch.from_numpy(picture)[None].to(network.device), self.mean)
         fits = all(side <= tile for side, tile in zip(picture.shape[:2], args.input_size, strict=True))
@@ -246,7 +286,7 @@ class Work:
         )
 
     def _show(self, name: str, picture: np.ndarray, prediction: Prediction) -> np.ndarray:
-        """Add the picture to the sheet; returns its overlay, uint8 [h, w, 3] RGB."""
+        """Add a picture to the sheet. Return its overlay, uint8 [h, w, 3] RGB."""
         self.done += 1
         shown = picture[..., ::-1]
         laid_over = overlay(shown, prediction.classes, self.palette, self.args.opacity)
@@ -254,7 +294,7 @@ class Work:
         return laid_over
 
     def _write(self, name: str, laid_over: np.ndarray, prediction: Prediction) -> None:
-        """All that is asked for of a picture."""
+        """Write the results of a picture."""
         if OVERLAY in self.args.save:
             with replacing(self._path(OVERLAY, name)) as temporary:
                 Image.fromarray(laid_over).save(temporary, quality=92)
@@ -263,7 +303,7 @@ class Work:
         self._write_values(name, prediction)
 
     def _write_values(self, name: str, prediction: Prediction) -> None:
-        """What is no picture to look at."""
+        """Write label ids and probabilities of a picture or frame."""
         if LABEL_IDS in self.args.save:
             save_gray_png(self._path(LABEL_IDS, name), self.label_ids[prediction.classes])
         if prediction.probabilities is not None:
@@ -277,8 +317,10 @@ class Work:
 
 
 class Film(contextlib.ExitStack):
-    """A video file that has its name only when it is whole. It has the size of the first frame; others are
-    resized."""
+    """A video file, written atomically.
+
+    The first frame gives the size of the video. Other frames are resized.
+    """
 
     def __init__(self, path: str, rate: float):
         super().__init__()
@@ -289,7 +331,11 @@ class Film(contextlib.ExitStack):
         self._frames = 0
 
     def add(self, frame: np.ndarray) -> None:
-        """frame: uint8 [h, w, 3] RGB."""
+        """Add a frame, uint8 [h, w, 3] RGB.
+
+        Raises:
+            RunError: OpenCV can't write the video.
+        """
         if self._writer is None:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             temporary = self.enter_context(replacing(self.path))
@@ -297,14 +343,14 @@ class Film(contextlib.ExitStack):
             self._writer = cv2.VideoWriter(temporary, cv2.VideoWriter.fourcc(*"mp4v"), self.rate, self._size)
             self.push(lambda error, *_: self._finish(temporary, failed=error is not None))
             if not self._writer.isOpened():
-                raise RunError(f"{self.path}: OpenCV can't write this video; leave its kind out of --save")
+                raise RunError(f"{self.path}: OpenCV can't write this video; remove its kind from --save")
         if frame.shape[1::-1] != self._size:
             frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_NEAREST)
         self._writer.write(np.ascontiguousarray(frame[..., ::-1]))
         self._frames += 1
 
     def _finish(self, path: str, failed: bool) -> None:
-        """OpenCV says nothing of a full disk: what was written has to have all frames."""
+        """Close the video and check that it holds all frames: OpenCV does not report a full disk."""
         assert self._writer is not None
         self._writer.release()
         if failed or not self._frames:
@@ -313,7 +359,7 @@ class Film(contextlib.ExitStack):
         frames = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
         written.release()
         if frames != self._frames:
-            raise RunError(f"{self.path}: can't be written; make room, then run it again")
+            raise RunError(f"{self.path}: can't be written; free disk space, then run it again")
 
 
 def _ahead(
@@ -321,7 +367,7 @@ def _ahead(
     read: Callable[[PictureFile], np.ndarray | DataError],
     sources: list[PictureFile],
 ) -> Iterator[tuple[PictureFile, np.ndarray | DataError]]:
-    """Each source with what was read of it, a few ahead."""
+    """Yield each source with its content, reading a few sources ahead."""
     waiting: deque[tuple[PictureFile, Future]] = deque()
     for source in sources:
         waiting.append((source, threads.submit(read, source)))

@@ -1,25 +1,24 @@
-"""What the network costs, part by part: parameters, FLOPs, memory and time.
+"""Profile the network by part: parameters, FLOPs, memory and time.
 
     python -m tools.profile --input-size 1024,2048               prediction
     python -m tools.profile --train --batch-size 2 --amp bf16    a training step
     python -m tools.profile --fit 8,24 --input-size 769 513      the largest batches on GPUs of 8 and 24 GB
-    python -m tools.profile --paper                              the attention beside the paper's
+    python -m tools.profile --paper                              the attention, compared with the paper
 
-A multiply-add counts as two FLOPs; convolutions and matrix products are counted, the criss-cross attention by
-what it needs. FLOPs and memory come from a run on tensors without data, of any size on any machine; only the
-times, and on a GPU the measured peak, from runs on the device. Memory is that of the tensors: the libraries'
-workspaces and what the allocator can't use come on top.
+Convolutions, matrix products and the criss-cross attention are counted; a multiply-add is two FLOPs. FLOPs
+and memory are computed with tensors without data, for any size on any machine. Times, and the measured peak
+on a GPU, come from runs on the device. Memory is that of the tensors, without workspaces of libraries and
+fragmentation.
 """
 
 from __future__ import annotations
 
 import sys
 
-# The standard library has a profile too, which PyTorch imports: started as a file, or found by that name,
-# this one would take its place.
+# PyTorch imports the module profile of the standard library. Started as a file, this module would replace it.
 if not __package__:
     sys.stderr.write(
-        "tools/profile.py: not a command by itself; run python -m tools.profile in its project\n"
+        "tools/profile.py: can't be started as a file; run python -m tools.profile in the project folder\n"
     )
     sys.exit(2)
 
@@ -55,18 +54,18 @@ from utils.files import check_outputs, check_writable, write_file
 from utils.progress import Progress
 from utils.resources import check_fits
 
-#: --fit: what a GPU holds besides the tensors. One H200 step had 3 % above them; the context takes about half
-#: a GiB, and memory falls into pieces.
+#: --fit: memory of a GPU besides the tensors, as a factor and in bytes. A step on an H200 took 3 % more than
+#: the tensors. The CUDA context takes about 0.5 GiB, and some memory is lost to fragmentation.
 OVERHEAD, RESERVE = 1.05, 1 * GIB
-#: Batches beyond it are not looked for: train.py takes none.
+#: Largest batch that train.py accepts.
 LARGEST_BATCH = 2**16
-#: --paper: GFLOPs and memory (MB) that the paper gives (ICCV, tables 3 and 5; input 3x769x769).
+#: --paper: GFLOPs and memory (MB) published in the paper (ICCV, tables 3 and 5; input 3x769x769).
 PAPER = {"R=1": (8.3, 53), "R=2": (16.5, 127), "R=3": (24.7, 208), "non-local": (108, 1411)}
 PAPER_SIZE = (769, 769)
 
 
 def make_network(args: argparse.Namespace) -> tuple[Seg_Model, str]:
-    """The network, and its variant."""
+    """Return the network that the flags describe, and its variant."""
     torch.manual_seed(0)
     weights = read_state_dict(args.restore_from) if args.restore_from else None
     variant = variant_of(weights or {})
@@ -77,15 +76,15 @@ def make_network(args: argparse.Namespace) -> tuple[Seg_Model, str]:
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
-                parameter.fill_(0.2)  # gamma and the residuals' scales, which start at 0: zeros are faster
+                parameter.fill_(0.2)  # gamma and scales of residuals start at 0, and zeros are faster
     return model, variant
 
 
-# What is printed
+# Tables
 
 
 def columns(headings: list[str], rows: list[list[str]]) -> str:
-    """Rows of text, the first column to the left and the others to the right."""
+    """Format a table as text; the first column is left-aligned and the others are right-aligned."""
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
     lines = [
         "  ".join(
@@ -97,7 +96,17 @@ def columns(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def profile(setting: Setting, model: Seg_Model, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Everything about one setting, in bytes, seconds and FLOPs, ready for JSON."""
+    """Profile a setting.
+
+    Args:
+        setting: network, precision and input.
+        model: the network.
+        device: device of the timed runs.
+        rounds: number of timed runs; 0 for none.
+
+    Returns:
+        Results for JSON, in bytes, seconds and FLOPs.
+    """
     simulation = simulate(setting)
     if rounds and device.type == "cpu":
         check_fits("--batch-size, --input-size", simulation.peak)
@@ -120,7 +129,7 @@ def profile(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
 
 
 def page(setting: Setting, result: dict[str, Any]) -> str:
-    """The table of `profile`, and what is to be known of the whole."""
+    """Format the result of `profile`: a table of the parts, and the memory of the whole."""
     memory = "kept, MiB" if setting.train else "peak, MiB"
     shown: list[tuple[str, str, float, str]] = [
         ("parameters", "parameters", 1, ",.0f"),
@@ -160,13 +169,21 @@ def page(setting: Setting, result: dict[str, Any]) -> str:
 
 
 def need(setting: Setting) -> float:
-    """GiB of a GPU that a training step takes, with --grad-accum or without it."""
+    """Return the GPU memory in GiB that a training step takes, with or without --grad-accum."""
     return (simulate(setting, passes=2).peak * OVERHEAD + RESERVE) / GIB
 
 
 def fit(setting: Setting, rooms: list[float], sizes: list[tuple[int, int]]) -> dict[str, Any]:
-    """For each size and precision: GiB of the first picture and of each further one, and the largest batch
-    for each of `rooms` GiB."""
+    """Find the largest batch that trains on GPUs of several sizes, in float32 and in mixed precision.
+
+    Args:
+        setting: network and precision.
+        rooms: memory of the GPUs in GiB.
+        sizes: input sizes.
+
+    Returns:
+        For each size and precision: GiB of the first picture and of each further one, and the batches.
+    """
     rows = []
     settings = [
         setting._replace(train=True, size=size, amp=amp)
@@ -179,11 +196,11 @@ def fit(setting: Setting, rooms: list[float], sizes: list[tuple[int, int]]) -> d
         first, further = needs(1), needs(2) - needs(1)
         batches = []
         for room in rooms:
-            # A large batch may take more than a line through the first two says, never less: its peak is the
-            # highest of the lines of several moments.
+            # Memory is at least linear in the batch, but may grow faster: the peak is the maximum of several
+            # moments, each linear in the batch.
             batch = beyond = min(LARGEST_BATCH, max(0, int((room - first) / further + 1)))
             step = 1
-            while batch and needs(batch) > room:  # most often the line is right, or off by one
+            while batch and needs(batch) > room:  # the linear estimate is mostly right, or off by one
                 batch, beyond, step = max(0, batch - step), batch, 2 * step
             while beyond - batch > 1:
                 middle = (batch + beyond) // 2
@@ -197,7 +214,7 @@ def fit(setting: Setting, rooms: list[float], sizes: list[tuple[int, int]]) -> d
 
 
 def fit_page(result: dict[str, Any]) -> str:
-    """A Markdown table."""
+    """Format the result of `fit` as a Markdown table."""
     headings = [
         "crop",
         "",
@@ -216,30 +233,30 @@ def fit_page(result: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# The paper's table
+# Comparison with the paper
 
 
 class NonLocal(CrissCrossAttention):
-    """Every pixel attends to every other: the peer in the paper's table, its maps in memory as theirs."""
+    """Full attention, the peer in the paper's table, with its attention maps in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim, H, W] -> [N, in_dim, H, W]"""
+        """Apply the attention to x [N, in_dim, H, W]; the result has the same shape."""
         query, key, value = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
         weight = torch.softmax(query.mT @ key, dim=2)  # [N, pixel, pixel seen]
         return torch.addcmul(x, self.gamma, (value @ weight.mT).view(x.shape))
 
 
 def paper() -> dict[str, dict[str, float]]:
-    """GFLOPs of head.cca, as the paper counts and as the code computes, and the memory that training takes
-    for it: that of CCNet minus that of CCNet without it.
+    """Return GFLOPs and training memory of head.cca, beside the values of the paper.
+
+    GFLOPs are counted both as in the paper and as computed by the code. Memory is the difference between
+    CCNet and CCNet without attention.
 
     Raises:
-        UsageError: the compiled operator, which is what is counted, is missing.
+        UsageError: the operator is not compiled.
     """
     if not ops.DEVICE_TYPES:
-        raise UsageError(
-            "--paper: counts the compiled operator; `python setup.py build_ext --inplace` builds it"
-        )
+        raise UsageError("--paper: the operator is not compiled; run python setup.py build_ext --inplace")
     setting = Setting(backbone="resnet50", size=PAPER_SIZE, train=True)
     without = simulate(setting._replace(recurrence=0))
     rows = {}
@@ -261,10 +278,11 @@ def paper() -> dict[str, dict[str, float]]:
 
 
 def paper_page(rows: dict[str, dict[str, float]]) -> str:
+    """Format the result of `paper` as a table."""
     headings = [
         "",
         "GFLOPs, paper",
-        "counted its way",
+        "counted as there",
         "this code",
         "memory, paper",
         "kept, MiB",
@@ -288,51 +306,64 @@ def paper_page(rows: dict[str, dict[str, float]]) -> str:
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = common.Parser("profile", __doc__)
     add = parser.add_argument
-    add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="resnet101 without it")
-    add("--num-classes", type=flags.classes, default=19, help="19 without it")
+    add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone (default: %(default)s)")
+    add("--num-classes", type=flags.classes, default=19, help="number of classes (default: %(default)s)")
     add(
         "--recurrence",
         type=flags.recurrence,
         default=2,
-        help="how often the attention is applied; 2 without it",
+        help="number of times that the attention is applied (default: %(default)s)",
     )
-    add("--restore-from", metavar="FILE", help="checkpoint; random weights without it")
+    add("--restore-from", metavar="FILE", help="checkpoint (default: random weights)")
     add(
         "--input-size",
         type=flags.size,
         nargs="+",
         default=[(769, 769)],
         metavar="H,W",
-        help="769,769 without it; --fit takes several",
+        help="size of the pictures; --fit accepts several (default: 769,769)",
     )
-    add("--batch-size", type=flags.batch, default=1, help="1 without it")
-    add("--train", action="store_true", help="a training step instead of a prediction")
-    add("--amp", choices=sorted(PRECISIONS), help="mixed precision")
-    add("--channels-last", action="store_true", help="the layout [N, h, w, C], which tensor cores want")
+    add(
+        "--batch-size",
+        type=flags.batch,
+        default=1,
+        help="number of pictures in a batch (default: %(default)s)",
+    )
+    add("--train", action="store_true", help="profile a training step instead of a prediction")
+    add("--amp", choices=sorted(PRECISIONS), help="mixed precision (default: float32)")
+    add(
+        "--channels-last",
+        action="store_true",
+        help="channels_last memory format [N, h, w, C], which tensor cores prefer",
+    )
     add("--ohem", action="store_true", help="online hard example mining in the loss of --train and --fit")
-    add("--gpu", metavar="ID", help="a GPU's number, or cpu; without it the first GPU, or the CPU")
+    add("--gpu", metavar="ID", help="number of a GPU, or cpu (default: the first GPU, or the CPU)")
     add(
         "--rounds",
         type=flags.number(int, 0, 10000),
         default=3,
         metavar="N",
-        help="timed runs, 3 without it; 0 measures nothing, so that no device is needed",
+        help="number of timed runs; 0 needs no device (default: %(default)s)",
     )
-    add("--json", metavar="FILE", help="also write all numbers, in bytes, seconds and FLOPs")
+    add("--json", metavar="FILE", help="file to write all numbers to, in bytes, seconds and FLOPs")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--fit",
         type=flags.several(flags.number(float, 0.01, 100_000)),
         metavar="GIB,GIB",
-        help="instead: the largest batch that trains on GPUs of these sizes, as a Markdown table",
+        help="print the largest batches that train on GPUs with this memory, as a Markdown table",
     )
-    kind.add_argument("--paper", action="store_true", help="instead: the attention's cost beside the paper's")
+    kind.add_argument(
+        "--paper", action="store_true", help="compare the cost of the attention with that of the paper"
+    )
     return parser
 
 
 def main() -> None:
+    """Run the command."""
     args = get_parser().parse_args()
     if args.json:
         check_outputs("--json", [args.json], [args.restore_from])
@@ -357,10 +388,10 @@ def main() -> None:
         print(fit_page(result))
     else:
         if len(args.input_size) > 1:
-            raise UsageError("--input-size: several sizes are for --fit; give one")
+            raise UsageError("--input-size: several sizes need --fit; give one")
         device = common.choose_device(args.gpu)
         if args.amp == "fp16" and device.type == "cpu" and args.rounds:
-            raise UsageError("--amp fp16: is for GPUs; give --amp bf16, or --rounds 0")
+            raise UsageError("--amp fp16: needs a GPU; give --amp bf16, or --rounds 0")
         model, variant = make_network(args)
         setting = setting._replace(variant=variant)
         result = profile(setting, model, device, args.rounds)

@@ -1,11 +1,11 @@
-"""One page about a run, to look at and to send around.
+"""Write one HTML page about a training run.
 
     python -m tools.report RUN_DIR [--out FILE.html]
 
 RUN_DIR is the --snapshot-dir of a training run, with the results of evaluate.py in it or in --results. The
-page has the recipe, the environment, the curves, the scores of the classes, the confusion matrix, the best
-and the worst pictures with label and prediction, and attention maps. It is a single file that needs no
-network; what the run does not have is left out, and the page says how to get it.
+page shows the recipe, the environment, the curves, the scores and how they were obtained, the confusion
+matrix, the best and the worst pictures with label and prediction, and attention maps. It is a single file
+that needs no network. If the run lacks a part, the page says how to get it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import glob
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -23,7 +23,7 @@ import torch
 
 import train
 from dataset import IMG_MEAN, CSDataSet
-from dataset.labels import choose_table
+from dataset.labels import CITYSCAPES, LabelReader, choose_table
 from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
 from engine.data.transfer import subtract_mean
 from engine.evaluation.metrics import confusion_matrix, mean_iou
@@ -32,51 +32,59 @@ from networks.attention import picture_attention
 from networks.models import args_file
 from networks.weights import read_state_dict
 from tools import common
-from tools.report_page import Example, Report, page
+from tools.report_page import Color, Example, Figure, Report, page
 from utils import args as flags
 from utils import run_files
-from utils.drawing.attention_figure import draw_attention
+from utils.drawing.attention_figure import draw_panels
 from utils.drawing.palette import colored, make_palette
 from utils.errors import DataError, InputError, UsageError
 from utils.files import check_outputs, check_writable, read_input, write_file
 from utils.progress import Progress
 
 OUTPUTS, EVENTS = "outputs", "tensorboard"
-#: Pictures on a page, of a kind.
+#: Maximum number of pictures of a kind on a page.
 MOST = 1000
 
 
 class Scored(NamedTuple):
     """A picture of the data set, and the mean IoU of its prediction."""
 
-    number: int  # in the data set
+    number: int  # index in the data set
     score: float
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = common.Parser("report", __doc__)
     add = parser.add_argument
     add("run", metavar="RUN_DIR", help="folder of a training run")
-    add("--out", metavar="FILE", help="the page; without it RUN_DIR/report.html")
-    add("--results", metavar="DIR", help="where evaluate.py wrote to, if not to RUN_DIR")
+    add("--out", metavar="FILE", help="page to write (default: RUN_DIR/report.html)")
+    add("--results", metavar="DIR", help="output folder of evaluate.py (default: RUN_DIR)")
     add(
         "--pictures",
         type=flags.number(int, 0, MOST),
         default=3,
-        help="best and worst, of each (default: %(default)s)",
+        metavar="N",
+        help="number of best and of worst pictures (default: %(default)s)",
     )
     add(
         "--attention",
         type=flags.number(int, 0, MOST),
         default=2,
-        help="attention examples (default: %(default)s)",
+        metavar="N",
+        help="number of pictures with attention maps (default: %(default)s)",
     )
-    add("--restore-from", metavar="FILE", help="checkpoint for the attention; without it the evaluated one")
-    add("--gpu", metavar="ID", help="a GPU's number, or cpu; without it the first GPU, or the CPU")
+    add(
+        "--restore-from",
+        metavar="FILE",
+        help="checkpoint for the attention maps (default: the evaluated one)",
+    )
+    add("--gpu", metavar="ID", help="number of a GPU, or cpu (default: the first GPU, or the CPU)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     args = get_parser().parse_args(argv)
     if not os.path.isdir(args.run):
         raise UsageError(f"{args.run}: no such folder; name the --snapshot-dir of a run")
@@ -95,17 +103,19 @@ def main(argv: list[str] | None = None) -> None:
         try:
             evaluation = Evaluation.open(results, result)
         except InputError as error:
-            # Run and data may have parted; the rest of the page stands by itself.
+            # The data set may have been moved; the rest of the page does not need it.
             missing.append(f"no pictures: {error}")
     else:
-        missing.append(f"no scores and pictures: there is no {RESULT} in {results}; evaluate.py writes it")
+        missing.append(
+            f"no scores and pictures: there is no {RESULT} in {results}; run evaluate.py to write it"
+        )
     out = args.out or os.path.join(args.run, "report.html")
     check_outputs("--out", [out], inputs_of(args.run, results, args.restore_from, evaluation))
     check_writable("--out", os.path.dirname(out) or ".")
     log, odd = run_files.read_log(args.run)
     if odd:
         path = os.path.join(args.run, run_files.LOG)
-        missing.append(f"{path}: left out {odd} of {odd + len(log)} lines, which are no entries of a log")
+        missing.append(f"{path}: skipped {odd} of {odd + len(log)} lines, which are not entries of a log")
     report = Report(
         name=os.path.basename(os.path.abspath(args.run)),
         recipe=recipe,
@@ -116,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         result=result or {},
         confusion=read_confusion(os.path.join(results, CONFUSION), missing),
         missing=missing,
+        colors=class_colors(results, result) if result else (),
+        pictures=len(evaluation.dataset) if evaluation else None,
     )
     if evaluation:
         try:
@@ -129,18 +141,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Evaluation(NamedTuple):
-    """What was evaluated."""
+    """An evaluation: its data set, its arguments and its predictions."""
 
     dataset: CSDataSet
-    arguments: dict[str, Any]  # of result.txt
-    predictions: str  # their folder
+    arguments: dict[str, Any]  # "arguments" of result.txt
+    predictions: str  # folder
 
     @classmethod
     def open(cls, results: str, result: dict[str, Any]) -> Evaluation:
-        """Return the evaluation that `result` is of.
+        """Return the evaluation that wrote `result`.
 
         Raises:
-            DataError, UsageError: it is not noted, or its data set is not there any more.
+            DataError, UsageError: `result` does not describe it, or its data set no longer exists.
         """
         how = run_files.arguments_of(results, result)
         dataset = CSDataSet(
@@ -160,7 +172,7 @@ class Evaluation(NamedTuple):
 def inputs_of(
     run: str, results: str, checkpoint: str | None, evaluation: Evaluation | None
 ) -> list[str | None]:
-    """Return the files that the page is made from; None, and what is not there, among them."""
+    """Return the files that the page is made from. Some may be None or missing."""
     names = (run_files.RECIPE, run_files.ENVIRONMENT, run_files.LOG)
     inputs: list[str | None] = [os.path.join(run, name) for name in names]
     inputs += [os.path.join(results, name) for name in FILES]
@@ -175,25 +187,46 @@ def inputs_of(
     return inputs
 
 
-# What a run leaves
+# Files of a run
 
 
 def read_confusion(path: str, missing: list[str]) -> bytes | None:
-    """Return a picture of PNG; None where there is none, with a line in `missing` where it is damaged."""
+    """Return the content of a PNG file.
+
+    Args:
+        path: the file.
+        missing: receives a line if the file is damaged.
+
+    Returns:
+        None if the file is missing or damaged.
+    """
     if not os.path.lexists(path):
         return None
     try:
         content = read_input(path)
         if decode_image(load(path)) is not None and content.startswith(PNG_SIGNATURE):
             return content
-        missing.append(f"no confusion matrix: {path} is not PNG; run evaluate.py again")
+        missing.append(f"no confusion matrix: {path} is not a PNG file; run evaluate.py again")
     except (OSError, DataError) as error:
         missing.append(f"no confusion matrix: {path} can't be read ({error}); run evaluate.py again")
     return None
 
 
+def class_colors(results: str, result: dict[str, Any]) -> Sequence[Color]:
+    """Return the RGB colors of the classes of a result; empty if its class table no longer exists."""
+    try:
+        how = run_files.arguments_of(results, result)
+        table, number = choose_table(how["classes"], how["num_classes"])
+        colors = LabelReader(table, num_classes=number).colors()
+    except InputError:
+        colors = list(CITYSCAPES.colors) if result["classes"] == list(CITYSCAPES.names) else []
+    palette = make_palette(colors)
+    number = len(result["classes"]) if colors else 0
+    return [palette[3 * index : 3 * index + 3] for index in range(min(number, 255))]
+
+
 def event_files(folder: str) -> list[str]:
-    """Return TensorBoard's files, the oldest first."""
+    """Return the TensorBoard files of a folder, oldest first."""
     found = [
         path for path in glob.glob(os.path.join(glob.escape(folder), "events.*")) if os.path.isfile(path)
     ]
@@ -201,7 +234,7 @@ def event_files(folder: str) -> list[str]:
 
 
 def read_validation(folder: str) -> list[tuple[float, float]]:
-    """Return (step, mean IoU) of the validations, from TensorBoard's files; of a repeated step the last."""
+    """Return (step, mean IoU) of the validations in TensorBoard files; the last one of a repeated step."""
     scores: dict[float, float] = {}
     for path in event_files(folder):
         for event in read_events(path):
@@ -212,9 +245,9 @@ def read_validation(folder: str) -> list[tuple[float, float]]:
 
 
 def read_events(path: str) -> Iterator[Any]:
-    """Yield the events of a file of TensorBoard's.
+    """Yield the events of a TensorBoard file.
 
-    It has records of length (8 bytes), checksum (4 bytes), content, checksum.
+    Each record consists of length (8 bytes), checksum (4 bytes), content and checksum.
     """
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
@@ -230,7 +263,7 @@ def read_events(path: str) -> Iterator[Any]:
         position += 16 + length
         try:
             event = Event.FromString(record)
-        except DecodeError:  # damaged, or the end of a run that is still writing
+        except DecodeError:  # damaged, or the run is still writing
             return
         yield event
 
@@ -239,10 +272,10 @@ def read_events(path: str) -> Iterator[Any]:
 
 
 def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluation) -> Report:
-    """The report with its best and worst pictures, and with attention maps.
+    """Return the report with its best and worst pictures, and with attention maps.
 
     Raises:
-        DataError, UsageError: pictures, labels, predictions or the checkpoint are not there any more.
+        DataError, UsageError: pictures, labels, predictions or the checkpoint no longer exist.
     """
     dataset, how, predictions = evaluation
     scored = score_pictures(dataset, predictions)
@@ -250,6 +283,7 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
     half = (len(ranked) + 1) // 2
     best, worst = ranked[:half][: args.pictures], ranked[half:][::-1][: args.pictures]
     palette = make_palette(dataset.labels.colors())
+    occurring = np.zeros(256, bool)
 
     def shown(several: list[Scored]) -> list[Example]:
         examples = []
@@ -257,34 +291,39 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
             picture = dataset.picture(number, instances=False)
             assert picture.label is not None
             prediction = read_prediction(predictions, picture.name, dataset.labels.num_classes)
-            examples.append(
-                Example(
-                    picture.name,
-                    score,
-                    [picture.image[..., ::-1], colored(picture.label, palette), colored(prediction, palette)],
-                )
-            )
+            occurring[np.unique(picture.label)] = occurring[np.unique(prediction)] = True
+            row = [
+                Figure("picture", picture.image[..., ::-1]),
+                Figure("label", colored(picture.label, palette)),
+                Figure("prediction", colored(prediction, palette)),
+            ]
+            examples.append(Example(picture.name, score, [row]))
         return examples
 
+    report = report._replace(best=shown(best), worst=shown(worst))
+    names = [*enumerate(dataset.labels.names()), (dataset.labels.ignore_label, "not scored")]
     report = report._replace(
-        best=shown(best),
-        worst=shown(worst),
-        legend=list(zip(dataset.labels.names(), np.array(palette).reshape(256, 3).tolist(), strict=False)),
+        legend=[(name, palette[3 * index : 3 * index + 3]) for index, name in names if occurring[index]]
     )
     checkpoint = args.restore_from or how["restore_from"]
     if not args.attention or not checkpoint:
         return report
+    network = argparse.Namespace(
+        restore_from=checkpoint, classes=how["classes"], recurrence=how["recurrence"], gpu=args.gpu
+    )
     try:
-        return report._replace(
-            attention=attention_of(args.gpu, args.attention, checkpoint, how, dataset, ranked)
-        )
+        return report._replace(attention=attention_of(network, args.attention, evaluation, ranked))
     except InputError as error:
         report.missing.append(f"no attention: {error}")
         return report
 
 
 def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
-    """The mean IoU of every picture by itself, over the classes that occur in its label or prediction."""
+    """Return the mean IoU of each picture, over the classes that occur in its label or prediction.
+
+    Raises:
+        DataError, UsageError: a label or prediction is missing, damaged, or of a wrong size.
+    """
     progress = Progress(len(dataset))
     scored = []
     for index, pair in enumerate(dataset.pairs):
@@ -292,7 +331,7 @@ def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
         prediction = torch.from_numpy(read_prediction(predictions, pair.name, dataset.labels.num_classes))
         if label.shape != prediction.shape:
             raise UsageError(
-                f"{prediction_path(predictions, pair.name)}: of another size than its label; "
+                f"{prediction_path(predictions, pair.name)}: its size differs from that of the label; "
                 "run evaluate.py again"
             )
         confusion = confusion_matrix(
@@ -304,6 +343,7 @@ def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
 
 
 def prediction_path(folder: str, name: str) -> str:
+    """Return the path of the prediction of a picture."""
     return os.path.join(folder, f"{name}.png")
 
 
@@ -311,47 +351,63 @@ def read_prediction(folder: str, name: str, num_classes: int) -> np.ndarray:
     """Return the classes of a picture, uint8 [h, w].
 
     Raises:
-        DataError: no such picture, or a damaged one.
-        UsageError: it holds other things than classes.
+        DataError: the file is missing or damaged.
+        UsageError: it does not hold classes.
     """
     path = prediction_path(folder, name)
     classes = decode_label(load(path))
     if classes.ndim != 2 or classes.dtype != np.uint8 or classes.max(initial=0) >= num_classes:
-        raise UsageError(f"{path}: not a picture of {num_classes} classes; run evaluate.py again")
+        raise UsageError(f"{path}: not a prediction of {num_classes} classes; run evaluate.py again")
     return classes
 
 
 def attention_of(
-    gpu: str | None,
+    flags_of_network: argparse.Namespace,
     number_of_pictures: int,
-    checkpoint: str,
-    how: dict[str, Any],
-    dataset: CSDataSet,
+    evaluation: Evaluation,
     ranked: list[Scored],
 ) -> list[Example]:
-    """Attention of pixels of pictures spread over the ranks, by the network as it was evaluated."""
-    network = common.open_network(
-        argparse.Namespace(
-            restore_from=checkpoint, classes=how["classes"], recurrence=how["recurrence"], gpu=gpu
-        )
-    )
+    """Return attention maps of pictures from all ranks, computed by the network as it was evaluated.
+
+    Args:
+        flags_of_network: the flags of `common.add_network_flags`.
+        number_of_pictures: number of pictures, with two pixels each.
+        evaluation: the data set and its predictions.
+        ranked: the pictures, ordered by score.
+    """
+    network = common.open_network(flags_of_network)
     if network.recurrence == 0 or not ranked:
         return []
+    dataset = evaluation.dataset
     number_of_pictures = min(number_of_pictures, len(ranked))
     mean = torch.tensor(IMG_MEAN, device=network.device)
     examples = []
     for index in np.linspace(0, len(ranked) - 1, number_of_pictures + 2).round().astype(int)[1:-1]:
         picture = dataset.picture(ranked[index].number, instances=False)
+        prediction = read_prediction(evaluation.predictions, picture.name, dataset.labels.num_classes)
         height, width = picture.image.shape[:2]
         pixels = [(height // 2, width // 3), (2 * height // 3, 2 * width // 3)]
         image = subtract_mean(torch.from_numpy(picture.image)[None].to(network.device), mean)
         maps = picture_attention(network.model, image, pixels).cpu().numpy()
-        figures = [
-            np.array(draw_attention(cv2.cvtColor(picture.image, cv2.COLOR_BGR2RGB), pixel, maps[:, number]))
-            for number, pixel in enumerate(pixels)
-        ]
-        examples.append(Example(picture.name, ranked[index].score, figures))
+        shown = cv2.cvtColor(picture.image, cv2.COLOR_BGR2RGB)
+        rows = []
+        for number, pixel in enumerate(pixels):
+            where = describe_pixel(pixel, picture.label, prediction, dataset.labels.names())
+            first, *others = draw_panels(shown, pixel, maps[:, number])
+            row = [Figure(f"Cross: {where}", np.array(first.image))]
+            row += [Figure(f"{caption}; cross: {where}", np.array(panel)) for caption, panel in others]
+            rows.append(row)
+        examples.append(Example(picture.name, ranked[index].score, rows))
     return examples
+
+
+def describe_pixel(
+    pixel: tuple[int, int], label: np.ndarray | None, prediction: np.ndarray, names: Sequence[str]
+) -> str:
+    """Return the position of a pixel and the names of its true and its predicted class."""
+    true = 255 if label is None else int(label[pixel])
+    true_name = names[true] if true < len(names) else "none (not scored)"
+    return f"row {pixel[0]}, column {pixel[1]}, label {true_name}, prediction {names[prediction[pixel]]}"
 
 
 if __name__ == "__main__":

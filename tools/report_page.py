@@ -1,12 +1,15 @@
-"""The page of tools/report: HTML with everything in it."""
+"""The HTML page of tools.report, with every picture embedded."""
 
 from __future__ import annotations
 
 import base64
+import datetime
 import io
 import json
+import os
 import shlex
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -16,14 +19,14 @@ from PIL import Image
 from utils.drawing.chart import draw_curves
 from utils.run_files import OFFICIAL_SCORES, is_number
 
-#: Pixels that a picture is wide at most.
+#: Maximum width of a picture on the page, in pixels.
 WIDTH = 640
-#: Of the log: title, and entries.
+#: Charts of the log: heading, title of the vertical axis, names of the entries.
 CURVES = (
-    ("Loss", ("loss", "main_loss", "auxiliary_loss")),
-    ("Learning rate", ("lr",)),
-    ("Norm of the gradient", ("gradient_norm",)),
-    ("Images per second", ("images_per_second",)),
+    ("Loss", "loss", ("loss", "main_loss", "auxiliary_loss")),
+    ("Learning rate", "learning rate", ("lr",)),
+    ("Gradient norm", "norm", ("gradient_norm",)),
+    ("Speed", "images per second", ("images_per_second",)),
 )
 OFFICIAL = dict(
     zip(
@@ -34,67 +37,97 @@ OFFICIAL = dict(
 )
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #1f6fb4; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 24px; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 16px;
+  overflow-wrap: break-word; }
 h1 { margin: 0 0 4px; } h2 { margin: 40px 0 12px; border-bottom: 1px solid var(--line); }
-h3 { margin: 16px 0 4px; font-size: 15px; }
-.facts { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
-.facts div { border: 1px solid var(--line); border-radius: 8px; padding: 8px 16px; }
-.facts b { display: block; font-size: 22px; }
+h3 { margin: 20px 0 4px; font-size: 17px; }
+h4 { margin: 16px 0 4px; font-size: 15px; text-wrap: balance; }
+p { margin: 8px 0; max-width: 900px; }
+.facts { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }
+.facts div { border: 1px solid var(--line); border-radius: 8px; padding: 6px 14px; }
+.facts b { display: block; font-size: 21px; white-space: nowrap; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; }
-td, th { padding: 3px 12px 3px 0; text-align: left; vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td, th { padding: 3px 12px 3px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+th { overflow-wrap: normal; } .scroll td { overflow-wrap: normal; min-width: 110px; }
+td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 tr + tr { border-top: 1px solid var(--soft); }
-.bar { background: var(--soft); width: 260px; height: 10px; border-radius: 5px; margin-top: 7px; }
+.beside { display: flex; flex-wrap: wrap; gap: 8px 56px; align-items: flex-start; }
+.classes { width: 100%; max-width: 600px; }
+.classes td { vertical-align: middle; overflow-wrap: break-word; }
+.classes td:last-child, .classes th:last-child { padding-right: 0; }
+.classes .bars { width: 45%; min-width: 40px; }
+.bar { background: var(--soft); height: 10px; border-radius: 5px; }
 .bar div { background: var(--bar); height: 10px; border-radius: 5px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 20px; }
-svg { width: 100%; } svg text { font-size: 12px; fill: currentColor; } svg .grid { stroke: var(--line); }
-.row { display: flex; gap: 6px; } .row figure { margin: 0; flex: 1; min-width: 0; } img { max-width: 100%; }
-.row img { width: 100%; } figcaption { font-size: 12px; opacity: .75; }
-.legend span { display: inline-block; margin-right: 14px; white-space: nowrap; }
-.legend i { display: inline-block; width: 13px; height: 13px; margin-right: 5px; vertical-align: -2px;
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
+  gap: 8px 24px; }
+.charts div { max-width: 560px; }
+svg { width: 100%; display: block; } svg text { font-size: 13px; fill: currentColor; }
+svg .grid { stroke: var(--line); }
+.row { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 12px; }
+.row figure { margin: 0; flex: 1 1 300px; min-width: 0; max-width: 640px; }
+.row img { display: block; width: 100%; max-height: 90vh; object-fit: contain; object-position: left top; }
+figcaption { font-size: 14px; margin-top: 2px; }
+i.color { display: inline-block; width: 14px; height: 14px; margin-right: 7px; vertical-align: -2px;
   border: 1px solid var(--line); }
-code, pre { font: 13px/1.5 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere;
+.legend span { display: inline-block; margin-right: 16px; }
+.small-screen { display: none; }
+@media (max-width: 700px) { .small-screen { display: block; } .classes .bars { width: 25%; } }
+code, pre { font: 14px/1.5 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--soft); padding: 10px 14px; border-radius: 8px; }
-.missing { border-left: 4px solid #d1662b; padding-left: 12px; }
+pre span { display: inline-block; max-width: 100%; vertical-align: top; }
+.missing { border-left: 4px solid #d1662b; padding-left: 12px; overflow-wrap: anywhere; }
 """
+
+Color = Sequence[int]
+
+
+class Figure(NamedTuple):
+    """A picture, uint8 [h, w, 3] RGB, and its caption."""
+
+    caption: str
+    picture: np.ndarray
 
 
 class Example(NamedTuple):
-    """A picture of the data set: its mean IoU, and pictures uint8 [h, w, 3] RGB."""
+    """A picture of the data set, its mean IoU, and the rows of figures that show it."""
 
     name: str
     score: float
-    pictures: list[np.ndarray]
+    rows: list[list[Figure]]
 
 
 class Report(NamedTuple):
-    """What the page shows; empty where a run does not have it."""
+    """Content of the page; fields are empty if a run does not have it."""
 
     name: str
     recipe: dict[str, Any]  # args.json
     defaults: dict[str, Any]  # of train.py's flags
     environment: list[dict[str, Any]]  # environment.json
-    log: list[dict[str, Any]]  # log.jsonl; utils.run_files has what is sure of each file
+    log: list[dict[str, Any]]  # log.jsonl; utils.run_files documents what is checked in each file
     validation: list[tuple[float, float]]  # (step, mean IoU)
     result: dict[str, Any]  # result.txt
     confusion: bytes | None  # confusion.png
-    missing: list[str]  # lines that say what and why
+    missing: list[str]  # lines about missing parts, with the reason
+    colors: Sequence[Color] = ()  # RGB of the classes
+    pictures: int | None = None  # number of evaluated pictures
     best: Sequence[Example] = ()
     worst: Sequence[Example] = ()
-    legend: Sequence[tuple[str, list[int]]] = ()
+    legend: Sequence[tuple[str, Color]] = ()  # classes in the pictures
     attention: Sequence[Example] = ()
 
 
 def page(report: Report) -> str:
-    """The whole page, which refers to nothing outside of it."""
+    """Return the page as HTML that refers to no other file."""
     sections = [
+        ("Score", _score(report)),
         ("Recipe", _recipe(report.recipe, report.defaults)),
         ("Environment", _environment(report.environment)),
         ("Curves", _curves(report)),
-        ("Classes", _classes(report.result)),
-        ("Confusion matrix", _image(report.confusion, "png") if report.confusion else ""),
-        ("Best pictures", _examples(report.best, report.legend)),
-        ("Worst pictures", _examples(report.worst, report.legend)),
+        ("Classes", _classes(report.result, report.colors)),
+        ("Confusion matrix", _confusion(report.confusion)),
+        ("Pictures", _examples(report)),
         ("Attention", _attention(report.attention)),
     ]
     body = [f"<h1>{escape(report.name)}</h1>", _facts(report)]
@@ -109,6 +142,9 @@ def page(report: Report) -> str:
     )
 
 
+# Numbers of the run
+
+
 def _facts(report: Report) -> str:
     facts = []
     if report.result.get("meanIU") is not None:
@@ -116,20 +152,83 @@ def _facts(report: Report) -> str:
     if report.log:
         last = report.log[-1]
         facts += [
-            (f"{last['step']} of {report.recipe.get('num_steps', '?')}", "steps"),
+            (f"{last['step']} of {_text(report.recipe.get('num_steps', '?'))}", "steps"),
             (f"{last['loss']:.3f}", "last loss"),
         ]
     if report.validation:
         step, score = max(report.validation, key=lambda each: each[1])
         facts.append((_percent(score), f"best validation, step {step:g}"))
-    for name in ("backbone", "recurrence"):
-        if name in report.recipe:
-            facts.append((str(report.recipe[name]), name))
+    if speeds := _entries(report.log, "images_per_second"):
+        facts.append((f"{statistics.median(speeds):.3g}", "images/s (median)"))
+    if memory := _entries(report.log, "memory_mb"):
+        facts.append((_gibibytes(max(memory) * 2**20), "peak memory in training"))
+    facts += [
+        (_text(report.recipe[name]), name) for name in ("backbone", "recurrence") if name in report.recipe
+    ]
     return (
         '<div class="facts">'
         + "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for value, name in facts)
         + "</div>"
     )
+
+
+def _entries(log: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Return the values of an entry of the log that are numbers."""
+    return [entry[name] for entry in log if is_number(entry.get(name))]
+
+
+def _score(report: Report) -> str:
+    """Describe how the score was obtained."""
+    found = report.result.get("arguments")
+    if report.result.get("meanIU") is None or not isinstance(found, dict):
+        return ""
+    rows = [
+        ("Data", _data(found, report.pictures)),
+        ("Network", _network(found)),
+        ("Checkpoint", _checkpoint(found.get("restore_from"))),
+        ("Prediction", _prediction(found)),
+    ]
+    if "scales" in found:
+        scales = _text(found["scales"]).replace(",", ", ")
+        averaged = isinstance(found["scales"], list) and len(found["scales"]) > 1
+        rows.append(("Scales", f"{scales} (averaged)" if averaged else scales))
+    if "flip" in found:
+        rows.append(("Flip", "averaged with the mirrored picture" if found["flip"] else "no"))
+    if "ignore_label" in found:
+        rows.append(("Not scored", f"pixels with label {_text(found['ignore_label'])}"))
+    note = "<p>Mean IoU over the classes that occur in labels or predictions. It was obtained as follows:</p>"
+    return note + _table(rows)
+
+
+def _data(found: dict[str, Any], pictures: int | None) -> str:
+    which = (
+        f"list {_text(found['data_list'])}"
+        if found.get("data_list")
+        else f"split {_text(found.get('split'))}"
+    )
+    number = "" if pictures is None else f", {pictures} pictures"
+    return f"{_text(found.get('data_dir'))}, {which}{number}"
+
+
+def _network(found: dict[str, Any]) -> str:
+    parts = [_text(found[name]) for name in ("model", "backbone") if name in found]
+    return ", ".join([*parts, f"recurrence {_text(found.get('recurrence'))}"])
+
+
+def _checkpoint(path: Any) -> str:
+    if not isinstance(path, str):
+        return "none: random weights"
+    folder, name = os.path.split(path)
+    return f"{name} in {folder}" if folder else name
+
+
+def _prediction(found: dict[str, Any]) -> str:
+    if found.get("whole"):
+        return "whole pictures (no tiles)"
+    size = found.get("input_size")
+    if isinstance(size, list) and len(size) == 2:
+        return f"overlapping tiles of {_text(size[0])} x {_text(size[1])} pixels"
+    return "not recorded; run evaluate.py again to see it"
 
 
 def _recipe(recipe: dict[str, Any], defaults: dict[str, Any]) -> str:
@@ -140,12 +239,15 @@ def _recipe(recipe: dict[str, Any], defaults: dict[str, Any]) -> str:
         for name, value in recipe.items()
         if value is not None and name != "local_rank"
     )
-    command = " ".join(["python train.py", *_flags(recipe, defaults)])
-    return f"<pre>{escape(command)}</pre><details><summary>all flags</summary><table>{rows}</table></details>"
+    # Each flag in one piece: a browser would break lines within "--".
+    command = " ".join(
+        f"<span>{escape(part)}</span>" for part in ["python train.py", *_flags(recipe, defaults)]
+    )
+    return f"<pre>{command}</pre><details><summary>All flags</summary><table>{rows}</table></details>"
 
 
 def _flags(recipe: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """Of a command line: what is not as it is by itself."""
+    """Return the flags that differ from their defaults, as on a command line."""
     parts = []
     for name, value in recipe.items():
         if _text(value) == _text(defaults.get(name)):
@@ -157,44 +259,116 @@ def _flags(recipe: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
+        return ",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
+# The machine
+
+
+def _device(value: Any) -> str:
+    return "CPU" if value == "cpu" else f"GPU ({value})"
+
+
+def _date(value: Any) -> str:
+    moment = datetime.datetime.fromisoformat(value)
+    zone = "" if moment.tzinfo is None else f" {moment.tzname()}"
+    return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
+
+
+def _commit(value: Any) -> str:
+    return f"{value[:-1]}, with local changes" if value.endswith("+") else str(value)
+
+
+def _gibibytes(value: float) -> str:
+    return f"{value / 2**30:.1f} GiB"
+
+
+#: Rows of the table by entry of environment.json: title and format.
+ENVIRONMENT: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "date": ("Date", _date),
+    "device": ("Device", _device),
+    "name": ("Processor", str),
+    "memory_bytes": ("GPU memory", _gibibytes),
+    "capability": ("Compute capability", str),
+    "multiprocessors": ("Multiprocessors", lambda value: f"{value:d}"),
+    "l2_bytes": ("L2 cache", lambda value: f"{value / 2**20:.0f} MiB"),
+    "processes": ("Processes", lambda value: f"{value:d}"),
+    "threads": ("CPU threads per process", lambda value: f"{value:d}"),
+    "load": ("System load at the start", lambda value: f"{value:.1f}"),
+    "torch": ("PyTorch", str),
+    "cuda": ("CUDA", str),
+    "python": ("Python", str),
+    "commit": ("Commit", _commit),
+}
+
+
 def _environment(starts: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for start in starts for name in start))
+    if not starts:
+        return ""
+    present = dict.fromkeys(name for start in starts for name in start if name != "step")
+    names = [name for name in ENVIRONMENT if name in present]
+    names += [name for name in present if name not in ENVIRONMENT]
+    heading = ""
+    if len(starts) > 1:
+        heading = "".join(f"<th>{escape(_start(start.get('step')))}</th>" for start in starts)
+        heading = f"<tr><th></th>{heading}</tr>"
     rows = "".join(
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(f"<td>{escape(_text(start.get(name, '')))}</td>" for start in starts)
+        f"<tr><th>{escape(_title(name))}</th>"
+        + "".join(
+            f"<td>{escape(_formatted(name, start[name]) if name in start else '')}</td>" for start in starts
+        )
         + "</tr>"
         for name in names
     )
-    return f"<table>{rows}</table>" if starts else ""
+    return f'<div class="scroll"><table>{heading}{rows}</table></div>'
+
+
+def _start(step: Any) -> str:
+    return "first start" if step == 0 else f"resumed after step {_text(step)}"
+
+
+def _title(name: str) -> str:
+    return ENVIRONMENT[name][0] if name in ENVIRONMENT else name.replace("_", " ").capitalize()
+
+
+def _formatted(name: str, value: Any) -> str:
+    """Write an entry of environment.json; an odd one as it is."""
+    try:
+        if name in ENVIRONMENT and value is not None:
+            return ENVIRONMENT[name][1](value)
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        pass
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else _text(value)
+
+
+# Scores
 
 
 def _curves(report: Report) -> str:
-    charts = []
-    for title, names in CURVES:
+    charts = [("Validation", draw_curves({"mean IoU": report.validation}, y_title="mean IoU"))]
+    for title, unit, names in CURVES:
         curves = {
             name: [(entry["step"], entry[name]) for entry in report.log if is_number(entry.get(name))]
             for name in names
         }
-        charts.append((title, draw_curves(curves)))
-    charts.insert(0, ("Mean IoU of the validations", draw_curves({"mean IoU": report.validation})))
+        shown = {name.replace("_", " "): points for name, points in curves.items()}
+        charts.append((title, draw_curves(shown, y_title=unit)))
     drawn = "".join(f"<div><h3>{title}</h3>{chart}</div>" for title, chart in charts if chart)
     return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
-def _classes(result: dict[str, Any]) -> str:
+def _classes(result: dict[str, Any], colors: Sequence[Color]) -> str:
     if not result.get("IU_array"):
         return ""
     instances = result["classInstScores"]
     rows = []
-    for name, iou in zip(result["classes"], result["IU_array"], strict=True):
+    for number, (name, iou) in enumerate(zip(result["classes"], result["IU_array"], strict=True)):
         bar = f'<div class="bar"><div style="width:{100 * (iou or 0):.1f}%"></div></div>'
-        cells = f"<td>{escape(name)}</td><td>{bar}</td>" + _number(iou)
+        swatch = _swatch(colors[number]) if number < len(colors) else ""
+        cells = f'<td>{swatch}{escape(name)}</td><td class="bars">{bar}</td>' + _number(iou)
         rows.append(f"<tr>{cells}{_number(instances.get(name)) if instances else ''}</tr>")
-    heading = '<tr><th>class</th><th></th><th class="number">IoU</th>'
+    heading = '<tr><th>class</th><th class="bars"></th><th class="number">IoU</th>'
     heading += '<th class="number">iIoU</th></tr>' if instances else "</tr>"
     averages = (
         "".join(
@@ -204,7 +378,16 @@ def _classes(result: dict[str, Any]) -> str:
         )
         or f"<tr><td>mean IoU</td>{_number(result['meanIU'])}</tr>"
     )
-    return f"<table>{heading}{''.join(rows)}</table><h3>Averages</h3><table>{averages}</table>"
+    notes = []
+    if None in result["IU_array"]:
+        notes.append("No IoU: the class occurs neither in labels nor in predictions.")
+    if instances:
+        notes.append("iIoU: IoU in which objects count equally, regardless of their size.")
+    return (
+        f'<div class="beside"><table class="classes">{heading}{"".join(rows)}</table>'
+        f"<div><h3>Averages</h3><table>{averages}</table></div></div>"
+        + "".join(f"<p>{note}</p>" for note in notes)
+    )
 
 
 def _number(value: float | None) -> str:
@@ -215,50 +398,71 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def _examples(examples: Sequence[Example], legend: Sequence[tuple[str, list[int]]]) -> str:
-    if not examples:
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return (
+        "<table>"
+        + "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        + "</table>"
+    )
+
+
+def _swatch(color: Color) -> str:
+    red, green, blue = color
+    return f'<i class="color" style="background:rgb({red},{green},{blue})"></i>'
+
+
+def _confusion(content: bytes | None) -> str:
+    if content is None:
         return ""
-    spans = "".join(
-        f'<span><i style="background:rgb({red},{green},{blue})"></i>{escape(name)}</span>'
-        for name, (red, green, blue) in legend
-    )
-    rows = "".join(
-        f"<h3>{escape(example.name)}: mean IoU {_percent(example.score)}</h3>"
-        + _row(example.pictures, ("picture", "label (black: not scored)", "prediction"))
-        for example in examples
-    )
-    return f'<p class="legend">{spans}</p>{rows}'
+    # At its own size, in which its numbers can be read; a narrow screen scrolls.
+    note = '<p class="small-screen">Scroll sideways to see all classes.</p>'
+    return f'{note}<div class="scroll">{_image(content, "png", "confusion matrix")}</div>'
 
 
-def _row(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> str:
-    figures = "".join(
-        f"<figure>{_picture(picture, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
-        for picture, caption in zip(pictures, captions, strict=True)
-    )
-    return f'<div class="row">{figures}</div>'
+# Pictures
+
+
+def _examples(report: Report) -> str:
+    if not report.best and not report.worst:
+        return ""
+    spans = "".join(f"<span>{_swatch(color)}{escape(name)}</span>" for name, color in report.legend)
+    content = f'<p class="legend">{spans}</p>'
+    for title, examples in (("Best pictures", report.best), ("Worst pictures", report.worst)):
+        content += f"<h3>{title}</h3>" if examples else ""
+        content += "".join(map(_example, examples))
+    return content
 
 
 def _attention(examples: Sequence[Example]) -> str:
     if not examples:
         return ""
     note = (
-        "<p>What the pixel at the cross gathers: after one recurrence from its row and column, after two, by "
-        "the product of both, from everywhere. Brightness is the root of the weight over the largest.</p>"
+        "<p>Weights with which the pixel at the cross gathers the other pixels. R = 1: after one recurrence, "
+        "pixels of its row and column. R = 2: after two recurrences (the product of both maps), all pixels. "
+        "Brightness is the square root of weight / largest weight of the map.</p>"
     )
+    return note + "".join(map(_example, examples))
+
+
+def _example(example: Example) -> str:
     rows = "".join(
-        f"<h3>{escape(example.name)}</h3>"
-        + "".join(f"<p>{_picture(figure, 'attention maps', 3 * WIDTH)}</p>" for figure in example.pictures)
-        for example in examples
+        '<div class="row">'
+        + "".join(
+            f"<figure>{_picture(picture, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+            for caption, picture in row
+        )
+        + "</div>"
+        for row in example.rows
     )
-    return note + rows
+    return f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{rows}"
 
 
-def _picture(picture: np.ndarray, text: str, width: int = WIDTH) -> str:
-    """Scaled down to the width; photographs as JPEG, pictures of few colors as PNG."""
+def _picture(picture: np.ndarray, text: str) -> str:
+    """Embed a picture, reduced to WIDTH: photographs as JPEG, pictures of few colors as PNG."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     few = image.getcolors(256) is not None
-    if image.width > width:
-        size = width, max(1, round(image.height * width / image.width))
+    if image.width > WIDTH:
+        size = WIDTH, max(1, round(image.height * WIDTH / image.width))
         image = image.resize(size, Image.Resampling.NEAREST if few else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if few:

@@ -1,12 +1,12 @@
-"""Train and evaluate a recipe with several seeds, and print the table.
+"""Train and evaluate a recipe with several seeds, and print a table of the scores.
 
     python -m tools.seeds DIR [--seeds N] --train FLAGS OF train.py [--evaluate FLAGS OF evaluate.py]
 
-Results of one recipe differ by about a point between seeds, so a single run says little. DIR gets a folder
-for each seed, seed_S, with all that train.py and evaluate.py write, and the table as seeds.md and seeds.json.
-What evaluate.py has to know of network and data is taken from --train's flags; --evaluate adds to them, for
-example --whole, or the list of the validation pictures. Called again, it goes on where it ended, and does not
-repeat what is finished.
+The mean IoU of a recipe varies by about one point between seeds. For each seed, DIR receives a folder seed_S
+with the output of train.py and evaluate.py. The table is written to seeds.md and seeds.json. evaluate.py
+receives the flags of --train that describe the network and the data; --evaluate adds others, for example
+--whole or the list of validation pictures. The same command resumes after an interruption and skips finished
+runs.
 """
 
 from __future__ import annotations
@@ -32,36 +32,42 @@ from utils.files import check_outputs, check_writable, write_file
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN, EVALUATE = "--train", "--evaluate"
 TABLES = ("seeds.md", "seeds.json")
-#: Flags whose value evaluate.py takes from --train; it takes those of the network from args.json.
+#: Flags whose value evaluate.py takes from --train. It takes those of the network from args.json.
 SHARED = TrainOptions.names(lambda flag: flag.shared)
-#: What this command sets, of train.py and of evaluate.py.
+#: Flags of train.py and of evaluate.py that this command sets.
 OWN = (("--snapshot-dir", "--random-seed", "--resume"), ("--restore-from", "--output-dir"))
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = common.Parser("seeds", __doc__)
+    parser.usage = (
+        "%(prog)s [-h] [--seeds N] [--first-seed SEED] DIR --train FLAGS ... [--evaluate FLAGS ...]"
+    )
     add = parser.add_argument
-    add("out", metavar="DIR", help="folder of the runs")
+    add("out", metavar="DIR", help="output folder")
     add(
         "--seeds",
         type=flags.number(int, 1, 1000),
         default=3,
         metavar="N",
-        help="how many (default: %(default)s)",
+        help="number of seeds (default: %(default)s)",
     )
     add(
         "--first-seed",
         type=flags.number(int, 0, 2**63 - 1001),
         default=12345,
-        help="they count up from it (default: %(default)s)",
+        metavar="SEED",
+        help="first seed; the others follow it (default: %(default)s)",
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     own, of_train, of_evaluate = split(sys.argv[1:] if argv is None else argv)
     args = get_parser().parse_args(own)
-    recipe = train.get_parser().parse_args(of_train)  # says what is wrong before anything starts
+    recipe = train.get_parser().parse_args(of_train)  # reports wrong flags before anything starts
     shared = [
         part for name in SHARED if (value := getattr(recipe, name)) is not None for part in flag(name, value)
     ]
@@ -81,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         found = run_files.read_result(folder)
         if found is None or found["meanIU"] is None:
             raise RunError(
-                f"{folder}: evaluate.py gave no score, as no class occurs; evaluate on other pictures"
+                f"{folder}: evaluate.py gave no score, because no class occurs; evaluate other pictures"
             )
         rows.append({"seed": seed, "meanIU": found["meanIU"]})
 
@@ -92,7 +98,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
-    """Return whether the result.txt of a folder is what evaluate.py would write now."""
+    """Return whether the result.txt of a folder is up to date.
+
+    Args:
+        folder: folder of a run.
+        checkpoint: the evaluated checkpoint.
+        given: flags of evaluate.py.
+    """
     try:
         result = run_files.read_result(folder)
         if result is None or os.path.getmtime(os.path.join(folder, run_files.RESULT)) < os.path.getmtime(
@@ -113,42 +125,52 @@ def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """This command's flags, those of train.py and those of evaluate.py."""
+    """Split a command line into the flags of this command, of train.py and of evaluate.py.
+
+    Raises:
+        UsageError: --train is missing, or a flag is set by this command.
+    """
     if TRAIN not in argv:
         get_parser().parse_args(list(argv))  # answers --help
-        raise UsageError(f"{TRAIN}: is missing; give it last, followed by flags of train.py")
+        raise UsageError(f"{TRAIN}: missing; give it after the other flags, followed by flags of train.py")
     first = argv.index(TRAIN)
     second = argv.index(EVALUATE) if EVALUATE in argv else len(argv)
     if second < first:
-        raise UsageError(f"{EVALUATE}: comes after {TRAIN}")
+        raise UsageError(f"{EVALUATE}: stands before {TRAIN}; give it after {TRAIN} and its flags")
     own = list(argv[:first])
     of_train, of_evaluate = list(argv[first + 1 : second]), list(argv[second + 1 :])
     for given, taken in zip((of_train, of_evaluate), OWN, strict=True):
         for part in given:
             name = part.split("=")[0]
-            # Argparse takes beginnings of a flag for the flag.
+            # argparse accepts abbreviations of flags.
             if name.startswith("--") and any(flag.startswith(name) for flag in taken):
-                raise UsageError(f"{part}: is set for each seed by this command; leave it out")
+                raise UsageError(f"{part}: set by this command for each seed; omit it")
     return own, of_train, of_evaluate
 
 
 def flag(name: str, value: Any) -> list[str]:
+    """Return the command line arguments for a flag."""
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return [f"--{name.replace('_', '-')}", text]
 
 
 def run(script: str, *arguments: object) -> None:
-    """A command of the project, its output shown as it comes; ends this one with it."""
+    """Run a command of the project and show its output.
+
+    Raises:
+        UsageError, RunError: the command failed.
+    """
     command = [sys.executable, os.path.join(ROOT, script), *map(str, arguments)]
     print(" ".join(["python", script, *map(str, arguments)]), flush=True)
     status = subprocess.run(command).returncode
     if status == 2:
-        raise UsageError(f"{script}: says above which flag or file is wrong")
+        raise UsageError(f"{script}: wrong usage or input; see its message above")
     if status:
-        raise RunError(f"{script}: ended with status {status}; the same command goes on from there")
+        raise RunError(f"{script}: exit status {status}; run the same command again to resume")
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the scores by seed, their mean and their standard deviation (None for a single seed)."""
     scores = [row["meanIU"] for row in rows]
     return {
         "seeds": {row["seed"]: row["meanIU"] for row in rows},
@@ -158,7 +180,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the mean IoU of each seed, their mean and standard deviation, in per cent."""
+    """Return a Markdown table: mean IoU of each seed, their mean and standard deviation, in percent."""
     about = summary(rows)
     deviation = about["standard_deviation"]
     lines = ["| seed | mean IoU |", "|---|---|"]

@@ -1,7 +1,8 @@
-"""Where pictures come from: files, folders, lists, videos, a camera."""
+"""Input files of the tools: pictures, folders, lists, videos and cameras."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -11,49 +12,93 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from dataset import DataError
-from dataset.layout import is_litter, say_skipped
+from dataset.layout import is_litter
+from dataset.pictures import Encoded
 from utils.errors import UsageError
 from utils.files import kind_of, open_input
+from utils.silence import silence
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 LISTS = (".txt", ".lst")
 CAMERA = "camera:"
+#: Maximum number of skipped files that are named.
+NAMED = 3
 
 
 class PictureFile(NamedTuple):
-    """A picture's file, and the name of its results: a path below their folder, without an ending."""
+    """A picture file, and the name of its results: a path in the output folder without an ending."""
 
     path: str
     name: str
 
 
 class Video(NamedTuple):
-    """A video's file or the number of a camera, and the name of its results."""
+    """A video file or the number of a camera, and the name of its results."""
 
     path: str | int
     name: str
 
     @property
     def is_camera(self) -> bool:
+        """Return whether the frames come from a camera."""
         return isinstance(self.path, int)
 
 
-def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list[Video]]:
-    """What the command line names: pictures, videos, folders of pictures, lists of pictures, cameras.
+class Skipped(NamedTuple):
+    """Files and folders in an input folder that are not predicted."""
 
-    Pictures of a folder keep their place in it, those of a list theirs beside the list. A list has a path in
-    each line, relative to itself; anything after a tab is left alone.
+    litter: list[str]  # hidden, or written by the system
+    others: list[str]  # without the ending of a picture
+
+    def say(self, folder: str) -> str:
+        """Describe them in one line, with paths relative to `folder`."""
+        parts = []
+        for paths, kind in ((self.litter, "hidden or system"), (self.others, "not pictures")):
+            if paths:
+                names = first_names([os.path.relpath(path, folder) for path in paths])
+                parts.append(f"{len(paths)} {kind} ({names})")
+        return f"skipped {count_files(len(self.litter) + len(self.others))}: {', '.join(parts)}"
+
+
+def count_files(number: int) -> str:
+    """Write a number of files: "1 file" or "2 files"."""
+    return "1 file" if number == 1 else f"{number} files"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Join the first of some names, with the number of the others."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def further_pages(encoded: Encoded) -> int:
+    """Return the number of pages or frames of a file after the first one, which is the only one decoded."""
+    if encoded.header.format not in ("TIFF", "GIF", "WEBP"):
+        return 0
+    try:
+        with silence, Image.open(io.BytesIO(encoded.content)) as picture:
+            return getattr(picture, "n_frames", 1) - 1
+    except Exception:  # damaged pages, for which Pillow's parsers raise many types
+        return 0
+
+
+def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list[Video]]:
+    """Return the pictures and videos that the command line names.
+
+    Inputs are pictures, videos, folders of pictures, lists of pictures, and cameras. Results keep the path
+    that a picture has in its folder or list. Each line of a list holds a path relative to the list; text
+    after a tab is ignored. Files of a folder that are not predicted are reported in one line.
 
     Args:
         inputs: paths, and camera:N.
-        leave_out: the folder of the results, whose pictures are none of a folder's that it lies in.
+        leave_out: the output folder. Pictures in it are not inputs if it lies in one of the folders.
 
     Raises:
-        UsageError: one that is missing, or of a kind that is not read: a FIFO, socket or device, a folder's
-            among them.
+        UsageError: an input is missing or not a regular file (a FIFO, socket or device, also in a folder).
     """
     pictures: list[PictureFile] = []
     videos: list[Video] = []
@@ -61,15 +106,15 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
         if text.startswith(CAMERA):
             number = text.removeprefix(CAMERA)
             if not re.fullmatch("[0-9]{1,4}", number):
-                raise UsageError(f"{text}: a camera has a number; give camera:0")
+                raise UsageError(f"{text}: not the number of a camera; give camera:0")
             videos.append(Video(int(number), f"camera{number}"))
         elif os.path.isdir(text):
             if os.path.realpath(text) == leave_out:
-                raise UsageError(f"{text}: is --out as well; name another folder for the results")
-            skipped: list[str] = []
+                raise UsageError(f"{text}: is also --out; name another folder for the results")
+            skipped = Skipped([], [])
             found = list(_walk(text, leave_out, skipped))
-            if skipped:
-                print(f"{text}: {say_skipped(skipped)}", flush=True)
+            if any(skipped):
+                print(f"{text}: {skipped.say(text)}", flush=True)
             if not found:
                 raise UsageError(f"{text}: no pictures in it ({' '.join(PICTURES)}); name another folder")
             pictures += found
@@ -83,7 +128,7 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
             check_video_name(text)
             videos.append(Video(text, _stem(os.path.basename(text))))
         else:
-            # Whatever its name: the decoder says if it is none.
+            # The name does not matter: the decoder reports files that are not pictures.
             pictures.append(PictureFile(text, _stem(os.path.basename(text))))
     for path, _ in pictures:
         _check_kind(path)
@@ -94,27 +139,27 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
 
 
 def _check_kind(path: str) -> bool:
-    """Return True for a file, and for what has none, which the decoder names.
+    """Return True for a regular file, and for a missing one, which the decoder reports.
 
     Raises:
-        UsageError: a FIFO, socket, device or folder; some would be waited for or read without an end.
+        UsageError: a FIFO, socket, device or folder. Reading some of them would never end.
     """
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return True
     if not stat.S_ISREG(mode):
-        raise UsageError(f"{path}: is {kind_of(mode)}, not a file; take it away, or name other inputs")
+        raise UsageError(f"{path}: is {kind_of(mode)}, not a file; remove it, or name other inputs")
     return True
 
 
 def check_video_name(path: str) -> None:
-    """Raise UsageError where OpenCV, which reads and writes videos, would crash over the name."""
+    """Raise UsageError for a name that is not UTF-8, which would crash OpenCV's reading of videos."""
     try:
         path.encode()
     except UnicodeEncodeError:
         raise UsageError(
-            f"{path}: videos need names of UTF-8, folders included; rename it, or make a link"
+            f"{path}: videos need a path in UTF-8, folders included; rename it, or make a link"
         ) from None
 
 
@@ -122,24 +167,28 @@ def _stem(path: str) -> str:
     return os.path.splitext(path)[0]
 
 
-def _walk(folder: str, leave_out: str, skipped: list[str]) -> Iterator[PictureFile]:
-    """Yield the pictures of a folder and those in it; add to `skipped` what is hidden or a system's."""
+def _walk(folder: str, leave_out: str, skipped: Skipped) -> Iterator[PictureFile]:
+    """Yield the pictures of a folder and its subfolders, and add all other files to `skipped`."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         if (place := os.path.realpath(root)) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(place)
-        skipped += [os.path.join(root, name) for name in sorted(folders + files) if is_litter(name)]
+        skipped.litter.extend(os.path.join(root, name) for name in sorted(folders + files) if is_litter(name))
         folders[:] = sorted(
             name
             for name in folders
             if not is_litter(name) and os.path.realpath(os.path.join(root, name)) != leave_out
         )
         for name in sorted(files):
-            if name.lower().endswith(PICTURES) and not is_litter(name):
-                path = os.path.join(root, name)
+            if is_litter(name):
+                continue
+            path = os.path.join(root, name)
+            if name.lower().endswith(PICTURES):
                 yield PictureFile(path, _stem(os.path.relpath(path, folder)))
+            else:
+                skipped.others.append(path)
 
 
 def _listed(path: str) -> list[PictureFile]:
@@ -155,20 +204,20 @@ def _listed(path: str) -> list[PictureFile]:
             continue
         picture = os.path.join(folder, line)
         if not os.path.isfile(picture):
-            raise UsageError(f"{path}, line {number}: {picture} is no file; correct the path")
+            raise UsageError(f"{path}, line {number}: {picture} is not a file; correct the path")
         name = os.path.relpath(picture, folder or ".")
-        if name.startswith(os.pardir):  # results stay in their folder
+        if name.startswith(os.pardir):  # results stay in the output folder
             name = os.path.basename(picture)
         found.append(PictureFile(picture, _stem(name)))
     if not found:
-        raise UsageError(f"{path}: names no picture; give a line for each")
+        raise UsageError(f"{path}: names no picture; write one path in each line")
     return found
 
 
 def _distinct(found: Sequence[PictureFile | Video]) -> list[str]:
-    """Their names, with the ending where names would be equal, and a number where that does not help.
+    """Return distinct names: equal names get the ending of the file, or a number if that is not enough.
 
-    A video's name is that of a folder as well, which pictures must not lie in.
+    The name of a video is also the name of a folder, in which no results of pictures may lie.
     """
     times = Counter(each.name for each in found)
     taken: set[str] = set()
@@ -188,10 +237,17 @@ def _distinct(found: Sequence[PictureFile | Video]) -> list[str]:
 
 
 def frames(video: Video, most: int | None) -> tuple[float, int | None, Iterator[np.ndarray]]:
-    """Frames a second, how many there are (None where nobody knows), and the frames, uint8 [h, w, 3] BGR.
+    """Open a video or a camera.
+
+    Args:
+        video: the video or camera.
+        most: maximum number of frames; None for all.
+
+    Returns:
+        Frames per second, number of frames (None if it is unknown), and the frames, uint8 [h, w, 3] BGR.
 
     Raises:
-        DataError: a video or a camera that can't be opened or has no frame.
+        DataError: it can't be opened, has no frame, or ends early.
     """
     capture = cv2.VideoCapture(video.path)
     if not capture.isOpened():
@@ -217,7 +273,7 @@ def frames(video: Video, most: int | None) -> tuple[float, int | None, Iterator[
             capture.release()
         if done == 0:
             raise DataError(f"{video.path}: no frame could be read; check the file or the device")
-        # Headers are not exact, but this is more than that.
+        # Frame counts in headers are not exact; a larger difference is an error.
         if not video.is_camera and number is not None and done < number - max(2, number // 50):
             raise DataError(f"{video.path}: ends after {done} of {number} frames; copy it again")
 

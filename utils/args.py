@@ -23,9 +23,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Print the description as it is written, and each default that is a value."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or "(default:" in (action.help or ""):
             return action.help
-        if isinstance(action.default, (tuple, list)) and "%(default)" not in (action.help or ""):
+        if isinstance(action.default, (tuple, list)):
             values = [f"{value:g}" if isinstance(value, float) else str(value) for value in action.default]
             return f"{action.help} (default: {','.join(values)})"
         return super()._get_help_string(action)

@@ -16,7 +16,7 @@ from dataset import IMG_MEAN
 from networks import CheckpointError, Seg_Model
 from networks.attention import picture_attention
 from tools import attention
-from utils.drawing.attention_figure import draw_attention
+from utils.drawing.attention_figure import draw_attention, panel_size
 from utils.errors import UsageError
 
 
@@ -64,7 +64,7 @@ def test_maps_lie_where_they_belong() -> None:
 def test_what_can_t_be_shown(checkpoint: Path, street: Path) -> None:
     with pytest.raises(UsageError, match="49 rows and 65 columns"):
         run(checkpoint, street, "--pixel", "49,0")
-    with pytest.raises(UsageError, match="leaves the attention out"):
+    with pytest.raises(UsageError, match="there is no attention to draw"):
         run(checkpoint, street, "--recurrence", "0")
     with pytest.raises(UsageError, match="no such file"):
         run(checkpoint, street.parent / "gone.png")
@@ -88,6 +88,41 @@ def test_pictures_of_equal_names_have_results_each(checkpoint: Path, street: Pat
     (street.parent / "both.txt").write_text(f"{street.name}\n{other}\n")
     run(checkpoint, street.parent / "both.txt", "--pixel", "1,2")
     assert len(list(street.parent.rglob("street_1_2.npy"))) == 2
+
+
+def ink_height(strip: np.ndarray) -> int:
+    """Height of the black letters in a white strip [h, w, 3]: rows with ink in the first line of text."""
+    rows = (strip.min(-1) < 100).any(1)
+    first = int(np.argmax(rows))
+    return int(np.argmin(np.append(rows[first:], False)))
+
+
+@pytest.mark.parametrize("size", [(128, 256), (1024, 2048), (375, 1242), (1600, 400), (97, 97)])
+def test_captions_and_cross_are_legible_on_a_screen(size: tuple[int, int]) -> None:
+    """The figure is shown 1200 pixels wide and 900 high at most."""
+    pixel = size[0] // 2, size[1] // 3
+    maps = np.ones((2, 5, 9), np.float32)
+    figure = draw_attention(np.full((*size, 3), 90, np.uint8), pixel, maps)
+    shown = min(1, 1200 / figure.width, 900 / figure.height)
+    height, width = panel_size(size, 3)
+    array = np.array(figure)
+    caption = array[height : height + round(40 / shown), :width]
+    assert ink_height(caption) * shown >= 9
+    # White arms of the cross along its row, in the picture.
+    row = int((pixel[0] + 0.5) * height / size[0])
+    white = (array[row, :width] == 255).all(-1)
+    assert 14 <= white.sum() * shown <= 60
+    column = int((pixel[1] + 0.5) * width / size[1])
+    beside = array[row - round(60 * height / size[0] / 3) : row + 1, column - round(6 / shown)]
+    assert (beside == 255).all(-1).sum() * shown < 6  # a line, no block
+
+
+def test_wide_pictures_are_stacked_and_captions_wrapped() -> None:
+    maps = np.ones((2, 5, 9), np.float32)
+    wide = draw_attention(np.zeros((375, 1242, 3), np.uint8), (9, 9), maps)
+    assert wide.width == 1242 and wide.height > 3 * 375
+    tall = draw_attention(np.zeros((1600, 400, 3), np.uint8), (9, 9), maps, "a class of a long name")
+    assert tall.width < 1600 < tall.height
 
 
 @pytest.mark.parametrize("size", [(300, 1), (1, 9000), (1, 1), (5000, 40)])

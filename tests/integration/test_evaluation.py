@@ -29,7 +29,7 @@ from engine.inference import predict_classes
 from engine.runtime.distributed import World
 from utils import args as flags
 from utils import resources
-from utils.drawing.heat_map import draw_heat_map
+from utils.drawing.heat_map import EDGE, draw_heat_map
 from utils.errors import RunError
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -148,15 +148,12 @@ class TestReport:
         confusion[0, 0] = 80
         if number > 1:
             confusion[0, 1], confusion[1, 1] = 20, 5
-        picture = np.asarray(
-            draw_heat_map([f"class {k}" for k in range(number)], confusion).convert("L"), int
-        )
-        height, width = picture.shape
-        cell = min(40, 2000 // number)
-        left, top = width - 16 - number * cell if number == 150 else None, height - 16 - number * cell
-        if left is None:  # a wide title makes room on the right: find the first cell
-            row = picture[top + 3]
-            left = int(np.argmax(row < 200))
+        colors = np.asarray(draw_heat_map([f"class {k}" for k in range(number)], confusion), int)
+        picture = colors.mean(-1)
+        # The upper edge of the first row of cells is the first line of that color that is so long.
+        edges = (colors == EDGE).all(-1)
+        top = int(np.argmax(edges.sum(1) >= 12 * number))
+        left, cell = int(np.argmax(edges[top])), int(edges[top].sum()) // number
 
         def shade(row, column):
             inner = picture[top + row * cell + 1 : top + row * cell + 5, left + column * cell + 1 :][:, :4]

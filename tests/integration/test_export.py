@@ -273,7 +273,7 @@ def test_a_network_whose_logits_are_not_finite_is_refused(folder, model, monkeyp
     monkeypatch.setattr(
         export, "trace", lambda model: torch.export.export(torch.nn.Identity(), (torch.zeros(1),))
     )
-    with pytest.raises(CheckpointError, match="checkpoint.pth: its network gives nan or inf"):
+    with pytest.raises(CheckpointError, match="checkpoint.pth: the network gives nan or inf"):
         run_main(tmp_path, "--out", tmp_path / "out.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
 
@@ -344,5 +344,5 @@ def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     for name in ("onnx", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, sys)
-    with pytest.raises(UsageError, match="onnxscript; pip install onnx onnxruntime onnxscript"):
+    with pytest.raises(UsageError, match="onnxscript; run pip install onnx onnxruntime onnxscript"):
         run_main(folder, "--out", folder / "none.onnx")

@@ -113,11 +113,26 @@ def test_what_can_t_be_read_is_left_out_and_named(
     write(tmp_path / "in/good.png", picture(1))
     (tmp_path / "in/bad.png").write_bytes((tmp_path / "in/good.png").read_bytes()[:-40])
     (tmp_path / "in/worse.jpg").write_text("no picture")
-    with pytest.raises(DataError, match=r"worse.jpg: not a readable picture.*2 inputs were left out"):
+    with pytest.raises(DataError, match=r"worse.jpg: not a readable picture.*2 inputs were skipped"):
         run(checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert "bad.png: damaged" in capsys.readouterr().err
     assert (tmp_path / "out/color/good.png").exists() and (tmp_path / "out/sheet.jpg").exists()
     assert not list((tmp_path / "out").rglob(".writing*"))
+
+
+def test_further_pages_are_named_and_the_sheet_says_what_it_shows(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = [Image.fromarray(picture(number)) for number in range(3)]
+    pages[0].save(tmp_path / "scan.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "moving.gif", save_all=True, append_images=pages[1:2])
+    pages[0].save(tmp_path / "one.tif")
+    files = [tmp_path / name for name in ("scan.tif", "moving.gif", "one.tif")]
+    assert run(checkpoint, *files, "--out", tmp_path / "out", "--save", "color") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith("3 pictures (color); sheet.jpg shows all 3")
+    named = f"{tmp_path / 'moving.gif'} (1 of 2 predicted), {tmp_path / 'scan.tif'} (1 of 3 predicted)"
+    assert lines[-1] == f"skipped further pages of 2 files: {named}"
 
 
 def test_the_camera_s_orientation_is_followed(tmp_path: Path, checkpoint: Path) -> None:
@@ -256,7 +271,7 @@ def test_a_full_disk_leaves_no_broken_video(tmp_path: Path) -> None:
 
 def test_the_results_have_a_folder_of_their_own(tmp_path: Path, checkpoint: Path) -> None:
     write(tmp_path / "in/p.png", picture(0))
-    with pytest.raises(UsageError, match="is --out as well"):
+    with pytest.raises(UsageError, match="is also --out"):
         run(checkpoint, tmp_path / "in", "--out", tmp_path / "in")
 
 
@@ -271,12 +286,14 @@ def test_links_of_windows_lists_and_loops(tmp_path: Path) -> None:
 def test_what_systems_leave_in_a_folder_is_skipped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("p.png", "._p.png", ".DS_Store", "@eaDir/p.jpg", "__MACOSX/p.png", "a/._q.png", "a/q.png"):
+    litter = ("._p.png", ".DS_Store", "@eaDir/p.jpg", "__MACOSX/p.png", "a/._q.png")
+    for name in ("p.png", *litter, "a/q.png", "moving.gif", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [each.name for each in sources.find([str(tmp_path)], "")[0]] == ["p", "a/q"]
     said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path}: 5 hidden or system files skipped, the first is ")
+    assert said.startswith(f"{tmp_path}: skipped 7 files: 5 hidden or system (.DS_Store, ._p.png, ")
+    assert "and 2 more), 2 not pictures (moving.gif, a/notes.txt)\n" in said
     assert said.count("\n") == 1
 
 
@@ -318,9 +335,9 @@ def test_equal_names_are_told_apart(tmp_path: Path) -> None:
         ("missing.png", "no such file or folder"),
         ("empty", "no pictures in it"),
         ("blank.txt", "names no picture"),
-        ("wrong.lst", "line 2: .*gone.png is no file"),
+        ("wrong.lst", "line 2: .*gone.png is not a file"),
         ("binary.lst", "can't be read as a list"),
-        ("camera:x", "a camera has a number"),
+        ("camera:x", "not the number of a camera"),
     ],
 )
 def test_inputs_that_are_none(tmp_path: Path, argument: str, message: str) -> None:
@@ -359,14 +376,14 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str, name: str
     if name == "list of it":
         given = tmp_path / "some.lst"
         given.write_text("p.png\n")
-    with pytest.raises(UsageError, match=f"is a {kind}, not a file|is no file"):
+    with pytest.raises(UsageError, match=f"is a {kind}, not a file|is not a file"):
         sources.find([str(given)], "")
 
 
 def test_a_video_whose_name_would_crash_opencv_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "v\udcff.mp4"
     path.write_bytes(b"")
-    with pytest.raises(UsageError, match="videos need names of UTF-8"):
+    with pytest.raises(UsageError, match="videos need a path in UTF-8"):
         sources.find([str(path)], "")
 
 
@@ -466,6 +483,7 @@ def test_a_sheet_shows_pictures_evenly() -> None:
         content = np.full((20, 30, 3), number, np.uint8)
         sheet.add(str(number), content, content, np.full((20, 30), number, np.uint8))
     assert [name for name, _, _ in sheet._kept] == ["0", "8", "16"]
+    assert sheet.shown == "3 of 19"
     drawn = np.array(sheet.draw())
     for index in range(19):  # the legend has every class that occurred
         assert (drawn == np.array(palette[3 * index : 3 * index + 3])).all(-1).any()

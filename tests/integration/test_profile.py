@@ -216,7 +216,7 @@ def test_started_as_a_file_it_says_how_to_start_it():
     result = run("tools/profile.py")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines() == [
-        "tools/profile.py: not a command by itself; run python -m tools.profile in its project"
+        "tools/profile.py: can't be started as a file; run python -m tools.profile in the project folder"
     ]
 
 

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from dataset import CSDataSet
+from dataset.labels import CITYSCAPES
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.training.log import RunLog
 from networks import CheckpointError
 from tools import report
+from utils.drawing import heat_map
 from utils.drawing.chart import draw_curves
-from utils.drawing.palette import make_palette, save_indexed_png
+from utils.drawing.palette import contrast, ink_on, make_palette, save_indexed_png
 from utils.errors import UsageError
 
 
@@ -103,16 +105,108 @@ def test_the_page_has_all_of_it(finished: Path) -> None:
     assert not page.open and all(reference.startswith("data:image/") for reference in page.references)
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings == [
-        "Recipe", "Environment", "Curves", "Classes", "Confusion matrix", "Best pictures", "Worst pictures",
-        "Attention",
+        "Score", "Recipe", "Environment", "Curves", "Classes", "Confusion matrix", "Pictures", "Attention",
     ]  # fmt: skip
     assert "a <run>" in page.texts and "a processor" in page.texts
-    assert "python train.py --data-dir CS --backbone resnet50 --num-steps 40 --ohem" in page.texts
+    assert "python train.py --data-dir CS --backbone resnet50 --num-steps 40 --ohem" in " ".join(page.texts)
     score = json.loads((finished / "result.txt").read_text())["meanIU"]
     assert f"{100 * score:.2f} %" in page.texts
     assert "best validation, step 40" in page.texts and "40.00 %" in page.texts
-    # Two best and two worst pictures of three images each, an attention example of two, the confusion matrix.
-    assert len(page.images) == 4 * 3 + 2 + 1
+    # Two best and two worst pictures of three images each, attention of two pixels, the confusion matrix.
+    assert len(page.images) == 4 * 3 + 2 * 3 + 1
+
+
+def test_the_page_says_how_the_score_was_obtained(finished: Path, checkpoint: Path, scenes: Path) -> None:
+    _, page = made(finished, "--pictures", "0", "--attention", "0")
+    said = " ".join(page.texts)
+    number = len(CSDataSet(str(scenes), split="val", crop_size=None))
+    assert f"{scenes}, split val, {number} pictures" in said and "recurrence 2" in said
+    assert f"{checkpoint.name} in {checkpoint.parent}" in said and "not recorded" in said
+    result = json.loads((finished / "result.txt").read_text())
+    how = {"input_size": [33, 65], "whole": False, "scales": [0.75, 1.0], "flip": True}
+    result["arguments"] |= how
+    (finished / "result.txt").write_text(json.dumps(result))
+    said = " ".join(made(finished, "--pictures", "0", "--attention", "0")[1].texts)
+    assert "overlapping tiles of 33 x 65 pixels" in said and "0.75, 1 (averaged)" in said
+    assert "averaged with the mirrored picture" in said
+    result["arguments"] |= {"whole": True, "scales": [1.0], "flip": False}
+    (finished / "result.txt").write_text(json.dumps(result))
+    said = " ".join(made(finished, "--pictures", "0", "--attention", "0")[1].texts)
+    assert "whole pictures (no tiles)" in said and "Scales 1 Flip no" in said
+
+
+@pytest.mark.parametrize("value", [None, [], {"a": 1}, "x", 10**400, True])
+def test_odd_ways_of_an_evaluation_are_shown_as_they_are(finished: Path, value: object) -> None:
+    result = json.loads((finished / "result.txt").read_text())
+    result["arguments"] |= dict.fromkeys(
+        ("input_size", "whole", "scales", "flip", "model", "backbone"), value
+    )
+    (finished / "result.txt").write_text(json.dumps(result))
+    _, page = made(finished, "--pictures", "0", "--attention", "0")
+    assert "Prediction" in page.texts and not page.open
+
+
+def test_the_environment_is_written_for_people(finished: Path) -> None:
+    first = {
+        "step": 0, "device": "cuda:0", "name": "a GPU", "memory_bytes": 85e9, "load": 0.52392578125,
+        "date": "2026-11-28T19:15:35+00:00", "commit": "51f819d98312+",
+    }  # fmt: skip
+    (finished / "environment.json").write_text(json.dumps([first]))
+    _, page = made(finished, "--pictures", "0", "--attention", "0")
+    said = " ".join(page.texts)
+    for words in (
+        "Date 28 November 2026, 19:15 UTC", "Device GPU (cuda:0)", "Processor a GPU", "GPU memory 79.2 GiB",
+        "System load at the start 0.5", "Commit 51f819d98312, with local changes",
+    ):  # fmt: skip
+        assert words in said
+    assert "step 0" not in said and "start step" not in said.lower()
+    odd = {
+        "step": 20,
+        "device": [1],
+        "date": "today",
+        "memory_bytes": "x",
+        "load": None,
+        "commit": 3,
+        "new": 0.123456,
+    }
+    (finished / "environment.json").write_text(json.dumps([first, odd]))
+    said = " ".join(made(finished, "--pictures", "0", "--attention", "0")[1].texts)
+    assert "first start resumed after step 20" in said and "New 0.1235" in said and "today" in said
+
+
+def test_classes_have_the_colors_of_the_palette(finished: Path) -> None:
+    text, _ = made(finished, "--pictures", "0", "--attention", "0")
+    red, green, blue = make_palette(CITYSCAPES.colors)[:3]
+    assert f'<i class="color" style="background:rgb({red},{green},{blue})"></i>road' in text
+    assert text.count('<i class="color"') == 19
+    text, page = made(finished, "--pictures", "1", "--attention", "0")
+    # One legend for all pictures, with the classes that occur in them.
+    assert text.count('class="legend"') == 1 and "not scored" in page.texts
+
+
+def test_attention_maps_name_their_pixel_and_its_class(finished: Path) -> None:
+    _, page = made(finished, "--pictures", "0", "--attention", "1")
+    captions = [text for text, _ in page.images if "cross" in text.lower()]
+    assert len(captions) == 6
+    assert all(re.search(r"row \d+, column \d+, label .+, prediction .+", text) for text in captions)
+    assert sum("R = 2: largest weight" in text for text in captions) == 2
+
+
+def test_the_median_speed_and_the_peak_of_memory(finished: Path) -> None:
+    entries = [
+        {"step": step, "loss": 1, "lr": 1, "images_per_second": speed, "memory_mb": 1024 + step}
+        for step, speed in ((1, 4.0), (2, 0.5), (3, 5.0))
+    ]
+    (finished / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    said = " ".join(made(finished, "--pictures", "0", "--attention", "0")[1].texts)
+    assert "4 images/s (median)" in said and "1.0 GiB peak memory" in said
+
+
+def test_a_narrow_screen_shows_all(finished: Path) -> None:
+    """No element is wider than the screen: charts and figures wrap, and the matrix scrolls."""
+    text, _ = made(finished, "--pictures", "1", "--attention", "1")
+    assert "minmax(min(100%, 340px), 1fr)" in text and 'class="scroll"><img' in text
+    assert not re.search(r"[^-]width: (?:[4-9]\d\d|\d{4,})px", text)
 
 
 def test_best_and_worst_by_their_own_scores(finished: Path, scenes: Path) -> None:
@@ -136,7 +230,7 @@ def test_a_run_without_results_says_so(finished: Path, capsys: pytest.CaptureFix
     (finished / "confusion.png").unlink()
     text, _ = made(finished)
     assert "there is no result.txt" in text and "Best pictures" not in text and "Curves" in text
-    assert "evaluate.py writes it" in capsys.readouterr().out
+    assert "run evaluate.py to write it" in capsys.readouterr().out
 
 
 def test_data_that_is_gone_costs_the_pictures_alone(finished: Path) -> None:
@@ -177,8 +271,8 @@ def test_the_attention_is_of_the_evaluated_recurrence(finished: Path) -> None:
     (finished / "result.txt").write_text(json.dumps(result))
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        draw = report.draw_attention
-        patch.setattr(report, "draw_attention", lambda *a: seen.append(len(a[2])) or draw(*a))
+        draw = report.draw_panels
+        patch.setattr(report, "draw_panels", lambda *a: seen.append(len(a[2])) or draw(*a))
         made(finished, "--attention", "1")
     assert seen == [1, 1]
 
@@ -279,7 +373,7 @@ def test_odd_values_of_the_recipe_and_the_log_are_shown_or_left_out(finished: Pa
     (finished / "outputs/ulm_000000_000002.png").write_bytes(b"")
     (finished / "confusion.png").write_bytes((finished / "confusion.png").read_bytes()[:99])
     text, page = made(finished, "--pictures", "1", "--attention", "0")
-    assert "log.jsonl: left out 2 of 3 lines" in text and "no confusion matrix: " in text
+    assert "log.jsonl: skipped 2 of 3 lines" in text and "no confusion matrix: " in text
     assert "no pictures: " in text and "Confusion matrix" not in text and not page.open
 
 
@@ -288,7 +382,7 @@ def test_predictions_of_other_classes_are_named(finished: Path, value: int) -> N
     picture = finished / "outputs/ulm_000000_000002.png"
     save_indexed_png(picture, np.full((48, 64), value, np.uint8), make_palette([]))
     text, _ = made(finished, "--pictures", "1", "--attention", "0")
-    assert "ulm_000000_000002.png: not a picture of 19 classes; run evaluate.py again" in text
+    assert "ulm_000000_000002.png: not a prediction of 19 classes; run evaluate.py again" in text
 
 
 def test_a_page_replaces_nothing_that_it_shows(finished: Path, scenes: Path, checkpoint: Path) -> None:
@@ -312,6 +406,33 @@ def test_a_page_replaces_nothing_that_it_shows(finished: Path, scenes: Path, che
         made(finished, "--pictures", "0", "--attention", "0")
 
 
+# Confusion matrices
+
+
+@pytest.mark.parametrize("number", [2, 19, 150])
+def test_digits_of_a_confusion_matrix_stand_out(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        heat_map, "ink_on", lambda color: drawn.append((color, ink_on(color))) or ink_on(color)
+    )
+    rng = np.random.default_rng(0)
+    confusion = (rng.random((number, number)) ** 4 * 1000).astype(int) + np.diag([700 * number] * number)
+    picture = heat_map.draw_heat_map([f"class {index}" for index in range(number)], confusion)
+    assert len(drawn) >= number and max(picture.size) < 5000
+    assert all(contrast(color, ink) >= 4.5 for color, ink in drawn)
+    dark, light = contrast((8, 48, 107), (255, 255, 255)), contrast((230, 230, 240), (0, 0, 0))
+    assert dark > 10 and light > 10 and ink_on((8, 48, 107)) == (255, 255, 255) != ink_on((230, 230, 240))
+
+
+def test_gray_rows_are_explained_where_there_are_some() -> None:
+    confusion = np.array([[3, 1], [0, 0]])
+    gray = heat_map.draw_heat_map(["a", "b"], confusion)
+    full = heat_map.draw_heat_map(["a", "b"], confusion + 1)
+    assert gray.height == full.height + 22
+    grays = [(np.array(each) == heat_map.GRAY).all(-1).sum() for each in (gray, full)]
+    assert grays[0] > 40 * 80 and grays[1] < 100  # in the second, at edges of letters alone
+
+
 # Curves
 
 
@@ -323,6 +444,12 @@ def test_curves_go_through_their_points() -> None:
     assert points[0][1] > points[2][1] > points[1][1]  # y grows downwards
     assert points[0][1] - points[2][1] == pytest.approx(points[2][1] - points[1][1], abs=0.2)
     assert "b & c" in [text.text for text in svg.iter("text")]
+
+
+def test_axes_have_titles() -> None:
+    svg = ElementTree.fromstring(draw_curves({"a": [(0, 1.0), (60000, 3.0)]}, y_title="loss"))
+    texts = [text.text for text in svg.iter("text")]
+    assert "step" in texts and "loss" in texts and "60k" in texts
 
 
 def test_curves_without_values_and_long_ones() -> None:

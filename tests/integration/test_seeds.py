@@ -78,11 +78,11 @@ def test_each_seed_is_trained_and_evaluated(
 def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:
     out, recipe = str(tmp_path), ["--train", "--data-dir", "CS"]
     for arguments, message in (
-        ([out, *recipe, "--random-seed", "1"], "--random-seed: is set for each seed"),
-        ([out, *recipe, "--evaluate", "--restore-from=x"], "--restore-from=x: is set"),
-        ([out, *recipe, "--evaluate", "--output-d", "x"], "--output-d: is set"),
-        ([out, "--evaluate", "--whole", *recipe], "--evaluate: comes after --train"),
-        ([out], "--train: is missing"),
+        ([out, *recipe, "--random-seed", "1"], "--random-seed: set by this command for each seed"),
+        ([out, *recipe, "--evaluate", "--restore-from=x"], "--restore-from=x: set by"),
+        ([out, *recipe, "--evaluate", "--output-d", "x"], "--output-d: set by"),
+        ([out, "--evaluate", "--whole", *recipe], "--evaluate: stands before --train"),
+        ([out], "--train: missing"),
     ):
         with pytest.raises(UsageError, match=message):
             seeds.main(arguments)
@@ -94,7 +94,7 @@ def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:
 
 
 def test_a_command_that_fails_ends_it(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="train.py: says above"):
+    with pytest.raises(UsageError, match="train.py: wrong usage or input"):
         seeds.main([str(tmp_path / "runs"), "--train", "--data-dir", str(tmp_path / "none"), "--gpu", "cpu"])
 
 
@@ -103,7 +103,7 @@ def test_a_broken_run_names_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
         returncode = 1
 
     monkeypatch.setattr(seeds.subprocess, "run", lambda command: Broken())
-    with pytest.raises(RunError, match="ended with status 1"):
+    with pytest.raises(RunError, match="exit status 1"):
         seeds.run("train.py")
 
 

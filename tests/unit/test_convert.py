@@ -484,7 +484,7 @@ class TestRefusals:
                 continue
             paths = tmp_path / "source.pth", tmp_path / "output.pth"
             error = self.refused(capsys, tmp_path, *paths, "--from", kind)
-            assert f"--from {kind}: {paths[0]} is {kinds[0]}; leave --from out" in error
+            assert f"--from {kind}: {paths[0]} is {kinds[0]}; omit --from" in error
         assert convert.read_source(str(tmp_path / "source.pth"), None, None, None).kind == kinds[0]
 
     def test_two_networks_in_one_file(self, capsys, tmp_path):
@@ -591,7 +591,7 @@ class TestRefusals:
     def test_flags_that_do_not_fit(self, capsys, tmp_path):
         torch.save(small_state(), tmp_path / "source.pth")
         paths = [tmp_path / "source.pth", tmp_path / "output.pth"]
-        assert "resnet101 alone" in self.refused(capsys, tmp_path, *paths, "--to", "original")
+        assert "only ccnet with resnet101" in self.refused(capsys, tmp_path, *paths, "--to", "original")
         assert "--mean" in self.refused(capsys, tmp_path, *paths, "--mean", "1,2,3")
         assert "--from" in self.refused(capsys, tmp_path, "torchvision", paths[1], "--from", "mmseg")
 
@@ -601,7 +601,7 @@ class TestRefusals:
         torch.save(small_state(), tmp_path / "source.pth")
         before = convert.Source(small_state(), "ccnet", None)
         nan = torch.full([64], torch.nan)
-        with pytest.raises(RunError, match="not written, as its outputs differ by inf"):
+        with pytest.raises(RunError, match="not written, because its outputs differ by inf"):
             convert.compare("output.pth", before, before._replace(state=small_state(**{"bn1.bias": nan})))
         wrong = torch.linspace(0, 1, 64)
         monkeypatch.setattr(convert, "to_batch_norm", lambda state: {**state, "bn1.weight": wrong})

@@ -1,4 +1,4 @@
-"""Pictures of class indices as PNG files with a palette."""
+"""Palettes, and class indices as PNG files."""
 
 import os
 from collections.abc import Sequence
@@ -11,18 +11,16 @@ from utils.files import replacing
 
 
 def make_palette(colors: Sequence[tuple[int, int, int]]) -> list[int]:
-    """Palette of a mode P picture: 768 integers, R G B of index 0, then of index 1, and so on.
+    """Return the palette of a mode P picture: 768 integers, R G B of index 0, then of index 1, and so on.
 
-    Index i has `colors[i]`; the indices after them have generated colors, the same on each call and
-    different from each other and from all given ones; index 255, the ignored pixels, is black.
+    Index i has the color `colors[i]`. The following indices have generated colors, which are the same on
+    each call and differ from each other and from the given ones. Index 255 (ignored pixels) is black.
 
     Raises:
-        ValueError: more than 255 colors, or one that is not three integers in 0..255.
+        ValueError: more than 255 colors, or a color that is not three integers in 0..255.
     """
     if len(colors) > 255:
-        raise ValueError(
-            f"{len(colors)} colors, but a palette has room for 255 beside the black of the ignored pixels"
-        )
+        raise ValueError(f"{len(colors)} colors, but a palette holds 255 and the black of the ignored pixels")
     for color in colors:
         if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
             raise ValueError(f"{color} is not an RGB color of three integers in 0..255")
@@ -39,9 +37,9 @@ def make_palette(colors: Sequence[tuple[int, int, int]]) -> list[int]:
 
 
 def _generated_color(number: int) -> tuple[int, int, int]:
-    """Deal the bits of a number out to R, G, B in turn, each channel's highest bit first (as PASCAL VOC).
+    """Distribute the bits of a number over R, G, B in turn, highest bits first, as in PASCAL VOC.
 
-    Distinct for all numbers below 2**24; small numbers differ in the high bits, which the eye can see.
+    Numbers below 2**24 give distinct colors. Small numbers differ in the high bits, which are visible.
     """
     channels = [0, 0, 0]
     for bit in range(24):
@@ -49,16 +47,43 @@ def _generated_color(number: int) -> tuple[int, int, int]:
     return channels[0], channels[1], channels[2]
 
 
+def contrast(first: Sequence[int], second: Sequence[int]) -> float:
+    """Return the contrast ratio of two RGB colors, from 1 to 21, as WCAG 2 defines it."""
+    lighter, darker = sorted((_luminance(first), _luminance(second)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def ink_on(background: Sequence[int]) -> tuple[int, int, int]:
+    """Return the color of text on a background: black or white, the one with more contrast."""
+    black, white = (0, 0, 0), (255, 255, 255)
+    return black if contrast(background, black) >= contrast(background, white) else white
+
+
+def _luminance(color: Sequence[int]) -> float:
+    """Return the relative luminance of an sRGB color, from 0 to 1."""
+    channels = [channel / 255 for channel in color]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 def colored(indices: np.ndarray, palette: Sequence[int]) -> np.ndarray:
-    """The picture that a palette makes of class indices: [h, w] in 0..255 -> uint8 [h, w, 3] RGB."""
+    """Apply a palette to class indices.
+
+    Args:
+        indices: integers [h, w] in 0..255.
+        palette: 768 integers (`make_palette`).
+
+    Returns:
+        uint8 [h, w, 3] RGB.
+    """
     return np.array(palette, np.uint8).reshape(256, 3)[indices]
 
 
 def save_indexed_png(path: str | os.PathLike[str], indices: np.ndarray, palette: Sequence[int]) -> None:
-    """Write class indices as a mode P PNG file, whole or not at all.
+    """Write class indices as a mode P PNG file. The write is atomic.
 
     Args:
-        path: the file; its folder exists. A file of that name is replaced.
+        path: file to write, in an existing folder. An existing file is replaced.
         indices: uint8 [h, w].
         palette: 768 integers (`make_palette`).
 
@@ -74,6 +99,6 @@ def save_indexed_png(path: str | os.PathLike[str], indices: np.ndarray, palette:
 
 
 def save_gray_png(path: str | os.PathLike[str], ids: np.ndarray) -> None:
-    """Write ids, uint8 [h, w], as a PNG file of one channel; as `save_indexed_png` does."""
+    """Write ids, uint8 [h, w], as a PNG file with one channel. The write is atomic."""
     with replacing(path) as temporary:
         Image.fromarray(ids).save(temporary, format="PNG")

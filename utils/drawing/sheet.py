@@ -1,4 +1,4 @@
-"""Predictions to look at: laid over their pictures, and many of them on one sheet."""
+"""Predictions laid over their pictures, and contact sheets of them."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.drawing.palette import colored
 
-#: Of a sheet: pictures at most, their width, pairs in a row; the margin and a line of text, in pixels.
-MOST, WIDTH, COLUMNS, MARGIN, LINE = 24, 320, 2, 12, 22
+#: Maximum number of pictures on a sheet, and pairs (picture and overlay) in a row.
+MOST, COLUMNS = 24, 2
+#: Sizes in pixels: width of a picture, margin, line of text, height of letters.
+WIDTH, MARGIN, LINE, TEXT = 320, 12, 26, 16
+#: Width of a color in the legend, with the space after it.
+SWATCH = 24
 
 
 def overlay(
     picture: np.ndarray, classes: np.ndarray, palette: Sequence[int], opacity: float = 0.5
 ) -> np.ndarray:
-    """The colors of the classes over a picture.
+    """Blend the colors of the classes into a picture.
 
     Args:
         picture: uint8 [h, w, 3] RGB.
         classes: uint8 [h, w].
         palette: 768 integers (utils.drawing.palette.make_palette).
-        opacity: of the colors, 0 to 1.
+        opacity: opacity of the colors, from 0 to 1.
 
     Returns:
         uint8 [h, w, 3] RGB.
     """
     colors = colored(classes, palette)
-    # In sixteen bits: 255 * 256 fits, and a picture takes a third of the time and memory of floats.
+    # 255 * 256 fits into 16 bits, which take a third of the time and memory of floats.
     share = round(256 * opacity)
     mixed = picture * np.uint16(256 - share) + colors * np.uint16(share) + np.uint16(128)
     return np.right_shift(mixed, 8).astype(np.uint8)
 
 
 class Sheet:
-    """Collects pictures with their overlays, evenly over however many there are, and draws them as one.
+    """A contact sheet: up to `most` pictures, evenly spaced among those added, with their overlays.
 
     Args:
-        names: of the K classes.
-        palette: see `overlay`.
-        most: pictures on the sheet, at most; an even number.
+        names: names of the K classes.
+        palette: 768 integers, as for `overlay`.
+        most: maximum number of pictures on the sheet; an even number.
     """
 
     def __init__(self, names: Sequence[str], palette: Sequence[int], most: int = MOST):
@@ -53,20 +57,33 @@ class Sheet:
         self._classes = np.zeros(256, bool)
 
     def add(self, name: str, picture: np.ndarray, laid_over: np.ndarray, classes: np.ndarray) -> None:
-        """The next picture, uint8 [h, w, 3] RGB, its overlay and its classes, uint8 [h, w]."""
+        """Add a picture.
+
+        Args:
+            name: caption.
+            picture: uint8 [h, w, 3] RGB.
+            laid_over: its overlay, uint8 [h, w, 3] RGB.
+            classes: uint8 [h, w].
+        """
         self._classes |= np.bincount(classes.ravel(), minlength=256) > 0
         if self._seen % self._step == 0:
             if len(self._kept) == self.most:
-                # Of those so far every second stays, and of those to come as many.
+                # Keep every second picture so far, and add the next ones at that rate.
                 self._kept = self._kept[::2]
                 self._step *= 2
             if self._seen % self._step == 0:
                 self._kept.append((name, _thumbnail(picture), _thumbnail(laid_over)))
         self._seen += 1
 
+    @property
+    def shown(self) -> str:
+        """Say how many of the added pictures are on the sheet: "all 3" or "12 of 40"."""
+        kept = len(self._kept)
+        return f"all {kept}" if kept == self._seen else f"{kept} of {self._seen}"
+
     def draw(self) -> Image.Image:
-        """Picture and overlay side by side, two pairs in a row, under each pair its name; then the legend."""
-        font = ImageFont.load_default(size=13)
+        """Draw picture and overlay side by side, two pairs in a row, with names, and the legend below."""
+        font = ImageFont.load_default(size=TEXT)
         columns = min(COLUMNS, max(1, len(self._kept)))
         pair = 2 * WIDTH + 4
         rows = [self._kept[first : first + columns] for first in range(0, len(self._kept), columns)]
@@ -84,20 +101,27 @@ class Sheet:
             for column, (name, picture, laid_over) in enumerate(row):
                 left = MARGIN + column * (pair + MARGIN)
                 sheet.paste(picture, (left, top))
-                sheet.paste(laid_over, (left + WIDTH + 4, top))
-                draw.text((left, top + height - MARGIN - LINE + 3), _fitted(name, font, pair), "black", font)
+                sheet.paste(laid_over, (left + picture.width + 4, top))
+                draw.text((left, top + picture.height + 3), _fitted(name, font, pair), "black", font)
             top += height
         sheet.paste(legend, (MARGIN, top))
         return sheet
 
 
 def draw_legend(classes: Sequence[tuple[str, int]], palette: Sequence[int], width: int) -> Image.Image:
-    """Names and colors of (name, index), in lines of `width` pixels."""
-    font = ImageFont.load_default(size=13)
+    """Draw the names and colors of classes, in lines of `width` pixels.
+
+    Args:
+        classes: (name, index) of each class.
+        palette: 768 integers, as for `overlay`.
+        width: width of the legend in pixels.
+    """
+    font = ImageFont.load_default(size=TEXT)
     places: list[tuple[int, int]] = []
     left = top = 0
+    classes = [(_fitted(name, font, width - SWATCH), index) for name, index in classes]
     for name, _ in classes:
-        needed = 20 + int(font.getlength(name)) + 16
+        needed = SWATCH + int(font.getlength(name)) + 18
         if left and left + needed > width:
             left, top = 0, top + LINE
         places.append((left, top))
@@ -106,8 +130,8 @@ def draw_legend(classes: Sequence[tuple[str, int]], palette: Sequence[int], widt
     draw = ImageDraw.Draw(legend)
     for (name, index), (left, top) in zip(classes, places, strict=True):
         color = tuple(palette[3 * index : 3 * index + 3])
-        draw.rectangle((left, top + 3, left + 14, top + 17), fill=color, outline="gray")
-        draw.text((left + 20, top + 3), name, "black", font)
+        draw.rectangle((left, top + 4, left + 16, top + 20), fill=color, outline="gray")
+        draw.text((left + SWATCH, top + 3), name, "black", font)
     return legend
 
 
@@ -119,7 +143,7 @@ def _thumbnail(picture: np.ndarray) -> Image.Image:
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The end of a name, which tells pictures of a folder apart, where there is no room for all of it."""
+    """Shorten a text to `width` pixels; its end stays, which differs between files of a folder."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength("..." + text) > width:

@@ -1,0 +1,1 @@
+"""Benchmarks of the operator, the loader, the evaluation and the resume."""
