@@ -1,6 +1,6 @@
 """Batches for training and pictures for evaluation, read by data workers.
 
-A training batch is a function of the seed and the step alone, see engine/randomness.py.
+A training batch depends only on the seed and the step (see engine/randomness.py).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 class SampleStream(Dataset):
-    """The samples of a run: sample k, for every k >= 0, is a function of (seed, k) alone.
+    """The samples of a run: sample k, for every k >= 0, depends only on (seed, k).
 
     Each epoch goes through the data set once, in a new order. Batches continue across epochs, so no batch is
     smaller than the others.
