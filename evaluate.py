@@ -86,7 +86,9 @@ def resolve(
                 f"{args_file(args.restore_from)}: names the class table {found.classes}, which does not "
                 "exist; give --classes"
             )
-    table, num_classes = choose_table(found.classes, None if found.classes else found.num_classes)
+    table, num_classes = choose_table(
+        found.classes, given["num_classes"] if found.classes else found.num_classes
+    )
     if found.num_classes not in (None, num_classes):
         raise UsageError(
             f"--classes {found.classes}: has {num_classes} classes, but the network has "

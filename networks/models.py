@@ -63,11 +63,12 @@ def describe(
         CheckpointError: the weights are not those of a CCNet.
     """
     run, file = run_files.read_recipe(os.path.dirname(checkpoint)), args_file(checkpoint)
-    of_weights: dict[str, Any] = {
-        "backbone": backbone_of(checkpoint, state),
-        "num_classes": classes_of(checkpoint, state),
-    }
-    if of_weights["num_classes"] > MOST_CLASSES:
+    of_weights: dict[str, Any] = {}
+    # Only the entries of CCNet are known. Other networks take these values from the flags or args.json.
+    if (given.get("model") or run.get("model", Description().model)) == Description().model:
+        of_weights["backbone"] = backbone_of(checkpoint, state)
+        of_weights["num_classes"] = classes_of(checkpoint, state)
+    if of_weights.get("num_classes", 0) > MOST_CLASSES:
         raise CheckpointError(
             f"{checkpoint}: has {of_weights['num_classes']} classes; predictions have room for {MOST_CLASSES}"
         )
