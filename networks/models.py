@@ -76,7 +76,7 @@ def describe(
     notes = []
     for name, default in Description()._asdict().items():
         flag, value = f"--{name.replace('_', '-')}", given.get(name)
-        source, remedy = f"{flag} {value}", "leave out the flag"
+        source, remedy = f"{flag} {value}", "omit the flag"
         if value is not None:
             if name in run and run[name] != value:
                 notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")

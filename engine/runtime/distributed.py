@@ -158,7 +158,7 @@ def run(
         check()
     if len(devices) > 1 and not is_launched():
         return launch(len(devices))
-    with world(devices) as joined:
+    with join_world(devices) as joined:
         body(joined)
     return 0
 
@@ -346,7 +346,7 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def world(devices: Sequence[torch.device]) -> Iterator[World]:
+def join_world(devices: Sequence[torch.device]) -> Iterator[World]:
     """Join the processes of this run, started by `launch` or another launcher; also for a single process.
 
     All processes raise the same InputError or RunError. Local rank 0 prints its line for all of them.

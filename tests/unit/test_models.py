@@ -53,7 +53,7 @@ def test_a_flag_goes_before_the_run_with_one_line(tmp_path: Path, state: dict[st
 )
 def test_the_weights_go_before_both(tmp_path: Path, state: dict[str, Tensor], name, wrong, right) -> None:
     flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(UsageError, match=f"{flag} {wrong}: the weights of .* have .* {right}; leave out"):
+    with pytest.raises(UsageError, match=f"{flag} {wrong}: the weights of .* have .* {right}; omit"):
         described(tmp_path, state, **{name: wrong})
     with pytest.raises(UsageError, match=f"args.json: {name} {wrong}: .* {right}; give {flag} {right}"):
         described(tmp_path, state, {name: wrong})
