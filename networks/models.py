@@ -39,7 +39,7 @@ class Description(NamedTuple):
 
 def args_file(checkpoint: str) -> str:
     """Return the path of the args.json of the run that wrote a checkpoint; it need not exist."""
-    return os.path.join(os.path.dirname(checkpoint), run_files.RECIPE)
+    return os.path.join(os.path.dirname(checkpoint), run_files.ARGUMENTS)
 
 
 def describe(
@@ -62,7 +62,7 @@ def describe(
         UsageError: a flag or args.json contradicts the weights, or args.json has an impossible value.
         CheckpointError: the weights are not those of a CCNet.
     """
-    run, file = run_files.read_recipe(os.path.dirname(checkpoint)), args_file(checkpoint)
+    run, file = run_files.read_arguments(os.path.dirname(checkpoint)), args_file(checkpoint)
     of_weights: dict[str, Any] = {}
     # Only the entries of CCNet are known. Other networks take these values from the flags or args.json.
     if (given.get("model") or run.get("model", Description().model)) == Description().model:

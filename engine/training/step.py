@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.data.transfer import Batch
 from engine.randomness import seed_of
 from engine.runtime.distributed import World
-from engine.training.dropout import DropoutMasks
+from engine.training.dropout_masks import DropoutMasks
 from utils.errors import RunError
 
 #: Autocast type of each precision of --amp.
