@@ -1,10 +1,10 @@
 """Evaluate CCNet: mean IoU, the official Cityscapes scores, and a picture of every prediction.
 
-    python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0 --recurrence 2
+    python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0
 
-Writes result.txt, scores.txt, confusion.png and outputs/ beside the checkpoint; with --split test, which has
-no labels, the archive that the server of the benchmark takes. Network and classes are those of the run that
-wrote the checkpoint (args.json beside it), unless a flag says otherwise.
+Writes result.txt, scores.txt, confusion.png and outputs/ next to the checkpoint. With --split test, which has
+no labels, writes submission.zip for the server of the benchmark instead of the scores. Network and classes
+are those of the run that wrote the checkpoint (args.json next to it), unless a flag overrides them.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ from utils.errors import DataError, UsageError
 from utils.files import check_outputs, check_writable, unwritable
 from utils.resources import check_fits
 
-#: The folder of the colored predictions; the split without labels, and the folder of its predictions.
+#: Folder of the colored predictions; name of the split without labels; folder of its label-id predictions.
 OUTPUTS, TEST, SUBMISSION = "outputs", "test", "submission"
 Weights = dict[str, Tensor] | None
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of evaluate.py."""
     parser = flags.Parser("evaluate.py", __doc__)
     add_flags(parser, EvaluateOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
     return parser
 
 
 def main() -> int:
+    """Parse the flags, check them, and evaluate; return the exit status."""
     args = get_parser().parse_args()
     weights = read_state_dict(args.restore_from) if args.restore_from else None
     options, table, notes = resolve(args, weights)
@@ -64,10 +66,14 @@ def main() -> int:
 def resolve(
     args: argparse.Namespace, weights: Weights
 ) -> tuple[EvaluateOptions, ClassTable | None, list[str]]:
-    """Return the options, the class table, and lines about flags that differ from the run of the checkpoint.
+    """Return the options, the class table, and notes on flags that differ from the run of the checkpoint.
+
+    Args:
+        args: result of the parser.
+        weights: state dict of --restore-from.
 
     Raises:
-        InputError: one line that says which flag or file is wrong.
+        InputError: a flag or file is invalid; the message names it.
     """
     notes: list[str] = []
     given = {name: getattr(args, name) for name in Description._fields}
@@ -77,16 +83,16 @@ def resolve(
         found, notes = describe(args.restore_from, weights, given)
         if found.classes != given["classes"] and not os.path.isfile(str(found.classes)):
             raise UsageError(
-                f"{args_file(args.restore_from)}: its class table {found.classes} is not there; give "
-                "--classes"
+                f"{args_file(args.restore_from)}: names the class table {found.classes}, which does not "
+                "exist; give --classes"
             )
-    # With weights, the number is theirs and not that of a flag, and the message below is the right one.
-    by_flags = weights is None or found.classes is None
-    table, num_classes = choose_table(found.classes, found.num_classes if by_flags else None)
+    table, num_classes = choose_table(
+        found.classes, given["num_classes"] if found.classes else found.num_classes
+    )
     if found.num_classes not in (None, num_classes):
         raise UsageError(
-            f"--classes {found.classes}: has {num_classes} classes, but the network {found.num_classes}; "
-            "name the table that it was trained with"
+            f"--classes {found.classes}: has {num_classes} classes, but the network has "
+            f"{found.num_classes}; give the table that it was trained with"
         )
     vars(args).update(found._replace(num_classes=num_classes)._asdict())
     if args.output_dir is None:
@@ -101,10 +107,10 @@ def check(
     device: torch.device,
     notes: list[str],
 ) -> None:
-    """Check everything that can be known before the first picture, and make the folders of the results.
+    """Check everything that can be known before the first picture, and create the folders of the results.
 
     Raises:
-        InputError: one line that says which flag or file is wrong.
+        InputError: a flag or file is invalid; the message names it.
     """
     print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     with torch.device("meta"):
@@ -117,7 +123,7 @@ def check(
     missing = dataset.missing_for_instances()
     print(dataset.check(instances=missing is None), flush=True)
     if missing:
-        print(f"averageScoreInstClasses and averageScoreInstCategories are left out: {missing}", flush=True)
+        print(f"averageScoreInstClasses and averageScoreInstCategories are omitted: {missing}", flush=True)
     if options.split == TEST:
         check_names(dataset.source, [pair.name for pair in dataset.pairs])
     if device.type == "cpu":
@@ -128,10 +134,10 @@ def check(
 
 
 def check_outputs_of(options: EvaluateOptions, dataset: CSDataSet) -> None:
-    """Check that all results can be written and replace nothing that is read, and make their folders.
+    """Check that the results can be written and overwrite no input, and create their folders.
 
     Raises:
-        UsageError: naming the file.
+        UsageError: a file can't be written or is an input; the message names it.
     """
     names = [pair.name for pair in dataset.pairs]
     written = [output(options, name) for name in names]
@@ -148,7 +154,7 @@ def check_outputs_of(options: EvaluateOptions, dataset: CSDataSet) -> None:
 def run(
     options: EvaluateOptions, table: ClassTable | None, weights: Weights, world: distributed.World
 ) -> None:
-    """Evaluate the share of one process of the pictures; rank 0 prints and writes the result."""
+    """Evaluate the pictures of this process; rank 0 prints and writes the result."""
     torch.manual_seed(0)  # the same random weights on all processes, if there is no checkpoint
     model = make_model(options, weights)
     if weights:
@@ -167,7 +173,7 @@ def run(
         official=CityscapesEvaluation(LABELS) if dataset.missing_for_instances() is None else None,
         keep=lambda name, prediction: keep(options, dataset, name, prediction),
     )
-    # Label pixels of classes that are not scored here count in the official scores, unless they are void.
+    # With an --ignore-label below K, a class is ignored here that the official scores count.
     if (
         result.official is None
         and dataset.has_cityscapes_classes()
@@ -179,6 +185,7 @@ def run(
 
 
 def make_dataset(options: EvaluateOptions, table: ClassTable | None) -> CSDataSet:
+    """Return the data set to evaluate on."""
     return CSDataSet(
         options.data_dir,
         options.data_list,
@@ -194,7 +201,7 @@ def make_dataset(options: EvaluateOptions, table: ClassTable | None) -> CSDataSe
 
 
 def make_model(options: EvaluateOptions, weights: Weights) -> nn.Module:
-    """Return the network, in the variant that `weights` belong to."""
+    """Return the network in the variant of `weights`."""
     return MODELS[options.model](
         options.num_classes,
         recurrence=options.recurrence,
@@ -204,24 +211,24 @@ def make_model(options: EvaluateOptions, weights: Weights) -> nn.Module:
 
 
 def output(options: EvaluateOptions, name: str) -> str:
-    """Return the file of the colored prediction of a picture."""
+    """Return the path of the colored prediction of a picture."""
     return os.path.join(options.output_dir, OUTPUTS, f"{name}.png")
 
 
 def submitted(options: EvaluateOptions, name: str) -> str:
-    """Return the file of the label ids of a picture. The server reads <city>_<sequence>_<frame> from it."""
+    """Return the path of the label ids of a picture. The server reads <city>_<sequence>_<frame> from it."""
     return os.path.join(options.output_dir, SUBMISSION, f"{name}_labelIds.png")
 
 
 def keep(options: EvaluateOptions, dataset: CSDataSet, name: str, prediction: np.ndarray) -> None:
-    """Write a prediction as a colored picture, and for the test split as label ids too."""
+    """Write a prediction as a colored picture and, for the test split, as label ids."""
     save_indexed_png(output(options, name), prediction, make_palette(dataset.labels.colors()))
     if options.split == TEST:
         save_gray_png(submitted(options, name), dataset.labels.label_ids()[prediction])
 
 
 def write(options: EvaluateOptions, dataset: CSDataSet, result: Result) -> None:
-    """Write the scores; for the test split, check the pictures of label ids and put them into one archive."""
+    """Write the scores or, for the test split, the archive of the predicted label ids."""
     try:
         if options.split == TEST:
             sizes = [
@@ -230,12 +237,12 @@ def write(options: EvaluateOptions, dataset: CSDataSet, result: Result) -> None:
             ]
             path = os.path.join(options.output_dir, f"{SUBMISSION}.zip")
             write_archive(path, sizes, dataset.labels.label_ids())
-            print(f"{path}: {len(sizes)} pictures of label ids, each of its picture's size")
+            print(f"{path}: {len(sizes)} pictures of label ids, each as large as its input")
         else:
             print(results.write(options.output_dir, result, dataset.labels.names(), options.noted()))
     except OSError as error:
         raise unwritable(error) from error
-    except DataError as error:  # a picture that is gone by now
+    except DataError as error:  # a picture that was removed during the evaluation
         raise UsageError(str(error)) from error
 
 

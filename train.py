@@ -1,10 +1,9 @@
-r"""Train CCNet.
+"""Train CCNet.
 
-    python train.py --data-dir CS --random-mirror --random-scale --restore-from resnet101-imagenet.pth \
-        --gpu 0,1,2,3
+    python train.py --data-dir CS --random-mirror --random-scale --restore-from torchvision --gpu 0,1,2,3
 
-One process is started for each GPU of --gpu, or for each of --nproc CPU processes. torchrun works too, on one
-machine or several. README.md has the published recipe, docs/ the rest.
+Starts one process for each GPU of --gpu, or --nproc processes on the CPU. torchrun works too, on one or more
+machines. README.md has the published recipe; docs/ describes memory, scaling and other data sets.
 """
 
 from __future__ import annotations
@@ -45,12 +44,14 @@ from utils.resources import check_fits
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of train.py."""
     parser = flags.Parser("train.py", __doc__)
     add_flags(parser, TrainOptions, {"model": MODELS, "backbone": DEPTHS})
     return parser
 
 
 def main() -> int:
+    """Parse the flags, check them, and train; return the exit status."""
     args = get_parser().parse_args()
     table, args.num_classes = choose_table(args.classes, args.num_classes)
     options = TrainOptions.of(args)
@@ -66,14 +67,14 @@ def check(options: TrainOptions, table: ClassTable | None, processes: int, devic
     """Check everything that can be known before the first step.
 
     Raises:
-        InputError: one line that says which flag or file is wrong.
+        InputError: a flag or file is invalid; the message names it.
     """
     options.check(processes, device.type)
     if options.abn == "inplace":
         require_inplace_abn(processes, device.type)
     if options.backend == "apex":
         apex.require(device.type)
-    # The weights of a library are downloaded here, once on each machine: the processes find them on the disk.
+    # Weights of a library are downloaded here, once per machine; the processes then read them from disk.
     weights = read_start(options)
     with torch.device("meta"):
         model = make_model(options, weights)
@@ -101,7 +102,7 @@ def check(options: TrainOptions, table: ClassTable | None, processes: int, devic
 
 
 def train(options: TrainOptions, table: ClassTable | None, world: distributed.World) -> None:
-    """Train on the share of one process of every batch; rank 0 writes the log and the snapshots."""
+    """Train on the share of this process of each batch; rank 0 writes the log, states and snapshots."""
     with signals.stop_request() as stop, exclusive(options.snapshot_dir, world):
         if options.deterministic:
             make_deterministic()
@@ -110,35 +111,23 @@ def train(options: TrainOptions, table: ClassTable | None, world: distributed.Wo
         if place := cache_place(options):
             dataset.cache = cache.open_shared(place, dataset, world)
 
-        torch.manual_seed(seed_of(options.random_seed))
+        seed = options.random_seed
+        torch.manual_seed(seed_of(seed))
         model = make_start(options).to(world.device).to(memory_format=options.memory_format)
         average = WeightAverage(model, options.ema) if options.ema is not None else None
         synchronize(model, world)
         train_mode(model, options.freeze_bn)
         optimizer = make_optimizer(options, model)
-        stepper = Stepper(
-            make_parallel(options, model, world),
-            make_criterion(options).to(world.device),
-            optimizer,
-            world,
-            precision=options.amp,
-            accumulate=options.grad_accum,
-            seed=options.random_seed,
-        )
+        parallel = make_parallel(options, model, world)
+        criterion = make_criterion(options).to(world.device)
+        stepper = Stepper(parallel, criterion, optimizer, world, options.amp, options.grad_accum, seed)
 
-        with Run(
-            options,
-            world,
-            stop,
-            Parts(model, optimizer, stepper.scaler, average),
-            recipe=options.recipe() | {"data": dataset.digest()},
-            validation_source=make_val_dataset(options, table),
-            draw=partial(draw_sample, model, make_palette(dataset.labels.colors())),
-        ) as run:
+        parts = Parts(model, optimizer, stepper.scaler, average)
+        recipe = options.recipe() | {"data": dataset.digest()}
+        draw = partial(draw_sample, model, make_palette(dataset.labels.colors()))
+        with Run(options, world, stop, parts, recipe, make_val_dataset(options, table), draw) as run:
             loading = Loading(options.batch_size, options.num_workers)
-            batches = train_batches(
-                dataset, options.random_seed, run.remaining, world, loading, options.memory_format
-            )
+            batches = train_batches(dataset, seed, run.remaining, world, loading, options.memory_format)
             for step, batch in run.steps(batches):
                 lr = poly_lr(options.learning_rate, step - 1, options.num_steps, options.power)
                 set_learning_rate(optimizer, lr)
@@ -149,6 +138,7 @@ def train(options: TrainOptions, table: ClassTable | None, world: distributed.Wo
 
 
 def make_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataSet:
+    """Return the training data set."""
     return CSDataSet(
         options.data_dir,
         options.data_list,
@@ -163,7 +153,7 @@ def make_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataSet:
 
 
 def make_val_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataSet | None:
-    """Return the pictures to validate on; None without --val-every."""
+    """Return the validation data set; None without --val-every."""
     if not options.val_every:
         return None
     return CSDataSet(
@@ -180,6 +170,7 @@ def make_val_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataS
 
 
 def cache_place(options: TrainOptions) -> cache.Place | None:
+    """Return the kind, size and folder of the picture cache; None without --cache."""
     if options.cache is None:
         return None
     return cache.Place(options.cache, options.cache_gb, options.cache_dir or options.snapshot_dir)
@@ -202,7 +193,7 @@ def make_start(options: TrainOptions) -> nn.Module:
 
 
 def make_model(options: TrainOptions, weights: dict[str, Tensor] | None) -> nn.Module:
-    """Return the network, in the variant that `weights` belong to."""
+    """Return the network in the variant of `weights`."""
     return MODELS[options.model](
         options.num_classes,
         recurrence=options.recurrence,
@@ -214,6 +205,7 @@ def make_model(options: TrainOptions, weights: dict[str, Tensor] | None) -> nn.M
 
 
 def make_criterion(options: TrainOptions) -> CriterionDSN:
+    """Return the loss."""
     class_weights = torch.tensor(options.class_weights) if options.class_weights else None
     if options.ohem:
         return CriterionOhemDSN(options.ignore_label, options.ohem_thres, options.ohem_keep, class_weights)
@@ -221,16 +213,16 @@ def make_criterion(options: TrainOptions) -> CriterionDSN:
 
 
 def make_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
-    lr, momentum, weight_decay = options.learning_rate, options.momentum, options.weight_decay
+    """Return SGD for all weights of `model`."""
+    lr, momentum, decay = options.learning_rate, options.momentum, options.weight_decay
     if options.backend == "apex":
-        return apex.optimizer(model.parameters(), lr, momentum, weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), lr, momentum, weight_decay=weight_decay, fused=options.fused_sgd or None
-    )
+        return apex.optimizer(model.parameters(), lr, momentum, decay)
+    fused = options.fused_sgd or None
+    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay, fused=fused)
 
 
 def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.World) -> nn.Module:
-    """Return `model`, wrapped for the processes and compiled as the options ask."""
+    """Return `model`, wrapped for several processes and compiled if requested."""
     if options.backend == "apex":
         parallel = apex.data_parallel(model) if world.size > 1 else model
     else:
@@ -241,7 +233,7 @@ def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.Wo
 def draw_sample(
     model: nn.Module, palette: list[int], image: Tensor, label: Tensor, logits: Tensor
 ) -> dict[str, np.ndarray]:
-    """Draw a sample for TensorBoard: image, label and prediction, and what its middle pixel attends to."""
+    """Draw a sample for TensorBoard: image, label, prediction, and the attention of its middle pixel."""
     pixels = image.permute(1, 2, 0).cpu().numpy() + IMG_MEAN
     picture = pixels[..., ::-1].round().clip(0, 255).astype(np.uint8)
     prediction = upsample(logits[None], label.shape)[0].argmax(0)

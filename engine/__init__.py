@@ -1,1 +1,1 @@
-"""What trains and evaluates: processes, samples, schedule, checkpoints, inference, metrics."""
+"""Training and evaluation: processes, samples, schedule, checkpoints, inference and metrics."""

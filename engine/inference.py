@@ -1,8 +1,10 @@
-"""Prediction of pictures: in one piece, by overlapping tiles, at several scales (original: evaluate.py).
+"""Prediction of whole pictures, by overlapping tiles, and at several scales.
 
-Everything is computed in bands of lines, so that the classes of a picture of any size need the logits of a
-band alone. Lines are rows where the picture is at least as high as wide, else columns. All logits of a
-picture are its bands joined.
+Logits are computed in bands of lines, so that predicting the classes of a picture needs memory for the logits
+of one band only. Lines are the rows of a picture that is at least as high as wide, and the columns of a wider
+one. The logits of a picture are its bands, concatenated.
+
+Source: evaluate.py of the original.
 """
 
 from __future__ import annotations
@@ -19,22 +21,25 @@ from torch.nn import functional as F
 Model = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 OVERLAP = 1 / 3
-#: Lines of a band where no tile gives its length.
+#: Lines per band for whole-image prediction; with tiles, a band is as long as a tile.
 WHOLE_BAND = 256
-#: In place of a class where the network gives NaN; no class has this number.
+#: Predicted class of a pixel for which the network gives NaN; no class has this number.
 NO_CLASS = 255
-NAN_ADVICE = "its finite weights overflow float32, so check the checkpoint"
+NAN_ADVICE = "its weights are finite but overflow float32; check the checkpoint"
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, corners aligned: [N, C, h, w] -> [N, C, *size]."""
+    """Resize [N, C, h, w] to [N, C, *size], bilinear with aligned corners."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def tile_offsets(size: int, tile: int, stride: int) -> list[int]:
-    """Where the tiles of one axis begin: `stride` apart, the last one moved back to the border."""
+    """Return the offsets of the tiles along one axis.
+
+    Tiles are `stride` apart; the last one is moved back to the border.
+    """
     if size <= tile:
         return [0]
     number = math.ceil((size - tile) / stride) + 1
@@ -42,14 +47,14 @@ def tile_offsets(size: int, tile: int, stride: int) -> list[int]:
 
 
 def predict_whole(model: Model, image: Tensor) -> Tensor:
-    """Logits of whole images.
+    """Predict the logits of whole images.
 
     Args:
-        model: [N, 3, h, w] -> logits [N, C, any, any], or a sequence whose first entry they are.
+        model: maps [N, 3, h, w] to logits [N, C, any, any], or to a sequence whose first entry is the logits.
         image: [N, 3, h, w].
 
     Returns:
-        logits [N, C, h, w], in the image's dtype or float32, whichever is more precise, on its device.
+        Logits [N, C, h, w] on the device of the image, in its dtype or float32, whichever is more precise.
     """
     return resize(_network(model, image), image.shape[2:])
 
@@ -57,25 +62,25 @@ def predict_whole(model: Model, image: Tensor) -> Tensor:
 def predict_sliding(
     model: Model, image: Tensor, tile_size: tuple[int, int], num_classes: int, tile_batch: int = 1
 ) -> Tensor:
-    """Logits of images, averaged over overlapping tiles.
+    """Predict the logits of images, averaged over overlapping tiles.
 
-    Both axes advance by ceil(tile height * 2/3), as the original's, but never by more than the tile is wide.
-    Images smaller than the tile are padded with zeros at the bottom and right. Every image of a batch is
-    scored by its own logits.
+    As in the original, the stride of both axes is ceil(tile height * 2/3). Horizontally it is at most the
+    width of a tile. Images smaller than a tile are padded with zeros at the bottom and right.
 
     Args:
         model: see `predict_whole`.
         image: [N, 3, h, w].
-        tile_size: (height, width).
-        num_classes: C.
-        tile_batch: how many tiles, of all images together, go through the network at once. Tiles are summed
-            in the same order whatever it is.
+        tile_size: (height, width) of a tile.
+        num_classes: number of classes, C.
+        tile_batch: number of tiles, of all images together, to predict at once. It does not change the order
+            in which tiles are summed.
 
     Returns:
-        logits [N, C, h, w], dtype and device as of `predict_whole`. Memory: twice that.
+        Logits [N, C, h, w], with dtype and device as in `predict_whole`. The prediction needs memory for
+        twice the logits.
 
     Raises:
-        ValueError: a `tile_batch` below 1.
+        ValueError: `tile_batch` is less than 1.
     """
     logits = _tiled(model, _picture(image), tile_size, num_classes, tile_batch)
     return _join(logits, tile_size, lambda band: band)
@@ -90,23 +95,23 @@ def predict_multiscale(
     num_classes: int | None = None,
     tile_batch: int = 1,
 ) -> Tensor:
-    """Logits averaged over resized images, and over their mirror images too.
+    """Predict the logits of images, averaged over scales and, optionally, mirror images.
 
     Args:
         model: see `predict_whole`.
         image: [N, 3, h, w].
-        scales: factors of height and width; each prediction is resized back before it is averaged.
-        flip: average with the mirrored (left to right) prediction of the mirrored image.
-        tile_size: predict by tiles of this (height, width); None in one piece.
-        num_classes: C, needed with `tile_size`.
+        scales: factors of height and width. Each prediction is resized back before averaging.
+        flip: whether to average each prediction with that of the image mirrored left to right, mirrored back.
+        tile_size: (height, width) of the tiles; None predicts whole images.
+        num_classes: number of classes, C; required with `tile_size`.
         tile_batch: see `predict_sliding`.
 
     Returns:
-        logits [N, C, h, w], dtype and device as of `predict_whole`. Memory: twice that, and what
-        `predict_classes` needs.
+        Logits [N, C, h, w], with dtype and device as in `predict_whole`. The prediction needs memory for
+        twice the logits, and that of `predict_classes`.
 
     Raises:
-        ValueError: no scale, tiles without `num_classes`, or a `tile_batch` below 1.
+        ValueError: `scales` is empty, `num_classes` is missing with tiles, or `tile_batch` is less than 1.
     """
     logits = _multiscale(model, image, scales, flip, tile_size, num_classes, tile_batch)
     return _join(logits, tile_size, lambda band: band)
@@ -121,30 +126,38 @@ def predict_classes(
     num_classes: int | None = None,
     tile_batch: int = 1,
 ) -> Tensor:
-    """The class of the greatest logit of `predict_multiscale`, without ever holding all logits.
+    """Predict the class with the largest logit of `predict_multiscale`, without storing all logits.
 
-    Memory besides image, result and what the network takes while it runs: a few times N * C * tile * shorter
-    side, where `tile` is the tile's extent along the longer axis, times scale ** 2 above scale 1; and for
-    each pair of scale and flip the network's outputs, at their own size, for the tiles that meet a band and
-    up to `tile_batch` * N to either side. In one piece: 256 lines in place of `tile`, and the whole outputs.
+    Memory, in addition to the image, the result and the activations of the network:
+
+    - A few times N * C * (tile extent along the longer axis) * (shorter side of the image) logits, times
+      scale ** 2 for scales above 1.
+    - For each combination of scale and flip, the outputs of the network, at their own size, for the tiles
+      that overlap a band and up to `tile_batch` * N tiles on either side.
+
+    Without tiles, bands have 256 lines, and the outputs are those of the whole images.
 
     Args:
         model: see `predict_whole`.
         image: [N, 3, h, w].
-        scales, flip, tile_size, num_classes, tile_batch: see `predict_multiscale`; at most 255 classes.
+        scales: see `predict_multiscale`.
+        flip: see `predict_multiscale`.
+        tile_size: see `predict_multiscale`.
+        num_classes: see `predict_multiscale`; at most 255.
+        tile_batch: see `predict_sliding`.
 
     Returns:
-        classes uint8 [N, h, w]; of equal logits the lowest class, NO_CLASS where a logit is NaN.
+        Classes, uint8 [N, h, w]. For equal logits it is the lowest class; where a logit is NaN, NO_CLASS.
 
     Raises:
-        ValueError: as `predict_multiscale`.
+        ValueError: see `predict_multiscale`.
     """
     logits = _multiscale(model, image, scales, flip, tile_size, num_classes, tile_batch)
     return _join(logits, tile_size, _classes).squeeze(1)
 
 
 def _classes(logits: Tensor) -> Tensor:
-    """Return the class of the greatest logit, NO_CLASS where one is NaN.
+    """Return the class with the largest logit, or NO_CLASS where a logit is NaN.
 
     Shape: [N, C, h, w] -> uint8 [N, 1, h, w].
     """
@@ -153,10 +166,13 @@ def _classes(logits: Tensor) -> Tensor:
 
 
 class _Lines(NamedTuple):
-    """Pictures or logits [N, C, h, w] that are computed when they are read, in bands of lines.
+    """Pictures or logits [N, C, h, w] that are computed lazily, in bands of lines.
 
-    `read(start, stop)` gives lines start..stop of `axis`, at least one: [N, C, stop - start, w] for axis 2,
-    [N, C, h, stop - start] for axis 3. Bands are read one after the other, from the near or the far end.
+    Attributes:
+        axis: axis of the lines, 2 (rows) or 3 (columns).
+        size: (h, w).
+        read: returns lines start to stop - 1, at least one: [N, C, stop - start, w] for axis 2, or
+            [N, C, h, stop - start] for axis 3. Bands must be read in order, from either end.
     """
 
     axis: int
@@ -165,11 +181,12 @@ class _Lines(NamedTuple):
 
     @property
     def length(self) -> int:
+        """Number of lines."""
         return self.size[self.axis - 2]
 
 
 def _join(lines: _Lines, tile_size: tuple[int, int] | None, finish: Callable[[Tensor], Tensor]) -> Tensor:
-    """All lines, each band passed through `finish` as soon as it is read."""
+    """Read all lines in bands and pass each band through `finish` as soon as it is read."""
     band = tile_size[lines.axis - 2] if tile_size else WHOLE_BAND
     starts = range(0, lines.length, band)
     bands = [finish(lines.read(start, min(start + band, lines.length))) for start in starts]
@@ -190,7 +207,7 @@ def _multiscale(
     if tile_size is None:
         predict: Callable[[_Lines], _Lines] = partial(_whole, model)
     elif num_classes is None:
-        raise ValueError("num_classes: prediction by tiles needs it")
+        raise ValueError("num_classes: required for prediction by tiles")
     else:
         predict = partial(_tiled, model, tile_size=tile_size, num_classes=num_classes, tile_batch=tile_batch)
 
@@ -207,14 +224,14 @@ def _multiscale(
 
 
 def _network(model: Model, image: Tensor) -> Tensor:
-    """The network's logits at their own size, in the precision in which they are summed."""
+    """Return the logits of the network at their own size, in the precision in which they are summed."""
     outputs = model(image)
     logits = outputs if isinstance(outputs, Tensor) else outputs[0]
     return logits.to(image.device, torch.promote_types(image.dtype, torch.float32))
 
 
 def _picture(x: Tensor, axis: int | None = None) -> _Lines:
-    """Lines of a tensor [N, C, h, w], along its longer axis where none is given."""
+    """Return the lines of a tensor [N, C, h, w], along `axis` or, by default, its longer axis."""
     height, width = x.shape[2:]
     axis = axis or (2 if height >= width else 3)
     return _Lines(axis, (height, width), lambda start, stop: x.narrow(axis, start, stop - start))
@@ -230,21 +247,21 @@ def _tiled(
 ) -> _Lines:
     if tile_batch < 1:
         raise ValueError(f"tile_batch: must be at least 1, not {tile_batch}")
-    # In floating point, as the original: 129 gives 87, exact thirds would give 86.
+    # In floating point, as in the original: a height of 129 gives 87, where exact arithmetic gives 86.
     stride = math.ceil(tile_size[0] * (1 - OVERLAP))
     tops = tile_offsets(image.size[0], tile_size[0], stride)
     lefts = tile_offsets(image.size[1], tile_size[1], min(stride, tile_size[1]))
     places = [(top, left) for top in tops for left in lefts]
-    along, across = image.axis - 2, 3 - image.axis  # indices of a place, a size
+    along, across = image.axis - 2, 3 - image.axis  # indices into a place or a size
     tile_lines = tile_size[along]
 
-    # The network gets tiles in the order in which bands need them; they are summed row by row on either axis.
+    # Tiles are predicted in the order in which bands need them. They are summed row by row for either axis.
     ordered = sorted(places, key=lambda place: place[along])
     groups = [ordered[first : first + tile_batch] for first in range(0, len(ordered), tile_batch)]
     outputs: dict[tuple[int, int], Tensor] = {}
 
     def covered(x: Tensor, place: tuple[int, int]) -> Tensor:
-        """What a tile covers of the lines `x`, across them."""
+        """Return the part of the lines `x` that a tile covers across the lines."""
         return x.narrow(across + 2, place[across], min(tile_size[across], image.size[across] - place[across]))
 
     def crop(place: tuple[int, int]) -> Tensor:
@@ -252,7 +269,7 @@ def _tiled(
         return F.pad(tile, (0, tile_size[1] - tile.shape[3], 0, tile_size[0] - tile.shape[2]))
 
     def run(group: list[tuple[int, int]]) -> None:
-        # As many places of N images fill N calls, so that only the very last call may be smaller.
+        # `tile_batch` places of N images fill N calls, so that only the last call of all may be smaller.
         tiles = torch.cat([crop(place) for place in group])
         logits = torch.cat([_network(model, part) for part in tiles.split(tile_batch)])
         outputs.update(zip(group, logits.chunk(len(group)), strict=True))
@@ -261,7 +278,8 @@ def _tiled(
         def needed(place: tuple[int, int]) -> bool:
             return place[along] < stop and place[along] + tile_lines > start
 
-        # Bands go one way: what this one does not need is done with, and no tile is predicted twice.
+        # Bands are read in order: outputs that this band does not need are never needed again, and no tile
+        # is predicted twice.
         for group in groups:
             if not any(map(needed, group)):
                 for place in group:
@@ -286,14 +304,14 @@ def _tiled(
 
 
 def _resized(lines: _Lines, size: tuple[int, int]) -> _Lines:
-    """As `resize`, a band at a time."""
+    """Resize lines lazily, with the result of `resize`."""
     if lines.size == size:
         return lines
     axis, last, last_target = lines.axis, lines.length - 1, size[lines.axis - 2] - 1
     step = last / last_target if last_target else 0.0
 
     def read(start: int, stop: int) -> Tensor:
-        # Along the axis each line is mixed from the two lines of the source around it.
+        # Along the axis, each line is interpolated between two adjacent lines of the source.
         position = torch.arange(start, stop, dtype=torch.float64) * step
         lower = position.long().clamp(max=last)
         upper = (lower + 1).clamp(max=last)
@@ -309,7 +327,7 @@ def _resized(lines: _Lines, size: tuple[int, int]) -> _Lines:
 
 
 def _mirrored(lines: _Lines) -> _Lines:
-    """Left to right; columns are read from the other end."""
+    """Mirror left to right; columns are then read from the other end."""
 
     def read(start: int, stop: int) -> Tensor:
         if lines.axis == 3:

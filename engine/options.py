@@ -1,9 +1,9 @@
 """The flags of train.py and evaluate.py, in groups of typed options.
 
-Each field of a group is a flag of the same name. `Flag` holds what its parser needs and says where its value
-goes: whether it is part of the recipe that a resumed run has to repeat, whether result.txt notes it, and
-whether the run that wrote a checkpoint already knows it. A command parses its flags once and hands the frozen
-options down.
+Each field of a group is a flag of the same name. Its `Flag` holds the settings of the parser and says how the
+value is used: whether it is part of the recipe that a resumed run must repeat, whether result.txt records it,
+and whether the run that wrote a checkpoint provides it. A command parses its flags once and passes on the
+frozen options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.training.step import PRECISIONS
 from utils import args as flags
 from utils.errors import UsageError
 
-#: Minimum side of a crop: gives 2x2 features at stride 8, enough for the statistics of a batch of one.
+#: Minimum side of a crop. It gives 2x2 features at stride 8, enough for batch statistics of one sample.
 SMALLEST_CROP = 9
 
 Group = TypeVar("Group", bound="Options")
@@ -31,18 +31,18 @@ class Flag(NamedTuple):
     """A flag of a command.
 
     Attributes:
-        help: one line for --help.
-        parse: converts the text of the command line; without it the text itself, or True for a flag whose
-            default is False.
-        choices: the accepted texts.
-        metavar: the name of the value in --help.
-        required: whether the flag has to be given.
-        bare: whether a flag with a value may also stand alone, for True.
-        recipe: whether the value decides the weights that a run ends with.
-        noted: whether result.txt notes the value, because it decides the scores.
-        from_run: whether a command that reads a checkpoint takes the value from the run that wrote it, unless
-            the flag is given.
-        shared: whether tools.seeds gives evaluate.py the value that train.py has.
+        help: text for --help.
+        parse: converts the text of the command line. Without it the value is the text, or True for a flag
+            whose default is False.
+        choices: accepted texts.
+        metavar: name of the value in --help.
+        required: whether the flag must be given.
+        bare: whether the flag may be given without a value, for True.
+        recipe: whether the value affects the final weights of a run.
+        noted: whether the value affects the scores of an evaluation, and result.txt records it.
+        from_run: whether a command that reads a checkpoint takes its default from the run that wrote the
+            checkpoint.
+        shared: whether tools.seeds passes the value of train.py to evaluate.py.
     """
 
     help: str
@@ -66,12 +66,12 @@ def option(default: Any, flag: Flag) -> Any:
 class Options:
     """Base of all groups of options."""
 
-    #: The heading of the group in --help.
+    #: Heading of the group in --help.
     title: ClassVar[str] = ""
 
     @classmethod
     def of(cls: type[Group], args: argparse.Namespace) -> Group:
-        """Return the options that a parser with these flags has parsed."""
+        """Return the options in the result of a parser with these flags."""
         return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})
 
     @classmethod
@@ -80,11 +80,11 @@ class Options:
         return [each.name for each in fields(cls) if wanted(_flag_of(each))]
 
     def recipe(self) -> dict[str, Any]:
-        """Return the options that decide the weights that a run ends with."""
+        """Return the options that affect the final weights of a run."""
         return {name: getattr(self, name) for name in self.names(lambda flag: flag.recipe)}
 
     def noted(self) -> dict[str, Any]:
-        """Return the options that decide the scores of an evaluation."""
+        """Return the options that affect the scores of an evaluation."""
         return {name: getattr(self, name) for name in self.names(lambda flag: flag.noted)}
 
 
@@ -101,17 +101,17 @@ def add_flags(
     """Add the flags of `options` to a parser, group by group.
 
     Args:
-        parser: the parser of a command.
-        options: the options of the command.
-        choices: accepted values of flags that only the caller knows, by name.
-        reads_checkpoint: whether flags with `from_run` have no default, because the checkpoint's run has one.
+        parser: parser of a command.
+        options: options of the command.
+        choices: accepted values of flags, by name, for flags whose choices depend on the caller.
+        reads_checkpoint: whether flags with `from_run` take their default from the run of the checkpoint.
     """
     groups: dict[str, Any] = {}
     by_name = {each.name: each for each in fields(options)}
     classes = [each for each in options.__mro__ if issubclass(each, Options)]
     for group in reversed(classes):
         for name in inspect.get_annotations(group):
-            # A flag that a later class defines again belongs to that class.
+            # Add a flag that a subclass redefines only once, in the group of the subclass.
             if name not in by_name or group is not next(
                 each for each in classes if name in inspect.get_annotations(each)
             ):
@@ -136,7 +136,7 @@ def add_flags(
                 settings |= {"nargs": "?", "const": True}
             groups[group.title].add_argument(f"--{name.replace('_', '-')}", **settings)
     if issubclass(options, ProcessOptions):
-        # torch.distributed.launch passes it; the environment has the same number.
+        # torch.distributed.launch passes this flag. It is ignored: the environment has the same number.
         parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -179,7 +179,7 @@ class ClassOptions(Options):
     num_classes: int = option(
         None,
         Flag(
-            "number of train ids, if the class table does not tell it",
+            "number of classes, if there is no class table",
             flags.classes,
             recipe=True,
             noted=True,
@@ -190,7 +190,7 @@ class ClassOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(Options):
-    """The network, as far as its weights do not tell it."""
+    """The architecture of the network."""
 
     title = "network"
     model: str = option("ccnet", Flag("network", recipe=True, noted=True, from_run=True))
@@ -198,7 +198,7 @@ class NetworkOptions(Options):
     recurrence: int = option(
         2,
         Flag(
-            "number of passes of the attention (R in the paper); 0 leaves it out",
+            "number of applications of the attention (R in the paper); 0 omits it",
             flags.recurrence,
             recipe=True,
             noted=True,
@@ -215,7 +215,7 @@ class ProcessOptions(Options):
     gpu: str | None = option(
         None,
         Flag(
-            "GPU ids such as 0,1,2,3, one process each, or cpu; by default every visible GPU, or the CPU",
+            "GPU ids such as 0,1,2,3 (one process each), or cpu; by default all visible GPUs, or the CPU",
             metavar="IDS",
             shared=True,
         ),
@@ -227,11 +227,11 @@ class ProcessOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Options):
-    """The samples that a network is trained on, and how they are read."""
+    """The training samples and the data workers."""
 
     title = "samples"
     input_size: tuple[int, int] = option(
-        (769, 769), Flag("crop", flags.size, metavar="H,W", recipe=True, shared=True)
+        (769, 769), Flag("size of the crops", flags.size, metavar="H,W", recipe=True, shared=True)
     )
     random_mirror: bool = option(False, Flag("mirror half of the samples", recipe=True))
     random_scale: bool = option(False, Flag("scale each sample by a factor from 0.7 to 2.1", recipe=True))
@@ -254,7 +254,7 @@ class SampleOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions(NetworkOptions):
-    """The layers of the network in training, and the weights that it starts from."""
+    """The training settings of the layers, and the initial weights."""
 
     title = "network"
     dropout: float = option(
@@ -269,7 +269,7 @@ class StartOptions(NetworkOptions):
         ),
     )
     freeze_bn: bool = option(
-        False, Flag("normalize by the checkpoint's batch statistics and keep them fixed", recipe=True)
+        False, Flag("normalize with the checkpoint's running statistics and keep them fixed", recipe=True)
     )
     restore_from: str | None = option(
         None,
@@ -312,7 +312,7 @@ class RecipeOptions(Options):
     ohem_keep: int = option(
         100000, Flag("minimum number of pixels that OHEM keeps per process", flags.count, recipe=True)
     )
-    class_weights: list[float] | None = option(
+    class_weights: Sequence[float] | None = option(
         None,
         Flag("loss weight of each class; by default all equal", flags.numbers, metavar="W,W", recipe=True),
     )
@@ -353,9 +353,7 @@ class SpeedOptions(Options):
             recipe=True,
         ),
     )
-    deterministic: bool = option(
-        False, Flag("compute the same bits in every run on GPUs too, which is slower")
-    )
+    deterministic: bool = option(False, Flag("make runs on GPUs bit-identical too, which is slower"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,12 +374,12 @@ class RunOptions(Options):
         ),
     )
     val_list: str | None = option(
-        None, Flag("as --data-list, for the validation; by default the val split of the layout")
+        None, Flag("like --data-list, for the validation; by default the val split of the layout")
     )
     print_frequency: int = option(
         50, Flag("steps between lines of the log", flags.positive_int, metavar="STEPS")
     )
-    start_iters: int = option(0, Flag("number of steps that count as done", flags.count, metavar="STEP"))
+    start_iters: int = option(0, Flag("number of steps to count as done", flags.count, metavar="STEP"))
     resume: bool = option(False, Flag("continue from the newest state in --snapshot-dir, if there is one"))
     change_recipe: bool = option(False, Flag("allow --resume with flags that change the recipe of the run"))
 
@@ -403,19 +401,23 @@ class TrainOptions(
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The memory format of images and weights."""
+        """Memory format of images and weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def all_weights_used(self) -> bool:
-        """Whether every weight gets a gradient: without recurrence, those of the attention do not."""
+        """Whether every weight gets a gradient; with --recurrence 0, those of the attention do not."""
         return self.recurrence > 0
 
     def check(self, processes: int, device_type: str) -> None:
         """Check the options against each other and against the processes of the run.
 
+        Args:
+            processes: number of processes of the run.
+            device_type: "cuda" or "cpu".
+
         Raises:
-            UsageError: naming the flag.
+            UsageError: options contradict each other; the message names the flag.
         """
         if self.batch_size % (processes * self.grad_accum):
             by = f"{processes} processes" + (f" x {self.grad_accum} parts" if self.grad_accum > 1 else "")
@@ -438,7 +440,7 @@ class TrainOptions(
                 f"features; give at least {SMALLEST_CROP},{SMALLEST_CROP}"
             )
         if self.data_list and self.val_every and not self.val_list:
-            raise UsageError("--val-every: with --data-list it needs --val-list, the pictures to validate on")
+            raise UsageError("--val-every: requires --val-list if --data-list is given; add it")
         if self.abn == "inplace" and self.amp:
             raise UsageError(
                 f"--amp {self.amp}: the inplace-abn package supports float32 only; use --abn torch"
@@ -447,10 +449,10 @@ class TrainOptions(
             for name in ("channels_last", "compile", "fused_sgd"):
                 if getattr(self, name):
                     raise UsageError(
-                        f"--{name.replace('_', '-')}: not with --backend apex; leave out one of the two"
+                        f"--{name.replace('_', '-')}: not supported by --backend apex; omit one of them"
                     )
         if self.amp == "fp16" and device_type == "cpu":
-            raise UsageError("--amp fp16: needs a GPU; give --amp bf16")
+            raise UsageError("--amp fp16: requires a GPU; use --amp bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,7 +474,7 @@ class ToolOptions(CheckpointOptions, ClassOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingOptions(Options):
-    """The predictions of a picture that are averaged (engine.inference.predict_multiscale)."""
+    """Averaging of the predictions of a picture (engine.inference.predict_multiscale)."""
 
     title = "prediction"
     scales: Sequence[float] = option(
@@ -483,10 +485,12 @@ class AveragingOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionOptions(AveragingOptions):
-    """How a picture is predicted."""
+    """Prediction of a picture, whole or by tiles."""
 
     title = "prediction"
-    input_size: tuple[int, int] = option((769, 769), Flag("tile", flags.size, metavar="H,W", noted=True))
+    input_size: tuple[int, int] = option(
+        (769, 769), Flag("size of the tiles", flags.size, metavar="H,W", noted=True)
+    )
     whole: bool = option(
         False, Flag("predict whole pictures instead of tiles", flags.boolean, bare=True, noted=True)
     )
@@ -499,7 +503,7 @@ class EvaluateOptions(PredictionOptions, CheckpointOptions, ProcessOptions, Clas
     title = "evaluation"
     split: str = option(
         "val",
-        Flag("split of the layout; test has no labels and makes an archive to submit", noted=True),
+        Flag("split of the layout; test has no labels and gives an archive to submit", noted=True),
     )
     batch_size: int = option(1, Flag("pictures of equal size to predict together, per process", flags.batch))
     tile_batch: int | None = option(

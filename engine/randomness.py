@@ -1,7 +1,7 @@
-"""The random streams of a run: each number is a function of the seed and of its place in the run alone.
+"""The random streams of a run: every random number depends only on the seed and its position in the run.
 
-Nothing is drawn from a state that moves on. A resumed run, or one on another number of processes, therefore
-sees the same samples, augmentations and dropout masks.
+There is no generator state that advances during the run. Samples, augmentations and dropout masks are
+therefore the same in a resumed run and on any number of processes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def seed_of(*numbers: int) -> int:
 
 
 def make_deterministic() -> None:
-    """Let PyTorch compute the same bits in every run, also on a GPU.
+    """Make PyTorch compute bit-identical results in every run, also on a GPU.
 
-    Raises later, from PyTorch, if an operator has no such implementation.
+    An operator without a deterministic implementation raises a RuntimeError when it is called.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -9,7 +9,7 @@ class ChannelDropout(nn.Dropout2d):
     """Apply channel dropout with masks given from outside.
 
     In training, whole channels of each sample are zeroed and the others are scaled by 1 / (1 - p). The
-    training step sets the mask `kept` before the forward pass (engine/training/dropout.py). The mask depends
+    training step sets the mask `kept` before the forward pass (engine/training/dropout_masks.py). The mask depends
     only on the step and the sample, so results do not depend on the number of processes. A compiled network
     or CUDA graph then contains no random numbers. If `kept` is None, masks are drawn from PyTorch's
     generator.

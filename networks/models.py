@@ -39,7 +39,7 @@ class Description(NamedTuple):
 
 def args_file(checkpoint: str) -> str:
     """Return the path of the args.json of the run that wrote a checkpoint; it need not exist."""
-    return os.path.join(os.path.dirname(checkpoint), run_files.RECIPE)
+    return os.path.join(os.path.dirname(checkpoint), run_files.ARGUMENTS)
 
 
 def describe(
@@ -62,12 +62,13 @@ def describe(
         UsageError: a flag or args.json contradicts the weights, or args.json has an impossible value.
         CheckpointError: the weights are not those of a CCNet.
     """
-    run, file = run_files.read_recipe(os.path.dirname(checkpoint)), args_file(checkpoint)
-    of_weights: dict[str, Any] = {
-        "backbone": backbone_of(checkpoint, state),
-        "num_classes": classes_of(checkpoint, state),
-    }
-    if of_weights["num_classes"] > MOST_CLASSES:
+    run, file = run_files.read_arguments(os.path.dirname(checkpoint)), args_file(checkpoint)
+    of_weights: dict[str, Any] = {}
+    # Only the entries of CCNet are known. Other networks take these values from the flags or args.json.
+    if (given.get("model") or run.get("model", Description().model)) == Description().model:
+        of_weights["backbone"] = backbone_of(checkpoint, state)
+        of_weights["num_classes"] = classes_of(checkpoint, state)
+    if of_weights.get("num_classes", 0) > MOST_CLASSES:
         raise CheckpointError(
             f"{checkpoint}: has {of_weights['num_classes']} classes; predictions have room for {MOST_CLASSES}"
         )
@@ -75,7 +76,7 @@ def describe(
     notes = []
     for name, default in Description()._asdict().items():
         flag, value = f"--{name.replace('_', '-')}", given.get(name)
-        source, remedy = f"{flag} {value}", "leave out the flag"
+        source, remedy = f"{flag} {value}", "omit the flag"
         if value is not None:
             if name in run and run[name] != value:
                 notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")

@@ -1,4 +1,4 @@
-"""Code that the tools share: their parser, the network of a checkpoint, the exit status."""
+"""Shared code of the tools: parser, network of a checkpoint, exit status."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from utils.resources import shortage
 
 
 class Network(NamedTuple):
-    """A network that is ready to predict, and the classes that it knows."""
+    """A network that is ready to predict, and its classes."""
 
     model: Seg_Model  # in evaluation mode, on `device`
     device: torch.device
     path: str
     description: Description
     labels: LabelReader  # names and colors of the classes
-    files: list[str]  # the files that were read for it
+    files: list[str]  # files that were read: checkpoint, args.json, class table
 
     @property
     def backbone(self) -> str:
-        """The name of the backbone."""
+        """Name of the backbone."""
         return self.description.backbone
 
     @property
     def recurrence(self) -> int:
-        """The number of passes of the attention."""
+        """Number of applications of the attention."""
         return self.description.recurrence
 
     @property
     def num_classes(self) -> int:
-        """The number of classes."""
+        """Number of classes."""
         return self.labels.num_classes
 
 
 class Parser(flags.Parser):
-    """The parser of a tool. Its help is the docstring of the tool."""
+    """Parser of a tool, whose help text is the docstring of the tool."""
 
     def __init__(self, tool: str, doc: str | None):
         super().__init__(f"python -m tools.{tool}", doc)
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --restore-from, the flags that describe its network, and --gpu."""
+    """Add --restore-from, the flags that describe the network, and --gpu."""
     add_flags(parser, ToolOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
     parser.add_argument("--gpu", metavar="ID", help="GPU id, or cpu; by default the first GPU, or the CPU")
 
@@ -66,19 +66,19 @@ def choose_device(gpu: str | None) -> torch.device:
     """Return the device of --gpu.
 
     Raises:
-        UsageError: it names no GPU of this machine, or several.
+        UsageError: there is no such GPU, or there are several ids.
     """
     devices = choose_devices(gpu, None)
     if gpu is not None and len(devices) > 1:
-        raise UsageError(f"--gpu {gpu}: this command runs on one; give one number, or cpu")
+        raise UsageError(f"--gpu {gpu}: this command uses one device; give one id, or cpu")
     return devices[0]
 
 
 def open_network(args: argparse.Namespace) -> Network:
-    """Return the network that the flags of `add_network_flags` ask for (networks.models.describe).
+    """Load the network of the flags of `add_network_flags` (see networks.models.describe).
 
     Raises:
-        InputError: one line that says which flag or file is wrong.
+        InputError: a flag or file is invalid; the message names it.
     """
     device = choose_device(args.gpu)
     path = args.restore_from
@@ -88,17 +88,17 @@ def open_network(args: argparse.Namespace) -> Network:
     if notes:
         print(*notes, sep="\n", flush=True)
     if found.classes != given["classes"] and not _fits(found):
-        # Names and colors of other classes would be a mistake that nobody sees.
+        # Do not guess: wrong names and colors of classes would go unnoticed.
         print(
-            f"{found.classes}, the class table of the run, is missing or has changed: give --classes",
+            f"{found.classes}: the class table of the run is missing or has changed; give --classes",
             flush=True,
         )
         found = found._replace(classes=None)
     table, _ = choose_table(found.classes, None)
     if table is not None and len(table.classes) != found.num_classes:
         raise UsageError(
-            f"--classes {found.classes}: has {len(table.classes)} classes and {path} {found.num_classes}; "
-            "name the table that it was trained with"
+            f"--classes {found.classes}: has {len(table.classes)} classes, but {path} has "
+            f"{found.num_classes}; give the table that it was trained with"
         )
     model = MODELS[found.model](
         found.num_classes,
@@ -114,7 +114,7 @@ def open_network(args: argparse.Namespace) -> Network:
 
 
 def _fits(found: Description) -> bool:
-    """Return whether the class table of a run is there and has as many classes as the network."""
+    """Return whether the class table of a run exists and has as many classes as the network."""
     if not os.path.isfile(str(found.classes)):
         return False
     table, _ = choose_table(found.classes, None)
@@ -122,7 +122,7 @@ def _fits(found: Description) -> bool:
 
 
 def end(main: Callable[[], int | None]) -> None:
-    """Run a tool's main and exit as `exit_status` says; a file that can't be written is one line too."""
+    """Run the main function of a tool and exit (see `exit_status`); a write error gives one line."""
 
     def run() -> int | None:
         try:

@@ -89,13 +89,13 @@ def main(argv: list[str] | None = None) -> None:
     if not os.path.isdir(args.run):
         raise UsageError(f"{args.run}: no such folder; name the --snapshot-dir of a run")
     results = args.results or args.run
-    recipe, result = run_files.read_recipe(args.run), run_files.read_result(results)
+    recipe, result = run_files.read_arguments(args.run), run_files.read_result(results)
     common.choose_device(args.gpu)
     if args.restore_from:
         read_state_dict(args.restore_from)
     if not recipe and not result:
         raise UsageError(
-            f"{args.run}: has neither {run_files.RECIPE} nor {RESULT}; name the --snapshot-dir of a run"
+            f"{args.run}: has neither {run_files.ARGUMENTS} nor {RESULT}; name the --snapshot-dir of a run"
         )
     missing: list[str] = []
     evaluation = None
@@ -173,7 +173,7 @@ def inputs_of(
     run: str, results: str, checkpoint: str | None, evaluation: Evaluation | None
 ) -> list[str | None]:
     """Return the files that the page is made from. Some may be None or missing."""
-    names = (run_files.RECIPE, run_files.ENVIRONMENT, run_files.LOG)
+    names = (run_files.ARGUMENTS, run_files.ENVIRONMENT, run_files.LOG)
     inputs: list[str | None] = [os.path.join(run, name) for name in names]
     inputs += [os.path.join(results, name) for name in FILES]
     inputs += event_files(os.path.join(run, EVENTS))

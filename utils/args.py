@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -111,10 +112,8 @@ def number(
     def parse(text: str) -> Any:
         value = float("nan")
         if _WRITTEN[kind].fullmatch(text):
-            try:
+            with contextlib.suppress(ValueError):  # more digits than Python can parse
                 value = kind(text)
-            except ValueError:  # more digits than Python can parse
-                pass
         if not (low < value if open_low else low <= value) or not value <= high:
             what = "a whole number" if kind is int else "a number"
             bounds = [f"{bound:.4g}" if kind is float else str(bound) for bound in (low, high)]

@@ -11,7 +11,7 @@ from utils.files import read_input
 
 #: Files with the flags of a training run, the machines that it ran on, its log, and the scores of an
 #: evaluation.
-RECIPE, ENVIRONMENT, LOG, RESULT = "args.json", "environment.json", "log.jsonl", "result.txt"
+ARGUMENTS, ENVIRONMENT, LOG, RESULT = "args.json", "environment.json", "log.jsonl", "result.txt"
 #: Maximum nesting depth of lists and objects; our files have three levels.
 DEEPEST = 16
 #: Maximum absolute value of a number: above the range of float32, but its double is still finite.
@@ -23,7 +23,7 @@ OFFICIAL_SCORES = (
     "averageScoreInstCategories",
 )
 #: Entries of "arguments" in result.txt: types of the value, and bounds of a number.
-ARGUMENTS: dict[str, tuple[tuple[type, ...], tuple[int, int] | None]] = {
+NOTED: dict[str, tuple[tuple[type, ...], tuple[int, int] | None]] = {
     "data_dir": ((str,), None),
     "data_list": ((str, type(None)), None),
     "split": ((str,), None),
@@ -104,9 +104,9 @@ def read(path: str, kind: type) -> Any:
     return content
 
 
-def read_recipe(folder: str) -> dict[str, Any]:
+def read_arguments(folder: str) -> dict[str, Any]:
     """Return the flags of a run by name; empty if its folder has no args.json."""
-    return read(os.path.join(folder, RECIPE), dict) or {}
+    return read(os.path.join(folder, ARGUMENTS), dict) or {}
 
 
 def read_environment(folder: str) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ def arguments_of(folder: str, result: dict[str, Any]) -> dict[str, Any]:
     """
     found = result.get("arguments")
     found = found if isinstance(found, dict) else {}
-    for name, (kinds, bounds) in ARGUMENTS.items():
+    for name, (kinds, bounds) in NOTED.items():
         value = found.get(name)
         right = name in found and isinstance(value, kinds) and (not isinstance(value, str) or _is_text(value))
         if bounds is not None:

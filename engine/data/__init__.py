@@ -1,1 +1,1 @@
-"""From a data set to batches on the device."""
+"""Data loading, from the data set to batches on the device."""

@@ -1,6 +1,6 @@
 """Batches for training and pictures for evaluation, read by data workers.
 
-A training batch is a function of the seed and the step alone, see engine/randomness.py.
+A training batch depends only on the seed and the step (see engine/randomness.py).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from utils.errors import DataError, RunError
 #: Parts of the errors that mean too little shared memory.
 SHARED_MEMORY = ("shared memory", "unable to write to file </torch_", "No space left on device")
 NO_SHARED_MEMORY = (
-    "/dev/shm: too small for the pictures that the readers pass on; enlarge it (docker run --shm-size), or "
+    "/dev/shm: too small for the pictures of the data workers; enlarge it (docker run --shm-size), or "
     "lower --num-workers (0 needs no shared memory)"
 )
 
 
 class Loading(NamedTuple):
-    """How pictures are read.
+    """Options for reading pictures.
 
     Attributes:
-        batch_size: in training the global batch size; in evaluation the pictures of equal size that are
-            predicted together.
-        workers: data workers of each process; 0 reads in the process itself.
+        batch_size: in training, the global batch size; in evaluation, the maximum number of pictures of equal
+            size to predict together.
+        workers: number of data workers per process; 0 reads in the process itself.
     """
 
     batch_size: int = 1
@@ -43,7 +43,7 @@ class Loading(NamedTuple):
 
 
 class Processes(Protocol):
-    """The place of this process among those of the run (engine.runtime.distributed.World)."""
+    """Rank, number of processes and device, as in engine.runtime.distributed.World."""
 
     rank: int
     size: int
@@ -54,11 +54,23 @@ class SampleSource(Protocol):
     """A data set to train on (dataset.CSDataSet is one)."""
 
     @property
-    def mean(self) -> np.ndarray: ...
+    def mean(self) -> np.ndarray:
+        """BGR mean to subtract, float32 [3]."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def sample(self, index: int, rng: np.random.Generator) -> Any: ...
+    def sample(self, index: int, rng: np.random.Generator) -> Any:
+        """Return an augmented sample (dataset.cityscapes.Sample).
+
+        Args:
+            index: index of the picture.
+            rng: source of all random numbers of the augmentation.
+
+        Raises:
+            DataError: a file of the sample can't be used.
+        """
+        ...
 
 
 @lru_cache(maxsize=2)
@@ -67,13 +79,13 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 class SampleStream(Dataset):
-    """The samples of a run: sample k, for every k >= 0, is a function of (seed, k) alone.
+    """The samples of a run: sample k, for every k >= 0, depends only on (seed, k).
 
-    Each epoch goes through the data set once, in an order of its own. Batches continue across epochs, so no
-    batch is smaller than the others.
+    Each epoch goes through the data set once, in a new order. Batches continue across epochs, so no batch is
+    smaller than the others.
 
-    A sample whose files cannot be used is the DataError itself. It reaches the training loop in its place in
-    the order.
+    An item is a sample, or the DataError if a file of the sample can't be used. The error is returned and not
+    raised, so that the training loop meets it in the order of the samples.
 
     Args:
         source: the data set.
@@ -98,7 +110,7 @@ def _collate(samples: list[Any]) -> Samples | Exception:
         if isinstance(sample, Exception):
             return sample
     try:
-        # torch's own puts them together in the memory that the worker shares with the training process.
+        # In a data worker, default_collate stacks the tensors directly in shared memory.
         images = default_collate([torch.from_numpy(sample.image) for sample in samples])
         labels = default_collate([torch.from_numpy(sample.label) for sample in samples])
         contents = _shared(torch.tensor([sample.content for sample in samples]))
@@ -110,7 +122,7 @@ def _collate(samples: list[Any]) -> Samples | Exception:
 def _shared(tensor: Tensor) -> Tensor:
     """Move the tensor of a data worker to shared memory.
 
-    Sending the tensor does the same, but in a thread whose errors make the parent hang.
+    Sending the tensor would do the same, but in a thread, where an error makes the parent process hang.
     """
     return tensor.share_memory_() if get_worker_info() is not None else tensor
 
@@ -137,21 +149,21 @@ def train_batches(
     loading: Loading,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[Batch | Exception]:
-    """Yield the share of this process of every batch: of n samples a process, rank r has r n to r n + n - 1.
+    """Yield the share of this process of every batch.
 
-    Data workers start with the first batch and live until the last.
+    With n samples per process, rank r gets samples r n to r n + n - 1 of the global batch. Data workers start
+    with the first batch and run until the last.
 
     Args:
         source: the data set.
         seed: seed of the order and of the augmentation.
-        steps: the steps, from 0. A resumed run starts at any step without reading the samples before it.
-        processes: the processes that share each batch; their number divides the batch size.
-        loading: batch size and data workers.
+        steps: the steps, from 0. A resumed run starts at any step without reading the earlier samples.
+        processes: the processes that share each batch; their number must divide the batch size.
+        loading: batch size and number of data workers.
         memory_format: memory format of the images.
 
     Yields:
-        A batch; the error of the first of its samples that cannot be used; or a RunError when a data worker
-        died.
+        A batch, the DataError of its first unusable sample, or a RunError if a data worker died.
     """
     share = loading.batch_size // processes.size
     device = processes.device
@@ -169,7 +181,7 @@ def train_batches(
 
 
 class _Shares:
-    """The numbers of the samples of a process, step by step."""
+    """Batch sampler: the sample numbers of one process for each step."""
 
     def __init__(self, steps: range, batch_size: int, offset: int, share: int):
         self.starts = (step * batch_size + offset for step in steps)
@@ -183,15 +195,16 @@ class _Shares:
 def _loaded(loader: DataLoader) -> Iterator[Any]:
     if loader.num_workers:
         try:
-            # The queues of the workers have as many locks, in shared memory. If there is no room for them,
-            # the DataLoader leaves an iterator half made, whose destructor prints a traceback.
+            # The queues of the workers need this many locks in shared memory. Allocate them here first: if
+            # there is no room, the DataLoader would leave a partial iterator that prints a traceback when
+            # it is deleted.
             locks = [multiprocessing.Lock() for _ in range(4 * (loader.num_workers + 2))]
         except OSError as error:
             return iter([_no_shared_memory(error)])
         del locks
     batches = iter(loader)
-    # The handler of the DataLoader raises wherever the process is when a worker dies, even during an update.
-    # Without the handler the next batch fails, within seconds.
+    # When a worker dies, the signal handler of the DataLoader raises an error at any point of the program,
+    # even during a weight update. Without the handler, reading the next batch fails within seconds.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return _until_a_worker_dies(batches)
 
@@ -209,7 +222,7 @@ def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
                 yield RunError(NO_SHARED_MEMORY)
             yield RunError(
                 "a data worker was killed, perhaps because the machine ran out of memory; lower "
-                "--num-workers and run it again, train.py with --resume"
+                "--num-workers and run the command again (train.py with --resume)"
             )
 
 
@@ -217,21 +230,37 @@ class PictureSource(Protocol):
     """A data set to evaluate on (dataset.CSDataSet is one)."""
 
     @property
-    def mean(self) -> np.ndarray: ...
+    def mean(self) -> np.ndarray:
+        """BGR mean to subtract, float32 [3]."""
+        ...
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """Number of classes."""
+        ...
 
     @property
-    def ignore_label(self) -> int: ...
+    def ignore_label(self) -> int:
+        """Train id of the pixels that are not scored."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def picture(self, index: int, instances: bool) -> Any: ...
+    def picture(self, index: int, instances: bool) -> Any:
+        """Return a whole picture (dataset.cityscapes.Picture).
+
+        Args:
+            index: index of the picture.
+            instances: whether to read label ids and instance ids too.
+
+        Raises:
+            DataError: a file of the picture can't be used.
+        """
+        ...
 
 
 class _Pictures(Dataset):
-    """Whole pictures. One that cannot be used is the error itself, as in SampleStream."""
+    """Whole pictures. An item is a picture, or the error if it can't be used, as in SampleStream."""
 
     def __init__(self, source: PictureSource, instances: bool):
         self.source = source
@@ -245,7 +274,7 @@ class _Pictures(Dataset):
             picture = self.source.picture(index, self.instances)
         except DataError as error:
             return error
-        # Tensors go from a worker to this process in shared memory, arrays through a pipe.
+        # A worker passes tensors to the process in shared memory, but arrays through a pipe.
         arrays = {name: value for name, value in picture._asdict().items() if isinstance(value, np.ndarray)}
         try:
             tensors = {name: _shared(torch.from_numpy(value)) for name, value in arrays.items()}
@@ -257,7 +286,7 @@ class _Pictures(Dataset):
 def evaluation_pictures(
     source: PictureSource, instances: bool, processes: Processes, workers: int
 ) -> Iterator[Any]:
-    """Return the pictures of this process; all processes together have each picture once.
+    """Return the pictures of this process; each picture belongs to exactly one process.
 
     Yields:
         The result of `source.picture` with its arrays as tensors, or its error.

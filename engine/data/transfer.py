@@ -1,4 +1,4 @@
-"""Batches on the device: what data workers give in bytes becomes what the network wants."""
+"""Conversion of the bytes from the data workers to float batches on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """On the device: images float32 [n, 3, h, w], labels int64 [n, h, w], and one line for each sample."""
+    """A batch on the device.
+
+    Attributes:
+        images: float32 [n, 3, h, w], BGR minus mean.
+        labels: train ids, int64 [n, h, w].
+        records: a one-line description of each sample, for the log.
+    """
 
     images: Tensor
     labels: Tensor
@@ -19,10 +25,14 @@ class Batch(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """A batch as the workers make it: images uint8 [n, h, w, 3], labels uint8 [n, h, w].
+    """A batch as the data workers return it.
 
-    `contents` int64 [n, 3] says where in each the picture is (dataset.transforms.Content); the rest is
-    padding, which is 0 after the mean is subtracted.
+    Attributes:
+        images: uint8 [n, h, w, 3], BGR.
+        labels: train ids, uint8 [n, h, w].
+        contents: area of the picture in each image, int64 [n, 3] (dataset.transforms.Content). The rest is
+            padding, which is 0 after the mean is subtracted.
+        records: a one-line description of each sample, for the log.
     """
 
     images: Tensor
@@ -34,15 +44,29 @@ class Samples(NamedTuple):
 def subtract_mean(
     images: Tensor, mean: Tensor, memory_format: torch.memory_format = torch.contiguous_format
 ) -> Tensor:
-    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] minus `mean` float32 [3], on the device of both."""
+    """Convert images to float, subtract the mean, and move the channels to dimension 1.
+
+    Args:
+        images: uint8 [n, h, w, 3].
+        mean: float32 [3], on the device of the images.
+        memory_format: memory format of the result.
+
+    Returns:
+        float32 [n, 3, h, w], on the same device.
+    """
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format)
     return planes.sub_(mean[:, None, None])
 
 
 class Transfer:
-    """Makes batches on the device of samples, one ahead of the step that takes it.
+    """Move batches to the device, one batch ahead of the training step.
 
-    On a GPU on a stream of its own: the copy and the subtraction run beside the step.
+    On a GPU, a separate stream copies the batch and subtracts the mean, concurrently with the step.
+
+    Args:
+        mean: BGR mean to subtract, [3].
+        device: device of the batches.
+        memory_format: memory format of the images.
     """
 
     def __init__(self, mean: np.ndarray, device: torch.device, memory_format: torch.memory_format):
@@ -54,13 +78,14 @@ class Transfer:
             self.stream.wait_stream(torch.cuda.current_stream(device))  # for the mean
 
     def __call__(self, loaded: Iterator[Samples | Exception]) -> Iterator[Batch | Exception]:
+        """Yield each item of `loaded` as a batch on the device; errors are passed on unchanged."""
         if self.stream is None:
             for samples in loaded:
                 yield samples if isinstance(samples, Exception) else self._batch(samples)
             return
         ahead: Callable[[], Batch | Exception] | None = None
         for samples in loaded:
-            # Before the step that is about to be taken: at its end the process waits for the device.
+            # Start this batch before yielding the previous one: a step ends by waiting for the device.
             following = self._begin(self.stream, samples)
             if ahead is not None:
                 yield ahead()
@@ -80,17 +105,17 @@ class Transfer:
     def _begin(
         self, stream: torch.cuda.Stream, samples: Samples | Exception
     ) -> Callable[[], Batch | Exception]:
-        """Begin to make a batch; what is returned gives it to the stream of the steps."""
+        """Start to convert a batch; the returned function makes the stream of the steps wait for it."""
         if isinstance(samples, Exception):
             return lambda: samples
         with torch.cuda.stream(stream):
             batch = self._batch(samples)
-            made = stream.record_event()
+            converted = stream.record_event()
 
         def finish() -> Batch:
             current = torch.cuda.current_stream(self.device)
-            current.wait_event(made)
-            # Or their memory would be used again while the step still reads it.
+            current.wait_event(converted)
+            # Otherwise the allocator could reuse their memory while the step still reads it.
             for tensor in (batch.images, batch.labels):
                 tensor.record_stream(current)
             return batch

@@ -1,1 +1,1 @@
-"""Scores of a network on a data set, and the files that hold them."""
+"""Evaluation of a network on a data set, and the files of its results."""

@@ -1,4 +1,4 @@
-"""Scores of a network on a data set, computed by one process or several."""
+"""Evaluation of a network on a data set, by one process or several."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from utils.errors import DataError, RunError
 from utils.files import unwritable
 from utils.progress import Progress
 
-#: Called with the name of a picture and its prediction uint8 [h, w], from several threads at once.
+#: Called with the name of a picture and its prediction, uint8 [h, w]; several threads call it concurrently.
 Keep = Callable[[str, np.ndarray], None]
-#: Threads that score and keep predictions, and the number of predictions that may wait for them.
+#: Number of threads that score and keep predictions, and maximum number of predictions waiting for them.
 THREADS, WAITING = 3, 8
 
 
@@ -63,14 +63,14 @@ def evaluate(
         predict: images float32 [n, 3, h, w] on the device of the process -> classes uint8 [n, h, w].
         source: pictures and labels.
         world: processes that share the pictures.
-        loading: pictures of equal size to predict together, and data workers.
+        loading: number of pictures of equal size to predict together, and of data workers.
         official: computes the official scores; `source` needs label ids and instance ids for them.
         keep: called with every prediction.
         interrupted: called between pictures; an error that it returns is raised on every process.
 
     Raises:
-        DataError: a file cannot be used; raised on every process.
-        RunError: the network gives NaN, `keep` met a full disk, or a data worker was killed.
+        DataError: a file can't be used; raised on every process.
+        RunError: the network gives NaN, `keep` can't write its file, or a data worker was killed.
     """
     device = world.device
     mean = torch.as_tensor(source.mean, dtype=torch.float32, device=device)
@@ -85,7 +85,7 @@ def evaluate(
             try:
                 for same_size in _by_size([] if error else group):
                     several = [picture.image for picture in same_size]
-                    # A single picture stays in its pinned memory.
+                    # torch.stack would copy a single picture out of its pinned memory.
                     images = several[0][None] if len(several) == 1 else torch.stack(several)
                     predictions = predict(subtract_mean(images.to(device, non_blocking=True), mean))
                     scoring.add(same_size, _to_host(predictions))
@@ -159,7 +159,7 @@ class _Scoring:
 
 
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start a copy to the host; the function that is returned waits for the copy and returns it."""
+    """Start to copy `tensor` to the host; the returned function waits for the copy and returns it."""
     if tensor.device.type != "cuda":
         return lambda: tensor
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

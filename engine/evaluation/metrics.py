@@ -1,4 +1,8 @@
-"""Scores of a segmentation: confusion matrix, IoU, and the four scores of the Cityscapes benchmark."""
+"""Confusion matrix, intersection over union (IoU), and the four scores of the Cityscapes benchmark.
+
+The benchmark scores classes and categories (groups of classes), each by IoU and by instance-level IoU (iIoU).
+In the iIoU, small and large objects of a class have equal weight.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,11 +20,11 @@ def confusion_matrix(
     Args:
         label: integer tensor of any shape, class of each pixel or `ignore_label`.
         prediction: integer tensor of the same shape and device, classes 0..num_classes-1.
-        num_classes: K.
-        ignore_label: pixels that carry this label are left out, whatever was predicted there.
+        num_classes: number of classes, K.
+        ignore_label: label of the pixels that are not counted.
 
     Returns:
-        int64 [K, K] on the device of the label, rows = ground truth, columns = prediction.
+        int64 [K, K] on the device of the label; rows are ground truth, columns are predictions.
 
     Raises:
         ValueError: the shapes differ, a tensor is not of an integer type, or a value is out of range.
@@ -32,7 +36,7 @@ def confusion_matrix(
     for name, tensor in (("label", label), ("prediction", prediction)):
         if tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; class indices of an integer type expected")
-    # Both are widened before any arithmetic: K * K does not fit in the eight bits labels are stored in.
+    # Convert before any arithmetic: labels have eight bits, and K * K does not fit in them.
     label, prediction = label.to(torch.int64).flatten(), prediction.to(torch.int64).flatten()
     if ((prediction < 0) | (prediction >= num_classes)).any():
         raise ValueError(f"the prediction holds values outside of 0..{num_classes - 1}")
@@ -47,25 +51,33 @@ def confusion_matrix(
 
 
 def iou_per_class(confusion: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of each class, float64 [K], of a confusion matrix [K, K] (rows = ground truth).
+    """Return the intersection over union of each class.
 
-    A class that occurs neither in the labels nor in the predictions has no score: nan. One that was predicted
-    but never occurs in the labels has 0.
+    Args:
+        confusion: [K, K]; rows are ground truth, columns are predictions.
+
+    Returns:
+        float64 [K]; nan for a class that occurs neither in the labels nor in the predictions, 0 for one that
+        was predicted but does not occur in the labels.
     """
     confusion = confusion.to(torch.float64)
     intersection = confusion.diagonal()
     union = confusion.sum(dim=1) + confusion.sum(dim=0) - intersection
-    return intersection / union  # 0 / 0 is the wanted nan
+    return intersection / union  # 0 / 0 is nan, as documented
 
 
 def mean_iou(confusion: torch.Tensor) -> float:
-    """Mean of `iou_per_class` over the classes that occur in labels or predictions; nan where none does."""
+    """Return the mean IoU over the classes that occur in labels or predictions; nan if there are none.
+
+    Args:
+        confusion: [K, K]; rows are ground truth, columns are predictions.
+    """
     return torch.nanmean(iou_per_class(confusion)).item()
 
 
-#: Mean size in pixels of one instance of a class in the Cityscapes training set: the published constants of
-#: the official evaluation (evalPixelLevelSemanticLabeling.py of cityscapesScripts). An instance smaller than
-#: this counts for more than its pixels, a larger one for less.
+#: Mean size in pixels of one instance of each class in the Cityscapes training set. The pixels of a smaller
+#: instance weigh more than 1, those of a larger one less.
+#: Source: constants of the official evaluation, evalPixelLevelSemanticLabeling.py of cityscapesScripts.
 AVERAGE_INSTANCE_SIZE = {
     "person": 3462.4756337644,
     "rider": 3930.4788056518,
@@ -79,39 +91,59 @@ AVERAGE_INSTANCE_SIZE = {
     "bicycle": 4672.3249222261,
 }
 
-#: Instance maps hold `label id * 1000 + number` for single objects, and the bare label id for everything
-#: else, which includes groups of objects that cannot be told apart.
+#: Instance maps hold `label id * 1000 + number` for single objects. Everything else has the plain label id,
+#: including groups of objects that can't be told apart.
 INSTANCES_PER_LABEL = 1000
 
 
 class LabelRow(Protocol):
-    """What the scores need from one row of the label table (`dataset.labels.Label` has it)."""
+    """A row of the label table, as the scores need it (dataset.labels.Label is one)."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the label."""
+        ...
+
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """Value in the label pictures."""
+        ...
+
     @property
-    def train_id(self) -> int: ...
+    def train_id(self) -> int:
+        """Class index that the network is trained with, or the ignore label."""
+        ...
+
     @property
-    def category(self) -> str: ...
+    def category(self) -> str:
+        """Name of the category, a group of labels."""
+        ...
+
     @property
-    def has_instances(self) -> bool: ...
+    def has_instances(self) -> bool:
+        """Whether instance maps number the single objects of this label."""
+        ...
 
 
 class PictureStatistics(NamedTuple):
-    """All that the official scores need to know about one picture, or several together; small and picklable.
+    """Statistics of one or more pictures for the official scores; small and picklable.
 
-    I is the number of label ids (34). A row of `instances` is one object of an evaluated class: its label id,
-    its size in pixels, how many of them were predicted as its class, and how many as any of its category.
+    Attributes:
+        confusion: int64 [I, I] over the I label ids (34 in Cityscapes); rows are ground truth, columns are
+            predictions.
+        instances: int64 [n, 4], one row for each object of an evaluated class: label id, size in pixels,
+            number of pixels predicted as its class, number of pixels predicted as any class of its category.
     """
 
-    confusion: np.ndarray  # int64 [I, I] over label ids, rows = ground truth, columns = prediction
-    instances: np.ndarray  # int64 [n, 4]
+    confusion: np.ndarray
+    instances: np.ndarray
 
 
 class PixelScores(TypedDict):
-    """Scores in 0..1, or None where there is nothing to score; names as in the official evaluation's file."""
+    """Pixel scores in 0..1, named as in the result file of the official evaluation.
+
+    A class or category without any pixel to score has None.
+    """
 
     averageScoreClasses: float | None
     averageScoreCategories: float | None
@@ -120,7 +152,7 @@ class PixelScores(TypedDict):
 
 
 class OfficialScores(PixelScores, total=False):
-    """Those of pixels, and those of instances where there are instance ids."""
+    """Pixel scores and, if there are instance ids, instance scores (iIoU)."""
 
     averageScoreInstClasses: float | None
     averageScoreInstCategories: float | None
@@ -129,25 +161,28 @@ class OfficialScores(PixelScores, total=False):
 
 
 class CityscapesEvaluation:
-    """The official Cityscapes scores: of classes and of categories, by pixels (IoU) and by instances (iIoU).
+    """Compute the official Cityscapes scores: IoU and iIoU of classes and of categories.
 
-    The rules are those of evalPixelLevelSemanticLabeling.py (cityscapesScripts 2.3.0). Per class or category
-    the score is TP / (TP + FN + FP), where
+    The score of a class or category is TP / (TP + FN + FP), with these rules:
 
-    - ground truth of an ignored class counts nowhere; a prediction of an ignored class elsewhere is an FN;
-    - the members of a category are, for the IoU, its evaluated classes;
-    - for the iIoU, TP and FN are summed over single instances, each weighted with the average size of its
-      class / its own size, while FP stays a plain number of pixels. Groups of objects give neither TP nor FN.
-      Only categories all of whose classes have instances are scored, and here their ignored classes do count
-      as predictions: a caravan predicted on a car is right for `vehicle`, on a road it is an FP;
-    - a score with an empty denominator does not exist, and averages go over those that do.
+    - Pixels whose ground truth is an ignored class are not counted. Where the ground truth is an evaluated
+      class, the prediction of an ignored class is a false negative (FN).
+    - For the IoU, a category consists of its evaluated classes.
+    - For the iIoU, TP and FN are summed over single instances. The weight of an instance is the average size
+      of its class divided by its own size. FP is an unweighted number of pixels. Groups of objects give
+      neither TP nor FN.
+    - The iIoU is computed for categories all of whose classes have instances. Predictions of their ignored
+      classes count: a caravan predicted on a car is a TP of `vehicle`, and on a road it is an FP.
+    - A score whose denominator is 0 does not exist. Averages are over the scores that exist.
 
-    Statistics may be taken in any order and by any number of processes: the scores are the same to the last
-    bit, since pixels are summed as integers and weighted pixels with `math.fsum`, which rounds once.
+    Statistics may be collected in any order and by any number of processes. The scores are bit-identical,
+    because pixels are summed as integers, and weighted pixels by `math.fsum`, which rounds once.
+
+    Source: evalPixelLevelSemanticLabeling.py of cityscapesScripts 2.3.0.
 
     Args:
         labels: the label table, ids 0..I-1 in any order; train ids of the evaluated classes are 0..K-1.
-        ignore_label: the train id of the classes that are not evaluated.
+        ignore_label: train id of the classes that are not evaluated.
 
     Raises:
         ValueError: the table has gaps, or an evaluated class with instances has no published average size.
@@ -166,7 +201,7 @@ class CityscapesEvaluation:
         self._id_of_train_id = np.array([row.id for row in trained], dtype=np.uint8)  # [K]
         self._evaluated = np.array([row.train_id != ignore_label for row in labels])  # bool [I]
         self._scored_instances = self._evaluated & np.array([row.has_instances for row in labels])  # bool [I]
-        # nan for the classes without instances, none of which is ever weighted
+        # nan for the classes without instances, which have no weights
         self._average_size = np.array([AVERAGE_INSTANCE_SIZE.get(name, math.nan) for name in self._names])
         if np.isnan(self._average_size[self._scored_instances]).any():
             raise ValueError(f"average instance sizes are known for {', '.join(AVERAGE_INSTANCE_SIZE)} only")
@@ -180,13 +215,13 @@ class CityscapesEvaluation:
     def count(
         self, label_ids: np.ndarray, instance_ids: np.ndarray, prediction: np.ndarray
     ) -> PictureStatistics:
-        """Statistics of one picture whose prediction is in train ids (what the network gives).
+        """Return the statistics of one picture, from a prediction of train ids.
 
         Args:
-            label_ids: [h, w] integers, ground truth label ids (`*_labelIds.png`). 255 is read as the license
+            label_ids: ground truth label ids (`*_labelIds.png`), integers [h, w]. 255 stands for the license
                 plate (id -1 in eight bits), which is ignored.
-            instance_ids: [h, w] integers, ground truth instances (`*_instanceIds.png`).
-            prediction: [h, w] integers, train ids 0..K-1.
+            instance_ids: ground truth instances (`*_instanceIds.png`), integers [h, w].
+            prediction: train ids 0..K-1, integers [h, w], as the network predicts them.
 
         Raises:
             ValueError: the shapes differ, or a value is out of range or of no known class.
@@ -197,7 +232,16 @@ class CityscapesEvaluation:
     def count_label_ids(
         self, label_ids: np.ndarray, instance_ids: np.ndarray, predicted_ids: np.ndarray
     ) -> PictureStatistics:
-        """`count` for a prediction in label ids 0..I-1 (the form that is handed to the benchmark server)."""
+        """Return the statistics of one picture, from a prediction of label ids.
+
+        Args:
+            label_ids: see `count`.
+            instance_ids: see `count`.
+            predicted_ids: label ids 0..I-1, integers [h, w], as submitted to the benchmark server.
+
+        Raises:
+            ValueError: see `count`.
+        """
         shapes = [picture.shape for picture in (label_ids, instance_ids, predicted_ids)]
         if len(set(shapes)) != 1:
             raise ValueError(f"label, instance and prediction picture differ in size: {shapes}")
@@ -215,7 +259,7 @@ class CityscapesEvaluation:
         if unknown.size:
             raise ValueError(f"the label picture holds {unknown.tolist()}, which are no label ids")
 
-        # One histogram of predictions for each instance tells its size and its hits, without a loop.
+        # A histogram of the predictions of each instance gives its size and its hits without a loop.
         single = np.flatnonzero(instance_ids > INSTANCES_PER_LABEL)
         instance_of_pixel, predicted_ids = instance_ids[single], predicted_ids[single]
         present = np.flatnonzero(np.bincount(instance_of_pixel))
@@ -225,7 +269,7 @@ class CityscapesEvaluation:
             position[instance_of_pixel] * num_ids + predicted_ids, minlength=len(present) * num_ids
         ).reshape(len(present), num_ids)
         label_of = present // INSTANCES_PER_LABEL
-        # Pixels of an instance are pixels of a known class: of one with instances, or of one that is ignored.
+        # An instance must be of a known class that has instances or is ignored.
         unscorable = np.append(self._evaluated & ~self._scored_instances, True)
         unknown = present[unscorable[np.minimum(label_of, num_ids)]]
         if unknown.size:
@@ -238,7 +282,7 @@ class CityscapesEvaluation:
         return PictureStatistics(pairs[:num_ids].astype(np.int64), instances.astype(np.int64))
 
     def merge(self, statistics: Iterable[PictureStatistics]) -> PictureStatistics:
-        """The statistics of several pictures as one (of none: all zero), such as all those of one process."""
+        """Return the statistics of several pictures together; all zero if there are none."""
         confusion = np.zeros((len(self._names),) * 2, dtype=np.int64)
         instances = [np.zeros((0, 4), dtype=np.int64)]
         for picture in statistics:
@@ -247,7 +291,7 @@ class CityscapesEvaluation:
         return PictureStatistics(confusion, np.concatenate(instances))
 
     def scores(self, statistics: Iterable[PictureStatistics]) -> OfficialScores:
-        """Return the scores over all pictures together, ready for JSON; those of ignored labels are None."""
+        """Return the scores over all pictures together, ready for JSON; ignored labels have None."""
         confusion, instances = self.merge(statistics)
         label_of, size, hits, category_hits = instances.T
         weight = self._average_size[label_of] / size
@@ -274,9 +318,13 @@ class CityscapesEvaluation:
         }
 
     def pixel_scores(self, confusion: torch.Tensor) -> PixelScores:
-        """Return the scores that need no instances, of a confusion matrix [K, K] over train ids.
+        """Return the scores that need no instances.
 
-        They are those of `scores`: a prediction has train ids alone, and ignored ground truth counts nowhere.
+        They equal those of `scores`, because the network predicts train ids only and pixels of ignored ground
+        truth are not counted.
+
+        Args:
+            confusion: [K, K] over train ids; rows are ground truth, columns are predictions.
         """
         ids = self._id_of_train_id
         of_ids = np.zeros((len(self._names),) * 2, dtype=np.int64)
@@ -284,7 +332,7 @@ class CityscapesEvaluation:
         return self._scores_of_pixels(of_ids)
 
     def _scores_of_pixels(self, confusion: np.ndarray) -> PixelScores:
-        """confusion: int64 [I, I] over label ids."""
+        """Return the pixel scores of a confusion matrix int64 [I, I] over label ids."""
 
         def score(members: np.ndarray) -> float | None:
             members = members & self._evaluated
@@ -323,14 +371,19 @@ def _mean_of_existing(values: Iterable[float | None]) -> float | None:
 
 
 def format_confusion(names: Sequence[str], confusion: torch.Tensor) -> str:
-    """A confusion matrix [K, K] as text: of each row's true class, the per cent predicted as each column's.
+    """Format a confusion matrix as text, in percent of the pixels of each true class.
 
-    Columns are numbered as the rows; a class that occurs in no label has no numbers, and 0 is a dot.
+    Rows are true classes, columns are predicted classes, with the same numbers. A class that occurs in no
+    label has "-" in its row. Values that round to 0 are dots.
+
+    Args:
+        names: names of the K classes.
+        confusion: [K, K]; rows are ground truth, columns are predictions.
     """
     width = max(len(name) for name in names)
     shares = 100 * confusion.to(torch.float64) / confusion.sum(1, keepdim=True)
     lines = [
-        "of the pixels of each true class (rows), per cent predicted as each class (columns)",
+        "percent of the pixels of each true class (rows) that were predicted as each class (columns)",
         " " * (width + 4) + "".join(f"{number:>6}" for number in range(len(names))),
     ]
     for number, (name, row) in enumerate(zip(names, shares.tolist(), strict=True)):
@@ -342,15 +395,15 @@ def format_confusion(names: Sequence[str], confusion: torch.Tensor) -> str:
 def format_table(
     names: Sequence[str], iou: Iterable[float | None], instance_iou: Iterable[float | None] | None = None
 ) -> str:
-    """Scores as text in per cent: one line a class, then the mean over the classes that have a score.
+    """Format scores as text in percent: one line per class, then the mean over the classes with a score.
 
     Args:
-        names: the classes, K of them.
-        iou: K scores in 0..1; nan or None, where there is none, is shown as "-".
-        instance_iou: K instance scores likewise (column iIoU), or None for a table without them.
+        names: names of the K classes.
+        iou: K scores in 0..1; nan or None (no score) is shown as "-".
+        instance_iou: K instance scores for a column iIoU, or None for a table without it.
 
     Raises:
-        ValueError: the columns differ in length.
+        ValueError: a column does not have K scores.
     """
     columns = {"IoU": list(iou)}
     if instance_iou is not None:

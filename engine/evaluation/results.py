@@ -1,4 +1,4 @@
-"""What an evaluation leaves: the scores as JSON and as text, and the confusion matrix as a picture."""
+"""Result files of an evaluation: scores as JSON and as text, and the confusion matrix as a picture."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from utils import run_files
 from utils.drawing.heat_map import draw_heat_map
 from utils.files import replacing, write_file
 
-#: JSON (the original's file, with more in it), text, picture.
+#: JSON (the original's file with more entries), text, picture.
 FILES = RESULT, SCORES, CONFUSION = run_files.RESULT, "scores.txt", "confusion.png"
 
 
 def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[str, Any]) -> str:
-    """Write FILES into `folder`.
+    """Write the result files (FILES).
 
     Args:
-        names: of the K classes.
-        arguments: what was evaluated and how, noted beside the scores.
+        folder: folder of the files.
+        result: result of the evaluation.
+        names: names of the K classes.
+        arguments: options of the evaluation, written to the JSON file.
 
     Returns:
-        The table of classes and the averages, to print.
+        Text to print: the scores of the classes and the averages.
+
+    Raises:
+        OSError: a file can't be written.
     """
     iou = iou_per_class(result.confusion).tolist()
     scores: dict[str, Any] = {"meanIU": mean_iou(result.confusion), "IU_array": iou}
@@ -40,7 +45,7 @@ def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[
         if scores.get(name) is not None:
             lines.append(f"{name} {scores[name]:.4f}")
     scores |= {"classes": list(names), "confusion": result.confusion.tolist(), "arguments": dict(arguments)}
-    # nan is no JSON: what has no score is null.
+    # JSON has no nan: a missing score is null.
     content = json.dumps({name: _without_nan(value) for name, value in scores.items()}, allow_nan=False)
     write_file(os.path.join(folder, RESULT), content)
     confusion = format_confusion(names, result.confusion)

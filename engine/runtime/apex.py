@@ -1,6 +1,6 @@
-"""NVIDIA's apex (https://github.com/NVIDIA/apex), an optional backend: its optimizer and data parallelism.
+"""Optimizer and data parallelism of NVIDIA apex (https://github.com/NVIDIA/apex), an optional backend.
 
-Its synchronized batch norm is a backend of networks.abn. Tag 25.05 is the newest that has all three.
+The synchronized batch norm of apex is a backend of networks.abn. Tag 25.05 is the newest tag with all three.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from utils.errors import UsageError
 
 _BUILD = "build tag 25.05 of github.com/NVIDIA/apex with --cpp_ext and --cuda_ext"
-#: What has to import, in this order, and what is wrong where it does not.
+#: Modules to import, in this order, and the problem if an import fails.
 _PARTS = {
     "apex.optimizers": "the installed apex is not NVIDIA's, or does not fit this torch",
     "apex.parallel": "this apex has no apex.parallel, which NVIDIA removed after tag 25.05",
@@ -26,37 +26,41 @@ _PARTS = {
 
 
 def require(device_type: str) -> None:
-    """See that apex can be used on `device_type`.
+    """Check that apex can be used on `device_type`.
 
     Raises:
-        UsageError: there is no GPU, no apex, the package index's project of that name, an apex without
-            apex.parallel, or one without compiled extensions.
+        UsageError: there is no GPU or no apex, the installed apex is the unrelated project on PyPI, or it has
+            no apex.parallel or no compiled extensions.
     """
     if device_type != "cuda":
-        raise UsageError("--backend apex: its kernels are for NVIDIA GPUs; leave the flag out")
+        raise UsageError("--backend apex: requires an NVIDIA GPU; omit the flag")
     if importlib.util.find_spec("apex") is None:
         raise UsageError(
-            f"--backend apex: apex is not installed; {_BUILD} (the package index has another project of that "
-            "name), or leave the flag out"
+            f"--backend apex: apex is not installed; {_BUILD} (apex on PyPI is another project), or omit "
+            "the flag"
         )
     for name, problem in _PARTS.items():
         try:
             importlib.import_module(name)
         except ImportError as error:
             reason = str(error).partition("\n")[0]
-            raise UsageError(
-                f"--backend apex: {problem} ({reason}); {_BUILD}, or leave the flag out"
-            ) from error
+            raise UsageError(f"--backend apex: {problem} ({reason}); {_BUILD}, or omit the flag") from error
 
 
 def optimizer(
     parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """SGD in a few kernels for all weights together, with torch.optim.SGD's formula and state.
+    """Return SGD with fused kernels, and with the formula and state of torch.optim.SGD.
 
-    Weight decay joins the gradient before the momentum; no dampening, no Nesterov. Unlike torch's: the
-    weights have to be on the GPU already, those of other types than float32 and float16 are passed over
-    without a word, and zero_grad() takes no argument (it sets None).
+    Weight decay is added to the gradient before the momentum. There is no dampening and no Nesterov momentum.
+    Differences from torch.optim.SGD: the parameters must already be on the GPU, those with a dtype other than
+    float32 and float16 are skipped without a warning, and zero_grad() has no argument (it sets None).
+
+    Args:
+        parameters: parameters to update.
+        lr: learning rate.
+        momentum: momentum.
+        weight_decay: weight decay of all parameters.
     """
     from apex.optimizers import FusedSGD
 
@@ -64,23 +68,24 @@ def optimizer(
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """`model` with gradients averaged over all processes of the run, each bucket while the backward goes on.
+    """Wrap `model` so that gradients are averaged over all processes, overlapped with the backward pass.
 
-    Unlike torch's: there is no find_unused_parameters, nor need for it as long as every step uses the same
-    parameters (the first backward finds which); only parameters are made equal at the start, not buffers.
+    Differences from torch's DistributedDataParallel: the first backward pass finds the used parameters, and
+    every step must use the same ones, so there is no find_unused_parameters. Only parameters are synchronized
+    at the start, not buffers.
 
     Raises:
-        UsageError: the weights are channels_last; apex would write their gradients back in the wrong order.
+        UsageError: the weights are channels_last, whose gradients apex would write back in the wrong order.
     """
     from apex.parallel import DistributedDataParallel
 
     if not all(parameter.is_contiguous() for parameter in model.parameters()):
-        raise UsageError("--channels-last: --backend apex needs contiguous weights; leave one of the two out")
+        raise UsageError("--channels-last: not supported by --backend apex; omit one of them")
     parallel = DistributedDataParallel(model, delay_allreduce=False, gradient_average=True)
 
     @contextlib.contextmanager
     def no_sync() -> Iterator[None]:
-        """Gradients that are only added up, as in torch's: the next backward outside averages the sum."""
+        """Accumulate gradients without averaging, as no_sync of torch does."""
         parallel.disable_allreduce()
         try:
             yield

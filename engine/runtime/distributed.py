@@ -1,4 +1,4 @@
-"""Processes: how they start, share and agree. The only file that imports torch.distributed."""
+"""Start and communication of processes. This is the only file that imports torch.distributed."""
 
 from __future__ import annotations
 
@@ -27,28 +27,35 @@ from utils.args import count, exhausted, program
 from utils.errors import InputError, RunError, UsageError
 from utils.resources import shortage
 
-#: Set for the processes that `launch` starts, to its process id; what the parent has checked they need not
-#: check again.
+#: Environment variable of the processes that `launch` starts: the process id of `launch`, which has already
+#: checked the input.
 LAUNCHED = "CCNET_LAUNCHED"
-#: The exit status of a process of `launch` for which the machine had too little of something.
+#: Exit status of a process of `launch` that ran out of memory or another resource.
 EXHAUSTED = 71
-#: A filter of the warning that cc_attention gives where its library was not built.
+#: Filter for the warning of cc_attention that its library is not built.
 OPERATOR_MISSING = "ignore:the compiled criss-cross attention is missing"
 
 
 class World:
-    """This process among the others of the run: rank, device, collectives; one alone is a world too."""
+    """Rank, device and collectives of this process; also valid for a single process.
+
+    Args:
+        rank: rank of this process.
+        size: number of processes.
+        device: device of this process.
+    """
 
     def __init__(self, rank: int, size: int, device: torch.device):
         self.rank = rank
         self.size = size
         self.device = device
-        self.group = dist.group.WORLD if size > 1 else None  # what the activated batch norm reduces over
-        # Python objects and flags go over gloo: no GPU waits for them.
+        self.group = dist.group.WORLD if size > 1 else None  # used by the activated batch norm
+        # Python objects and flags are sent over gloo, so that no GPU waits for them.
         self._control: Any = dist.new_group(backend="gloo") if size > 1 else None
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -57,7 +64,7 @@ class World:
             dist.all_reduce(tensor)
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every process, in the order of their ranks, on every process."""
+        """Return the `value` of every process, in the order of the ranks, on every process."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -65,7 +72,10 @@ class World:
         return values
 
     def first(self, value: Any | None) -> Any | None:
-        """The first `value` that is not None over the ranks, on every process; cheap where there is none."""
+        """Return the first `value` over the ranks that is not None, on every process.
+
+        If all values are None, only a flag is communicated.
+        """
         if self.size == 1:
             return value
         flag = torch.tensor([int(value is not None)])
@@ -75,7 +85,11 @@ class World:
         return next(found for found in self.gather(value) if found is not None)
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Do `action` on rank 0 while the others wait; an InputError or RunError of it is raised on all."""
+        """Call `action` on rank 0 while the other processes wait.
+
+        Raises:
+            InputError, RunError: `action` raised it; raised on every process.
+        """
         failure = None
         if self.is_main:
             try:
@@ -83,23 +97,29 @@ class World:
             except (InputError, RunError) as error:
                 failure = error
         if failure := self.first(failure):
-            self.barrier()  # a launcher may end rank 0 as soon as another one is gone
+            self.barrier()  # a launcher may end rank 0 as soon as another process is gone
             raise failure
 
     def barrier(self) -> None:
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier(group=self._control)
 
     def data_parallel(self, model: nn.Module, all_used: bool) -> nn.Module:
-        """`model` with gradients averaged over the processes; `all_used`: the loss uses every parameter."""
+        """Wrap `model` so that gradients are averaged over the processes.
+
+        Args:
+            model: network on the device of this process.
+            all_used: whether the loss depends on every parameter.
+        """
         if self.size == 1:
             return model
-        # Buckets of 25 MB, torch's default, are all-reduced while the layers before them still compute. The
-        # first step of a run has others; three or more processes then add up in another order, and a resumed
-        # run would round otherwise. Looking for unused weights keeps the first ones.
+        # torch rebuilds the gradient buckets after the first step of a process. With three or more processes,
+        # the buckets affect the order of summation, so a resumed run would round differently from an
+        # uninterrupted one. find_unused_parameters keeps the initial buckets.
         exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         keep_buckets = exact and self.size > 2
-        # Synchronized batch norm keeps the buffers equal. (The older name gives a warning on newer torch.)
+        # Synchronized batch norm keeps the buffers equal. Newer torch warns about the older option name.
         options = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         buffers: dict[str, Any] = {name: False}
@@ -113,8 +133,8 @@ class World:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Return whether a collective failed because another process is gone, which is then the cause."""
-    # Gloo says it in a plain RuntimeError.
+    """Return whether a collective failed because another process is gone."""
+    # Gloo raises a plain RuntimeError.
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
@@ -124,12 +144,12 @@ def run(
     check: Callable[[], None],
     body: Callable[[World], None],
 ) -> int:
-    """Run a command as one process for each device, started from here unless they were started already.
+    """Run a command with one process per device; start the processes unless a launcher has done so.
 
     Args:
         devices: see `choose_devices`.
-        check: looks at the input; once on each machine, before anything is started.
-        body: what each process does.
+        check: checks the input; called once on each machine, before any process is started.
+        body: work of each process.
 
     Returns:
         The exit status.
@@ -138,16 +158,20 @@ def run(
         check()
     if len(devices) > 1 and not is_launched():
         return launch(len(devices))
-    with world(devices) as joined:
+    with join_world(devices) as joined:
         body(joined)
     return 0
 
 
 def from_environment(name: str, default: int) -> int:
-    """Return a number that a launcher gives its processes.
+    """Return a number from an environment variable of a launcher.
+
+    Args:
+        name: name of the variable.
+        default: value if the variable is not set.
 
     Raises:
-        UsageError: the variable holds something else.
+        UsageError: the variable is not a number from 0.
     """
     try:
         return int(count(os.environ.get(name, str(default))))
@@ -156,42 +180,42 @@ def from_environment(name: str, default: int) -> int:
 
 
 def is_launched() -> bool:
-    """Return whether this process has siblings that somebody started: `launch`, torchrun or a scheduler."""
+    """Return whether `launch`, torchrun or a scheduler has started the processes of the run."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_restarted() -> bool:
-    """Return whether torchrun or Slurm has started this run again after a failure or a requeue."""
+    """Return whether torchrun or Slurm has restarted this run after a failure or a requeue."""
     return any(
         from_environment(name, 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     )
 
 
 def is_checked_elsewhere() -> bool:
-    """Return whether another process of this machine, parent or local rank 0, checks the input."""
+    """Return whether another process of this machine (the parent or local rank 0) checks the input."""
     return LAUNCHED in os.environ or from_environment("LOCAL_RANK", 0) > 0
 
 
 def processes(devices: Sequence[torch.device]) -> int:
-    """How many processes the run has, or will have when `launch` starts one for each device."""
+    """Return the number of processes of the run, also before `launch` has started them."""
     return from_environment("WORLD_SIZE", 1) if is_launched() else len(devices)
 
 
 def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
-    """The device of each process on this machine.
+    """Return the device of each process on this machine.
 
     Args:
-        gpu: comma-separated GPU ids, "cpu", or None for every visible GPU (the CPU where there is none).
+        gpu: comma-separated GPU ids, "cpu", or None for all visible GPUs (the CPU if there are none).
         nproc: number of CPU processes; implies the CPU.
 
     Raises:
-        UsageError: naming the flag.
+        UsageError: a flag is invalid; the message names it.
     """
     visible = torch.cuda.device_count()
     if nproc is not None:
         if gpu not in (None, "cpu"):
             raise UsageError(
-                f"--nproc {nproc}: is for CPU processes, --gpu {gpu} asks for GPUs; give one of the two"
+                f"--nproc {nproc}: is for CPU processes, but --gpu {gpu} asks for GPUs; give one of them"
             )
         return [torch.device("cpu")] * nproc
     if gpu == "cpu" or (gpu is None and visible == 0):
@@ -205,16 +229,14 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
     for index in ids:
         if not 0 <= index < visible:
             there = (
-                f"there are {visible}, numbered from 0"
-                if visible
-                else "no GPU is visible here; give --gpu cpu"
+                f"give ids from 0 to {visible - 1}" if visible else "no GPU is visible here; give --gpu cpu"
             )
             raise UsageError(f"--gpu {gpu}: there is no GPU {index}; {there}")
     started = from_environment("LOCAL_WORLD_SIZE", len(ids)) if is_launched() else len(ids)
     if started != len(ids):
         raise UsageError(
-            f"--gpu {gpu}: names {len(ids)} GPUs and {started} processes were started on this machine; "
-            "start as many, or unset RANK and WORLD_SIZE to have them started from here"
+            f"--gpu {gpu}: names {len(ids)} GPUs, but the launcher started {started} processes on this "
+            "machine; give one id per process, or run without a launcher (unset RANK and WORLD_SIZE)"
         )
     if len(set(ids)) < len(ids):
         raise UsageError(f"--gpu {gpu}: an id is given twice; give each GPU once")
@@ -222,13 +244,16 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
 
 
 def launch(processes: int) -> int:
-    """Run this command as each of `processes` ranks on this machine and wait; one failure ends all.
+    """Start this command once for each rank on this machine and wait; if one process fails, all are ended.
+
+    Args:
+        processes: number of processes.
 
     Returns:
-        0 when all ended well, 2 when the first to fail met wrong input, 1 when it failed otherwise.
+        0 if all processes succeeded, 2 if the first failure was wrong input, 1 for other failures.
 
     Raises:
-        RunError: one was killed, or the machine had too little memory for it.
+        RunError: a process was killed or ran out of memory.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -239,7 +264,7 @@ def launch(processes: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         LAUNCHED: os.getpid(),
-        # This process has said it already, if it is so.
+        # This process has already shown the warning.
         "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), OPERATOR_MISSING])),
     }
     if "OMP_NUM_THREADS" not in os.environ:
@@ -259,9 +284,10 @@ def launch(processes: int) -> int:
 
 
 def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
-    """Wait for all; once one has failed the others get SIGTERM, and `grace` seconds to end by themselves.
+    """Wait for all processes and return the exit status (see `launch`).
 
-    SIGTERM and SIGINT go on to all; a later SIGINT kills them.
+    After a failure, the other processes have `grace` seconds to end by themselves before they get SIGTERM.
+    SIGTERM and SIGINT are forwarded to all processes. A later SIGINT kills them.
     """
     asked = float("inf")
 
@@ -284,7 +310,7 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
         failed: list[subprocess.Popen] = []
         while alive() and time.monotonic() < deadline:
             if not failed and (failed := [child for child in children if child.returncode]):
-                # Those that agreed on the same end (a damaged picture) come to it by themselves.
+                # After an error that all processes agree on (a damaged picture), they end by themselves.
                 deadline = time.monotonic() + (3.0 if failed[0].returncode < 0 else grace)
             time.sleep(0.05)
         send(signal.SIGTERM)
@@ -295,24 +321,24 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    # Where one was killed the others fail after it, for want of it.
+    # If one process is killed, its peers fail as a consequence.
     killed = [child for child in failed if child.returncode < 0]
     if killed and asked < float("inf"):
-        raise RunError("ended by a signal while it was starting")
+        raise RunError("ended by a signal during startup; run the command again")
     if killed:
         raise RunError(
             f"process {children.index(killed[0])} of {len(children)} was killed by "
-            f"{signal.Signals(-killed[0].returncode).name} (for want of memory, perhaps), and the others "
-            "ended with it; what is complete is kept: run it again, train.py with --resume"
+            f"{signal.Signals(-killed[0].returncode).name} (perhaps out of memory), which ended the others; "
+            "complete files are kept: run the command again (train.py with --resume)"
         )
     if any(child.returncode == EXHAUSTED for child in children):
-        raise exhausted("the machine has too little for all processes, as said above")
+        raise exhausted("the machine has too little for all processes (see above)")
     return 0 if not failed else 2 if failed[0].returncode == 2 else 1
 
 
 def _end_with_parent() -> None:
-    """Have the system send this process SIGTERM when `launch`, which would do it, is killed itself."""
-    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+    """Ask the kernel to send this process SIGTERM if `launch` is killed."""
+    with contextlib.suppress(OSError, AttributeError):  # prctl exists on Linux only
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != int(os.environ[LAUNCHED]):
@@ -320,16 +346,16 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def world(devices: Sequence[torch.device]) -> Iterator[World]:
-    """Join the processes of this run: those of `launch` or torchrun; alone where there is no other.
+def join_world(devices: Sequence[torch.device]) -> Iterator[World]:
+    """Join the processes of this run, started by `launch` or another launcher; also for a single process.
 
-    An InputError or RunError is raised by all processes together; local rank 0 prints its line for all.
+    All processes raise the same InputError or RunError. Local rank 0 prints its line for all of them.
 
     Args:
-        devices: the device of each local rank.
+        devices: device of each local rank.
 
     Raises:
-        UsageError: not as many GPUs as processes on this machine.
+        UsageError: this machine has more processes than GPUs.
     """
     if LAUNCHED in os.environ:
         _end_with_parent()
@@ -339,8 +365,8 @@ def world(devices: Sequence[torch.device]) -> Iterator[World]:
     if device.type == "cuda":
         if local_rank >= len(devices):
             raise UsageError(
-                f"--gpu: process {local_rank} of this machine has none of the {len(devices)} GPUs; "
-                "start fewer"
+                f"--gpu: no GPU for process {local_rank} of this machine, which has {len(devices)}; start "
+                "one process per GPU"
             )
         device = devices[local_rank]
         torch.cuda.set_device(device)
@@ -355,10 +381,11 @@ def world(devices: Sequence[torch.device]) -> Iterator[World]:
             error.silent = local_rank > 0  # see utils.args.exit_status
             dist.destroy_process_group()
             raise
-        # The others wait in a collective for this process: an orderly end would wait for them.
+        # Exit without cleanup: the others wait for this process in a collective, and cleanup would wait for
+        # them.
         if what := shortage(error):
             what = f"process {rank} of {size}: {what}"
-            if LAUNCHED in os.environ:  # whose last line it is to be
+            if LAUNCHED in os.environ:  # `launch` prints the last line
                 print(what, file=sys.stderr, flush=True)
                 os._exit(EXHAUSTED)
             print(f"{program()}: error: {exhausted(what)}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to end the run after the step under way."""
+"""SIGTERM and SIGINT as a request to end the run after the current step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-#: A second SIGINT after this many seconds ends the process at once; earlier ones are copies of the first,
-#: which a terminal sends to every process of a group and a launcher passes on to its own.
+#: A second SIGINT after this many seconds ends the process immediately. Earlier ones are copies of the first:
+#: a terminal sends it to every process of a group, and a launcher forwards it to its processes.
 IMPATIENCE = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """What the signals have asked for so far."""
+    """Whether a signal has asked the run to end."""
 
     def __init__(self) -> None:
-        #: The name of the first signal, such as SIGTERM.
+        #: Name of the first signal, such as SIGTERM; None if there was none.
         self.signal: str | None = None
         self._time = 0.0
 
@@ -32,7 +32,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """While it is entered SIGTERM and SIGINT are only noted. Main thread alone."""
+    """Record SIGTERM and SIGINT instead of ending the process. Call from the main thread only."""
     request = StopRequest()
     previous = {number: signal.signal(number, request._note) for number in SIGNALS}
     try:
@@ -43,5 +43,5 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 def ignore_interrupts() -> None:
-    """For helper processes: a terminal's SIGINT is for the process that they help, which then ends them."""
+    """Ignore SIGINT in a helper process; its parent handles the signal and ends the helper."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,1 +1,1 @@
-"""Steps, schedule, checkpoints and the log of a training run."""
+"""Steps, learning-rate schedule, checkpoints and log of a training run."""

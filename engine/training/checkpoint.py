@@ -1,4 +1,8 @@
-"""Snapshots of a run, the states that it continues from, and the lock on their directory."""
+"""Snapshots and states of a run, and the lock on its directory.
+
+A snapshot is a plain state dict of the network, for evaluation and other programs. A state is what --resume
+continues from: network, optimizer and more in state_STEP.pt, described by state_STEP.json.
+"""
 
 from __future__ import annotations
 
@@ -23,37 +27,50 @@ from torch import Tensor
 from utils.errors import RunError, UsageError
 from utils.files import kind_of, open_input, put_aside, replacing, temporary_name, write_file, writing
 
-#: What a run leaves beside snapshots and states.
+#: Files and folders of a run other than snapshots with a step and states.
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
 LOCK = ".lock"
-#: Number of the states' format. Version 1 had no number; its dropout depended on the number of processes.
+#: Format version of states. Version 1 had no number, and its dropout depended on the number of processes.
 FORMAT = 2
-#: Bytes of a state's JSON file that are read. Those of a real one are less than 10,000.
+#: Maximum bytes to read of the JSON file of a state. Real ones have less than 10,000.
 LARGEST_DESCRIPTION = 1 << 20
-#: What the optimizer keeps for each weight.
+#: Entries of the optimizer for each weight.
 OPTIMIZER_ENTRIES = {"momentum_buffer"}
 
 
 class Validation(NamedTuple):
-    """What the validations so far have given; steps count from 1, 0 is none."""
+    """Results of the validations so far. Steps count from 1; 0 means that there was no validation."""
 
-    step: int = 0  # of the newest
+    step: int = 0  # step of the newest validation
     best_step: int = 0
     best_mean_iou: float = -1.0
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Validation:
+        """Return the values of the JSON file of a state.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: they are not valid.
+        """
         kinds = {"step": int, "best_step": int, "best_mean_iou": float}
         return cls(**{name: kind(fields[name]) for name, kind in kinds.items()})
 
     def with_score(self, step: int, mean_iou: float) -> Validation:
+        """Return the results including a validation after `step`."""
         if mean_iou > self.best_mean_iou:
             return Validation(step, step, mean_iou)
         return self._replace(step=step)
 
 
 class State(NamedTuple):
-    """A point that a run can continue from: `step` steps are done."""
+    """A point that a run can continue from.
+
+    Attributes:
+        step: number of steps done.
+        path: file of the tensors; the JSON file has the same name with the ending .json.
+        recipe: values that a resumed run must repeat.
+        validation: results of the validations.
+    """
 
     step: int
     path: str
@@ -63,14 +80,14 @@ class State(NamedTuple):
 
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[None]:
-    """Keep other runs out of `directory`; the lock goes when this process goes, however it ends.
+    """Lock `directory` against other runs. The lock ends with the process, even if the process is killed.
 
     Raises:
-        UsageError: another run has it, or the lock is no file.
+        UsageError: another run holds the lock, or the lock is not a file.
     """
     path = os.path.join(directory, LOCK)
     try:
-        # No link is followed: the file is emptied.
+        # Do not follow a link: the file is truncated below.
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         if not stat.S_ISREG(kind := os.fstat(file).st_mode):
             os.close(file)
@@ -80,18 +97,18 @@ def locked(directory: str) -> Iterator[None]:
             f"--snapshot-dir {directory}: {LOCK} can't be locked ({error.strerror}); move it away"
         ) from error
     try:
-        # A lock of the process and not of the file (flock): helper processes that outlive a killed run do not
-        # hold it.
+        # lockf, not flock: its lock belongs to this process only. Helper processes that outlive a killed run
+        # do not hold it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             owner = os.read(file, 200).decode(errors="replace").strip()
             os.close(file)
             raise UsageError(
-                f"--snapshot-dir {directory}: another run writes there ({owner}); wait for its end, or name "
-                "another folder"
+                f"--snapshot-dir {directory}: another run writes there ({owner}); wait until it ends, or "
+                "name another folder"
             ) from None
-        print(f"{directory}: has no locks ({error.strerror}): see that no other run uses it", flush=True)
+        print(f"{directory}: can't be locked ({error.strerror}); let no other run use it", flush=True)
     try:
         with contextlib.suppress(OSError):  # a full disk
             os.ftruncate(file, 0)
@@ -102,17 +119,27 @@ def locked(directory: str) -> Iterator[None]:
 
 
 def snapshot_path(directory: str, name: int | str) -> str:
+    """Return the path of a snapshot; `name` is its step, or another name."""
     return os.path.join(directory, f"CS_scenes_{name}.pth")
 
 
 def save_snapshot(directory: str, name: int | str, weights: Mapping[str, Tensor]) -> str:
-    """Write a plain state dict for other programs; returns its path. `name`: the step, or what it is."""
+    """Write a snapshot, a plain state dict, and return its path.
+
+    Args:
+        directory: folder of the run.
+        name: step of the snapshot, or another name.
+        weights: state dict of the network.
+
+    Raises:
+        OSError: the file can't be written.
+    """
     _write(snapshot_path(directory, name), dict(weights))
     return snapshot_path(directory, name)
 
 
 def _write(path: str, content: Any) -> tuple[int, str]:
-    """torch.save, whole or not at all; returns size and checksum of the file."""
+    """Write a file atomically with torch.save; return its size and checksum."""
     with replacing(path) as temporary:
         with writing(temporary) as file:
             torch.save(content, file)
@@ -120,16 +147,22 @@ def _write(path: str, content: Any) -> tuple[int, str]:
 
 
 def state_path(directory: str, step: int) -> str:
+    """Return the path of the state after `step`."""
     return os.path.join(directory, f"state_{step}.pt")
 
 
 def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
-    """Write a state, and delete all but the newest `keep` of its directory.
+    """Write a state, and delete old states of its directory.
 
-    The state's JSON file is written last: its size and checksum say that the state is whole.
+    The JSON file is written last. Its size and checksum of the tensor file show that the state is complete.
 
     Args:
+        state: the state to write.
         parts: state dicts by name.
+        keep: number of newest states to keep.
+
+    Raises:
+        OSError: a file can't be written.
     """
     _describe(state, *_write(state.path, dict(parts)))
     directory = os.path.dirname(state.path)
@@ -139,25 +172,25 @@ def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
         if os.path.isfile(path) and os.path.isfile(_description(path)):
             complete.append(path)
         elif step < state.step and os.path.isfile(path) and not os.path.lexists(_description(path)):
-            os.unlink(path)  # of a save, or of a deletion, that was killed
+            os.unlink(path)  # left by a save or a deletion that was killed
     for old in complete[keep:]:
-        # The description first: what it describes is whole as long as it is there.
+        # Delete the description first: as long as it exists, the tensor file must be complete.
         os.unlink(_description(old))
         os.unlink(old)
 
 
 def note_validation(state: State) -> None:
-    """Write what `state.validation` is now; the state itself is saved.
+    """Update the validation results in the JSON file of a saved state.
 
     Raises:
-        OSError: the disk refuses it.
-        RunError: somebody has changed the state's JSON file.
+        OSError: the file can't be written.
+        RunError: the JSON file was changed by another program.
     """
     try:
         description = _read_description(state.path)
     except _Damaged as error:
         raise RunError(
-            f"{_description(state.path)}: was changed while the run went on; --resume continues before it"
+            f"{_description(state.path)}: was changed by another program; --resume uses an earlier state"
         ) from error
     _describe(state, description["size"], description["sha256"])
 
@@ -165,11 +198,11 @@ def note_validation(state: State) -> None:
 def newest_state(directory: str) -> State | None:
     """Return the newest complete state in `directory`.
 
-    A damaged one is renamed, one that lacks a file is skipped, with a line saying so.
+    Damaged states are renamed and incomplete ones are skipped; a line is printed for each of them.
 
     Raises:
-        UsageError: it is of another version of this program.
-        RunError: the disk can't be read.
+        UsageError: the state was written by another version of this program.
+        RunError: a file can't be read.
     """
     for step in _steps(directory):
         path = state_path(directory, step)
@@ -183,7 +216,10 @@ def newest_state(directory: str) -> State | None:
 
 
 def _state_or_aside(path: str) -> State | None:
-    """Return the state at `path`; None, with a line, where it is incomplete, or damaged and renamed."""
+    """Return the state at `path`, or None if it is incomplete or damaged.
+
+    Damaged files are renamed. In both cases a line is printed.
+    """
     parts = [part for part in (path, _description(path)) if os.path.lexists(part)]
     try:
         if not all(map(_is_file, parts)):
@@ -193,16 +229,16 @@ def _state_or_aside(path: str) -> State | None:
         print(f"{path}: incomplete, skipped", flush=True)
     except _Damaged:
         aside = [os.path.basename(put_aside(part)) for part in parts]
-        print(f"{path}: damaged, skipped; now {' and '.join(aside)}", flush=True)
+        print(f"{path}: damaged, skipped; renamed to {' and '.join(aside)}", flush=True)
     return None
 
 
 class _Damaged(Exception):
-    """A state is not as it was written."""
+    """A state differs from what was written."""
 
 
 def _read_state(path: str) -> State:
-    """Return a state whose tensors and JSON file are as they were written.
+    """Read a state and check that its files are as they were written.
 
     Raises:
         _Damaged, OSError, UsageError: see `newest_state`.
@@ -215,17 +251,17 @@ def _read_state(path: str) -> State:
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _Damaged from error
-    # The name too: a state under another one would count steps that were never done.
+    # Check the step in the name too: under another name, the run would count steps that were never done.
     if step != state.step or size != os.path.getsize(path) or sha256 != _sha256(path):
         raise _Damaged
     return state
 
 
 def _is_file(path: str) -> bool:
-    """Return whether `path` is a file, not a folder, a FIFO or a link that leads nowhere.
+    """Return whether `path` is a file, not a folder, a FIFO or a broken link.
 
     Raises:
-        OSError: that can't be found out; os.path.isfile would say no.
+        OSError: the path can't be examined; os.path.isfile would return False.
     """
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
@@ -234,16 +270,16 @@ def _is_file(path: str) -> bool:
 
 
 def check_run_files(directory: str) -> None:
-    """Check that a resumed run can go on with the files of its earlier starts.
+    """Check that a resumed run can continue to write its files.
 
     Raises:
-        UsageError: one is a folder, a FIFO or a link that leads nowhere.
+        UsageError: a file of the run is a folder, a FIFO or a broken link.
     """
     for name in RUN_FILES:
         path = os.path.join(directory, name)
         is_right, wanted = (os.path.isdir, "folder") if name == "tensorboard" else (os.path.isfile, "file")
         if os.path.lexists(path) and not is_right(path):
-            found = kind_of(os.stat(path).st_mode) if os.path.exists(path) else "a link that leads nowhere"
+            found = kind_of(os.stat(path).st_mode) if os.path.exists(path) else "a broken link"
             raise UsageError(f"{path}: is {found}, not a {wanted}; move it away")
 
 
@@ -251,10 +287,10 @@ def check_recipe(state: State, recipe: Mapping[str, Any]) -> None:
     """Check that a run with `recipe` may continue from `state`.
 
     Raises:
-        UsageError: it would be another run.
+        UsageError: the recipe or the data differ from those of the state.
     """
     for flag, value in recipe.items():
-        # Through JSON, as the recipe on disk went: tuples become lists.
+        # Convert through JSON, like the recipe on disk: tuples become lists.
         if flag in state.recipe and state.recipe[flag] != json.loads(json.dumps(value)):
             what = (
                 "--data-dir, --data-list: not the pictures"
@@ -268,18 +304,21 @@ def check_recipe(state: State, recipe: Mapping[str, Any]) -> None:
 
 
 def load(state: State, parts: Mapping[str, Any], partial: bool = False) -> None:
-    """Load `state` into `parts`, which have load_state_dict; all of it is checked before anything is changed.
+    """Load `state` into `parts`. Everything is checked before anything is changed.
 
-    The optimizer's own options (learning rate, weight decay) stay what they are; a moving average that the
-    state lacks starts from its weights.
+    The options of the optimizer (learning rate, weight decay) are not changed. If the state has no moving
+    average, the average starts from the weights of the state.
 
     Args:
+        state: the state to load.
+        parts: "model" and "optimizer", and optionally "average" and "scaler"; objects with `state_dict` and
+            `load_state_dict`.
         partial: whether the state may lack the momentum of some weights, because the network does not use
-            them, or did not in an earlier part of the run.
+            them, or did not use them in an earlier part of the run.
 
     Raises:
-        UsageError: the file is no state of this network, holds numbers that are not finite, or would run code
-            when unpickled (none of it runs).
+        UsageError: the file is not a state of this network, holds values that are not finite, or would run
+            code when unpickled (no such code is run).
     """
     try:
         content = torch.load(state.path, map_location="cpu", weights_only=True)
@@ -287,7 +326,7 @@ def load(state: State, parts: Mapping[str, Any], partial: bool = False) -> None:
         raise UsageError(
             f"{state.path}: not a state of plain tensors (refused without running anything in it); remove it"
         ) from error
-    except Exception as error:  # what is no checkpoint can fail in any way while it is unpickled
+    except Exception as error:  # unpickling an arbitrary file can raise anything
         raise UsageError(f"{state.path}: not a state of a training run; remove it") from error
     model, optimizer = parts["model"], parts["optimizer"]
     try:
@@ -300,7 +339,7 @@ def load(state: State, parts: Mapping[str, Any], partial: bool = False) -> None:
         if "scaler" in parts:
             _check_scale(parts["scaler"].state_dict(), scale)
     except Exception as error:  # the content can be anything
-        problem = error if isinstance(error, _Misfit) else "its entries are other ones"
+        problem = error if isinstance(error, _Misfit) else "it has other entries"
         raise UsageError(
             f"{state.path}: not a state of this network: {problem}; give the flags of its run, or move its "
             ".pt and .json away to continue from the state before"
@@ -315,11 +354,15 @@ def load(state: State, parts: Mapping[str, Any], partial: bool = False) -> None:
 
 
 class _Misfit(Exception):
-    """The content of a state does not fit this run; says where."""
+    """The content of a state does not fit this run; the message names the entry."""
 
 
 def _check_tensors(own: Mapping[str, Tensor], saved: Any) -> None:
-    """Check that `saved` can take the place of the tensors `own`."""
+    """Check that `saved` can replace the tensors `own`.
+
+    Raises:
+        _Misfit: names, shapes or dtypes differ, or values are not finite.
+    """
     if saved.keys() != own.keys():
         raise _Misfit("its weights have other names")
     for name, value in own.items():
@@ -329,19 +372,22 @@ def _check_tensors(own: Mapping[str, Tensor], saved: Any) -> None:
 def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
     plain = isinstance(saved, Tensor) and saved.layout == torch.strided and not saved.is_nested
     if not plain or saved.is_meta:
-        raise _Misfit(f"{name} is no plain tensor")
+        raise _Misfit(f"{name} is not a plain tensor")
     if saved.shape != own.shape or saved.dtype != own.dtype:
         found, wanted = (f"{list(each.shape)} of {each.dtype}" for each in (saved, own))
         raise _Misfit(f"{name} is {found}, not {wanted}")
-    # Both ends are NaN where any value is.
+    # Minimum and maximum are NaN if any value is.
     if saved.numel() and not all(end.isfinite() for end in torch.aminmax(saved)):
         raise _Misfit(f"{name} has values that are not finite")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, partial: bool) -> None:
-    """Check that `saved` has the momentum of all weights of `optimizer`, or of none yet.
+    """Check that `saved` has the momentum of all weights of `optimizer`, or of none.
 
-    load_state_dict would take anything: the first step would then fail, or broadcast.
+    load_state_dict does not check this: the first step would fail, or broadcast the momentum.
+
+    Raises:
+        _Misfit: weights, entries or shapes differ.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     groups, own = (
@@ -364,11 +410,11 @@ def _check_scale(own: Mapping[str, float], saved: Any) -> None:
         raise _Misfit("its loss scale has other entries")
     for name, value in saved.items():
         if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-            raise _Misfit(f"{name} of its loss scale is no number from 0")
+            raise _Misfit(f"{name} of its loss scale is not a finite number from 0")
 
 
 def replaced(directory: str, steps: int, interval: int) -> list[str]:
-    """Return the present files of `directory` that a run replaces or moves away.
+    """Return the existing files of `directory` that a run would replace or move away.
 
     Args:
         directory: folder of the run.
@@ -387,7 +433,7 @@ def replaced(directory: str, steps: int, interval: int) -> list[str]:
 
 
 def set_aside(directory: str) -> str | None:
-    """Move the states and log of an earlier run to a folder of their own and return it; None: no such run."""
+    """Move the states and log of an earlier run to a new subfolder and return it; None if there are none."""
     found = glob.glob(os.path.join(glob.escape(directory), "state_*"))
     found += [path for name in RUN_FILES if os.path.lexists(path := os.path.join(directory, name))]
     if not found:
@@ -402,7 +448,7 @@ def set_aside(directory: str) -> str | None:
 
 
 def remove_leftovers(directory: str) -> None:
-    """Delete what a killed run had half written. Only while the directory is `locked`."""
+    """Delete partly written files of a killed run. Call only while the directory is `locked`."""
     for name in ("state_*", "CS_scenes_*", *RUN_FILES):
         for path in glob.glob(temporary_name(os.path.join(glob.escape(directory), name), "*")):
             if os.path.isfile(path):
@@ -410,9 +456,9 @@ def remove_leftovers(directory: str) -> None:
 
 
 def _steps(directory: str) -> list[int]:
-    """Return the steps of all states, newest first; those that lack a file too."""
+    """Return the steps of all states, newest first, including incomplete states."""
     names = (os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(directory), "state_*")))
-    # Only names that state_path gives: neither state_07 nor digits of other scripts.
+    # Only names that state_path returns: neither state_07 nor non-ASCII digits.
     steps = {
         int(found[1])
         for name in names
@@ -442,12 +488,12 @@ def _describe(state: State, size: int, sha256: str) -> None:
 
 
 def _read_description(state: str) -> dict[str, Any]:
-    """Return the content of a state's JSON file, which its own checksum covers.
+    """Read the JSON file of a state and check its checksum.
 
     Raises:
-        OSError: it can't be read.
-        _Damaged: it is not as it was written.
-        UsageError: it is of another version of this program.
+        OSError: the file can't be read.
+        _Damaged: the file is not as it was written.
+        UsageError: the file was written by another version of this program.
     """
     with open_input(_description(state)) as file:
         text = file.read(LARGEST_DESCRIPTION)
@@ -471,7 +517,7 @@ def _read_description(state: str) -> dict[str, Any]:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    """Return the checksum of a state's JSON file: whoever edits a value changes it."""
+    """Return the checksum of the JSON file of a state, to detect edited values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

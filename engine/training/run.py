@@ -1,4 +1,4 @@
-"""A training run in a directory: where it starts, what it records, and how it ends without losing a step."""
+"""A training run in a directory: resuming, logging, saving, validating, and ending without losing steps."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ from utils.environment import commit, machine
 from utils.errors import RunError, UsageError
 from utils.files import put_aside, read_input, unwritable, write_file
 
-#: (image [3, h, w], label [h, w], logits [C, H, W]) of a sample -> pictures of it by name, uint8 [h, w, 3]
-#: RGB.
+#: Draws a sample: (image [3, h, w], label [h, w], logits [C, H, W]) -> pictures by name, uint8 [h, w, 3] RGB.
 Draw = Callable[[Tensor, Tensor, Tensor], Mapping[str, np.ndarray]]
 
 
@@ -71,16 +70,16 @@ class Run:
                 run.record(step, batch, stepper.step(step, batch))
 
     Entering restores the newest state if the run is resumed, and opens the log. A signal, an unreadable
-    picture, a loss that is not finite, or a dead data worker ends the run on all processes between two steps,
-    after the state of the last step is saved. A full disk ends it with the states that are already there. On
-    a CPU, a resumed run is bit-identical to an uninterrupted one.
+    picture, a loss that is not finite, or a dead data worker ends the run on all processes, between two steps
+    and after saving the state of the last step. A full disk ends the run with the states saved before. On a
+    CPU, a resumed run is bit-identical to an uninterrupted one.
 
     Args:
         options: options of train.py.
         world: processes of the run.
         stop: signals that end the run early.
         parts: parts of the run that are saved and restored.
-        recipe: values that decide the result of the run. A resumed run needs the same ones.
+        recipe: values that affect the result of the run; a resumed run must have the same.
         validation_source: pictures to validate on; None if --val-every is 0.
         draw: draws a sample for TensorBoard.
     """
@@ -111,14 +110,14 @@ class Run:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
-        # Restarts are counted on each machine by itself.
+        # Each machine counts its restarts separately.
         if self.world.first(self.options.resume or is_restarted() or None):
             self._restore()
         if self.state is not None:
             if self.state.step < self.start:
                 raise UsageError(
                     f"--start-iters {self.start}: {self.state.path} is the state after step "
-                    f"{self.state.step}; leave the flag out, or start over in another --snapshot-dir"
+                    f"{self.state.step}; omit the flag, or start over in another --snapshot-dir"
                 )
             self._step = self.start = self.state.step
         if not self.remaining and not self._owes_validation():
@@ -141,15 +140,14 @@ class Run:
 
     @property
     def remaining(self) -> range:
-        """The steps to take, from 0: empty for a finished run."""
+        """Remaining steps, from 0; empty for a finished run."""
         return range(self.start, self.options.num_steps)
 
     def steps(self, batches: Iterator[Batch | Exception]) -> Iterator[tuple[int, Batch]]:
         """Yield the number, from 1, and the batch of every remaining step.
 
         Args:
-            batches: this process's share of the batches of `remaining`, or the error that ends the run before
-                one.
+            batches: share of this process of each batch of `remaining`, or the error that ends the run.
 
         Raises:
             InputError, RunError: on every process, after the state of the last step is saved.
@@ -160,14 +158,19 @@ class Run:
             before = time.monotonic()
             batch = next(batches)
             self._waited += time.monotonic() - before
-            # A signal may have reached the data workers too: it is the cause.
+            # Check for a signal first: it may have reached the data workers too and caused their error.
             end = self._stopped(step - 1) or (batch if isinstance(batch, Exception) else None)
             if (end := self.world.first(end)) is not None:
                 self._end(end)
             yield step, cast(Batch, batch)
 
     def record(self, step: int, batch: Batch, result: StepResult) -> None:
-        """Log, save and validate what is due after `step`.
+        """Log, save and validate after a step, as far as due.
+
+        Args:
+            step: number of the step, from 1.
+            batch: share of this process of the batch.
+            result: result of the step.
 
         Raises:
             RunError: the weights are not finite, or the disk is full.
@@ -199,9 +202,9 @@ class Run:
         No file of the run is changed before every process has loaded the state.
 
         Raises:
-            UsageError: the state is of another recipe, or can't be used.
+            UsageError: the state has another recipe, or can't be used.
         """
-        # Rank 0 decides for all: the others may see another state on a shared disk.
+        # Rank 0 decides: on a shared disk, other processes may see another newest state.
         found: list[State | None] = []
         self.world.on_main(lambda: found.append(checkpoint.newest_state(self.directory)))
         state = self.world.gather(found[0] if found else None)[0]
@@ -239,7 +242,7 @@ class Run:
         return self.log
 
     def _note_environment(self) -> None:
-        """Add the machine, the software and the first step of this start to environment.json."""
+        """Append the machine, the software and the first step of this start to environment.json."""
         path = os.path.join(self.directory, "environment.json")
         about = machine(str(self.world.device)) | {"processes": self.world.size, "commit": commit()}
         starts = [{"step": self.start, **about}]
@@ -251,7 +254,7 @@ class Run:
                 starts = earlier + starts
             text = json.dumps(starts, indent=2)
         except (ValueError, RecursionError):
-            self._say(f"{path}: not a list of starts; now {put_aside(path)}")
+            self._say(f"{path}: not a list of starts; renamed to {put_aside(path)}")
             text = json.dumps(starts[-1:], indent=2)
         write_file(path, text)
 
@@ -274,9 +277,9 @@ class Run:
         raise error
 
     def _due(self, step: int, interval: int, done: int = -1) -> bool:
-        """Return whether an action of this interval is due after `step` and was not done by step `done`.
+        """Return whether an action with this interval is due after `step`.
 
-        The last step has every action but those with interval 0.
+        Every action with an interval above 0 is due after the last step. No action is due up to step `done`.
         """
         last = self.options.num_steps
         return interval > 0 and step > max(0, done) and (step % interval == 0 or step == last)
@@ -291,13 +294,13 @@ class Run:
             print(line, flush=True)
 
     def _on_main(self, action: Callable[[], object]) -> None:
-        """Do `action` on rank 0. If the disk refuses it, the run ends on all processes."""
+        """Call `action` on rank 0. If it can't write a file, the run ends on all processes."""
 
         def guarded() -> None:
             try:
                 action()
             except OSError as error:
-                then = "start it again: it had no state yet"
+                then = "start over: there is no state yet"
                 if self.state is not None:
                     then = f"--resume continues after step {self.state.step}"
                 error.filename = error.filename or self.directory
@@ -334,7 +337,7 @@ class Run:
         self._on_main(show)
 
     def _validate(self, step: int) -> None:
-        """Score the weights after `step`, whose state is saved, and keep them if they are the best so far."""
+        """Validate after `step`, whose state is saved, and write the weights if they are the best so far."""
         assert self.state is not None and self.validation_source is not None
         model, options = self.parts.model, self.options
         average = contextlib.nullcontext() if self.parts.average is None else self.parts.average.in_model()
@@ -383,7 +386,7 @@ class Run:
 
 @contextlib.contextmanager
 def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set `model` to evaluation, and every module back to its mode afterwards."""
+    """Set `model` to evaluation mode, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -394,7 +397,7 @@ def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of the GPU, or of the process on a CPU."""
+    """Return the peak memory in bytes, of the GPU or, on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

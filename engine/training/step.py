@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.data.transfer import Batch
 from engine.randomness import seed_of
 from engine.runtime.distributed import World
-from engine.training.dropout import DropoutMasks
+from engine.training.dropout_masks import DropoutMasks
 from utils.errors import RunError
 
 #: Autocast type of each precision of --amp.
@@ -22,26 +22,39 @@ SMALLEST_SCALE = 1.0
 
 
 class Diverged(RunError):
-    """The loss or the gradient is not finite. The network is as it was before the step."""
+    """The loss or the gradient is not finite. The step has changed nothing."""
 
 
 class Total(Protocol):
     """The sum and the weight of a weighted mean (loss.ohem.Total is one)."""
 
     @property
-    def loss(self) -> Tensor: ...
+    def loss(self) -> Tensor:
+        """Weighted sum of the losses of the pixels, a scalar."""
+        ...
 
     @property
-    def weight(self) -> Tensor: ...
+    def weight(self) -> Tensor:
+        """Sum of the weights of the pixels, a scalar."""
+        ...
 
 
 class Criterion(Protocol):
     """A loss of several heads (loss.CriterionDSN is one)."""
 
     @property
-    def head_weights(self) -> Sequence[float]: ...
+    def head_weights(self) -> Sequence[float]:
+        """Weight of the loss of each head."""
+        ...
 
-    def totals(self, outputs: Sequence[Tensor], target: Tensor) -> Sequence[Total]: ...
+    def totals(self, outputs: Sequence[Tensor], target: Tensor) -> Sequence[Total]:
+        """Return sum and weight of the loss of each head.
+
+        Args:
+            outputs: logits of each head, [n, C, H, W].
+            target: class indices, [n, h, w].
+        """
+        ...
 
 
 class StepResult(NamedTuple):
@@ -63,7 +76,7 @@ class StepResult(NamedTuple):
 
 
 class Stepper:
-    """Trains a network step by step.
+    """Train a network step by step.
 
     The loss is the mean over the kept pixels of all processes. The channels that dropout zeroes depend on the
     seed, the step and the sample. Loss and gradient are therefore the same for any number of processes. With
@@ -74,9 +87,9 @@ class Stepper:
         criterion: loss of the network.
         optimizer: updates the weights of the network.
         world: processes that share each batch.
-        precision: one of PRECISIONS, or None for that of the weights. fp16 scales the loss and skips the
-            steps that overflow.
-        accumulate: number of parts in which the share of a process is computed, one after the other.
+        precision: one of PRECISIONS, or None for the precision of the weights. With fp16, the loss is scaled,
+            and steps that overflow are skipped.
+        accumulate: number of sequential parts into which the share of a process is split.
         seed: seed of the dropout masks.
     """
 
@@ -190,7 +203,7 @@ class Stepper:
         names = [record for rank in guilty or range(len(shares)) for record in shares[rank][1]]
         return Diverged(
             f"step {number}: the loss is {loss:.6g} {where} and the gradient's norm {norm:.6g}; stopped "
-            "before the weights were changed. Lower --learning-rate, or look at the samples: "
+            "before the weights were changed. Lower --learning-rate, or check the samples: "
             + "; ".join(names)
         )
 

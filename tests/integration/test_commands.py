@@ -646,7 +646,7 @@ class TestWrongUsage:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         arguments = ["--data-dir", scenes, *TRAIN[2:], "--gpu", "0,1", "--snapshot-dir", tmp_path]
         status, line = called(train, arguments, monkeypatch, capsys)
-        assert status == 2 and "--gpu 0,1: names 2 GPUs and 1 processes" in line
+        assert status == 2 and "--gpu 0,1: names 2 GPUs, but the launcher started 1 processes" in line
 
     def test_output_directory_that_is_a_file(self, scenes, tmp_path, monkeypatch, capsys):
         (tmp_path / "file").touch()

@@ -185,7 +185,7 @@ class TestArchive:
         [
             (lambda path: path.unlink(), "not a readable prediction"),
             (lambda path: path.write_bytes(path.read_bytes()[:45]), "not a readable prediction"),
-            (lambda path: Image.new("L", (3, 2), 7).save(path), "expected L of (2, 2)"),
+            (lambda path: Image.new("L", (3, 2), 7).save(path), "not L of (2, 2)"),
             (lambda path: Image.new("RGB", (2, 2)).save(path), "RGB of"),
             (lambda path: Image.new("L", (2, 2), 255).save(path), "holds 255"),
         ],
@@ -203,7 +203,7 @@ class TestArchive:
         for folder in "ab":
             (tmp_path / folder).mkdir()
         pictures = [self.picture(tmp_path / folder, "x.png", [[7]]) for folder in "ab"]
-        with pytest.raises(RunError, match="x.png would be in it twice"):
+        with pytest.raises(RunError, match="two pictures are named x.png"):
             write_archive(str(tmp_path / "s.zip"), pictures, CITYSCAPES.label_ids())
 
 
@@ -279,7 +279,7 @@ class TestTestSplit:
             tmp_path / "out",
         ]
         status, _, line = run([*arguments, "--split", "test"], monkeypatch, capsys)
-        assert status == 2 and "test.lst: ulm_000000_000001 is in it twice" in line
+        assert status == 2 and "test.lst: lists ulm_000000_000001 twice" in line
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("failing", ["write", "keep"])
@@ -394,7 +394,7 @@ def test_scores_without_instance_ids_are_the_official_ones_and_the_file_is_named
     status, output, _ = run(arguments, monkeypatch, capsys)
     assert status == 0
     (line,) = [line for line in output.splitlines() if "left out" in line]
-    assert "averageScoreInstClasses and averageScoreInstCategories are left out: 1 of 3" in line
+    assert "averageScoreInstClasses and averageScoreInstCategories are omitted: 1 of 3" in line
     assert str(missing) in line and output.count("averageScoreCategories ") == 1
     ours = json.loads((tmp_path / "out/result.txt").read_text())
     assert "averageScoreInstClasses" not in ours and "classInstScores" not in ours
@@ -495,7 +495,7 @@ class TestWritten:
         odd = folder / "ulm\udcff_leftImg8bit.png"
         odd.write_bytes(picture)
         status, _, line = run(arguments, monkeypatch, capsys)
-        assert status == 2 and "ulm\\udcff" in line and "is not UTF-8" in line
+        assert status == 2 and "ulm\\udcff" in line and "is not valid UTF-8" in line
         odd.unlink()
         long = tmp_path / "data" / f"{'n' * 250}.png"  # and _labelIds behind it is more than a name can have
         long.write_bytes(picture)

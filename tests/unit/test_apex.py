@@ -123,7 +123,7 @@ class TestRequire:
         with pytest.raises(UsageError) as error:
             apex.require(device_type)
         text = str(error.value)
-        assert text.startswith("--backend apex: ") and "\n" not in text and "leave the flag out" in text
+        assert text.startswith("--backend apex: ") and "\n" not in text and "omit the flag" in text
         return text
 
     def test_complete(self, install):
@@ -132,7 +132,7 @@ class TestRequire:
 
     def test_cpu(self, install):
         install(APEX)
-        assert "NVIDIA GPUs" in self.refusal("cpu")
+        assert "requires an NVIDIA GPU" in self.refusal("cpu")
 
     @pytest.mark.parametrize(
         ("files", "said"),
@@ -184,7 +184,7 @@ class TestDataParallel:
 
     def test_channels_last_weights_are_refused(self, install):
         install(APEX)
-        with pytest.raises(UsageError, match="^--channels-last: --backend apex"):
+        with pytest.raises(UsageError, match="^--channels-last: not supported by --backend apex"):
             apex.data_parallel(nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last))
 
 

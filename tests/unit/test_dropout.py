@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.data.transfer import Batch
 from engine.runtime.distributed import World
-from engine.training.dropout import DropoutMasks
+from engine.training.dropout_masks import DropoutMasks
 from engine.training.step import Stepper
 from loss import CriterionDSN
 from networks import ChannelDropout, Seg_Model

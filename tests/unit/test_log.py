@@ -69,7 +69,7 @@ def test_what_is_no_entry_is_kept_under_another_name(tmp_path, line, capsys):
     content = text(*ENTRIES[:2]) + line + text(*ENTRIES[2:])
     assert resumed(tmp_path, content, 3) == text(*ENTRIES[:3])
     assert (tmp_path / "damaged_log.jsonl").read_bytes() == content
-    assert "log.jsonl: line 3 is no entry of a log; now" in capsys.readouterr().out
+    assert "log.jsonl: line 3 is not a log entry; renamed to" in capsys.readouterr().out
 
 
 def test_file_of_another_kind_is_kept_under_another_name(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from networks import CheckpointError, Seg_Model
+from networks import CheckpointError, Seg_Model, models
 from networks.models import Description, args_file, backbone_of, describe
 from utils.errors import UsageError
 
@@ -53,7 +53,7 @@ def test_a_flag_goes_before_the_run_with_one_line(tmp_path: Path, state: dict[st
 )
 def test_the_weights_go_before_both(tmp_path: Path, state: dict[str, Tensor], name, wrong, right) -> None:
     flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(UsageError, match=f"{flag} {wrong}: the weights of .* have .* {right}; leave out"):
+    with pytest.raises(UsageError, match=f"{flag} {wrong}: the weights of .* have .* {right}; omit"):
         described(tmp_path, state, **{name: wrong})
     with pytest.raises(UsageError, match=f"args.json: {name} {wrong}: .* {right}; give {flag} {right}"):
         described(tmp_path, state, {name: wrong})
@@ -77,3 +77,12 @@ def test_other_weights_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> 
     many = {**state, "head.bottleneck.3.weight": torch.empty(300, 512, 1, 1, device="meta")}
     with pytest.raises(CheckpointError, match="300 classes; .*255"):
         described(tmp_path, many)
+
+
+def test_another_network_takes_the_flags_and_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.MODELS, "plain", Seg_Model)
+    weights = {"head.weight": torch.zeros(4, 3, 1, 1)}
+    with pytest.raises(CheckpointError):
+        described(tmp_path, weights)
+    found, _ = described(tmp_path, weights, {"model": "plain", "num_classes": 4}, backbone="resnet50")
+    assert found == Description("plain", "resnet50", 2, 4, None)

@@ -256,21 +256,21 @@ def test_outputs_that_can_have_no_place(tmp_path: Path) -> None:
 def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "args.json").write_bytes(content)
     with pytest.raises(UsageError, match=r"args.json: can't be read .*; fix or delete the file"):
-        run_files.read_recipe(str(tmp_path))
+        run_files.read_arguments(str(tmp_path))
 
 
 def test_json_is_read_as_it_is(tmp_path: Path) -> None:
-    assert run_files.read_recipe(str(tmp_path)) == {} and run_files.read_environment(str(tmp_path)) == []
+    assert run_files.read_arguments(str(tmp_path)) == {} and run_files.read_environment(str(tmp_path)) == []
     assert run_files.read_log(str(tmp_path)) == ([], 0) and run_files.read_result(str(tmp_path)) is None
     (tmp_path / "args.json").write_text('\ufeff{"a": [1, {"b": null}]}', encoding="utf-8")
-    assert run_files.read_recipe(str(tmp_path)) == {"a": [1, {"b": None}]}
+    assert run_files.read_arguments(str(tmp_path)) == {"a": [1, {"b": None}]}
 
 
 @pytest.mark.usefixtures("never_waits")
 @pytest.mark.parametrize("kind", KINDS)
 def test_run_files_that_are_no_files(tmp_path: Path, kind: str) -> None:
     for name, read in (
-        ("args.json", run_files.read_recipe),
+        ("args.json", run_files.read_arguments),
         ("environment.json", run_files.read_environment),
         ("log.jsonl", run_files.read_log),
         ("result.txt", run_files.read_result),
@@ -317,7 +317,7 @@ def test_a_log_is_a_file(tmp_path: Path, kind: str) -> None:
 
 def test_events_need_a_folder(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").touch()
-    with pytest.raises(UsageError, match="tensorboard is no folder"):
+    with pytest.raises(UsageError, match="tensorboard is not a folder"):
         RunLog(str(tmp_path), 0, 3, 1)
 
 
