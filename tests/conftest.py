@@ -158,7 +158,7 @@ def fill_library(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def _state_restored() -> Iterator[None]:
+def state_restored() -> Iterator[None]:
     """Undo what a command changes in its process: environment, directory, signals, settings of PyTorch."""
     environment, directory, arguments, path = dict(os.environ), os.getcwd(), sys.argv, list(sys.path)
     streams = sys.stdin, sys.stdout, sys.stderr
@@ -222,7 +222,7 @@ def run(
     """Run a script of the project, or a module by its name, as the main program of this process.
 
     This saves starting an interpreter and importing PyTorch. The code is executed as `__main__`, with its
-    own standard streams, and what it changes in the process is undone (`_state_restored`). Processes that
+    own standard streams, and what it changes in the process is undone (`state_restored`). Processes that
     it starts are real. Use `run_process` where the interpreter itself matters.
 
     Args:
@@ -231,7 +231,7 @@ def run(
     """
     text = [str(argument) for argument in arguments]
     with contextlib.ExitStack() as held:
-        held.enter_context(_state_restored())
+        held.enter_context(state_restored())
         files = {number: held.enter_context(tempfile.TemporaryFile()) for number in (1, 2)}
         nothing = held.enter_context(open(os.devnull, "rb"))
         sys.stdout.flush()
