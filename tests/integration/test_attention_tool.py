@@ -154,7 +154,7 @@ def test_a_moved_class_table_is_spoken_of(
     (folder / "args.json").write_text('{"recurrence": 1, "classes": "gone.tsv"}')
     (folder / "CS_scenes_1.pth").write_bytes(checkpoint.read_bytes())
     run(folder / "CS_scenes_1.pth", street)
-    assert "gone.tsv, the class table of the run, is missing or has changed" in capsys.readouterr().out
+    assert "gone.tsv: the class table of the run is missing or has changed" in capsys.readouterr().out
 
 
 def test_nothing_that_is_read_is_replaced_and_all_is_looked_at_first(checkpoint: Path, street: Path) -> None:
