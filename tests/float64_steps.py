@@ -2,7 +2,8 @@
 
     python tests/float64_steps.py OUT --nproc 2 [--steps N] [--small] [--nan SAMPLE]
 
-test_step.py runs it. The network is the real one, or with --small its two heads on one convolution.
+test_distributed_step.py runs it. The network is the real one, or with --small its two heads on one
+convolution.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SAMPLES, CLASSES, SIZE = 4, 5, 33
 
 
 class SmallModel(nn.Module):
-    """The heads of CCNet, narrow, on the features of one convolution."""
+    """The heads of CCNet, with few channels, on the features of one convolution."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +41,7 @@ class SmallModel(nn.Module):
 
 
 def batch(nan: int | None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Four samples with more and more void, so that the mean of the processes' means is another number."""
+    """Return four samples with more and more void, so that averaging the processes' means is wrong."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(SAMPLES, 3, SIZE, SIZE, generator=generator, dtype=torch.float64) * 60
     labels = torch.randint(0, CLASSES, (SAMPLES, SIZE, SIZE), generator=generator)

@@ -1,4 +1,4 @@
-"""Fuzzers of everything that comes from outside: flags, lists, tables, pictures, checkpoints, run files.
+"""Fuzz every input of the commands: flags, lists, tables, pictures, checkpoints, files of runs.
 
     python tests/fuzz.py --minutes 10 [--seed S] [--target NAME]
 
@@ -66,7 +66,7 @@ SHALLOW = (1, 1, 1, 1)
 
 
 class Hang(BaseException):
-    """An input took longer than LIMIT; not an Exception, so that no command can catch it."""
+    """An input took longer than LIMIT. Not an Exception, so that no command can catch it."""
 
 
 # The ground on which commands run
@@ -124,7 +124,7 @@ class Ground:
         self.before = self.contents()
 
     def contents(self) -> dict[str, list[str]]:
-        """Return the files of each content, but for the lock of the run, which each run writes anew."""
+        """Return files by content, without the lock of the run, which each run writes again."""
         found: dict[str, list[str]] = {}
         for path in sorted(self.folder.rglob("*")):
             if path.is_file() and not path.is_symlink() and path.name != checkpoint.LOCK:
@@ -138,11 +138,15 @@ def small_train(ground: Ground) -> list[str]:
 
 
 def small_evaluate(ground: Ground) -> list[str]:
-    return ["--data-dir", str(ground.data), *"--backbone resnet50 --whole --num-workers 0 --gpu cpu".split()]
+    return [
+        "--data-dir",
+        str(ground.data),
+        *["--backbone", "resnet50", "--whole", "--num-workers", "0", "--gpu", "cpu"],
+    ]
 
 
 def small_report(run: str, out: str) -> list[str]:
-    return [run, *"--pictures 1 --attention 0 --gpu cpu".split(), "--out", f"{out}/a.html"]
+    return [run, *["--pictures", "1", "--attention", "0", "--gpu", "cpu"], "--out", f"{out}/a.html"]
 
 
 @functools.cache
@@ -166,7 +170,7 @@ def shallow_network() -> Iterator[None]:
 
 
 class Ended:
-    """How a command ended: exit status, and what it printed."""
+    """The exit status and the output of a command."""
 
     def __init__(self, status: int, output: str, errors: str):
         self.status, self.output, self.errors = status, output, errors
@@ -187,7 +191,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def call(name: str, main: Callable[[], int | None], arguments: list[str]) -> Ended:
-    """Run a command's main in this process, as its script does; an exception is the caller's."""
+    """Run a command's main in this process, as its script does. Exceptions propagate."""
     output, errors = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", [name, *arguments]),
@@ -204,7 +208,7 @@ def call(name: str, main: Callable[[], int | None], arguments: list[str]) -> End
 
 
 def check_command(name: str, main: Callable[[], int | None], arguments: list[str]) -> None:
-    """Run a command; see that it ends as every command has to."""
+    """Run a command and check that it ends as every command has to."""
     with shallow_network(), time_limit(LIMIT):
         ended = call(name, main, arguments)
     assert ended.status in (0, 1, 2), f"status {ended.status}"
@@ -221,10 +225,32 @@ def check_command(name: str, main: Callable[[], int | None], arguments: list[str
 # Flags
 
 #: Small enough to be cheap where they are right, or beyond everything that is.
-NUMBERS = (
-    "0 1 2 3 17,17 33 0.5 1.0 0.5,1 -1 -0 1e-300 1e39 1e300 nan inf -inf 1,2,3 0x10 1_0 99999999999999999999 "
-    "1000000,1000000 1e1 true"
-).split()
+NUMBERS = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "17,17",
+    "33",
+    "0.5",
+    "1.0",
+    "0.5,1",
+    "-1",
+    "-0",
+    "1e-300",
+    "1e39",
+    "1e300",
+    "nan",
+    "inf",
+    "-inf",
+    "1,2,3",
+    "0x10",
+    "1_0",
+    "99999999999999999999",
+    "1000000,1000000",
+    "1e1",
+    "true",
+]
 WORDS = (
     "",
     " ",
@@ -322,7 +348,7 @@ COMMANDS = (
     Command(
         "profile.py",
         profile,
-        lambda _, out: "--gpu cpu --input-size 33,33 --backbone resnet50 --rounds 0".split(),
+        lambda _, out: ["--gpu", "cpu", "--input-size", "33,33", "--backbone", "resnet50", "--rounds", "0"],
     ),
     Command("seeds.py", seeds, lambda g, out: [f"{out}/seeds", "--seeds", "0"]),
 )
@@ -332,7 +358,7 @@ COMMANDS = (
 
 
 def lines(words: list[str]) -> st.SearchStrategy[bytes]:
-    """Draw a file of lines made of words, tabs and anything else, in any encoding."""
+    """Draw a file of lines that consist of words, tabs and other text, in any encoding."""
     word = st.sampled_from(words) | st.sampled_from(WORDS) | st.text(max_size=6)
     line = st.lists(word, max_size=5).flatmap(
         lambda parts: st.sampled_from(["\t", " ", ","]).map(lambda s: s.join(parts))
@@ -424,7 +450,7 @@ def _in_mode(ids: np.ndarray, mode: str, draw: st.DrawFn) -> Image.Image:
 
 
 def label_body(drawn: tuple[np.ndarray, bytes, str]) -> None:
-    """A label file is read as the ids that were written, or refused."""
+    """Check that a label file is read as the ids that were written, or refused."""
     ids, content, mode = drawn
     expected = (ids > 0).astype(np.uint8) if mode == "1" else ids
     with tempfile.TemporaryDirectory() as folder, time_limit(LIMIT):
@@ -443,7 +469,7 @@ def label_body(drawn: tuple[np.ndarray, bytes, str]) -> None:
 
 @st.composite
 def damaged_pictures(draw: st.DrawFn) -> bytes:
-    """Draw a picture's file with bytes of it changed, removed, doubled, or another size in its header."""
+    """Draw a picture file with bytes changed, removed or doubled, or another size in its header."""
     pixels = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, (13, 17, 3), dtype=np.uint8)
     extension = draw(st.sampled_from([".png", ".jpg", ".bmp", ".tiff", ".webp", ".ppm"]))
     content = bytearray(cv2.imencode(extension, pixels)[1].tobytes())
@@ -489,7 +515,7 @@ def picture_body(content: bytes) -> None:
 
 @functools.cache
 def _entries() -> dict[str, torch.Tensor]:
-    """Return all entries of a shallow network, one number each: a file of a few kilobytes."""
+    """Return all entries of a shallow network, each expanded from one number, a file of a few kilobytes."""
     with shallow_network(), torch.device("meta"):
         model = Seg_Model(19, backbone="resnet50")
     return {
@@ -534,7 +560,7 @@ Edit = tuple[str, str, Any]
 
 
 def checkpoint_edits() -> st.SearchStrategy[tuple[list[Edit], int]]:
-    """Draw edits of a network's entries, and the number of a wrapper."""
+    """Draw edits of the entries of a network, and the number of a wrapper."""
     names = st.sampled_from(["conv1.weight", "head.bottleneck.3.weight", "dsn.3.bias"])
     names |= st.sampled_from(sorted(_entries()))
     odd = st.tuples(names, st.just("odd"), st.integers(0, len(ODD_ENTRIES) - 1))
@@ -545,7 +571,7 @@ def checkpoint_edits() -> st.SearchStrategy[tuple[list[Edit], int]]:
 
 
 def checkpoint_body(drawn: tuple[list[Edit], int]) -> None:
-    """An edited checkpoint fits a network with all its numbers finite, or is refused."""
+    """Check that an edited checkpoint fits a network with only finite numbers, or is refused."""
     edits, wrapper = drawn
     state: dict[Any, Any] = dict(_entries())
     for name, what, how in edits:
@@ -571,7 +597,7 @@ def checkpoint_body(drawn: tuple[list[Edit], int]) -> None:
 
 
 def checkpoint_bytes_body(changes: list[tuple[int, int]]) -> None:
-    """A checkpoint whose bytes are damaged is read or refused."""
+    """Check that a checkpoint with damaged bytes is read or refused."""
     file = io.BytesIO()
     torch.save({"conv1.weight": torch.ones(2, 3), "b": torch.ones(5, dtype=torch.float16)}, file)
     content = bytearray(file.getvalue())
@@ -616,7 +642,7 @@ def _places(content: Any, path: tuple = ()) -> list[tuple]:
 
 @st.composite
 def damaged_json(draw: st.DrawFn, content: Any) -> bytes:
-    """Draw a JSON file in which values are replaced or removed, or bytes that are none."""
+    """Draw a JSON file with values replaced or removed, or bytes that are not JSON."""
     if draw(st.integers(0, 9)) == 0:
         return draw(
             st.binary(max_size=30) | st.sampled_from([b"", b"[" * 100000, b"null", b'{"a": 1', b"\xff{}"])
@@ -648,7 +674,7 @@ def damaged_runs(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 def report_body(drawn: tuple[str, bytes]) -> None:
-    """A report of a run with a damaged file is a page, or says which file is damaged."""
+    """Check that the report of a run with a damaged file is a page, or names the damaged file."""
     name, content = drawn
     with tempfile.TemporaryDirectory() as folder:
         for each in (*RUN_FILES, "confusion.png"):
@@ -688,7 +714,7 @@ def _parts(value: float) -> dict[str, Any]:
 
 @st.composite
 def damaged_states(draw: st.DrawFn) -> list[tuple[str, bytes]]:
-    """Draw files of states with other content than was written."""
+    """Draw files of states whose content differs from what was written."""
     found = []
     for name in draw(st.lists(st.sampled_from(sorted(_states())), min_size=1, max_size=2, unique=True)):
         content = _states()[name]
@@ -703,7 +729,7 @@ def damaged_states(draw: st.DrawFn) -> list[tuple[str, bytes]]:
 
 
 def state_body(drawn: list[tuple[str, bytes]]) -> None:
-    """A state is resumed from with the step that its weights are of, or is not; nothing of it is gone."""
+    """Check that a run resumes from a damaged state at the step of its weights, or refuses and keeps it."""
     with tempfile.TemporaryDirectory() as folder, time_limit(LIMIT):
         for name, content in (_states() | dict(drawn)).items():
             Path(folder, name).write_bytes(content)
@@ -728,7 +754,7 @@ Target = Callable[[], tuple[st.SearchStrategy[Any], Callable[[Any], None]]]
 
 
 def targets() -> dict[str, Target]:
-    """Return what to fuzz: for each name a function that gives a strategy and what is done with an input."""
+    """Return, by name, functions that give a strategy and the function that takes its inputs."""
 
     def of_command(command: Command) -> Target:
         return lambda: (flags(command.module.get_parser()), command.body)
@@ -748,7 +774,7 @@ def targets() -> dict[str, Target]:
 
 
 def run_target(name: str, examples: int, seed: int | None) -> int:
-    """Run inputs of a target; returns how many.
+    """Run inputs of a target; return their number.
 
     Args:
         seed: of the inputs; None for those that the suite has each time.

@@ -1,4 +1,4 @@
-"""Kills training runs at random instants and sees that each one ends as if nobody had.
+"""Kill training runs at random times and check that they end as uninterrupted ones.
 
     python tests/kill_runs.py [--kills N] [--seed S] [--processes 1 2] [--out JSON]
 
@@ -15,6 +15,7 @@ kills take about a quarter of an hour on two cores, and up to 7 GB in TMPDIR. Li
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -57,12 +58,17 @@ LIMIT = 300.0
 
 
 class Failure(Exception):
-    """A run did not end as it should; one line."""
+    """A run did not end as it should. The message is one line."""
 
 
 @dataclass
 class Kill:
-    """after: seconds since the start of the process; state: step of the newest one, 0 where there is none."""
+    """A kill and its consequences.
+
+    Attributes:
+        after: seconds since the start of the process.
+        state: step of the newest state, 0 if there is none.
+    """
 
     run: int
     processes: int
@@ -77,7 +83,7 @@ class Kill:
 
 @dataclass
 class Run:
-    """One run in a directory of its own, over all its starts and kills.
+    """A run in its own directory, over all its starts and kills.
 
     Args:
         turns: what to kill of several processes: "launcher", "rank" or "all".
@@ -93,7 +99,7 @@ class Run:
     seconds: float = 0.0  # of its last start
 
     def go(self, kills: int, longest: float, rng: random.Random) -> None:
-        """Go to the end of the run, with at most `kills` kills on the way.
+        """Run until the end, with at most `kills` kills.
 
         Args:
             longest: each start is killed after a random time up to this, in seconds, if it still runs.
@@ -131,7 +137,7 @@ class Run:
             self.see_the_lock()
 
     def start(self) -> subprocess.Popen:
-        """From the beginning or, where there was a start before, resumed."""
+        """Start the run; resume it if it was started before."""
         place = ["--nproc", str(self.processes)] if self.processes > 1 else ["--gpu", "cpu"]
         resume = ["--resume"] if self.directory.exists() else []
         self.directory.mkdir(exist_ok=True)
@@ -152,7 +158,7 @@ class Run:
         return self.directory.with_suffix(".txt")
 
     def kill(self, process: subprocess.Popen, rank: int) -> str:
-        """Kill what is next; returns what that was."""
+        """Kill what is next in turn; return its name."""
         what = next(self.turns) if self.processes > 1 else "main"
         ranks = [pid for pid in self.pids() if parent(pid) == process.pid] if what == "rank" else []
         if rank < len(ranks):
@@ -170,7 +176,7 @@ class Run:
             raise Failure(f"not at its end after {LIMIT:.0f} seconds") from None
 
     def pids(self) -> list[int]:
-        """All processes of this run that are alive, in the order of their ids, mostly that of ranks."""
+        """Return the living processes of this run by id, which is mostly the order of the ranks."""
         mark, found = f"{MARK}={self.directory}".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -182,10 +188,8 @@ class Run:
 
     def kill_all(self) -> None:
         for pid in self.pids():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def wait_for_all(self) -> None:
         end = time.monotonic() + LIMIT
@@ -195,7 +199,7 @@ class Run:
             time.sleep(0.1)
 
     def see_the_lock(self) -> None:
-        """See that the next run may write: at once, but ranks that are no more seen may still be ending."""
+        """Check that the next run can lock the directory, after killed ranks have ended."""
         end = time.monotonic() + (10.0 if self.processes > 1 else 0.0)
         while True:
             try:
@@ -207,13 +211,13 @@ class Run:
             time.sleep(0.1)
 
     def half_written(self) -> set[str]:
-        """Temporary files, and states without their description."""
+        """Return temporary files, and states without a description."""
         states = {path.stem for path in self.directory.glob("state_*.pt")}
         described = {path.stem for path in self.directory.glob("state_*.json")}
         return (states - described) | {path.name for path in self.directory.glob(".writing-*")}
 
     def look_at(self, kill: Kill, before: set[str]) -> None:
-        """Note what a kill has left, and what it fell in as far as files and output tell.
+        """Record what a kill left, and the phase of the run that it hit, as far as files and output tell.
 
         Args:
             before: what was half written before.
@@ -234,7 +238,7 @@ class Run:
 
 
 def parent(pid: int) -> int:
-    """The parent of a process; 0 where it is gone."""
+    """Return the parent of a process, or 0 if the process is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -251,7 +255,7 @@ def describe(kill: Kill) -> str:
 
 
 def difference(run: Path, uninterrupted: Path) -> str | None:
-    """What of a run is not as in the other one; None: nothing."""
+    """Return the first difference between two runs, or None."""
     for name in WEIGHTS:
         if not (run / name).exists():
             return f"{name} is missing"
@@ -261,13 +265,13 @@ def difference(run: Path, uninterrupted: Path) -> str | None:
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
-    """The log without what is measured."""
+    """Return the log without the measured values."""
     lines = (run / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def give(folder: Path, kills: int, seed: int, processes: list[int]) -> tuple[list[Kill], dict[str, float]]:
-    """Run after run until `kills` kills are given; returns them and the seconds of the uninterrupted runs."""
+    """Do runs until there were `kills` kills; return these and the seconds of the uninterrupted runs."""
     rng = random.Random(seed)
     data = folder / "data"
     for split, pictures in (("train", 3), ("val", 1)):

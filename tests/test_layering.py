@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"cc_attention", "dataset", "engine", "loss", "networks", "utils"}
 #: What may import everything below it and is imported by nothing below it, besides train.py and evaluate.py.
 TOP = {"tools", "benchmarks", "examples", "tests"}
-#: The packages that a package may import besides itself. cc_attention is installed alone; utils serves the others.
+#: Packages that a package may import besides itself. cc_attention is installed alone; the others use utils.
 ALLOWED = {name: {"utils"} for name in PACKAGES - {"cc_attention", "utils"}}
 ALLOWED["networks"] = {"utils", "cc_attention"}
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))

@@ -52,7 +52,7 @@ from utils import args as flags
 from utils.errors import UsageError
 from utils.files import check_outputs, check_writable, write_file
 from utils.progress import Progress
-from utils.resources import check_fits
+from utils.resources import check_memory
 
 #: --fit: memory of a GPU besides the tensors, as a factor and in bytes. A step on an H200 took 3 % more than
 #: the tensors. The CUDA context takes about 0.5 GiB, and some memory is lost to fragmentation.
@@ -109,7 +109,7 @@ def profile(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
     """
     simulation = simulate(setting)
     if rounds and device.type == "cpu":
-        check_fits("--batch-size, --input-size", simulation.peak)
+        check_memory("--batch-size, --input-size", simulation.peak)
     times = measure(setting, model, device, rounds) if rounds else Times({}, None)
     parameters = parameters_of(model)
     parts: dict[str, dict[str, Any]] = {}

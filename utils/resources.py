@@ -66,7 +66,15 @@ def check_fits(flags: str, pixels: float) -> None:
     Raises:
         UsageError: this machine has less memory than they need at least.
     """
-    needed = LEAST_BYTES * pixels
+    check_memory(flags, LEAST_BYTES * pixels)
+
+
+def check_memory(flags: str, needed: float) -> None:
+    """Check that this machine has `needed` bytes of memory.
+
+    Raises:
+        UsageError: it has less; names the flags to lower.
+    """
     if needed > (there := physical_memory()):
         raise UsageError(
             f"{flags}: needs more than {needed / GIB:.0f} GiB of memory, but this machine has "

@@ -1,4 +1,4 @@
-"""tools/attention, and how it draws."""
+"""The tool tools.attention and its drawings."""
 
 from __future__ import annotations
 
@@ -154,11 +154,11 @@ def test_a_moved_class_table_is_spoken_of(
     (folder / "args.json").write_text('{"recurrence": 1, "classes": "gone.tsv"}')
     (folder / "CS_scenes_1.pth").write_bytes(checkpoint.read_bytes())
     run(folder / "CS_scenes_1.pth", street)
-    assert "gone.tsv, the class table of the run, is not there" in capsys.readouterr().out
+    assert "gone.tsv, the class table of the run, is missing or has changed" in capsys.readouterr().out
 
 
 def test_nothing_that_is_read_is_replaced_and_all_is_looked_at_first(checkpoint: Path, street: Path) -> None:
-    """The figure of one picture would be the other picture; a pixel lies outside of the second one."""
+    """Nothing is written if a figure would replace an input, or a pixel lies outside one of the pictures."""
     other = street.parent / "street_24_32.png"
     other.write_bytes(street.read_bytes())
     with pytest.raises(UsageError, match="--out: would replace its own input .*street_24_32.png"):

@@ -1,4 +1,4 @@
-"""The benchmarks: that they compare the same function, their arithmetic, and what the commands leave."""
+"""The benchmarks: they compare the same function, compute correctly, and write complete reports."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def test_a_run_that_fails_later_leaves_the_others():
     assert failures == {"b": "ValueError: third"} and list(times) == ["a"] and len(times["a"]) > 2
 
 
+@pytest.mark.slow
 def test_attention_command_writes_numbers_and_a_plot(tmp_path: Path):
     numbers, picture = tmp_path / "a.json", tmp_path / "a.png"
     arguments = (
@@ -119,8 +120,15 @@ def test_peak_memory_on_the_cpu_is_that_of_the_run_alone():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--shapes 8x97", "--shapes 0x3x3", "--dtypes int8", "--channels 24", "--device cpu --dtypes tf32"]
-    + ["--contenders theirs", "--rounds 0"],
+    [
+        "--shapes 8x97",
+        "--shapes 0x3x3",
+        "--dtypes int8",
+        "--channels 24",
+        "--device cpu --dtypes tf32",
+        "--contenders theirs",
+        "--rounds 0",
+    ],
 )
 def test_bad_arguments_end_in_status_2(arguments: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as ended:
@@ -130,7 +138,7 @@ def test_bad_arguments_end_in_status_2(arguments: str, capsys: pytest.CaptureFix
 
 def test_a_folder_that_is_missing_is_named():
     with pytest.raises(UsageError, match=r"--out no/folder/a.json: no file can be written in"):
-        attention.main("--out no/folder/a.json".split())
+        attention.main(["--out", "no/folder/a.json"])
 
 
 def test_our_float32_over_our_bfloat16():
@@ -145,8 +153,9 @@ def test_our_float32_over_our_bfloat16():
     assert attention.float32_over_bfloat16(cases) == {"1x2x3": {"forward": 1.5}}
 
 
+@pytest.mark.slow
 class TestParts:
-    """A part of the GPU report is a process whose end, whatever it is, leaves an entry."""
+    """A part of the GPU report is a process. However it ends, the report has an entry."""
 
     def entry(self, tmp_path: Path, code: str, seconds: float = 30, **options) -> dict:
         part = Part("one", [sys.executable, "-c", code], 60, **options)
@@ -214,6 +223,7 @@ def test_without_a_gpu_the_report_ends_in_status_2(tmp_path: Path, monkeypatch, 
     assert "PyTorch finds no GPU" in last_line(capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_quick_report_on_the_cpu(tmp_path: Path):
     done = run("benchmarks/gpu_report.py", tmp_path, "--device", "cpu", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -256,7 +266,8 @@ def test_evaluation_is_measured_beside_its_forward_passes(tmp_path: Path, capsys
 def test_builds_beside_each_other(root, tmp_path, capsys):
     if "cpu" not in ops.DEVICE_TYPES:
         pytest.skip("cc_attention._C is not built")
-    flags = "--device cpu --shapes 1x5x7 --channels 8 16 --out".split() + [str(tmp_path / "r.json")]
+    flags = ["--device", "cpu", "--shapes", "1x5x7", "--channels", "8", "16"]
+    flags += ["--out", str(tmp_path / "r.json")]
     assert builds.main([f"old={root}", f"new={root}", *flags]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert list(report["builds"]) == ["old", "new"] and len(report["builds"]["new"]["times"]) == 6

@@ -1,4 +1,4 @@
-"""The build: which compilers and toolkit it takes, what it packs and installs; the set-up script's errors."""
+"""The build: the choice of compiler and toolkit, packages, installation, errors of the set-up script."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """setup.py as a module, on a machine with PyTorch for CUDA 13.2 and no toolkit."""
+    """Return setup.py as a module, as on a machine with PyTorch for CUDA 13.2 and no toolkit."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,7 +38,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def make_toolkit(home: Path, release: str) -> Path:
-    """A folder with an nvcc that tells that release, and its folder when asked what it would run."""
+    """Make a folder with an nvcc that reports the release, and for --dryrun its folder."""
     (home / "bin").mkdir(parents=True)
     nvcc = home / "bin/nvcc"
     nvcc.write_text(
@@ -87,7 +87,7 @@ def test_toolkits_in_order(script: ModuleType, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the build and the set-up read, without anything built."""
+    """Return a copy of the files that the build and the set-up read, without build results."""
     folder = tmp_path / "a checkout"
     ignore = shutil.ignore_patterns("_C*", "__pycache__")
     for name in ("cc_attention", "tools"):
@@ -98,6 +98,9 @@ def checkout(tmp_path: Path) -> Path:
         for path in ROOT.glob(name):
             shutil.copy(path, folder)
     return folder
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.build]
 
 
 def run_setup(checkout: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -153,7 +156,7 @@ print(cc_attention.__version__, cc_attention.ops.DEVICE_TYPES)
 
 
 def test_wheel_of_the_source_distribution(checkout: Path, tmp_path: Path) -> None:
-    """One made for the CPU alone has all source, from which alone a wheel is built that trains."""
+    """A source distribution made for the CPU has all source. A wheel that is built from it alone trains."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler here")
     if importlib.util.find_spec("pip") is None:
@@ -174,7 +177,7 @@ def test_wheel_of_the_source_distribution(checkout: Path, tmp_path: Path) -> Non
     described = {"LICENSE", "MANIFEST.in", "PKG-INFO", "pyproject.toml", "setup.cfg", "setup.py"}
     assert {name for name in names if ".egg-info/" not in name} == package | described
 
-    command = "-m pip wheel --no-cache-dir --no-build-isolation --no-deps -w".split()
+    command = ["-m", "pip", "wheel", "--no-cache-dir", "--no-build-isolation", "--no-deps", "-w"]
     result = subprocess.run(
         [sys.executable, *command, str(tmp_path), str(source)],
         env=os.environ | {"CCNET_CUDA": "0"},
@@ -267,9 +270,9 @@ esac"""
 
 @pytest.mark.parametrize("compiler", ["g++", "g++-11", "clang++", "clang++-16"])
 def test_each_file_has_its_instruction_set(compiler: str, tmp_path: Path) -> None:
-    """Also: what the linker may take from any of them is for every processor.
+    """Functions that the linker may take from any of the files run on every processor.
 
-    Not optimized, which compiles four times as fast and emits more functions.
+    They are compiled without optimization, which is four times as fast and emits more functions.
     """
     for tool in (compiler, "objdump"):
         if not shutil.which(tool):

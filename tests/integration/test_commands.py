@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them: to the end, again, in parallel, and with wrong input."""
+"""train.py and evaluate.py as a user runs them: complete, repeated, in parallel, and with wrong input."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, fill, last_line, mean_of, run, write_pair
+from conftest import ROOT, SMALL, TINY, fill, last_line, mean_of, run, run_process, write_pair
 from PIL import Image
+from small_network import SmallNetwork
 
 import evaluate
 import train
@@ -22,11 +23,16 @@ from dataset.labels import CITYSCAPES
 from networks import Seg_Model
 from utils import args as flags_of
 
-TRAIN = [*SMALL, "--input-size", "33,33", "--batch-size", "2", "--random-mirror", "--random-scale"]
+#: The commands, which know the small network here (tests/small).
+TRAIN_PY, EVALUATE_PY = "tests/small/train.py", "tests/small/evaluate.py"
+RECIPE = ["--input-size", "33,33", "--batch-size", "2", "--random-mirror", "--random-scale"]
+TRAIN = [*TINY, *RECIPE]
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def called(module, arguments, monkeypatch, capsys) -> tuple[int, str]:
-    """Exit status and last line on standard error of a command, run in this process."""
+    """Run a command in this process; return its exit status and last line on standard error."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     try:
         status = flags_of.exit_status(module.main)
@@ -44,25 +50,68 @@ def same_weights(one, other) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A data set and a run of four steps on it."""
-    folder = tmp_path_factory.mktemp("run")
+def make_data(folder) -> None:
+    """Write six training and five validation pictures with label and instance ids."""
     for split, count in (("train", 6), ("val", 5)):
         for number in range(count):
-            _, label = write_pair(folder / "data", split, number, (48, 64))
-            ids = cv2.imread(str(folder / "data" / label), cv2.IMREAD_GRAYSCALE)
+            _, label = write_pair(folder, split, number, (48, 64))
+            ids = cv2.imread(str(folder / label), cv2.IMREAD_GRAYSCALE)
             instances = np.where(ids >= 24, ids.astype(np.uint16) * 1000 + 1, ids).astype(np.uint16)
-            cv2.imwrite(str(folder / "data" / label.replace("labelIds", "instanceIds")), instances)
+            cv2.imwrite(str(folder / label.replace("labelIds", "instanceIds")), instances)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a folder with a data set and a run of four steps of the small network, its output, its flags."""
+    folder = tmp_path_factory.mktemp("run")
+    make_data(folder / "data")
     arguments = ["--data-dir", folder / "data", *TRAIN, "--num-steps", "4", "--print-frequency", "1"]
+    done = run(TRAIN_PY, *arguments, "--snapshot-dir", folder / "snapshots", "--save-pred-every", "2")
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, arguments
+
+
+@pytest.fixture(scope="module")
+def trained_resnet(tmp_path_factory):
+    """Return a folder with a data set and a run of four steps of the real network, its output, its flags."""
+    folder = tmp_path_factory.mktemp("real")
+    make_data(folder / "data")
+    arguments = ["--data-dir", folder / "data", *SMALL, *RECIPE, "--num-steps", "4", "--print-frequency", "1"]
     done = run("train.py", *arguments, "--snapshot-dir", folder / "snapshots", "--save-pred-every", "2")
     assert done.returncode == 0, done.stderr
     return folder, done.stdout, arguments
 
 
-class TestTraining:
-    def test_what_it_says_and_leaves(self, trained):
-        folder, output, _ = trained
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py",
+        "evaluate.py",
+        "dataset.check",
+        "dataset.mini",
+        "tools.attention",
+        "tools.convert",
+        "tools.export",
+        "tools.predict",
+        "tools.profile",
+        "tools.report",
+        "tools.seeds",
+    ],
+)
+@pytest.mark.slow
+def test_each_command_starts_as_a_process(command):
+    done = run_process(command, "--help")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    name = command if command.endswith(".py") else f"python -m {command}"
+    assert done.stdout.startswith(f"usage: {name} ")
+    wrong = run(command, "--no-such-flag")  # in this process: the same name
+    assert wrong.returncode == 2 and last_line(wrong.stderr).startswith(f"{command}: error: ")
+
+
+@pytest.mark.slow
+class TestRealNetwork:
+    def test_what_it_says_and_leaves(self, trained_resnet):
+        folder, output, _ = trained_resnet
         assert "6 pictures" in output and "no --restore-from" in output and "step 4/4" in output
         snapshots = folder / "snapshots"
         assert (snapshots / "CS_scenes_2.pth").exists()
@@ -82,10 +131,22 @@ class TestTraining:
             )
             assert len(entry["samples"]) == 2 and all("scale=" in sample for sample in entry["samples"])
 
+    def test_resumed_run_equals_the_uninterrupted_one(self, trained_resnet, tmp_path):
+        folder, _, arguments = trained_resnet
+        snapshots = folder / "snapshots"
+        for name in ("state_2.pt", "state_2.json", "log.jsonl"):
+            os.link(snapshots / name, tmp_path / name)
+        done = run("train.py", *arguments, "--snapshot-dir", tmp_path, "--resume", "--save-pred-every", "2")
+        assert done.returncode == 0, done.stderr
+        assert "continuing after step 2" in done.stdout
+        assert same_weights(tmp_path / "CS_scenes_4.pth", snapshots / "CS_scenes_4.pth")
+
+
+class TestTraining:
     def test_again_gives_the_same_weights_and_sets_the_first_run_aside(self, trained, tmp_path):
         folder, _, arguments = trained
         for _ in range(2):
-            done = run("train.py", *arguments, "--snapshot-dir", tmp_path)
+            done = run(TRAIN_PY, *arguments, "--snapshot-dir", tmp_path)
             assert done.returncode == 0, done.stderr
         assert "earlier_1" in done.stdout
         assert same_weights(tmp_path / "CS_scenes_4.pth", folder / "snapshots/CS_scenes_4.pth")
@@ -95,7 +156,7 @@ class TestTraining:
         snapshots = folder / "snapshots"
         for name in ("state_2.pt", "state_2.json", "log.jsonl"):
             os.link(snapshots / name, tmp_path / name)
-        done = run("train.py", *arguments, "--snapshot-dir", tmp_path, "--resume", "--save-pred-every", "2")
+        done = run(TRAIN_PY, *arguments, "--snapshot-dir", tmp_path, "--resume", "--save-pred-every", "2")
         assert done.returncode == 0, done.stderr
         assert "continuing after step 2" in done.stdout
         assert same_weights(tmp_path / "CS_scenes_4.pth", snapshots / "CS_scenes_4.pth")
@@ -105,32 +166,34 @@ class TestTraining:
         ]
         assert logs[0] == logs[1]
 
+    @pytest.mark.slow
     def test_resume_of_three_processes_is_exact_too(self, trained, tmp_path):
-        """Three numbers have several sums: their order must not depend on where a run began."""
+        """The rounded sum of three numbers depends on their order, which a resume must not change."""
         folder, _, _ = trained
         flags = ["--data-dir", folder / "data", *TRAIN[2:], "--nproc", 3, "--batch-size", 3, "--num-steps", 4]
         flags += ["--save-state-every", 2, "--snapshot-dir"]
-        done = run("train.py", *flags, tmp_path / "whole")
+        done = run(TRAIN_PY, *flags, tmp_path / "whole")
         assert done.returncode == 0, done.stderr
         (tmp_path / "resumed").mkdir()
         for name in ("state_2.pt", "state_2.json"):
             os.link(tmp_path / "whole" / name, tmp_path / "resumed" / name)
-        done = run("train.py", *flags, tmp_path / "resumed", "--resume")
+        done = run(TRAIN_PY, *flags, tmp_path / "resumed", "--resume")
         assert done.returncode == 0 and "continuing after step 2" in done.stdout, done.stderr
         assert same_weights(*(tmp_path / name / "CS_scenes_4.pth" for name in ("whole", "resumed")))
 
     def test_resume_of_a_finished_run_says_so(self, trained):
         folder, _, arguments = trained
-        done = run("train.py", *arguments, "--snapshot-dir", folder / "snapshots", "--resume")
+        done = run(TRAIN_PY, *arguments, "--snapshot-dir", folder / "snapshots", "--resume")
         assert done.returncode == 0 and "the run is finished" in done.stdout
 
+    @pytest.mark.slow
     def test_resume_by_two_processes_has_the_samples_and_masks_of_one(self, trained, tmp_path):
         folder, _, arguments = trained
         snapshots = folder / "snapshots"
         for name in ("state_2.pt", "state_2.json", "log.jsonl"):
             shutil.copy(snapshots / name, tmp_path)
         flags = [*arguments[:2], *TRAIN[2:], "--num-steps", 4, "--print-frequency", 1, "--nproc", 2]
-        done = run("train.py", *flags, "--snapshot-dir", tmp_path, "--resume")
+        done = run(TRAIN_PY, *flags, "--snapshot-dir", tmp_path, "--resume")
         assert done.returncode == 0 and "continuing after step 2" in done.stdout, done.stderr
         one, two = entries(snapshots), entries(tmp_path)
         assert [entry["samples"] for entry in one] == [entry["samples"] for entry in two]
@@ -140,8 +203,9 @@ class TestTraining:
             assert two[3][name] == pytest.approx(one[3][name], rel=1e-2)
         assert two[2]["gradient_norm"] == pytest.approx(one[2]["gradient_norm"], rel=1e-3)
 
+    @pytest.mark.slow
     def test_any_number_of_processes_has_the_same_samples_and_the_same_first_loss(self, trained, tmp_path):
-        """Whatever the share of void in each; later losses go apart by rounding, as training is chaotic."""
+        """This holds for any share of void in a process. Later losses differ by amplified rounding."""
         folder, _, _ = trained
         flags = ["--data-dir", folder / "data", *TRAIN[2:], "--batch-size", 4]
         flags += ["--num-steps", 2, "--print-frequency", 1]
@@ -149,7 +213,7 @@ class TestTraining:
         for processes, workers in ((1, 0), (1, 3), (2, 1), (4, 0)):
             snapshots = tmp_path / f"{processes}-{workers}"
             some = ["--nproc", processes, "--num-workers", workers, "--snapshot-dir", snapshots]
-            done = run("train.py", *flags, *some)
+            done = run(TRAIN_PY, *flags, *some)
             assert done.returncode == 0, done.stderr
             logs.append(entries(snapshots))
         for log in logs[1:]:
@@ -157,19 +221,22 @@ class TestTraining:
             assert log[0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-4)
             assert log[0]["gradient_norm"] == pytest.approx(logs[0][0]["gradient_norm"], rel=1e-2)
 
+    @pytest.mark.slow
     def test_speed_options_stay_within_two_percent(self, trained, tmp_path):
-        """bfloat16, channels_last and the compiler change the rounding, and the first losses little."""
+        """bfloat16, channels_last and the compiler change the first losses by rounding only."""
         folder, _, _ = trained
-        flags = ["--data-dir", folder / "data", *TRAIN, "--num-steps", 6, "--print-frequency", 1]
+        flags = ["--data-dir", folder / "data", *SMALL, *RECIPE, "--num-steps", 6, "--print-frequency", 1]
         losses = []
         for number, some in enumerate(([], ["--amp", "bf16", "--channels-last", "--compile"])):
-            done = run("train.py", *flags, *some, "--snapshot-dir", tmp_path / str(number))
+            # The compiler leaves processes and caches behind.
+            start = run_process if some else run
+            done = start("train.py", *flags, *some, "--snapshot-dir", tmp_path / str(number))
             assert done.returncode == 0, done.stderr
             losses.append(np.array([entry["loss"] for entry in entries(tmp_path / str(number))]))
         assert (np.abs(losses[1] / losses[0] - 1) < 0.02).all() and (losses[1] != losses[0]).all()
 
     def test_fine_tuning_options(self, trained, tmp_path):
-        """All at once: frozen statistics stay, average and best weights are written, the log says it."""
+        """All fine-tuning options work together: frozen statistics, averaged and best weights, the log."""
         folder, _, arguments = trained
         weights = folder / "snapshots/CS_scenes_4.pth"
         flags = [
@@ -180,7 +247,7 @@ class TestTraining:
             ",".join(["2", "0.5"] + ["1"] * 17),
         ]
         flags += ["--ema", 0.9, "--val-every", 2, "--grad-accum", 2, "--fused-sgd", "--deterministic"]
-        done = run("train.py", *arguments, *flags, "--num-steps", 3, "--snapshot-dir", tmp_path)
+        done = run(TRAIN_PY, *arguments, *flags, "--num-steps", 3, "--snapshot-dir", tmp_path)
         assert done.returncode == 0, done.stderr
         start, end, average, best = (
             torch.load(path, weights_only=True)
@@ -195,13 +262,14 @@ class TestTraining:
         # Refused with other flags, unless that is said.
         flags[flags.index("--ema") + 1] = 0.5
         flags += ["--num-steps", 4, "--snapshot-dir", tmp_path, "--resume"]
-        done = run("train.py", *arguments, *flags)
+        done = run(TRAIN_PY, *arguments, *flags)
         assert done.returncode == 2 and "--change-recipe" in last_line(done.stderr)
-        done = run("train.py", *arguments, *flags, "--change-recipe")
+        done = run(TRAIN_PY, *arguments, *flags, "--change-recipe")
         assert done.returncode == 0 and "continuing after step 3" in done.stdout, done.stderr
 
+    @pytest.mark.slow
     def test_gradients_are_averaged_over_the_processes(self, trained, tmp_path):
-        """Without void the mean of the processes' means is the mean over the batch."""
+        """Without void, the mean of the processes' means is the mean over the batch."""
         folder, _, _ = trained
         for label in (folder / "data/gtFine/train/ulm").glob("*labelIds.png"):
             ids = cv2.imread(str(label), cv2.IMREAD_GRAYSCALE)
@@ -211,10 +279,10 @@ class TestTraining:
         os.symlink(folder / "data/leftImg8bit", tmp_path / "leftImg8bit")
         flags = ["--data-dir", tmp_path, *TRAIN[2:], "--num-steps", 1]
         torch.manual_seed(train.seed_of(12345))
-        start = Seg_Model(19, backbone="resnet50").state_dict()
+        start = SmallNetwork(19).state_dict()
         changes = []
         for processes in (1, 2):
-            done = run("train.py", *flags, "--nproc", processes, "--snapshot-dir", tmp_path / str(processes))
+            done = run(TRAIN_PY, *flags, "--nproc", processes, "--snapshot-dir", tmp_path / str(processes))
             assert done.returncode == 0, done.stderr
             end = torch.load(tmp_path / str(processes) / "CS_scenes_1.pth", weights_only=True)
             changes.append({name: (end[name] - start[name]).flatten().double() for name in end})
@@ -243,16 +311,17 @@ class TestTraining:
             "--snapshot-dir",
             tmp_path / "run",
         ]
-        done = run("train.py", *arguments, *flags)
+        done = run(TRAIN_PY, *arguments, *flags)
         assert done.returncode == 0, done.stderr
         assert f"--cache {kind}: room for 6 of 6 decoded pictures" in done.stdout
         assert same_weights(tmp_path / "run/CS_scenes_4.pth", folder / "snapshots/CS_scenes_4.pth")
         assert len(list(tmp_path.glob("pictures-*.cache"))) == (kind == "disk")
 
+    @pytest.mark.slow
     def test_processes_share_a_cache(self, trained, tmp_path):
         folder, _, _ = trained
         flags = ["--data-dir", folder / "data", *TRAIN[2:], "--nproc", 2, "--num-steps", 2, "--cache", "ram"]
-        done = run("train.py", *flags, "--print-frequency", 1, "--snapshot-dir", tmp_path)
+        done = run(TRAIN_PY, *flags, "--print-frequency", 1, "--snapshot-dir", tmp_path)
         assert done.returncode == 0 and done.stdout.count("decoded pictures") == 1, done.stderr
         expected = [entry["samples"] for entry in entries(folder / "snapshots")]
         assert [entry["samples"] for entry in entries(tmp_path)] == expected[:2]
@@ -264,6 +333,7 @@ class TestTraining:
         status, line = called(train, [*arguments, *flags], monkeypatch, capsys)
         assert status == 2 and "--cache-gb 32" in line and "are free; give less" in line
 
+    @pytest.mark.slow
     def test_torchrun(self, trained, tmp_path):
         _, _, arguments = trained
         command = [
@@ -278,7 +348,7 @@ class TestTraining:
         arguments = [*map(str, arguments), "--snapshot-dir", str(tmp_path)]
         arguments[arguments.index("--num-steps") + 1] = "1"
         done = subprocess.run(
-            [*command, str(ROOT / "train.py"), *arguments],
+            [*command, str(ROOT / TRAIN_PY), *arguments],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -288,7 +358,7 @@ class TestTraining:
         assert (tmp_path / "CS_scenes_1.pth").exists() and done.stdout.count("step 1/1") == 1
 
     def test_state_of_another_step_and_odd_files_are_kept_aside(self, trained, tmp_path):
-        """The run goes on from the state before, and ends as if all had been right."""
+        """The run resumes from the previous state and ends as an undisturbed one."""
         folder, _, arguments = trained
         snapshots = folder / "snapshots"
         for name in ("state_2.pt", "state_2.json", "state_4.pt", "state_4.json"):
@@ -299,7 +369,7 @@ class TestTraining:
         odd = {"log.jsonl": log + b"\x89PNG\r\n", "environment.json": b"[" * 100_000, "args.json": b"\xff"}
         for name, content in odd.items():
             (tmp_path / name).write_bytes(content)
-        done = run("train.py", *arguments, "--snapshot-dir", tmp_path, "--resume")
+        done = run(TRAIN_PY, *arguments, "--snapshot-dir", tmp_path, "--resume")
         assert done.returncode == 0, done.stderr
         assert "state_4.pt: damaged, skipped" in done.stdout and "continuing after step 2" in done.stdout
         assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3, 4]
@@ -318,13 +388,13 @@ class TestTraining:
         kept = {name: content[name] for name in ("step", "size", "sha256", "recipe", "validation")}
         (old / "state_2.json").write_text(json.dumps(kept))
         for flags in ([], ["--change-recipe"]):
-            done = run("train.py", *arguments, "--snapshot-dir", old, "--resume", *flags)
+            done = run(TRAIN_PY, *arguments, "--snapshot-dir", old, "--resume", *flags)
             line = last_line(done.stderr)
             assert done.returncode == 2 and "dropout" in line and "Traceback" not in done.stderr
         assert sorted(path.name for path in old.iterdir()) == [".lock", "state_2.json", "state_2.pt"]
         # What the line says.
         flags = re.findall(r"--restore-from \S+ --start-iters \d+", line)[0].split()
-        done = run("train.py", *arguments, "--snapshot-dir", new, *flags)
+        done = run(TRAIN_PY, *arguments, "--snapshot-dir", new, *flags)
         assert done.returncode == 0, done.stderr
         assert [entry["step"] for entry in entries(new)] == [3, 4]
         assert entries(new)[0]["loss"] == entries(folder / "snapshots")[2]["loss"]
@@ -361,7 +431,7 @@ class TestTraining:
         for kept in ("state_2.pt", "state_2.json"):
             shutil.copy(folder / "snapshots" / kept, tmp_path)
         os.mkfifo(tmp_path / name)
-        done = run("train.py", *arguments, "--snapshot-dir", tmp_path, "--resume")
+        done = run(TRAIN_PY, *arguments, "--snapshot-dir", tmp_path, "--resume")
         assert done.returncode == 2 and f"{name} is a FIFO, not a file" in last_line(done.stderr)
         assert {path.name for path in tmp_path.iterdir()} == {"state_2.pt", "state_2.json", name}
 
@@ -372,7 +442,7 @@ class TestTraining:
         status, line = called(train, [*arguments, *flags], monkeypatch, capsys)
         assert status == 2 and "--data-dir" in line
 
-    @pytest.mark.parametrize("processes", [1, 2])
+    @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
     def test_broken_picture_met_later_ends_with_2_and_the_state_saved(self, scenes, tmp_path, processes):
         path = scenes / "leftImg8bit/train/ulm/ulm_000000_000003_leftImg8bit.png"
         content = bytearray(path.read_bytes())
@@ -380,7 +450,7 @@ class TestTraining:
         path.write_bytes(content)
         flags = [flag for flag in TRAIN if flag not in ("--gpu", "cpu")]
         done = run(
-            "train.py", "--data-dir", scenes, *flags, "--nproc", processes, "--num-steps", 9,
+            TRAIN_PY, "--data-dir", scenes, *flags, "--nproc", processes, "--num-steps", 9,
             "--random-seed", 1, "--snapshot-dir", tmp_path, "--print-frequency", 1,
         )  # fmt: skip
         assert done.returncode == 2
@@ -391,15 +461,15 @@ class TestTraining:
 
 @pytest.fixture(scope="module")
 def evaluated(trained):
-    """A network of random weights evaluated by tiles: its folder, output, arguments and result.txt."""
+    """Evaluate random weights by tiles; return the folder, the output, the arguments and result.txt."""
     folder = trained[0] / "evaluated"
     folder.mkdir()
-    model = Seg_Model(19, backbone="resnet50")
+    model = SmallNetwork(19)
     fill(model)
     torch.save(model.state_dict(), folder / "weights.pth")
     arguments = ["--data-dir", trained[0] / "data", "--restore-from", folder / "weights.pth"]
     arguments += ["--input-size", "33,33"]
-    done = run("evaluate.py", *arguments, *SMALL)
+    done = run(EVALUATE_PY, *arguments, *TINY)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout, arguments, json.loads((folder / "result.txt").read_text())
 
@@ -434,10 +504,11 @@ class TestEvaluation:
         )
 
     @pytest.mark.parametrize("flags", [["--nproc", 2], ["--nproc", 3], ["--gpu", "cpu", "--batch-size", 3]])
+    @pytest.mark.slow
     def test_processes_and_batches_change_nothing(self, evaluated, tmp_path, flags):
         _, _, arguments, result = evaluated
-        others = [flag for flag in SMALL if flag not in ("--gpu", "cpu")]
-        done = run("evaluate.py", *arguments, *others, *flags, "--output-dir", tmp_path)
+        others = [flag for flag in TINY if flag not in ("--gpu", "cpu")]
+        done = run(EVALUATE_PY, *arguments, *others, *flags, "--output-dir", tmp_path)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "result.txt").read_text()) == result
         assert len(os.listdir(tmp_path / "outputs")) == 5
@@ -445,33 +516,33 @@ class TestEvaluation:
     @pytest.mark.parametrize("flags", [["--whole"], ["--whole", "1"], ["--scales", "0.75,1", "--flip"]])
     def test_other_ways_to_predict(self, evaluated, tmp_path, flags, monkeypatch, capsys):
         _, _, arguments, result = evaluated
-        arguments = [*arguments, *SMALL, *flags, "--output-dir", tmp_path]
+        arguments = [*arguments, *TINY, *flags, "--output-dir", tmp_path]
         assert called(evaluate, arguments, monkeypatch, capsys)[0] == 0
         assert json.loads((tmp_path / "result.txt").read_text())["confusion"] != result["confusion"]
 
     def test_whole_with_a_false_boolean_is_tiles(self, evaluated, tmp_path, monkeypatch, capsys):
         _, _, arguments, result = evaluated
-        arguments = [*arguments, *SMALL, "--whole", "False", "--output-dir", tmp_path]
+        arguments = [*arguments, *TINY, "--whole", "False", "--output-dir", tmp_path]
         assert called(evaluate, arguments, monkeypatch, capsys)[0] == 0
         assert json.loads((tmp_path / "result.txt").read_text()) == result
 
     @pytest.mark.parametrize("flags", [["--tile-batch", 3], ["--num-workers", 2]])
     def test_tiles_at_once_and_workers_change_nothing(self, evaluated, tmp_path, flags, monkeypatch, capsys):
         _, _, arguments, result = evaluated
-        arguments = [*arguments, *SMALL, *flags, "--output-dir", tmp_path]
+        arguments = [*arguments, *TINY, *flags, "--output-dir", tmp_path]
         assert called(evaluate, arguments, monkeypatch, capsys)[0] == 0
         found = json.loads((tmp_path / "result.txt").read_text())
         assert np.abs(np.subtract(found["confusion"], result["confusion"])).sum() <= 4  # rounding
 
     def test_random_weights(self, trained, tmp_path, monkeypatch, capsys):
-        arguments = ["--data-dir", trained[0] / "data", *SMALL, "--whole", "--output-dir", tmp_path]
+        arguments = ["--data-dir", trained[0] / "data", *TINY, "--whole", "--output-dir", tmp_path]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         assert flags_of.exit_status(evaluate.main) == 0
         assert "evaluating random weights" in capsys.readouterr().out
 
 
 class TestWrongUsage:
-    """Exit status 2 and a last line that names the flag or the file; nothing is written."""
+    """Wrong usage has exit status 2 and a last line that names the flag or file, and nothing is written."""
 
     @pytest.mark.parametrize(
         "flags, words",
@@ -579,7 +650,7 @@ class TestWrongUsage:
 
     def test_output_directory_that_is_a_file(self, scenes, tmp_path, monkeypatch, capsys):
         (tmp_path / "file").touch()
-        arguments = ["--data-dir", scenes, *SMALL, "--output-dir", tmp_path / "file"]
+        arguments = ["--data-dir", scenes, *TINY, "--output-dir", tmp_path / "file"]
         status, line = called(evaluate, arguments, monkeypatch, capsys)
         assert status == 2 and "--output-dir" in line
 
@@ -589,10 +660,10 @@ class TestWrongUsage:
         deeper = [*arguments, *checkpoint, "--backbone", "resnet101", "--snapshot-dir", tmp_path]
         status, line = called(train, deeper, monkeypatch, capsys)
         assert status == 2 and "CS_scenes_4.pth" in line and "--backbone" in line
-        data = ["--data-dir", folder / "data", *SMALL]
+        data = ["--data-dir", folder / "data", *TINY]
         for flags, word in (
             (["--backbone", "resnet101"], "--backbone"),
-            (["--num-classes", "7"], "--num-classes 19"),
+            (["--num-classes", "7"], "have classes 19"),
         ):
             status, line = called(evaluate, [*data, *checkpoint, *flags], monkeypatch, capsys)
             assert status == 2 and "CS_scenes_4.pth" in line and word in line
@@ -618,11 +689,12 @@ class TestWrongUsage:
         status, line = called(train, [*arguments, *flags], monkeypatch, capsys)
         assert status == 2 and "--ohem" in line
 
+    @pytest.mark.slow
     def test_real_exit_status_has_no_traceback_in_any_number_of_processes(self, trained):
         folder, _, arguments = trained
         flags = ["--snapshot-dir", folder / "snapshots", "--resume", "--recurrence", 1]
         flags += [*arguments[:2], *TRAIN[2:], "--num-steps", 4]
         for processes in (1, 2):
-            done = run("train.py", *flags, "--nproc", processes)
+            done = run(TRAIN_PY, *flags, "--nproc", processes)
             assert done.returncode == 2 and done.stderr.count("--recurrence") == 1
             assert "Traceback" not in done.stderr and "--recurrence" in last_line(done.stderr)

@@ -1,4 +1,4 @@
-"""What README and docs say exists: files, commands, flags; their Python runs."""
+"""Files, commands and flags in README and docs exist, and their Python code runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page: Path) -> None:
-    """Paths of the project in code style."""
+    """Paths in code style exist."""
     for name in re.findall(r"`((?:\w+/)+[\w.-]+\.(?:py|sh|md|json|png|tsv|sbatch))`", read(page)):
         if name.split("/")[0] in {path.name for path in ROOT.iterdir() if path.is_dir()} - {
             "snapshots",
@@ -52,7 +52,7 @@ def test_named_files_exist(page: Path) -> None:
 
 @cache
 def options_of(module: str) -> set[str] | None:
-    """The flags of a command; None where it has no parser to ask."""
+    """Return the flags of a command, or None if its module has no parser."""
     found = importlib.import_module(module)
     if hasattr(found, "get_parser"):
         return set(found.get_parser()._option_string_actions)
@@ -77,8 +77,13 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_in_them_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each block by itself; `module` and `x` are what the page says they are."""
+def test_python_in_them_runs(
+    page: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block runs by itself. `module` and `x` are what the page says, and the checkpoint is there."""
+    (tmp_path / "snapshots/mini").mkdir(parents=True)
+    (tmp_path / "snapshots/mini/CS_scenes_300.pth").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
     given = (
         "import torch\nfrom cc_attention import RecurrentCrissCrossAttention\n"
         "module, x = RecurrentCrissCrossAttention(16), torch.randn(1, 16, 20, 50)\n"
@@ -89,6 +94,8 @@ def test_python_in_them_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         file = tmp_path / f"block_{number}.py"
         file.write_text(given + block)
         names = runpy.run_path(str(file))
+        if "classes" in names:
+            assert names["classes"].shape == (1, 128, 256)
         if "maps" in names:
             assert names["maps"].shape == (2, 1, 20, 50)
         if "PlainNet" in names:

@@ -1,4 +1,4 @@
-"""Scoring a data set, what it leaves, and the archive of the test set."""
+"""Evaluation of a data set: scores, result files, and the archive of the test set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import last_line, write_pair
+from conftest import TINY, last_line, write_pair
 from PIL import Image
 
 import evaluate as command
@@ -32,11 +32,13 @@ from utils import resources
 from utils.drawing.heat_map import EDGE, draw_heat_map
 from utils.errors import RunError
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 ONE = World(0, 1, torch.device("cpu"))
 
 
 def brightness(images):
-    """A network of three classes: by the brightness of a pixel, at 1/1 of the picture's size."""
+    """Classify each pixel by its brightness into three classes, at full resolution."""
     mean = images.mean(1, keepdim=True)
     return torch.cat([-(mean + 60).abs(), -mean.abs(), -(mean - 60).abs()], 1)
 
@@ -47,7 +49,7 @@ def predict(images):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Pictures of five sizes, one smaller than a tile, three of them of the same."""
+    """Write pictures of five sizes, three of the same size and one smaller than a tile."""
     sizes = [(48, 64), (20, 90), (48, 64), (100, 34), (48, 64), (7, 9), (33, 33)]
     lines = []
     for number, size in enumerate(sizes):
@@ -205,11 +207,11 @@ class TestArchive:
             write_archive(str(tmp_path / "s.zip"), pictures, CITYSCAPES.label_ids())
 
 
-SMALL = "--gpu cpu --backbone resnet50 --num-workers 0 --input-size 33,33".split()
+SMALL = [*TINY, "--input-size", "33,33"]
 
 
 def run(arguments, monkeypatch, capsys):
-    """Exit status, output and last line on standard error of evaluate.py, run in this process."""
+    """Run evaluate.py in this process; return exit status, output and last line on standard error."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     status = flags.exit_status(command.main)
     captured = capsys.readouterr()
@@ -219,7 +221,7 @@ def run(arguments, monkeypatch, capsys):
 class TestTestSplit:
     @pytest.fixture
     def unlabeled(self, tmp_path):
-        """Three pictures of the test split, of which the labels are void alone, as the benchmark's are."""
+        """Write three pictures of the test split, whose labels are void as in the benchmark."""
         for number, size in enumerate([(48, 64), (48, 64), (40, 40)]):
             _, label = write_pair(tmp_path / "data", "test", number, size)
             cv2.imwrite(str(tmp_path / "data" / label), np.zeros(size, np.uint8))
@@ -245,7 +247,7 @@ class TestTestSplit:
         self.check(tmp_path / "out", output)
 
     def test_list_of_pictures_alone(self, unlabeled, tmp_path, monkeypatch, capsys):
-        """As the original's test.lst; without --split test it is an error that says so."""
+        """A list of pictures without labels needs --split test, as the error says."""
         listing = tmp_path / "test.lst"
         names = [f"leftImg8bit/test/ulm/ulm_000000_{number:06d}_leftImg8bit.png\n" for number in range(3)]
         listing.write_text("".join(names))
@@ -295,7 +297,7 @@ class TestTestSplit:
 
 
 def test_class_table_names_colors_and_reads_the_labels_of_another_set(tmp_path, monkeypatch, capsys):
-    """A set of one's own with labels of colors: a list and a table are all that it takes."""
+    """A list and a class table suffice to evaluate another data set, whose labels are colors."""
     rng = np.random.default_rng(0)
     (tmp_path / "classes.tsv").write_text(
         "name\tid\ttrain_id\tcolor\nwood\t-\t0\t9,8,7\nmeadow\t-\t1\t0,200,0\nrest\t-\t255\t0,0,0\n"
@@ -330,7 +332,7 @@ def test_class_table_names_colors_and_reads_the_labels_of_another_set(tmp_path, 
 
 
 def test_official_scores_of_written_predictions(tmp_path, monkeypatch, capsys):
-    """Of the files, through evaluate.py: pictures with instances, groups, caravans and void."""
+    """The scores that evaluate.py writes are those of the official scripts for the files that it wrote."""
     pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", exc_type=ImportError)
     data, truths, predictions = tmp_path / "data", [], []
     rng = np.random.default_rng(5)
@@ -358,7 +360,7 @@ def test_official_scores_of_written_predictions(tmp_path, monkeypatch, capsys):
 
 
 def labeled(folder, number):
-    """Pictures with label and instance ids: the paths of the label ids."""
+    """Write pictures with label and instance ids; return the paths of the label ids."""
     rng = np.random.default_rng(9)
     paths = []
     for index in range(number):
@@ -422,11 +424,11 @@ def test_labels_of_train_ids_have_the_scores_of_pixels(tmp_path, monkeypatch, ca
 
 
 class TestWritten:
-    """No result replaces what is read, and each has the place of a file."""
+    """No result replaces an input, a folder or a special file."""
 
     @pytest.fixture
     def listed(self, tmp_path):
-        """A data set in the folders that results have: pictures in outputs/, labels in submission/."""
+        """Make a data set in the folders of results: pictures in outputs/, labels in submission/."""
         for folder in ("outputs", "submission"):
             (tmp_path / folder).mkdir()
         rng = np.random.default_rng(0)

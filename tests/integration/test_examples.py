@@ -1,4 +1,4 @@
-"""The programs of examples/ run as they are."""
+"""The programs of examples/ run unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m tools.export: other runtimes give the network's answers, and get standard operators alone."""
+"""tools.export: other runtimes give the network's answers, with standard operators only."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from networks.variants import DEPTHS, VARIANTS
 from tools import export
 from utils.errors import RunError, UsageError
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 5
 #: Batch, height, width: none is the tool's example, nor one of those that it compares by itself.
 SIZES = [(1, 65, 65), (3, 40, 72), (1, 57, 90)]
@@ -31,14 +33,14 @@ SIZES = [(1, 65, 65), (3, 40, 72), (1, 57, 90)]
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """A backbone of few blocks, of either kind."""
+    """Register a backbone with few blocks."""
     DEPTHS["tiny"] = (2, 1, 1, 1)
     yield
     del DEPTHS["tiny"]
 
 
 def make_model(**options) -> Seg_Model:
-    """Random weights and statistics; gamma is 0.7, so that the attention counts."""
+    """Return a network with random weights and a gamma of 0.7, so that the attention matters."""
     model = Seg_Model(CLASSES, backbone="tiny", **options).eval()
     fill(model)
     return model
@@ -51,7 +53,7 @@ def model(tiny) -> Seg_Model:
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    """With the checkpoint, and the files as they are made from it."""
+    """Return a folder with the checkpoint, where the exported files are made too."""
     path = tmp_path_factory.mktemp("export")
     torch.save(model.state_dict(), path / "checkpoint.pth")
     return path
@@ -77,7 +79,7 @@ def pictures_of(size: tuple[int, int, int]) -> np.ndarray:
 
 
 def expected(model: Seg_Model, size: tuple[int, int, int]) -> torch.Tensor:
-    """Logits of `pictures_of` in float64, at 1/8 size."""
+    """Return the logits of `pictures_of` in float64, at 1/8 size."""
     other = Seg_Model(CLASSES, recurrence=model.head.cca.recurrence, backbone="tiny").eval()
     other.load_state_dict(model.state_dict())
     images = torch.from_numpy(pictures_of(size)[..., ::-1].astype(np.float64) - IMG_MEAN.astype(np.float64))
@@ -98,7 +100,7 @@ def assert_near(answer: np.ndarray | torch.Tensor, logits: torch.Tensor) -> None
 
 @pytest.fixture(scope="module")
 def session(folder):
-    """Runs an ONNX file."""
+    """Return a function that runs an ONNX file."""
     for name in export.PACKAGES:
         pytest.importorskip(name, reason=f"the package {name} is not installed")
     import onnxruntime
@@ -117,7 +119,7 @@ def test_onnx_gives_the_logits_of_the_network(session, answers, size):
 
 
 def test_the_attention_counts(model, answers, monkeypatch):
-    """Or the comparisons would not see it."""
+    """Without the attention the answers differ, so the comparisons test it."""
     monkeypatch.setattr(model.head.cca, "recurrence", 1)
     difference = (expected(model, SIZES[0]) - answers[SIZES[0]]).abs().max() / answers[SIZES[0]].abs().max()
     assert difference > 1e-2
@@ -302,7 +304,7 @@ def test_full_disk_names_the_file_and_leaves_nothing(name, folder, model, monkey
 
 
 def test_out_that_is_no_file_of_its_own(folder, monkeypatch, tmp_path):
-    """What would be destroyed or waited for is refused before the network is read; a link is followed."""
+    """An input, folder or FIFO as --out is refused before the network is read. A link is followed."""
     checkpoint = tmp_path / "weights.pt2"
     checkpoint.write_bytes((folder / "checkpoint.pth").read_bytes())
     (tmp_path / "link.pt2").symlink_to(checkpoint)

@@ -1,10 +1,10 @@
-"""What can happen to a run: each fault ends it within a minute, with one clear cause and nothing lost."""
+"""Faults during a run: each ends it within a minute, with one clear cause and nothing lost."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, last_line, write_pair
+from conftest import ROOT, TINY, last_line, longest_file, run, write_pair
 
 #: Ends by itself only after many minutes.
 ENDLESS = [
@@ -26,7 +26,12 @@ ENDLESS = [
     "--input-size",
     "33,33",
 ]
-CPU = ["--batch-size", "2", *SMALL]
+CPU = ["--batch-size", "2", *TINY]
+
+#: train.py with the small network.
+SCRIPT = "tests/small/train.py"
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +44,11 @@ def data(tmp_path_factory) -> Path:
 
 
 class Training:
-    """train.py under way."""
+    """A running train.py, in its own process, with the small network."""
 
-    def __init__(self, data: Path, snapshots: Path, *flags: object, limits=None):
+    def __init__(self, data: Path, snapshots: Path, *flags: object):
         self.snapshots = snapshots
-        command = [sys.executable, "train.py", "--data-dir", data, "--snapshot-dir", snapshots, *flags]
+        command = [sys.executable, SCRIPT, "--data-dir", data, "--snapshot-dir", snapshots, *flags]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
@@ -51,22 +56,19 @@ class Training:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=limits,
         )
 
     def __enter__(self) -> Training:
         return self
 
     def __exit__(self, *_) -> None:
-        """Nothing of it is left, whatever the test did."""
-        try:
+        """End all processes of the run, whatever the test did."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.communicate()
 
     def wait_for(self, step: int) -> None:
-        """Until `step` is done and its state is saved."""
+        """Wait until `step` is done and its state is saved."""
         for _ in range(2400):
             if (self.snapshots / f"state_{step}.json").exists():
                 return
@@ -82,7 +84,7 @@ class Training:
         return found
 
     def end(self) -> tuple[int, str]:
-        """Exit status and standard error, within a minute."""
+        """Return the exit status and standard error; the run has to end within a minute."""
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
 
@@ -96,7 +98,7 @@ def newest(snapshots: Path) -> int:
 
 
 def assert_nothing_lost(snapshots: Path, done: int = 0) -> None:
-    """The newest state is that of the last step logged (or of `done`), whole; nothing else lies about."""
+    """Check that the newest state is complete and of the last logged step (or `done`), without leftovers."""
     step = newest(snapshots)
     assert step == (done or logged(snapshots)[-1])
     content = torch.load(snapshots / f"state_{step}.pt", weights_only=True)
@@ -111,7 +113,7 @@ class TestSignals:
         flags = [
             *ENDLESS,
             *CPU[:2],
-            *SMALL[2:],
+            *TINY[2:],
             "--nproc",
             processes,
             "--save-state-every",
@@ -119,16 +121,16 @@ class TestSignals:
             "--num-workers",
             1,
         ]
-        with Training(data, tmp_path, *flags) as run:
+        with Training(data, tmp_path, *flags) as training:
             while not (tmp_path / "log.jsonl").exists() or not logged(tmp_path):
-                assert run.process.poll() is None, run.end()
+                assert training.process.poll() is None, training.end()
                 time.sleep(0.05)
             # As a terminal does it, to every process of the group, or as a scheduler, to the first one alone.
             if number == signal.SIGINT:
-                os.killpg(run.process.pid, number)
+                os.killpg(training.process.pid, number)
             else:
-                run.process.send_signal(number)
-            status, errors = run.end()
+                training.process.send_signal(number)
+            status, errors = training.end()
         assert status == 1 and "Traceback" not in errors
         ended = f"train.py: error: ended by {number.name} after step {newest(tmp_path)}; --resume continues"
         assert last_line(errors).startswith(ended)
@@ -141,38 +143,37 @@ class TestSignals:
             write_pair(many, "val", number, (48, 64))
         (many / "leftImg8bit/train").symlink_to(data / "leftImg8bit/train")
         (many / "gtFine/train").symlink_to(data / "gtFine/train")
-        with Training(many, tmp_path / "run", *flags) as run:
-            run.wait_for(1)
-            run.process.send_signal(signal.SIGTERM)
-            status, errors = run.end()
+        with Training(many, tmp_path / "run", *flags) as training:
+            training.wait_for(1)
+            training.process.send_signal(signal.SIGTERM)
+            status, errors = training.end()
         assert status == 1 and "ended by SIGTERM after step 1" in last_line(errors)
         state = json.loads((tmp_path / "run/state_1.json").read_text())
         assert state["validation"]["step"] == 0 and not (tmp_path / "run/CS_scenes_best.pth").exists()
-        with Training(many, tmp_path / "run", *flags, "--resume") as run:
-            output, errors = run.process.communicate(timeout=300)
-        assert run.process.returncode == 0 and "mean IoU" in output, errors
+        done = run(SCRIPT, "--data-dir", many, "--snapshot-dir", tmp_path / "run", *flags, "--resume")
+        assert done.returncode == 0 and "mean IoU" in done.stdout, done.stderr
         state = json.loads((tmp_path / "run/state_1.json").read_text())
         assert state["validation"]["step"] == 1 and (tmp_path / "run/CS_scenes_best.pth").exists()
 
 
 class TestProcesses:
     def test_killed_rank(self, data, tmp_path):
-        flags = [*ENDLESS, *CPU[:2], *SMALL[2:], "--nproc", 2]
-        with Training(data, tmp_path, *flags) as run:
-            run.wait_for(1)
-            os.kill(run.children()[1], signal.SIGKILL)
-            status, errors = run.end()
+        flags = [*ENDLESS, *CPU[:2], *TINY[2:], "--nproc", 2]
+        with Training(data, tmp_path, *flags) as training:
+            training.wait_for(1)
+            os.kill(training.children()[1], signal.SIGKILL)
+            status, errors = training.end()
         assert status == 1 and "Traceback" not in errors
         assert "process 1 of 2 was killed by SIGKILL" in last_line(errors)
         assert newest(tmp_path) >= logged(tmp_path)[-1] - 1
 
     def test_killed_launcher_takes_its_processes_along(self, data, tmp_path):
-        flags = [*ENDLESS, *CPU[:2], *SMALL[2:], "--nproc", 2]
-        with Training(data, tmp_path, *flags) as run:
-            run.wait_for(1)
-            ranks = run.children()
-            run.process.kill()
-            run.end()
+        flags = [*ENDLESS, *CPU[:2], *TINY[2:], "--nproc", 2]
+        with Training(data, tmp_path, *flags) as training:
+            training.wait_for(1)
+            ranks = training.children()
+            training.process.kill()
+            training.end()
             for _ in range(600):
                 if not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks):
                     break
@@ -182,55 +183,50 @@ class TestProcesses:
         assert_nothing_lost(tmp_path)  # they had SIGTERM
 
     def test_killed_worker(self, data, tmp_path):
-        with Training(data, tmp_path, *ENDLESS, *CPU, "--num-workers", 1) as run:
-            run.wait_for(1)
-            for child in run.children():
+        with Training(data, tmp_path, *ENDLESS, *CPU, "--num-workers", 1) as training:
+            training.wait_for(1)
+            for child in training.children():
                 os.kill(child, signal.SIGKILL)
-            status, errors = run.end()
+            status, errors = training.end()
         assert status == 1 and "a data worker was killed" in last_line(errors)
         assert "Traceback" not in errors
         assert_nothing_lost(tmp_path)
 
     def test_second_run_into_the_directory_is_refused_and_the_first_goes_on(self, data, tmp_path):
-        with Training(data, tmp_path, *ENDLESS, *CPU) as run:
-            run.wait_for(1)
+        with Training(data, tmp_path, *ENDLESS, *CPU) as training:
+            training.wait_for(1)
             with Training(data, tmp_path, *ENDLESS, *CPU, "--resume") as other:
                 status, errors = other.end()
             assert status == 2 and "another run writes there" in last_line(errors)
-            assert f"process {run.process.pid} on" in errors and "--snapshot-dir" in errors
-            run.wait_for(newest(tmp_path) + 1)
-            run.process.terminate()
-            assert run.end()[0] == 1
+            assert f"process {training.process.pid} on" in errors and "--snapshot-dir" in errors
+            training.wait_for(newest(tmp_path) + 1)
+            training.process.terminate()
+            assert training.end()[0] == 1
         assert_nothing_lost(tmp_path)
 
 
 class TestDisk:
     def test_file_too_large(self, data, tmp_path):
-        limit = 100 << 20
-
-        def limits() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        with Training(data, tmp_path, *ENDLESS, *CPU, limits=limits) as run:
-            status, errors = run.end()
-        assert status == 1 and "Traceback" not in errors
-        assert "state_1.pt" in last_line(errors) and "File too large" in last_line(errors)
+        with longest_file(3 << 20):
+            done = run(SCRIPT, "--data-dir", data, "--snapshot-dir", tmp_path, *ENDLESS, *CPU)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "state_1.pt" in last_line(done.stderr) and "File too large" in last_line(done.stderr)
         assert not list(tmp_path.glob(".writing*")) and not list(tmp_path.glob("state*"))
 
     @pytest.mark.parametrize("processes", [1, 2])
     def test_full_disk(self, data, tmp_path, processes):
         disk = tmp_path / "disk"
         disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1000m", "tmpfs", str(disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=15m", "tmpfs", str(disk)]
         if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("needs the right to mount a small disk")
-        flags = [*ENDLESS, *CPU[:2], *SMALL[2:], "--nproc", processes]
+        flags = [*ENDLESS, *CPU[:2], *TINY[2:], "--nproc", processes]
         try:
-            with Training(data, disk, *flags) as run:
-                status, errors = run.end()
+            with Training(data, disk, *flags) as training:
+                status, errors = training.end()
             assert status == 1 and "Traceback" not in errors
             assert "No space left on device" in last_line(errors) and "state_3.pt" in last_line(errors)
-            # Two states of 420 MB are there, and no room for a third.
+            # Two states of 6 MB are there, and no room for a third.
             assert_nothing_lost(disk, done=2)
         finally:
             subprocess.run(["umount", str(disk)], check=True)
@@ -241,52 +237,40 @@ class TestInput:
         own = tmp_path / "data"
         for number in range(4):
             write_pair(own, "train", number, (48, 64))
-        with Training(own, tmp_path / "run", *ENDLESS, *CPU) as run:
-            run.wait_for(1)
+        with Training(own, tmp_path / "run", *ENDLESS, *CPU) as training:
+            training.wait_for(1)
             for path in own.rglob("*leftImg8bit.png"):
                 path.unlink()
-            status, errors = run.end()
+            status, errors = training.end()
         assert status == 2 and "leftImg8bit.png" in last_line(errors) and "Traceback" not in errors
         assert_nothing_lost(tmp_path / "run")
 
     def test_loss_that_explodes(self, data, tmp_path):
-        with Training(data, tmp_path, *ENDLESS, *CPU, "--learning-rate", 1e30) as run:
-            status, errors = run.end()
-        assert status == 1 and "Traceback" not in errors
-        last = last_line(errors)
-        done = newest(tmp_path)
-        assert f"step {done + 1}: the loss is" in last and "on process 0" in last and "ulm_000000_" in last
+        flags = [*ENDLESS, *CPU, "--learning-rate", 1e30]
+        done = run(SCRIPT, "--data-dir", data, "--snapshot-dir", tmp_path, *flags)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        last = last_line(done.stderr)
+        step = newest(tmp_path) + 1
+        assert f"step {step}: the loss is" in last and "on process 0" in last and "ulm_000000_" in last
         assert_nothing_lost(tmp_path)
 
     def test_weights_that_overflow_in_the_last_step_are_not_saved(self, data, tmp_path):
-        """No later step looks at them."""
-        flags = ["--num-steps", 1, "--learning-rate", 1e30, "--weight-decay", 1e30]
-        with Training(data, tmp_path, *ENDLESS, *CPU, *flags) as run:
-            status, errors = run.end()
-        assert status == 1 and "weights that are not finite" in last_line(errors), errors
+        """The weights of the last step are checked too, although no later step uses them."""
+        flags = [*ENDLESS, *CPU, "--num-steps", 1, "--learning-rate", 1e30, "--weight-decay", 1e30]
+        done = run(SCRIPT, "--data-dir", data, "--snapshot-dir", tmp_path, *flags)
+        assert done.returncode == 1 and "weights that are not finite" in last_line(done.stderr), done.stderr
         assert not list(tmp_path.glob("CS_scenes_*")) and not list(tmp_path.glob("state_*"))
 
     def test_truncated_newest_state(self, data, tmp_path):
-        flags = [
-            *CPU,
-            "--input-size",
-            "33,33",
-            "--save-state-every",
-            1,
-            "--print-frequency",
-            1,
-            "--num-steps",
-        ]
-        with Training(data, tmp_path / "whole", *flags, 3) as run:
-            assert run.end()[0] == 0
-        with Training(data, tmp_path / "cut", *flags, 3) as run:
-            assert run.end()[0] == 0
+        flags = ["--data-dir", data, *CPU, "--input-size", "33,33", "--num-steps", 3]
+        flags += ["--save-state-every", 1, "--print-frequency", 1]
+        for name in ("whole", "cut"):
+            assert run(SCRIPT, *flags, "--snapshot-dir", tmp_path / name).returncode == 0
         newest_state = tmp_path / "cut/state_3.pt"
         os.truncate(newest_state, newest_state.stat().st_size // 2)
         (tmp_path / "cut/CS_scenes_3.pth").unlink()
-        with Training(data, tmp_path / "cut", *flags, 3, "--resume") as run:
-            output, errors = run.process.communicate(timeout=120)
-        assert run.process.returncode == 0, errors
-        assert "state_3.pt: damaged, skipped" in output and "continuing after step 2" in output
+        done = run(SCRIPT, *flags, "--snapshot-dir", tmp_path / "cut", "--resume")
+        assert done.returncode == 0, done.stderr
+        assert "state_3.pt: damaged, skipped" in done.stdout and "continuing after step 2" in done.stdout
         ends = [(tmp_path / name / "CS_scenes_3.pth").read_bytes() for name in ("whole", "cut")]
         assert ends[0] == ends[1]

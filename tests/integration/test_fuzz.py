@@ -1,4 +1,4 @@
-"""A few inputs of each fuzzer, the same ones each time; tests/fuzz.py tries new ones for longer."""
+"""A few fixed inputs of each fuzzer. tests/fuzz.py tries new ones for longer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.errors import UsageError
 
 @pytest.fixture(scope="module", autouse=True)
 def ground(tmp_path_factory):
-    """The files of the fuzzers, and a folder to work in: a flag's value may be a relative path."""
+    """Make the files of the fuzzers, and a working directory, since flag values may be relative paths."""
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("here"))
     yield fuzz.ground()
@@ -27,7 +27,7 @@ def test_every_input_ends_in_order(name):
 
 
 class Faulty:
-    """A command with one fault, which comes with --fault."""
+    """A command that misbehaves with --fault."""
 
     def __init__(self, fault):
         self.fault = fault
@@ -61,7 +61,7 @@ def test_a_refusal_is_in_order():
 
 @pytest.mark.parametrize("fault", [crash, delete, lambda: 3, lambda: 2])
 def test_the_fuzzer_finds(fault, ground):
-    """A traceback, a file that is gone, a status that there is not, a refusal without a line."""
+    """The fuzzer finds a traceback, a deleted file, an invalid status, and a refusal without a line."""
     content = ground.picture.read_bytes()
     try:
         with pytest.raises((AssertionError, KeyError)):

@@ -1,4 +1,4 @@
-"""A killed run ends as if nobody had killed it. A few kills; python tests/kill_runs.py gives more."""
+"""A killed and resumed run ends as an uninterrupted one. tests/kill_runs.py tries more kills."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.slow
 def test_killed_runs_end_the_same(tmp_path: Path, capsys: pytest.CaptureFixture):
     # With this seed the kills come after about 0.6, 0.5 and 0.2 of the time of a whole run.
     status = kill_runs.main(["--kills", "3", "--seed", "10", "--processes", "1", "--out", f"{tmp_path}/out"])

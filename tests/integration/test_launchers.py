@@ -1,4 +1,4 @@
-"""tools/elastic.sh and tools/slurm.sbatch: a run that they restart ends as one that was never interrupted."""
+"""tools/elastic.sh and tools/slurm.sbatch: a run that they restart ends as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,16 +18,35 @@ import pytest
 import torch
 from conftest import ROOT, run, write_pair
 
-FLAGS = (
-    "--gpu cpu --backbone resnet50 --num-workers 0 --input-size 33,33 --batch-size 4 --random-mirror "
-    "--random-scale --print-frequency 1 --save-state-every 2 --keep-states 1"
-).split()
+FLAGS = [
+    "--gpu",
+    "cpu",
+    "--backbone",
+    "resnet50",
+    "--num-workers",
+    "0",
+    "--input-size",
+    "33,33",
+    "--batch-size",
+    "4",
+    "--random-mirror",
+    "--random-scale",
+    "--print-frequency",
+    "1",
+    "--save-state-every",
+    "2",
+    "--keep-states",
+    "1",
+]
 STEPS = 6
 ENVIRONMENT = {"CCNET_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 #: Of a whole job, in seconds; only one that hangs meets it.
 HANGS = 300
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +59,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory) -> Path:
-    """The last snapshot of a run of two processes."""
+    """Return the last snapshot of an uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     flags = [*FLAGS, "--nproc", 2, "--num-steps", STEPS, "--snapshot-dir", folder]
     done = run("train.py", "--data-dir", data, *flags, environment=ENVIRONMENT)
@@ -55,7 +74,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def started(command: list[object], **environment: object) -> Iterator[subprocess.Popen]:
-    """A process whose output is read at its end; ended here where the test has not done it."""
+    """Start a process, and end it at exit if the test has not."""
     process = subprocess.Popen(
         [str(part) for part in command],
         env={**os.environ, **ENVIRONMENT, **{name: str(value) for name, value in environment.items()}},
@@ -85,7 +104,7 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> No
 
 
 def child(launcher: subprocess.Popen, rank: int) -> int:
-    """The process that `launcher` has started as `rank`."""
+    """Return the id of the process that `launcher` started as `rank`."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
@@ -152,7 +171,7 @@ if name == "scontrol" and sys.argv[1:3] == ["show", "job"]:
 
 
 class Cluster:
-    """Fake commands of Slurm in a folder, and what they were called with."""
+    """Fake commands of Slurm in a folder, and a record of their calls."""
 
     job = 4711
 
@@ -165,13 +184,13 @@ class Cluster:
             (folder / name).chmod(0o755)
 
     def tells(self, line: str) -> None:
-        """What `scontrol show job` prints from now on."""
+        """Set what `scontrol show job` prints."""
         (self.folder / "job").write_text(line)
 
     def sbatch(
         self, *arguments: object, restarts: int = 0, **environment: str
     ) -> contextlib.AbstractContextManager[subprocess.Popen]:
-        """The job with two tasks, started as Slurm does: by a copy of the script."""
+        """Start the job with two tasks as Slurm does, from a copy of the script."""
         script = shutil.copy(ROOT / "tools/slurm.sbatch", self.folder / "slurm_script")
         slurm = {"SLURM_JOB_ID": self.job, "SLURM_SUBMIT_DIR": ROOT, "SLURM_CPUS_PER_TASK": 1}
         slurm |= {
@@ -184,7 +203,7 @@ class Cluster:
         return started(["bash", script, *arguments], **{**slurm, **environment})
 
     def ends_soon(self, process: subprocess.Popen) -> None:
-        """What --signal of the script asks for: the signal goes to the shell alone."""
+        """Send the signal of the script's --signal option, to the shell only."""
         (name,) = re.findall(
             r"^#SBATCH --signal=B:(\w+)@\d+$", (ROOT / "tools/slurm.sbatch").read_text(), re.M
         )
@@ -255,7 +274,7 @@ class TestSlurm:
 
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
-    """Two network namespaces, 10.77.0.1 and 10.77.0.2 to each other, by their names."""
+    """Make two connected network namespaces, 10.77.0.1 and 10.77.0.2; return their names."""
     names = [f"ccnet-{os.getpid()}-{number}" for number in (1, 2)]
 
     def ip(*arguments: str) -> None:

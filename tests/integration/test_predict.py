@@ -1,4 +1,4 @@
-"""tools/predict: its results are the network's, under the names and in the folders of the inputs."""
+"""tools.predict: its results are those of the network, with the names and folders of the inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZE = (40, 56)
 
 
 def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """uint8 [h, w, 3] BGR: noise would look alike everywhere."""
+    """Return a random picture, uint8 [h, w, 3] BGR, smooth so that its parts differ for the network."""
     rng = np.random.default_rng(number)
     small = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
     return cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC)
@@ -47,7 +47,7 @@ def model(checkpoint: Path) -> Seg_Model:
 
 @torch.no_grad()
 def logits_of(model: Seg_Model, content: np.ndarray) -> torch.Tensor:
-    """[K, h, w], by hand: BGR minus mean, logits resized with aligned corners."""
+    """Compute logits [K, h, w] step by step: BGR minus mean, network, resizing with aligned corners."""
     image = torch.from_numpy(content.astype(np.float32) - IMG_MEAN).permute(2, 0, 1)[None]
     logits = model(image)[0]
     return torch.nn.functional.interpolate(logits, content.shape[:2], mode="bilinear", align_corners=True)[0]
@@ -173,13 +173,13 @@ def test_a_camera_runs_until_it_is_interrupted(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Camera:
-        """Two frames, then Ctrl-C."""
+        """A camera that gives two frames, then Ctrl-C."""
 
         def __init__(self, number: int):
             assert number == 1
             self.frames = 0
 
-        def isOpened(self) -> bool:
+        def isOpened(self) -> bool:  # noqa: N802
             return True
 
         def get(self, _: int) -> float:
@@ -245,8 +245,9 @@ def test_a_video_that_ends_early_is_named(tmp_path: Path, checkpoint: Path) -> N
         run(checkpoint, tmp_path / "v.avi", "--out", tmp_path / "out", "--save", "color")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_broken_video(tmp_path: Path) -> None:
-    """The file system refuses more than 20 kB of a file: OpenCV does not say so."""
+    """A video that exceeds the largest file of 20 kB is removed, although OpenCV reports no error."""
     code = (
         "import resource, signal, sys, numpy as np\n"
         "from tools.predict import Film\n"

@@ -1,4 +1,4 @@
-"""python -m tools.profile: counts by hand and by brute force, the paper's table, the memory of a step."""
+"""tools.profile: counts against those by hand and brute force, the paper's table, memory of a step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run
+from conftest import run_process
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +29,7 @@ N, H, W = 2, 9, 13
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """A backbone of few blocks, for what does not depend on their number."""
+    """Register a backbone with few blocks, for tests that do not depend on their number."""
     DEPTHS["tiny"] = (2, 1, 1, 1)
     yield
     del DEPTHS["tiny"]
@@ -41,6 +41,7 @@ def run_main(monkeypatch, *arguments: object) -> None:
 
 
 @compiled
+@pytest.mark.slow
 def test_counted_as_the_paper_counts_the_papers_gflops_come_out():
     rows = profile.paper()
     counted = {name: round(row["gflops_as_the_paper_counts"], 2) for name, row in rows.items()}
@@ -132,6 +133,7 @@ def test_peak_of_what_is_alive():
         assert alive.now == 64
 
 
+@pytest.mark.slow
 def test_memory_of_a_step():
     model = Seg_Model(5, backbone="tiny")
     setting = SMALL._replace(size=(257, 257))
@@ -175,7 +177,19 @@ def test_fit_names_the_largest_batches(monkeypatch):
 
 
 def test_command_times_every_part_and_writes_json(monkeypatch, tmp_path, capsys):
-    flags = "--backbone tiny --input-size 33,41 --gpu cpu --rounds 1 --train --num-classes 4".split()
+    flags = [
+        "--backbone",
+        "tiny",
+        "--input-size",
+        "33,41",
+        "--gpu",
+        "cpu",
+        "--rounds",
+        "1",
+        "--train",
+        "--num-classes",
+        "4",
+    ]
     run_main(monkeypatch, *flags, "--json", tmp_path / "profile.json")
     result = json.loads((tmp_path / "profile.json").read_text())
     parts = result["parts"]
@@ -189,7 +203,21 @@ def test_command_times_every_part_and_writes_json(monkeypatch, tmp_path, capsys)
 
 
 def test_attention_left_out_has_no_part(monkeypatch, capsys):
-    run_main(monkeypatch, *"--backbone tiny --input-size 33,41 --gpu cpu --rounds 1 --recurrence 0".split())
+    run_main(
+        monkeypatch,
+        *[
+            "--backbone",
+            "tiny",
+            "--input-size",
+            "33,41",
+            "--gpu",
+            "cpu",
+            "--rounds",
+            "1",
+            "--recurrence",
+            "0",
+        ],
+    )
     assert "head.convb" in (printed := capsys.readouterr().out) and "head.cca" not in printed
 
 
@@ -212,8 +240,9 @@ def test_paper_needs_what_it_counts(monkeypatch):
         profile.paper()
 
 
+@pytest.mark.slow
 def test_started_as_a_file_it_says_how_to_start_it():
-    result = run("tools/profile.py")
+    result = run_process("tools/profile.py")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines() == [
         "tools/profile.py: can't be started as a file; run python -m tools.profile in the project folder"
@@ -248,7 +277,7 @@ def test_what_does_not_fit_is_not_tried(monkeypatch):
 
 
 def test_the_largest_batch_is_found_wherever_it_is(monkeypatch):
-    """Of needs that grow by a line, and of one that is far above the line through the first two."""
+    """The needed memory may grow linearly, or much faster than its first two values suggest."""
     for needs in (lambda batch: 2.0 + batch, lambda batch: 2.0 + batch + 3 * max(0, batch - 2)):
         monkeypatch.setattr(profile, "need", lambda setting, needs=needs: needs(setting.batch))
         rooms = [1.0, 3.0, 4.5, 30.0, 401.0]

@@ -1,4 +1,4 @@
-"""tools/report: everything that a run has is on the page, and the page is one file."""
+"""tools.report: the page shows all results of a run and is a single file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from utils.errors import UsageError
 
 @pytest.fixture
 def finished(tmp_path: Path, scenes: Path, checkpoint: Path) -> Path:
-    """A run's folder with predictions that are right in a growing part of each picture."""
+    """Return the folder of a run whose predictions are right in a growing part of each picture."""
     folder = tmp_path / "a <run>"
     (folder / "outputs").mkdir(parents=True)
     dataset = CSDataSet(str(scenes), split="val", crop_size=None)
@@ -65,7 +65,7 @@ def finished(tmp_path: Path, scenes: Path, checkpoint: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Texts, references and open elements of a page."""
+    """The texts, references and unclosed elements of a page."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""tools/seeds: which commands it runs, and the table that it makes of their results."""
+"""tools.seeds: the commands that it runs, and the table of their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTED = EvaluateOptions.names(lambda flag: flag.noted)
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that were run, which leave what the real ones do."""
+    """Replace the commands by ones that only write the files of the real ones; return those that were run."""
     done: list[list[str]] = []
 
     def run(script: str, *arguments: object) -> None:
@@ -93,6 +93,7 @@ def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:
     assert commands == []
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_ends_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="train.py: wrong usage or input"):
         seeds.main([str(tmp_path / "runs"), "--train", "--data-dir", str(tmp_path / "none"), "--gpu", "cpu"])

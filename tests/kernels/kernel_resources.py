@@ -1,4 +1,4 @@
-"""What the CUDA kernels take of a multiprocessor.
+"""Measure the resources of a multiprocessor that the CUDA kernels need.
 
     python tests/kernels/kernel_resources.py      measures and writes tests/data/kernel_resources.json
 
@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a script, outside pytest
 
-from emulator import Emulator, build  # noqa: E402
+from emulator import Emulator, build
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).parents[1] / "data/kernel_resources.json"
@@ -37,8 +37,9 @@ REPORT = re.compile(
 
 
 def find_nvcc() -> str | None:
-    """The compiler that setup.py would take."""
+    """Return the path of the nvcc that setup.py would use."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
     home, _ = setup.find_toolkit()
@@ -47,17 +48,19 @@ def find_nvcc() -> str | None:
 
 def nvcc_version(nvcc: str) -> str:
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release ([\d.]+)", output)[1]
+    found = re.search(r"release ([\d.]+)", output)
+    assert found, output
+    return found[1]
 
 
 def short(name: str) -> str:
-    """forward_kernel<float, 7, 7, 2> of a demangled name."""
+    """Shorten a demangled name to forward_kernel<float, 7, 7, 2>."""
     name = name.replace("cc_attention::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
     return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|general::Result)\)", "", name)).strip()
 
 
 def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[str, int]]:
-    """Kernel name -> resources, of one file and architecture."""
+    """Return the resources of the kernels of one file on one architecture, by name."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-O3", "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", str(source)]
         done = subprocess.run(
@@ -80,7 +83,7 @@ def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[st
 
 
 def shared_memory() -> dict[str, dict[str, int]]:
-    """Operator and dtype -> length of the longest line -> bytes of dynamic shared memory of a block."""
+    """Return the bytes of dynamic shared memory of a block, by operator and dtype, then line length."""
     kernels = Emulator(build())
     table: dict[str, dict[str, int]] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -101,7 +104,7 @@ def shared_memory() -> dict[str, dict[str, int]]:
 
 
 def measure(nvcc: str) -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture -> kernel -> resources."""
+    """Return the resources of all kernels, by architecture and name."""
     sources = sorted((ROOT / "cc_attention/csrc/cuda").glob("*.cu"))
     jobs = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -117,14 +120,15 @@ def main() -> int:
     if nvcc is None:
         print("kernel_resources.py: there is no nvcc for this PyTorch", file=sys.stderr)
         return 2
-    table = {"nvcc": nvcc_version(nvcc), "shared_memory": shared_memory(), "kernels": measure(nvcc)}
+    resources = measure(nvcc)
+    table = {"nvcc": nvcc_version(nvcc), "shared_memory": shared_memory(), "kernels": resources}
     text = json.dumps(table, indent=1)
     # A kernel in a line.
     text = re.sub(
         r"\{\s+(\"(?:registers|64)\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text
     )
     TABLE.write_text(text + "\n")
-    for architecture, kernels in table["kernels"].items():
+    for architecture, kernels in resources.items():
         spilling = [f"{name} ({r['spills']} bytes)" for name, r in kernels.items() if r["spills"]]
         print(f"{architecture}: {len(kernels)} kernels, spilling: {', '.join(spilling) or 'none'}")
     return 0

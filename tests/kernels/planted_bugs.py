@@ -1,4 +1,4 @@
-"""Plants bugs into the CUDA kernels, one at a time, and reports which of them the emulator's tests catch.
+"""Plant bugs into the CUDA kernels, one at a time, and report which of them the emulator's tests catch.
 
     python tests/kernels/planted_bugs.py [NAME ...]
 
@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -311,7 +312,7 @@ BUGS: list[Bug] = [
 
 # Shape, dtype, settings: both widths of elements, several chunks of channels, tails, a line of several blocks
 # of keys, little shared memory.
-CASES = [
+CASES: list[tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = [
     ((1, 64, 264, 7, 33), BF16, {}),
     ((2, 72, 40, 7, 18), F32, {"tf32": True}),
     ((1, 8, 72, 3, 150), BF16, {}),
@@ -335,7 +336,7 @@ CASES = [
 
 
 def caught(edits: dict[str, str]) -> str | None:
-    """How the tests catch the edited kernels; None if they do not.
+    """Return how the tests catch the edited kernels, or None if they do not.
 
     They run in a process of their own, whose memory a bug may write all over.
     """
@@ -350,7 +351,7 @@ def caught(edits: dict[str, str]) -> str | None:
 
 
 def failure(library: Path) -> str | None:
-    """The first failure of the kernels in a library, or None."""
+    """Return the first failure of the kernels in a library, or None."""
     emulator = Emulator(library)
     backend = Backend("emulator", emulator.forward, emulator.backward)
     for shape, dtype, chosen in CASES:

@@ -22,7 +22,7 @@ F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat1
 
 @dataclass
 class Backend:
-    """Kernels of one device, and which of them: tensor cores (with tf32 for float32) or general."""
+    """The kernels of one device: those for tensor cores (with tf32 for float32) or the general ones."""
 
     name: str
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -53,7 +53,13 @@ def on_device(device: str) -> Backend:
     return Backend(device, forward, backward, device)
 
 
-@pytest.fixture(params=["cpu", "emulator", "cuda"])
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("emulator", marks=pytest.mark.build),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "emulator":
         emulated = request.getfixturevalue("emulator")
@@ -68,7 +74,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def sample(
     shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", spread: float = 1.0, offset: float = 0.0
 ) -> list[Tensor]:
-    """query, key, value and the gradient of out, for shape (N, c, C, H, W).
+    """Return query, key, value and the gradient of out, for shape (N, c, C, H, W).
 
     spread: standard deviation of the scores.
     offset: added to the query and taken from the key, so that all scores lie far below zero.
@@ -83,12 +89,12 @@ def sample(
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What one writes in PyTorch, in the dtype of the operands from end to end."""
+    """Compute the attention in plain PyTorch, in the dtype of the operands throughout."""
     return reference.ca_map(F.softmax(reference.ca_weight(query, key), dim=1), value)
 
 
 def results_of(function: Callable[..., Tensor], operands: list[Tensor]) -> list[Tensor]:
-    """out and the three gradients."""
+    """Return out and the three gradients."""
     *inputs, grad = operands
     inputs = [t.detach().requires_grad_() for t in inputs]
     out = function(*inputs)
@@ -96,7 +102,7 @@ def results_of(function: Callable[..., Tensor], operands: list[Tensor]) -> list[
 
 
 def plain_errors(operands: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
-    """The largest error of plain PyTorch for out and the gradients, over several orders of the channels.
+    """Return the largest error of plain PyTorch, over several orders of the channels, for out and gradients.
 
     One order alone is a matter of luck, and of the processor, whose library sums in an order of its own: on
     small maps the error of a gradient differs by up to three times.
@@ -120,7 +126,7 @@ def plain_errors(operands: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
 
 
 def run(backend: Backend, operands: list[Tensor], **settings: int) -> tuple[list[Tensor], Tensor]:
-    """out and the three gradients; normalizer."""
+    """Run the kernels; return out and the three gradients, and the normalizer."""
     out, normalizer = backend.forward(*operands[:3], **settings)
     return [out, *backend.backward(*operands[:3], out, normalizer, operands[3], **settings)], normalizer
 
@@ -132,7 +138,7 @@ def check(
     like: torch.dtype | None = None,
     peaked: bool = False,
 ) -> None:
-    """The error against float64 is at most twice `plain_errors` in the same dtype, plus one rounding.
+    """Check that the error against float64 is at most twice `plain_errors` of the dtype, plus one rounding.
 
     like: another dtype than the operands' whose precision is meant.
     peaked: the softmax is nearly one-hot, and in the gradients of query and key almost everything cancels.
@@ -210,7 +216,7 @@ def test_as_exact_as_pytorch(backend: Backend, dtype: torch.dtype, shape: tuple[
 @pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 64, 136, 20, 33), (2, 5, 9, 33, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
 def test_large_scores(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """CCNet does not scale its scores: of queries and keys of unit variance they are as large as these."""
+    """CCNet does not scale its scores, so queries and keys of unit variance give scores as large as these."""
     operands = sample(shape, dtype, backend.device, spread=8.0)
     results, normalizer = run(backend, operands)
     check(results, normalizer, operands, peaked=True)
@@ -219,7 +225,7 @@ def test_large_scores(backend: Backend, dtype: torch.dtype, shape: tuple[int, ..
 @pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 8, 16, 3, 150), (2, 5, 9, 33, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_scores_far_below_zero(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """What pads a line has a score of 0, whose exponential would then overflow the sums."""
+    """The padding of a line has a score of 0, whose exponential must not overflow the sums."""
     operands = sample(shape, dtype, backend.device, offset=6.0)
     assert reference.ca_weight(*operands[:2]).max() < -100
     results, normalizer = run(backend, operands)
@@ -228,7 +234,7 @@ def test_scores_far_below_zero(backend: Backend, dtype: torch.dtype, shape: tupl
 
 @pytest.mark.parametrize("shape", ALIGNED, ids=str)
 def test_tf32(backend: Backend, shape: tuple[int, ...]) -> None:
-    """tf32 has float16's ten bits of mantissa, and so has to be as exact as PyTorch in float16."""
+    """tf32 has ten bits of mantissa like float16, so it has to be as exact as PyTorch in float16."""
     if backend.name == "cpu":
         pytest.skip("tf32 is of tensor cores")
     operands = sample(shape, F32, backend.device)
@@ -242,6 +248,7 @@ def test_tf32(backend: Backend, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("tensor_cores", [True, False])
 @pytest.mark.parametrize("shape", [(2, 8, 16, 5, 7), (1, 64, 72, 18, 33), (1, 8, 40, 3, 150)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.build
 def test_same_bits_in_any_order_of_threads(
     emulator: Emulator, dtype: torch.dtype, shape: tuple[int, ...], tensor_cores: bool
 ) -> None:
@@ -264,7 +271,7 @@ def test_same_bits_in_any_order_of_threads(
 
 
 def masked(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """Operands as `sample` gives them, whose scores are -inf, +inf, NaN, or large.
+    """Return operands like `sample`, but with scores of -inf, +inf, NaN, or large ones.
 
     Queries are positive, so that a key of -inf in its first channel gives scores of -inf.
     """
@@ -351,7 +358,7 @@ def test_what_is_finite_in_the_reference_is_so_here(
 
 
 def test_equal_scores_beyond_the_precision_of_their_sum() -> None:
-    """Weights of equal scores are 1 / L however large the scores are: there a logarithm would lose L."""
+    """Equal scores have weights of 1 / L however large they are. A sum of logarithms would lose L."""
     for dtype, size in ((F32, 2.0**60), (F64, 2.0**200), (BF16, 2.0**60)):
         query, value = torch.full((1, 1, 3, 5), size, dtype=dtype), torch.ones(1, 1, 3, 5, dtype=dtype)
         query.requires_grad_(), value.requires_grad_()
@@ -362,7 +369,7 @@ def test_equal_scores_beyond_the_precision_of_their_sum() -> None:
 
 
 def primitives(emulator: Emulator | None, name: str, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The result of ca_weight or ca_map and its two gradients."""
+    """Return the result of ca_weight or ca_map and its two gradients."""
     if emulator is None:
         leaves = [t.clone().requires_grad_() for t in inputs]
         out = getattr(ops, name)(*leaves)
@@ -378,6 +385,7 @@ def primitives(emulator: Emulator | None, name: str, inputs: list[Tensor], grad:
 @pytest.mark.parametrize("shape", [(1, 3, 4, 1, 9), (1, 3, 4, 9, 1), (2, 8, 5, 5, 19)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
 @pytest.mark.parametrize("name", ["ca_weight", "ca_map"])
+@pytest.mark.build
 def test_primitives_of_inf_and_nan(
     emulator: Emulator, name: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:

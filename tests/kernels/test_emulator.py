@@ -1,4 +1,4 @@
-"""The emulator of CUDA: each of its words against the definition, and each kind of planted error is found."""
+"""The emulator of CUDA: each primitive against its definition, and each kind of planted error is found."""
 
 import re
 import shutil
@@ -20,6 +20,7 @@ SILENT = {
     *("uninitialized_dynamic", "uninitialized_variable"),
 }
 
+pytestmark = pytest.mark.build
 needs_compiler = pytest.mark.skipif(not emulator.COMPILER, reason="there is no C++ compiler")
 
 
@@ -39,7 +40,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def tf32(x: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, ties away from zero, by arithmetic."""
+    """Round to 10 bits of mantissa, ties away from zero, by arithmetic."""
     mantissa, exponent = torch.frexp(x.double())
     rounded = (mantissa.abs() * 2**11 + 0.5).floor() * x.double().sign()
     return torch.ldexp(rounded, exponent - 11).float()
@@ -62,7 +63,7 @@ def test_product(kernels: Emulator, dtype: torch.dtype, schedule: int):
 
 
 def test_product_of_nothing_but_nan_and_zero(kernels: Emulator):
-    """Uninitialized rows are no error as long as nothing comes of them: only their own results are NaN."""
+    """Uninitialized rows are not an error if only their own results are NaN."""
     a, b, d = torch.ones(16, 8), torch.ones(8, 8), torch.zeros(16, 8)
     bits(a)[3] = -1
     kernels.call("run_product", 0, at(a), at(b), at(d))
@@ -202,7 +203,7 @@ def test_every_fault_is_tried():
 
 @needs_compiler
 def test_other_processors():
-    """Fibers by the C library, as on processors other than x86-64."""
+    """The emulator works with fibers of the C library, as on processors other than x86-64."""
     kernels = Emulator(emulator.build(sources=[SOURCE], flags=["-O1", "-DCC_EMULATOR_UCONTEXT"]))
     assert run_pipeline(kernels, "none", 4) and not run_pipeline(kernels, "no_barrier_after_read", 2)
     with pytest.raises(RuntimeError, match="deadlock"):

@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every architecture and take what the table of kernel_resources.py says."""
+"""The CUDA kernels compile for every architecture and need the resources in the table."""
 
 import json
 import subprocess
@@ -25,6 +25,7 @@ def measured(nvcc: str) -> dict[str, dict[str, dict[str, int]]]:
     return kernel_resources.measure(nvcc)
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_take_what_the_table_says(
     nvcc: str, measured: dict[str, dict[str, dict[str, int]]], architecture: str
@@ -46,6 +47,7 @@ def test_no_kernel_for_lines_of_112_spills() -> None:
             assert kernel["spills"] == 0 or long_lines, (architecture, name)
 
 
+@pytest.mark.build
 def test_blocks_ask_for_the_shared_memory_of_the_table() -> None:
     if emulator.COMPILER is None:
         pytest.skip("no C++ compiler here for the emulator")
@@ -56,9 +58,10 @@ def test_blocks_ask_for_the_shared_memory_of_the_table() -> None:
         assert block <= 99 * 1024  # one in that of sm_86, sm_89 and sm_120
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("source", ["tensor_core_forward.cu", "tensor_core_backward.cu"])
 def test_shared_memory_is_not_read_byte_by_byte(nvcc: str, source: str, tmp_path: Path) -> None:
-    """As from an address whose alignment the compiler cannot see: right, and several times slower."""
+    """The compiler knows the alignment of shared memory. Reads byte by byte would be several times slower."""
     path = kernel_resources.ROOT / "cc_attention/csrc/cuda" / source
     ptx = tmp_path / "kernels.ptx"
     subprocess.run([nvcc, "-O3", "-std=c++20", "-arch=sm_80", "-ptx", path, "-o", ptx], check=True)

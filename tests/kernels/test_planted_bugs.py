@@ -1,4 +1,4 @@
-"""The tests of the kernels catch planted bugs: a sample of those of tests/kernels/planted_bugs.py."""
+"""The tests of the kernels catch a sample of the planted bugs of tests/kernels/planted_bugs.py."""
 
 import pytest
 from emulator import COMPILER
@@ -12,6 +12,7 @@ def test_the_place_of_each_bug_is_there(bug: Bug) -> None:
     assert bug.plant()
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("bug", [b for b in BUGS if b.name in SAMPLE], ids=lambda bug: bug.name)
 def test_bugs_are_caught(bug: Bug) -> None:
     if COMPILER is None:

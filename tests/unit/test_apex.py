@@ -1,4 +1,4 @@
-"""The apex backend without apex: what is said where it can't be used, and the wiring to a stand-in.
+"""The apex backend without apex: errors if it can't be used, and its use of a stand-in.
 
 The stand-ins have the signatures of NVIDIA's classes at tag 25.05 and compute with plain torch.
 """
@@ -58,7 +58,7 @@ class DistributedDataParallel(nn.Module):
 
 
 class SyncBatchnormFunction:
-    """Of two processes that hold the same."""
+    """Behaves as if two processes held the same data."""
 
     calls = 0
 
@@ -93,7 +93,7 @@ class SyncBatchnormFunction:
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """A function that puts an apex of these files in place of any other."""
+    """Return a function that replaces apex by a package with given files."""
 
     def forget() -> dict:
         names = [name for name in sys.modules if name.partition(".")[0] in ("apex", *EXTENSIONS)]

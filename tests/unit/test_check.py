@@ -1,4 +1,4 @@
-"""Every way in which a data set is broken, as the check command and as the loader report it."""
+"""Broken data sets, as reported by the check command and by the loader."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import last_line, status_of, write_pair
-from PIL import Image, ImageCms
+from PIL import Image
 
 from dataset import CSDataSet, DataError, check
 from dataset.labels import CITYSCAPES, LABELS, choose_table
@@ -27,28 +25,15 @@ LABEL = f"gtFine/train/ulm/{NAME}_gtFine_labelIds.png"
 INSTANCES = f"gtFine/train/ulm/{NAME}_gtFine_instanceIds.png"
 
 
-@pytest.fixture
-def healthy(tmp_path) -> Path:
-    """Four pictures of each split with labels and instances."""
-    folder = tmp_path / "CS"
-    for split in ("train", "val"):
-        for number in range(4):
-            _, label = write_pair(folder, split, number, (48, 64))
-            ids = cv2.imread(str(folder / label), cv2.IMREAD_GRAYSCALE).astype(np.uint16)
-            instances = np.where(ids >= 24, ids * 1000 + 1, ids).astype(np.uint16)
-            cv2.imwrite(str(folder / label.replace("labelIds", "instanceIds")), instances)
-    return folder
-
-
 def checked(folder, capsys, *flags) -> tuple[int, str, str]:
-    """Exit status, output and last line on standard error of the check command."""
+    """Run the check command; return exit status, output and last line on standard error."""
     status = status_of(check.main, folder, "--num-workers", "2", "--partial", *flags)
     captured = capsys.readouterr()
     return status, captured.out, last_line(captured.err or "\n-")
 
 
 def loaded(folder, list_path=None, classes=None) -> str:
-    """What the loader says of a data set, at the first of its doors that finds anything."""
+    """Return the first error of the loader for a data set."""
     try:
         table = choose_table(classes, None)[0]
         dataset = CSDataSet(str(folder), list_path, crop_size=None, scale=False, mirror=False, table=table)
@@ -321,7 +306,7 @@ def test_notes_are_no_problems(healthy, capsys):
 
 
 def test_cities_of_cityscapes_have_their_pictures(healthy, capsys):
-    """Of the official cities alone: val's ulm is none of them."""
+    """The pictures of the official cities are counted. In val, ulm is not one of them."""
     status, output, line = checked(healthy, capsys)  # --partial
     assert status == 0
     assert status_of(check.main, healthy) == 2
@@ -439,7 +424,7 @@ def test_classes_that_occur_nowhere_are_named(healthy, capsys):
 
 
 def test_masks_of_black_and_white(tmp_path, capsys):
-    """Without a table white is void, and its class is nowhere; a row of id 255 makes it one."""
+    """Without a table, white is void and its class does not occur. A row with id 255 makes it a class."""
     mask = np.zeros((8, 8), np.uint8)
     mask[:2] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -456,7 +441,7 @@ def test_masks_of_black_and_white(tmp_path, capsys):
 
 
 def test_pictures_that_are_nearly_black(tmp_path, capsys):
-    """12 bits in 16, of which the upper 8 are read."""
+    """Of 12 bits stored in 16, only the upper 8 are read."""
     pixels = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(np.uint16)
     for number in range(3):
         cv2.imwrite(str(tmp_path / f"{number}.png"), pixels * (16 if number == 2 else 1))
@@ -505,44 +490,3 @@ def test_full_disk_leaves_nothing_and_names_the_result(healthy, tmp_path, capsys
     status, _, line = checked(healthy, capsys, "--json", tmp_path / "out/a.json")
     assert status == 1 and f"{tmp_path / 'out/a.json'}: can't be written (No space left on device)" in line
     assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [("a.json", "before")]
-
-
-def test_file_names_that_are_no_text(healthy, tmp_path, root):
-    """The names of pictures, folders, list and results, where the terminal takes UTF-8 alone."""
-    folder = os.fsencode(tmp_path) + b"/d\xe4"
-    os.rename(healthy, folder)
-    name = folder + b"/leftImg8bit/val/ulm/stra\xdfe_leftImg8bit.png"
-    with open(name, "w") as file:
-        file.write("broken")
-    listing = os.fsencode(tmp_path) + b"/l\xff.lst"
-    with open(listing, "wb") as file:
-        file.write(IMAGE.encode() + b"\tgtFine/train/ulm/\xdf.png\n")
-    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    for flags, words in (
-        ([b"--split", b"val"], (b"stra", b"not a readable picture")),
-        ([b"--data-list", listing], (b"l\\udcff.lst", b"\\udcdf.png: no such file")),
-    ):
-        done = subprocess.run(
-            [sys.executable, b"-m", b"dataset.check", folder, b"--json", folder + b"/\xff", *flags],
-            capture_output=True,
-            cwd=root,
-            env=strict,
-        )
-        assert done.returncode == 2 and b"Traceback" not in done.stderr
-        assert all(word in done.stdout for word in words), done.stdout
-        assert os.path.exists(folder + b"/\xff")
-
-
-def test_as_a_command(healthy, root):
-    """One clean line beside the progress, though a decoder has something to say."""
-    cut(IMAGE, 0.5)(healthy)
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    name = "gtFine/val/ulm/ulm_000000_000000_gtFine_labelIds.png"
-    Image.open(healthy / name).save(healthy / name, icc_profile=profile)  # of colors, in a gray picture
-    command = [sys.executable, "-m", "dataset.check", str(healthy), "--partial"]
-    plain = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=plain)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert last_line(done.stderr).startswith("dataset.check: error: ") and IMAGE in last_line(done.stderr)
-    assert "8/8" not in done.stderr and "4/4" in done.stderr
-    assert "arning" not in done.stderr and f"note: {name}: libpng warning: iCCP" in done.stdout

@@ -1,4 +1,4 @@
-"""Weights of other programs against those programs' own networks, and every way out and back in."""
+"""Converted weights against the networks of their programs, and every way out and back in."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill, longest_file, run
+from conftest import fill, fill_library, longest_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evaluate
-import train
 from dataset import IMG_MEAN
 from networks import ABN, CheckpointError, Seg_Model
 from networks.convert import (
@@ -45,28 +44,8 @@ OUR_MEAN = torch.tensor(IMG_MEAN, dtype=torch.float64).view(3, 1, 1)
 EXACT = 1e-6
 
 
-def fill_library(model: nn.Module) -> nn.Module:
-    """Random weights, with batch norms that have negative, tiny and zero weights; in evaluation mode."""
-    generator = torch.Generator().manual_seed(1)
-    for name, value in model.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        random = torch.randn(value.shape, generator=generator)
-        if name.endswith("running_var"):
-            value.copy_(random.abs() * 0.3 + 0.5)
-        elif value.dim() > 1:
-            value.copy_(random * (2 / value[0].numel()) ** 0.5)
-        elif value.dim() == 1:
-            value.copy_(random * 0.5)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            with torch.no_grad():
-                module.weight[:4] = torch.tensor([0, 1e-7, -3e-6, -1.0])
-    return model.eval()
-
-
 def picture(height: int, width: int) -> Tensor:
-    """[1, 3, height, width], R G B in 0..255"""
+    """Return a random picture [1, 3, height, width], R G B in 0..255."""
     random = torch.randint(0, 256, (1, 3, height, width), generator=torch.Generator().manual_seed(2))
     return random.double()
 
@@ -89,7 +68,7 @@ def layers_of(model: nn.Module, forward, images: Tensor) -> list[Tensor]:
 
 
 def network(state: dict[str, Tensor], num_classes: int | None = None) -> ResNet:
-    """ResNet-50 in float64, with CCNet's heads if it has classes, and every entry of `state` in it."""
+    """Return ResNet-50 in float64 with the entries of `state`, with CCNet's heads if it has classes."""
     variant = variant_of(state)
     with torch.device("meta"):
         model = (
@@ -109,12 +88,12 @@ def assert_same(outputs: list[Tensor], expected: list[Tensor], share: float = EX
 
 
 def tool(*arguments: object) -> int:
-    """python -m tools.convert in this process; its exit status"""
+    """Run `python -m tools.convert` in this process; return its exit status."""
     return exit_status(lambda: convert.main([str(argument) for argument in arguments]))
 
 
 def converted(folder: Path, state: object, *arguments: object) -> dict[str, Tensor]:
-    """What the tool makes of a state dict."""
+    """Return the state dict that the tool converts a state dict to."""
     torch.save(state, folder / "source.pth")
     (folder / "output.pth").unlink(missing_ok=True)
     assert tool(folder / "source.pth", folder / "output.pth", *arguments) == 0
@@ -122,12 +101,12 @@ def converted(folder: Path, state: object, *arguments: object) -> dict[str, Tens
 
 
 def unchecked(state: dict[str, Tensor], mean=IMAGENET_MEAN, std=IMAGENET_STD) -> dict[str, Tensor]:
-    """What it makes of a library's state dict, without its own comparison."""
+    """Convert the state dict of a library, without the comparison of the networks."""
     return from_batch_norm(to_our_pictures(imagenet_names("source", state), mean, std, IMG_MEAN.tolist()))
 
 
 class TestImageNet:
-    """ResNets of torchvision and timm at output stride 8, as these libraries dilate them."""
+    """ResNets of torchvision and timm with output stride 8, dilated as these libraries do it."""
 
     def test_torchvision(self, tmp_path):
         models = pytest.importorskip("torchvision").models
@@ -149,7 +128,7 @@ class TestImageNet:
         assert_same(layers_of(model, model.features, ours(rgb)), right)
 
     def test_timm_with_ccnets_own_stem(self, tmp_path):
-        """It becomes CCNet itself: every block of a layer dilates, and around the picture is IMG_MEAN."""
+        """The result is CCNet itself: all blocks of a layer are dilated, padding has the value IMG_MEAN."""
         timm = pytest.importorskip("timm")
         library = fill_library(timm.create_model("resnet50s", output_stride=8))
         state = converted(tmp_path, library.state_dict())
@@ -183,7 +162,7 @@ class TestImageNet:
 
 
 def test_weights_that_ours_cannot_have():
-    """One convolution and batch norm, each channel by itself: negative weights, and those below eps."""
+    """Negative batch-norm weights and those below eps are converted exactly, channel by channel."""
     torch.manual_seed(0)
     convolution, norm = nn.Conv2d(3, 8, 3).double(), nn.BatchNorm2d(8).double().eval()
     weights = [2.0, -2.0, 1e-5, -1e-5, 1e-6, -1e-6, 1e-9, -1e-9]
@@ -204,7 +183,7 @@ def test_weights_that_ours_cannot_have():
 
 
 class Mmseg(nn.Module):
-    """mmsegmentation's CCNet, rebuilt in plain PyTorch from its description, with its names."""
+    """The CCNet of mmsegmentation, rebuilt in plain PyTorch from its description, with its names."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -260,7 +239,7 @@ class Mmseg(nn.Module):
 
     @staticmethod
     def attend(cca, x):
-        """Every pair of pixels, all but those of one row or one column masked."""
+        """Compute attention over all pairs of pixels, masked to those in one row or column."""
         _, _, height, width = x.shape
         query, key, value = (part(x).flatten(2) for part in (cca.query_conv, cca.key_conv, cca.value_conv))
         rows = torch.arange(height).repeat_interleave(width)
@@ -306,7 +285,7 @@ def test_mmsegmentation(tmp_path):
 
 
 def test_original_out_and_in_again(tmp_path, monkeypatch):
-    """Names, order, bits; a file of the kind that PyTorch 0.4 reads, with nothing in it that 0.4 lacks."""
+    """Names, order and bits are kept, in a file that PyTorch 0.4 can read."""
     monkeypatch.setattr(convert, "compare", lambda *_: None)  # of what is the same to the bit, as is tested
     with torch.device("meta"):
         model = Seg_Model(19)
@@ -335,7 +314,7 @@ def test_original_out_and_in_again(tmp_path, monkeypatch):
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """`model` with nn.BatchNorm2d and an activation in place of every activated batch norm."""
+    """Return `model` with nn.BatchNorm2d and an activation in place of every activated batch norm."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, ABN):
@@ -346,6 +325,7 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_plain_batch_norm_and_back(tmp_path):
     model = Seg_Model(5, backbone="resnet50")
     fill(model)
@@ -378,7 +358,7 @@ def test_plain_batch_norm_and_back(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", convert.TARGETS)
 def test_weights_of_16_bits(dtype, target, tmp_path, monkeypatch):
-    """Out and, but for the sum with eps, to the bit."""
+    """Weights of 16 bits are converted exactly, except for the sum with eps."""
     monkeypatch.setattr(convert, "compare", lambda *_: None)
     state = {"layer1.0.bn1.weight": torch.randn(64).to(dtype), "layer1.0.bn1.running_mean": torch.ones(64)}
     content = to_batch_norm(state) if target == "batch-norm" else state
@@ -390,7 +370,7 @@ def test_weights_of_16_bits(dtype, target, tmp_path, monkeypatch):
 
 
 def small_state(**changes: Tensor | None) -> dict[str, Tensor]:
-    """CCNet's ResNet-50 with the same number everywhere, entries replaced, added, or left out (None)."""
+    """Return CCNet's ResNet-50 filled with one number, with entries replaced, added, or removed (None)."""
     with torch.device("meta"):
         model = Seg_Model(5, backbone="resnet50")
     state = {**constant(model), **changes}
@@ -404,7 +384,7 @@ def library_state(name: str) -> dict[str, Tensor]:
 
 
 def constant(model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of the model's shapes that takes no room on the disk."""
+    """Return a state dict of the shapes of the model that takes little space on the disk."""
     number = torch.full([1], 0.01, device="cpu")
     return {
         name: number.reshape([1] * value.dim()).expand(value.shape)
@@ -417,7 +397,7 @@ def backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tracked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` as a module with nn.BatchNorm2d, or inplace_abn's, has it."""
+    """Return `state` with the entries of nn.BatchNorm2d or of inplace_abn."""
     ends = (".running_mean", ".num_batches_tracked")
     return state | {name.replace(*ends): torch.tensor(0) for name in state if name.endswith(ends[0])}
 
@@ -463,7 +443,7 @@ FILES = {
 
 
 class TestRefusals:
-    """One line, and no file."""
+    """A refusal is one line, and no file is written."""
 
     def refused(self, capsys, folder, *arguments, status=2):
         before = sorted(path.name for path in folder.iterdir())
@@ -518,7 +498,7 @@ class TestRefusals:
         assert "head.cca.gamma" in error or "dsn.0.weight" in error
 
     def test_weights_beyond_float32(self, capsys, tmp_path):
-        """In the file, after the conversion, and in what the network makes of them."""
+        """Weights beyond float32 are found in the file, after the conversion, and in the outputs."""
         paths = tmp_path / "source.pth", tmp_path / "output.pth"
         torch.save(library_state("resnet50"), paths[0])
         error = self.refused(capsys, tmp_path, *paths, "--std", "1,1e-41,1e-41")
@@ -596,7 +576,7 @@ class TestRefusals:
         assert "--from" in self.refused(capsys, tmp_path, "torchvision", paths[1], "--from", "mmseg")
 
     def test_outputs_that_differ(self, capsys, tmp_path, monkeypatch):
-        """A conversion that is wrong; nan in it, too."""
+        """A wrong conversion, also one that gives NaN, is found by comparing outputs."""
         paths = [tmp_path / "source.pth", tmp_path / "output.pth"]
         torch.save(small_state(), tmp_path / "source.pth")
         before = convert.Source(small_state(), "ccnet", None)
@@ -669,35 +649,3 @@ def test_rename_takes_whole_parts():
     modules = {"a": "x", "a.b": "y", "c.1": "z"}
     names = ["a.w", "a.b.w", "ab.w", "c.1.w", "c.10.w"]
     assert list(rename(dict.fromkeys(names), modules)) == ["x.w", "y.w", "ab.w", "z.w", "c.10.w"]
-
-
-def test_training_from_torchvision(scenes, tmp_path, monkeypatch, capsys):
-    """The run, the two processes that resume it, and the evaluation build the network of the weights."""
-    models = pytest.importorskip("torchvision").models
-    url = models.ResNet50_Weights.IMAGENET1K_V1.url
-    cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
-    cached.parent.mkdir(parents=True)
-    torch.save(fill_library(models.resnet50()).state_dict(), cached)
-    arguments = [
-        *("--data-dir", scenes, "--snapshot-dir", tmp_path / "run", "--input-size", "17,17"),
-        *("--batch-size", 2, "--num-steps", 1, "--learning-rate", 1e-9),
-        *("--restore-from", "torchvision", "--backbone", "resnet50", "--num-workers", 0),
-    ]
-    environment = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--gpu", "cpu"])
-    assert train.main() == 0
-    assert "torchvision: 266 entries loaded, 32 new" in capsys.readouterr().out
-    checkpoint = tmp_path / "run/CS_scenes_1.pth"
-    state, expected = read_state_dict(checkpoint), unchecked(torch.load(cached, weights_only=True))
-    for name in ("shift", "conv1.weight", "layer4.2.conv3.weight"):
-        torch.testing.assert_close(state[name], expected[name], rtol=1e-5, atol=1e-6)
-    result = run("train.py", *arguments, "--nproc", 2, "--resume", environment=environment)
-    assert result.returncode == 0 and "the run is finished" in result.stdout, result.stderr
-    args = evaluate.get_parser().parse_args(["--data-dir", str(scenes), "--restore-from", str(checkpoint)])
-    options, _, _ = evaluate.resolve(args, state)
-    assert options.backbone == "resnet50"
-    model = evaluate.make_model(options, state)
-    load_weights(model, checkpoint, complete=True)
-    assert model.variant == VARIANTS["torchvision"] and torch.equal(model.shift, state["shift"])

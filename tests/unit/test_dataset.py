@@ -1,4 +1,4 @@
-"""Reading, discovering and augmenting against the original's order; every way in which a file is wrong."""
+"""Reading, discovery and augmentation of pictures against the original, and errors of wrong files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_label_table():
 
 
 def augmented_by_the_original(image, label, crop, augmentation):
-    """Scale as bytes, float, subtract the mean, pad, crop, transpose, mirror: each on the whole picture."""
+    """Augment as the original: resize bytes, convert, subtract the mean, pad, crop, transpose, mirror."""
     scale, top, left, mirror = augmentation
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
     label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
@@ -64,7 +64,7 @@ def augmented_by_the_original(image, label, crop, augmentation):
 
 
 def sampled(image, label, crop, augmentation):
-    """A sample as the loader makes it, of the rows that it needs, in the form of the original."""
+    """Return a sample as the loader makes it, from the rows that it needs, in the original's layout."""
     size = label.shape
     rows = rows_needed(size, crop, augmentation)
     image, label, content = apply(image[:rows], label[:rows], size, crop, augmentation, 255)
@@ -90,7 +90,7 @@ def test_augmentation_equals_the_originals(crop, size):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_resized_window_equals_the_resized_whole_at_every_border(scale):
-    """Of noise, at corners, edges and between: at most a gray level off, and that seldom."""
+    """Resized windows of noise differ from the resized picture seldom, and by at most one gray level."""
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (1024, 2048, 3), dtype=np.uint8)
     label = rng.integers(0, 34, (1024, 2048), dtype=np.uint8)
@@ -115,7 +115,7 @@ def test_resized_window_equals_the_resized_whole_at_every_border(scale):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_last_line_is_there_however_sizes_are_rounded(scale):
-    """Halves are rounded to the even neighbor: the window's may go down where the whole's goes up."""
+    """Halves are rounded to even, so the size of the window may go down where that of the picture goes up."""
     for height in (61, 62, 63, 64, 125, 127):
         image = np.random.default_rng(height).integers(0, 256, (height, 65, 3), dtype=np.uint8)
         label = image[:, :, 0] % 19
@@ -187,13 +187,13 @@ def test_grays_of_few_bits_keep_their_ids(scenes, bits):
 
 
 def packed(row: np.ndarray, bits: int) -> bytes:
-    """Several pixels a byte, the first in the highest bits."""
+    """Pack several pixels into a byte, the first in the highest bits."""
     shifts = np.arange(8 - bits, -1, -bits)
     return (row.reshape(-1, 8 // bits) << shifts).sum(1).astype(np.uint8).tobytes()
 
 
 def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
-    """A grayscale PNG of filtered rows."""
+    """Return a grayscale PNG with filtered rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -216,7 +216,7 @@ def decoder(request, monkeypatch):
 
 
 class TestDecoders:
-    """Both give the same bytes, of the whole and of the first rows."""
+    """Both decoders give the same bytes, for the whole picture and for its first rows."""
 
     def kinds(self, folder):
         rng = np.random.default_rng(0)
@@ -250,7 +250,7 @@ class TestDecoders:
                 assert some.dtype == kind and np.array_equal(some, ids[: len(some)]) and len(some) >= 12
 
     def test_interlaced(self, tmp_path, decoder):
-        """Which can't be decoded from the top."""
+        """Interlaced pictures, which can't be decoded from the top, are read whole."""
         pixels = np.random.default_rng(2).integers(0, 256, (9, 13, 3), dtype=np.uint8)
         (tmp_path / "a.png").write_bytes(interlaced_png(pixels))
         encoded = pictures.load(str(tmp_path / "a.png"))
@@ -283,7 +283,7 @@ def test_header_of_a_picture_of_two_hundred_million_pixels(tmp_path):
 
 
 def interlaced_png(pixels: np.ndarray) -> bytes:
-    """uint8 [h, w, 3] as a PNG in the seven passes of Adam7."""
+    """Return uint8 [h, w, 3] as a PNG in the seven passes of Adam7."""
     height, width = pixels.shape[:2]
     passes = [
         (0, 8, 0, 8),
@@ -372,7 +372,7 @@ def test_list_with_names_that_are_no_text(scenes):
 
 
 class TestWrongData:
-    """Each is one line that names the file."""
+    """Each error is one line that names the file."""
 
     def expect(self, action, *words):
         with pytest.raises(DataError) as error:
@@ -413,7 +413,7 @@ class TestWrongData:
         self.expect(lambda: CSDataSet(str(image_of(scenes))), "is not a folder")
 
     def test_folder_that_cannot_be_read(self, scenes, monkeypatch):
-        """Its pictures are not just missing."""
+        """An unreadable folder is an error, and its pictures are not reported as missing."""
         scandir = os.scandir
 
         def denied(path):

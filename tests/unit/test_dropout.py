@@ -20,7 +20,7 @@ CLASSES, CHANNELS, RATES = 3, (64, 32), (0.1, 0.5)
 
 
 class Heads(nn.Module):
-    """Two heads with dropout on a common norm."""
+    """Two heads with dropout after a common norm."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Heads(nn.Module):
 
 
 class Alone(World):
-    """One of several processes; the others are not there."""
+    """One of several processes, without the others."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size, self.device = rank, size, CPU
@@ -47,7 +47,7 @@ class Alone(World):
 
 
 def masks_of(model: nn.Module, step: int, samples: range, seed: int = 5) -> list[Tensor]:
-    """The mask of each layer, bool [samples, channels]."""
+    """Return the mask of each layer, bool [samples, channels]."""
     masks = DropoutMasks(model, seed, CPU)
     masks.draw(step, samples)
     with masks.applied(0, 1):
@@ -55,7 +55,7 @@ def masks_of(model: nn.Module, step: int, samples: range, seed: int = 5) -> list
 
 
 class Noted:
-    """Notes the masks that each layer of `model` uses, part after part."""
+    """Records the masks that each layer of `model` uses, part by part."""
 
     def __init__(self, model: nn.Module):
         self.layers = [module for module in model.modules() if isinstance(module, ChannelDropout)]
@@ -142,7 +142,7 @@ class TestMasks:
             assert not any(torch.equal(one, other) for one, other in zip(whole, others, strict=True))
 
     def test_rates_and_independence(self):
-        """Of channels, samples, steps and heads, over 600,000 decisions; seven sigma."""
+        """Rates over channels, samples, steps and heads are right to seven sigma in 600,000 decisions."""
         model = nn.ModuleList([ChannelDropout(500, rate) for rate in (0.1, 0.1)])
         steps = [torch.stack(masks_of(model, step, range(20))) for step in range(1, 31)]
         kept = torch.stack(steps).double()  # [steps, heads, samples, channels]
@@ -168,7 +168,7 @@ class TestMasks:
             assert masks.layers == [] and model[0].kept is None
 
     def test_they_stay_in_place(self):
-        """A captured CUDA graph reads the same memory in each step."""
+        """Masks stay in the same memory, as a captured CUDA graph requires."""
         model = Heads()
         masks = DropoutMasks(model, 1, CPU)
         places = set()

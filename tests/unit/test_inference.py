@@ -1,4 +1,4 @@
-"""Prediction by tiles, whole and at several scales, against the original's algorithm where that is right."""
+"""Prediction by tiles, whole and at several scales, against the algorithm of the original."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLASSES = 4
 
 
 class Model(torch.nn.Module):
-    """A network whose logits depend on the whole of its input, at 1/8 of its size."""
+    """A network whose logits depend on its whole input, at 1/8 of the size."""
 
     def __init__(self):
         super().__init__()
@@ -41,11 +41,11 @@ class Model(torch.nn.Module):
 
 
 def sliding_by_the_original(model, image, tile):
-    """One image [3, h, w], as the original's loop goes: accumulate tiles in numpy, divide by the visits."""
+    """Predict one image [3, h, w] as the original: sum tiles in numpy, divide by the number of visits."""
     _, height, width = image.shape
-    stride = int(math.ceil(tile[0] * (1 - 1 / 3)))
-    rows = int(math.ceil((height - tile[0]) / stride) + 1)
-    columns = int(math.ceil((width - tile[1]) / stride) + 1)
+    stride = math.ceil(tile[0] * (1 - 1 / 3))
+    rows = math.ceil((height - tile[0]) / stride) + 1
+    columns = math.ceil((width - tile[1]) / stride) + 1
     total, visits = np.zeros((CLASSES, height, width)), np.zeros((height, width))
     for row in range(rows):
         for column in range(columns):
@@ -171,7 +171,7 @@ def test_of_equal_logits_the_lowest_class_wins():
 
 @pytest.mark.parametrize("size", [(60, 130), (130, 60)])
 def test_tiles_are_summed_row_by_row_on_either_axis(size):
-    """One tile overwhelms all others, so that another order of the sum gives other bits."""
+    """One tile is much larger than the others, so another order of the sum would give other bits."""
     model, image, tile = Model(), torch.randn(1, 3, *size), (33, 33)
     image[..., 20:30, 20:30] *= 1e6
     total, visits = torch.zeros(1, CLASSES, *size), torch.zeros(*size)
@@ -228,7 +228,7 @@ def test_sums_are_precise():
 
 
 class Memory(TorchDispatchMode):
-    """The most bytes that tensors made in this context held at once."""
+    """Measures the largest number of bytes that tensors made in this context hold at once."""
 
     def __init__(self, *known):
         super().__init__()

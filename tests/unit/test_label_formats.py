@@ -1,4 +1,4 @@
-"""Every format of label pictures: the ids exactly as they were stored, or an error that names the format."""
+"""Label pictures of every format: the stored ids exactly, or an error that names the format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def by_pillow(pixels, form: str, palette: list[int] | None = None, **options) ->
 
 
 def packed(pixels: np.ndarray, bits: int) -> list[bytes]:
-    """Rows of several pixels a byte, the first in the highest bits."""
+    """Pack rows with several pixels per byte, the first in the highest bits."""
     each = 8 // bits
     rows = np.zeros((HEIGHT, -(-WIDTH // each) * each), np.uint8)
     rows[:, :WIDTH] = pixels
@@ -41,7 +41,7 @@ def packed(pixels: np.ndarray, bits: int) -> list[bytes]:
 
 
 def tiff(pixels: bytes, bits: int, photometric: int = 1, order: str = "<", **more: int) -> bytes:
-    """One strip, uncompressed; `more` are tags by number, as _274=3."""
+    """Return a TIFF file of one uncompressed strip. `more` has tags by number, such as _274=3."""
     tags = {256: WIDTH, 257: HEIGHT, 258: bits, 259: 1, 262: photometric, 277: 1, 278: HEIGHT}
     tags |= {int(name[1:]): value for name, value in more.items()} | {273: 0, 279: len(pixels)}
     tags[273] = 8 + 2 + 12 * len(tags) + 4
@@ -65,7 +65,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(pixels: np.ndarray, bits: int, *more: bytes, color_type: int = 0) -> bytes:
-    """With the chunks `more` between header and data."""
+    """Return a PNG file with the chunks `more` between header and data."""
     rows = packed(pixels, bits) if bits < 8 else [row.tobytes() for row in pixels]
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, bits, color_type, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
@@ -78,7 +78,7 @@ def netpbm(magic: str, largest: str, pixels: bytes) -> bytes:
 
 
 def ramp(number: int) -> list[tuple[int, int, int]]:
-    """Grays from black to white."""
+    """Return grays from black to white."""
     return [(value, value, value) for value in np.linspace(0, 255, number).astype(int).tolist()]
 
 
@@ -200,7 +200,7 @@ def test_other_formats_are_refused_by_name(name, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # as dataset.pictures does for Pillow's
 @pytest.mark.parametrize("name", [*EXACT, *REFUSED])
 def test_damaged_files_are_one_line(name, tmp_path):
-    """Cut short, and with bytes changed: the ids, if any, are of the right size; else a DataError."""
+    """A truncated or changed file gives ids of the right size or a DataError."""
     content = EXACT[name][1] if name in EXACT else REFUSED[name][0]
     rng = np.random.default_rng(len(content))
     variants = [content[: len(content) * part // 8] for part in range(8)]

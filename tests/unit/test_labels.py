@@ -1,4 +1,4 @@
-"""Class tables: what a file of one may say, and what label pictures become by it."""
+"""Class tables: valid and invalid files, and the conversion of label pictures."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ ROWS = {
 @pytest.mark.parametrize("ignore_label", [255, 254, 1])
 @pytest.mark.parametrize("rows", ROWS)
 def test_what_255_is(rows, ignore_label, tmp_path):
-    """A class where a row says so; void otherwise, which the network gets as --ignore-label."""
+    """255 is a class if a row says so, and otherwise void, which becomes --ignore-label."""
     (tmp_path / "table").write_text(HEADER + ROWS[rows])
     reader = LabelReader(read_table(str(tmp_path / "table")), ignore_label)
     expected = 1 if rows == "a class" else ignore_label
@@ -262,7 +262,7 @@ class TestCamVid:
         assert table.names[0] == "Sky" and table.label_ids().tolist() == list(range(11))
 
     def test_its_data(self, root):
-        """The set beside this project, where it is: train ids are taken as they are, the table names them."""
+        """Train ids of the data set beside this project are used unchanged, and the table names them."""
         data = root.parent / "shared/data/camvid"
         if not data.is_dir():
             pytest.skip("no CamVid beside the project")

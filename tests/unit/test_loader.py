@@ -32,12 +32,12 @@ ALONE = Process(0, 1)
 
 
 def records(dataset, batch_size, steps, processes=1, workers=0, seed=3):
-    """The records of every global batch, put together from the shares of all processes."""
+    """Return the records of every global batch, joined from the shares of all processes."""
     shares = [
         train_batches(dataset, seed, steps, Process(rank, processes), Loading(batch_size, workers))
         for rank in range(processes)
     ]
-    return [sum((batch.records for batch in parts), []) for parts in zip(*shares, strict=True)]
+    return [[record for batch in parts for record in batch.records] for parts in zip(*shares, strict=True)]
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def test_pixels_are_those_of_the_record(dataset):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_batches_are_the_samples_minus_the_mean_with_zero_padding(scenes, layout, kind):
-    """Crops that reach over the picture on both sides, mirrored and not: as an item of the data set."""
+    """Crops that exceed the picture, mirrored or not, equal the items of the data set."""
     if kind == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     dataset = CSDataSet(str(scenes), crop_size=(56, 80))
@@ -119,7 +119,7 @@ def test_unusable_picture_arrives_as_its_error(dataset, scenes, workers):
 
 
 class TestSharedMemory:
-    """Too little of it is a RunError that names it, wherever it shows."""
+    """Too little shared memory is a RunError that names it, wherever it occurs."""
 
     def expect_one_line(self, dataset, scenes):
         whole = CSDataSet(str(scenes), crop_size=None, split="val")
@@ -137,6 +137,7 @@ class TestSharedMemory:
         monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the workers are forks
         self.expect_one_line(dataset, scenes)
 
+    @pytest.mark.slow
     def test_worker_that_met_a_bus_error(self, dataset, scenes, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: os.kill(os.getpid(), signal.SIGBUS))
         self.expect_one_line(dataset, scenes)

@@ -1,4 +1,4 @@
-"""log.jsonl of a resumed run: its entries continue those before, and nothing else in it is lost."""
+"""log.jsonl of a resumed run: entries continue the earlier ones, and nothing in it is lost."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ENTRIES = [
 
 
 def of_step(text: str) -> bytes:
-    """An entry whose step is `text`."""
+    """Return an entry whose step is `text`."""
     return b'{"step": %s, "loss": 0.5, "lr": 0.1}\n' % text.encode()
 
 
 def resumed(folder, content: bytes, start: int) -> bytes:
-    """What a log of this content holds when a run goes on after step `start`."""
+    """Return what is left of a log with this content when a run resumes after step `start`."""
     (folder / "log.jsonl").write_bytes(content)
     RunLog(str(folder), start, 10, 2).close()
     return (folder / "log.jsonl").read_bytes()

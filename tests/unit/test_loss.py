@@ -1,4 +1,4 @@
-"""The losses against the original's algorithm, written with numpy and scipy as it is described."""
+"""The losses against the algorithm of the original, written with numpy and scipy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loss import CriterionDSN, CriterionOhemDSN, OhemCrossEntropy2d
 
 
 def made(height: int, width: int, classes: int = 5, void: float = 0.2, seed: int = 0, dtype=torch.float32):
-    """Logits of some confidence, and labels with void blocks."""
+    """Return logits of moderate confidence, and labels with void blocks."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (2, height, width), generator=generator)
     logits = torch.randn(2, classes, height, width, generator=generator, dtype=dtype)
@@ -26,7 +26,7 @@ def made(height: int, width: int, classes: int = 5, void: float = 0.2, seed: int
 
 
 def hard_target_by_scipy(logits, labels, thresh, min_kept, factor=8):
-    """The selection of the original: threshold on the zoomed probabilities, pixels at full resolution."""
+    """Select pixels as the original does: threshold from resized probabilities, pixels at full resolution."""
     probability, target = logits.softmax(1).numpy(), labels.numpy()
     coarse = ndimage.zoom(probability, (1.0, 1.0, 1.0 / factor, 1.0 / factor), order=1)
     coarse_target = ndimage.zoom(target, (1.0, 1.0 / factor, 1.0 / factor), order=0)

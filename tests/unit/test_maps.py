@@ -1,4 +1,4 @@
-"""Attention maps against the matrices that they are rows of."""
+"""Attention maps against the rows of attention matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from networks.attention import head_pixel, picture_attention
 
 
 def matrix(module: CrissCrossAttention, x: Tensor) -> Tensor:
-    """[HW, HW]: row u the softmax of pixel u over its row and column, by the definition."""
+    """Return [HW, HW] by definition: row u has the softmax of pixel u over its row and column."""
     _, _, h, w = x.shape
     query, key = (convolution(x)[0].flatten(1) for convolution in (module.query_conv, module.key_conv))
     y, column = torch.arange(h * w) // w, torch.arange(h * w) % w

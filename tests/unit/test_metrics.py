@@ -1,4 +1,4 @@
-"""Scores against nested loops, values worked out by hand, and the official Cityscapes evaluation."""
+"""Scores against nested loops, values by hand, and the official Cityscapes evaluation."""
 
 import json
 import math
@@ -108,7 +108,7 @@ def test_iou_is_exact_beyond_single_precision():
 
 
 def picture(**regions):
-    """A row of pixels as three arrays [1, w], of regions (label id, instance id, predicted id, pixels)."""
+    """Return arrays [1, w] of label, instance and predicted ids, from regions (these three, pixels)."""
     columns = np.concatenate([np.tile([region[:3]], (region[3], 1)) for region in regions.values()])
     return tuple(columns.T[:, None, :])
 
@@ -224,7 +224,7 @@ def test_unusable_label_table_is_rejected(labels, message):
 
 
 def made_picture(rng, ids=range(34), predicted=EVALUATED, size=(48, 80)):
-    """Overlapping rectangles (instances, groups, stuff, ignored), and a shifted and noisy prediction of them.
+    """Draw overlapping rectangles (instances, groups, stuff, ignored), and a shifted and noisy prediction.
 
     Returns label ids uint8, instance ids int32 and predicted label ids uint8, each [h, w].
     """
@@ -253,7 +253,7 @@ def made_pictures(seed, count=4, **kind):
 
 @pytest.fixture
 def official(tmp_path):
-    """The official evaluation as a function of a list of (label ids, instance ids, predicted label ids)."""
+    """Return the official evaluation, a function of a list of (label, instance, predicted label ids)."""
     pytest.importorskip(
         "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
         reason="the official evaluation is not installed (cityscapesscripts and its pyquaternion)",
@@ -275,7 +275,7 @@ def official(tmp_path):
 
 
 def assert_same_scores(ours, theirs):
-    """Equal to 1e-12 under all keys of ours, None for nan, with the same classes and categories."""
+    """Check that all our scores equal the official ones to 1e-12, with None for NaN."""
     for key, value in ours.items():
         expected = theirs[key]
         if not isinstance(value, dict):
@@ -318,7 +318,7 @@ def test_train_ids_are_scored_as_their_label_ids(official):
 
 
 def test_mean_iou_over_train_ids_is_the_official_class_average(official):
-    """Where only trained classes are predicted, the confusion matrix over train ids tells the same."""
+    """If only trained classes are predicted, the matrix over train ids gives the official average."""
     pictures = made_pictures(6)
     to_train_id = np.full(34, 255)
     to_train_id[CITYSCAPES.label_ids()] = np.arange(19)

@@ -1,4 +1,4 @@
-"""The generated data set: repeatable, in Cityscapes' layout, and not to be guessed from place or color."""
+"""The generated data set: repeatable, in the layout of Cityscapes, not predictable from place or color."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ def generated(tmp_path_factory) -> Path:
 
 
 def run_wrong(capsys, *argv: str) -> str:
-    """The one line on standard error of a command that has to end with status 2."""
+    """Return the only line on standard error of a command, and check its exit status 2."""
     assert status_of(main, *argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -153,7 +153,7 @@ def test_an_interrupted_run_is_taken_up(tmp_path):
 
 @pytest.mark.parametrize("written", [0, 1, 2, 5])
 def test_a_full_disk_can_be_made_room_on(written, tmp_path, monkeypatch, capsys):
-    """After so many files, the first of which is the marker."""
+    """After a disk was full at any file, the first being the marker, generation can be repeated."""
     out, argv = tmp_path / "set", ["--train", "1", "--val", "1", "--size", "64x128"]
     left, sync = [written], os.fsync
 
@@ -177,7 +177,7 @@ def test_a_full_disk_can_be_made_room_on(written, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("content", ["", '{"format"', "[" * 100_000, "\0"])
 def test_marker_that_was_not_written_whole(content, tmp_path, capsys):
-    """Alone it is nothing; beside pictures nobody knows what they are."""
+    """An incomplete marker is ignored in an empty folder, and refused beside pictures."""
     out, argv = tmp_path / "set", ["--train", "1", "--val", "1", "--size", "64x128"]
     out.mkdir()
     (out / "mini.started.json").write_text(content)

@@ -1,4 +1,4 @@
-"""The description of a checkpoint's network: flags, then args.json, then the weights, then defaults."""
+"""The description of a checkpoint's network: from flags, args.json, weights and defaults, in this order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network against an independent, purely functional reading of its definition, and checkpoints in."""
+"""The network against an independent functional implementation, and loading of checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def keys(name: str) -> dict[str, list[int]]:
 
 
 class Specification:
-    """CCNet without dropout as functions of a state dict, written without any module of the project.
+    """CCNet without dropout as functions of a state dict, written without modules of the project.
 
     In training mode the running statistics that a step leaves are collected in `statistics`.
     """
@@ -119,7 +119,7 @@ def test_logits_follow_the_definition(depth):
 
 
 def test_training_step_follows_the_definition():
-    """Loss, every gradient and every running statistic of one step, in float64."""
+    """Loss, gradients and running statistics of one step agree in float64."""
     model = Seg_Model(7, backbone="resnet50", dropout=0)
     fill(model)
     model.double().train()
@@ -225,9 +225,10 @@ class TestABN:
         norm.load_state_dict({**norm.state_dict(), "num_batches_tracked": torch.tensor(7)})
         assert "num_batches_tracked" not in norm.state_dict()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("split", [(2, 2), (1, 3), (1, 1, 2)])
     def test_synchronized_over_parts_equals_the_whole(self, split, tmp_path):
-        """Processes of any share of the batch have the statistics and gradients of all of it together."""
+        """Processes with any shares of the batch get the statistics and gradients of the whole batch."""
         import torch.multiprocessing
 
         x, grad = (
@@ -252,9 +253,10 @@ class TestABN:
             torch.testing.assert_close(part["mean"], norm.running_mean)
             torch.testing.assert_close(part["var"], norm.running_var)
 
+    @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_synchronized_on_a_gpu_equals_the_whole(self, tmp_path):
-        """The kernels of nn.SyncBatchNorm, two processes sharing one GPU over gloo."""
+        """Two processes that share a GPU over gloo run the kernels of nn.SyncBatchNorm."""
         import torch.multiprocessing
 
         x, grad = torch.randn(4, 6, 3, 5) * 2 + 1, torch.randn(4, 6, 3, 5)
@@ -295,7 +297,7 @@ class TestABN:
 
 
 def synchronized_part(rank: int, folder: str, state: dict[str, torch.Tensor], device: str = "cpu") -> None:
-    """One process of the tests above."""
+    """Run one process of the tests above."""
     from types import SimpleNamespace
 
     import torch.distributed as dist

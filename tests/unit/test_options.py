@@ -1,4 +1,4 @@
-"""The flags: which group they are in, what their marks say, and the options that they become."""
+"""Flags: their groups, their marks, and the options that they become."""
 
 from __future__ import annotations
 

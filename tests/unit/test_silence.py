@@ -1,4 +1,4 @@
-"""What decoders write to standard error, and the progress of long work."""
+"""Messages of decoders on standard error, and the progress of long work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.silence import Silence, silence
 
 @pytest.fixture
 def odd(tmp_path) -> str:
-    """A gray picture with a profile of colors, of which libpng warns."""
+    """Write a gray picture with a color profile, which makes libpng warn."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png", icc_profile=profile)
     return str(tmp_path / "a.png")

@@ -1,6 +1,6 @@
-"""The operators under torch.func, forward-mode differentiation, torch.fx, torch.onnx: against the reference.
+"""The operators under torch.func, forward-mode differentiation, torch.fx and torch.onnx.
 
-Derivatives are compared in float64 to 1e-12 of their largest value.
+Derivatives are compared with the reference in float64, to 1e-12 of their largest value.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def test_gradients_with_vmap(name: str) -> None:
 
 @named
 def test_batched_gradients(name: str) -> None:
-    """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
+    """Gradients are batched as in torch.autograd.functional.jacobian(vectorize=True)."""
     inputs = operands(name)
     grads = torch.randn(5, *getattr(reference, name)(*inputs).shape, dtype=torch.float64)
 
@@ -324,7 +324,7 @@ def test_ensemble_of_modules(module: RecurrentCrissCrossAttention) -> None:
 
 
 def test_a_module_s_weights_under_transforms_of_its_input(module: RecurrentCrissCrossAttention) -> None:
-    """Gradients of the weights through vjp's output and through a tangent."""
+    """Gradients reach the weights through the output of vjp and through a tangent."""
     x = pictures()
     out, pull = vjp(module, x)
     out.square().sum().backward()
@@ -402,7 +402,7 @@ def test_attention_maps_under_transforms(module: RecurrentCrissCrossAttention) -
 
 
 class Own(nn.Module):
-    """A network of one's own, with each of the functions."""
+    """A user's network that calls each of the functions."""
 
     def __init__(self) -> None:
         super().__init__()

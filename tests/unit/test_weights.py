@@ -1,24 +1,20 @@
-"""Checkpoints in: what is read from which file, and the line that refuses the others."""
+"""Loading of checkpoints: what is read from which file, and the errors for others."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import pickle
 import re
 import socket
-import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from torch import Tensor, nn
 
 import evaluate
@@ -46,7 +42,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def state(model) -> dict[str, Tensor]:
-    """The same number everywhere, which takes no room on the disk."""
+    """Return a state dict filled with one number, which takes little space on the disk."""
     number = torch.full([1], 0.01)
     return {
         name: number.reshape([1] * value.dim()).expand(value.shape)
@@ -198,7 +194,7 @@ class TestEntries:
 
 
 class TestMark:
-    """Which batch norm a state dict is for."""
+    """The kind of batch norm that a state dict is marked for."""
 
     @pytest.mark.parametrize("zip_file", [True, False])
     def test_torch_saves_it_and_every_module_takes_it(self, zip_file, path):
@@ -228,7 +224,7 @@ class TestMark:
 
 
 class Touch:
-    """Unpickled, it would make a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -238,50 +234,6 @@ class Touch:
 
 
 class TestFiles:
-    def save(self, path: Path, what: str) -> dict[str, Tensor]:
-        """Write a file with the weights of a module that only an unsafe load opens; return them."""
-        module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-        weights = module.state_dict()
-        if what == "module":
-            torch.save(module, path)
-        elif what == "module in a dictionary":
-            torch.save({"model": module, "epoch": np.float64(3)}, path, _use_new_zipfile_serialization=False)
-        elif what == "arguments":
-            torch.save({"state_dict": weights, "args": argparse.Namespace(lr=1)}, path)
-        elif what == "flat":
-            torch.save({**weights, "args": argparse.Namespace(lr=1)}, path, pickle_protocol=4)
-        elif what == "pickle":
-            path.write_bytes(
-                pickle.dumps({"model": {name: value.numpy() for name, value in weights.items()}})
-            )
-        elif what == "TorchScript":
-            torch.jit.script(module).save(path)
-        return weights
-
-    @pytest.mark.filterwarnings("ignore")  # of TorchScript
-    @pytest.mark.parametrize(
-        "what", ["module", "module in a dictionary", "arguments", "flat", "pickle", "TorchScript"]
-    )
-    def test_advice_for_a_pickled_one_works_as_it_stands(self, what, tmp_path):
-        path = tmp_path / "it's one.pth"
-        weights = self.save(path, what)
-        message = refused(path)
-        assert "if you trust" in message and ("TorchScript" in message) == (what == "TorchScript")
-        found = re.search(r"extract the weights with (python -c .*) and use (.*)$", message)
-        assert found
-        environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        done = subprocess.run(
-            ["bash", "-c", found[1]],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        read = read_state_dict(found[2])
-        assert set(read) >= set(weights) and all(torch.equal(read[name], weights[name]) for name in weights)
-
     @pytest.mark.parametrize("zip_file", [True, False])
     def test_what_would_run_a_command_runs_none_and_gets_no_advice(self, zip_file, path, tmp_path):
         torch.save({"a": Touch(tmp_path / "ran")}, path, _use_new_zipfile_serialization=zip_file)
@@ -340,7 +292,7 @@ class TestFiles:
 
 
 class TestRecipe:
-    """args.json beside a checkpoint."""
+    """The file args.json beside a checkpoint."""
 
     def open(self, folder: Path, content: bytes, **flags: object) -> common.Network:
         (folder / "args.json").write_bytes(content)

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: compiles the .cu files with the emulator, and calls them with tensors.
+"""Compile the CUDA kernels with an emulator for the CPU, and call them with tensors.
 
 kernels = Emulator(build())
 out, normalizer = kernels.forward(query, key, value, schedule=2)
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_int, c_int64, c_void_p
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -38,7 +38,8 @@ GUARD = 4096  # elements around each operand
 
 @cache
 def compiler_version() -> str:
-    """What the compiler is and makes of -march=native here."""
+    """Return the compiler version and its meaning of -march=native on this machine."""
+    assert COMPILER is not None, "there is no C++ compiler"
     command = [COMPILER, "-march=native", "-x", "c++", "-v", "-E", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
@@ -47,8 +48,12 @@ def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
 
 
+def _write(text: str, path: str) -> None:
+    Path(path).write_text(text)
+
+
 def make_once(result: Path, make: Callable[[str], None]) -> Path:
-    """Makes a file unless it is there, under another name first: other processes never see half of it."""
+    """Make a file unless it exists. It is renamed when complete, so other processes never see half of it."""
     if not result.exists():
         result.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=result.parent) as folder:
@@ -72,7 +77,7 @@ def build(
     sources: Iterable[Path] | None = None,
     flags: Iterable[str] = ("-O2",),
 ) -> Path:
-    """Compiles the kernels into a library for the CPU, or takes one that is there.
+    """Compile the kernels into a library for the CPU, or reuse an existing one.
 
     Args:
         edits: texts in the place of files of cc_attention/csrc, {"cuda/device.h": ...}.
@@ -99,7 +104,7 @@ def build(
     # A copy of the sources, for the edits, as the files include each other by their relative places.
     tree = CACHE / digest(common, *sorted(map(str, texts.items()))) / "csrc"
     for name, text in texts.items():
-        make_once(tree / name, lambda path, text=text: Path(path).write_text(text))
+        make_once(tree / name, partial(_write, text))
     # The emulator comes last: its variables have to lie behind those of the kernels.
     inputs = {tree / name: text for name, text in sorted(texts.items()) if not name.endswith(".h")}
     inputs[own[-1]] = ""
@@ -132,12 +137,23 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = [("dtype", c_int), ("sizes", Sizes)] + [
         (name, c_void_p)
-        for name in "query key value out normalizer grad_out grad_query grad_key grad_value workspace".split()
+        for name in [
+            "query",
+            "key",
+            "value",
+            "out",
+            "normalizer",
+            "grad_out",
+            "grad_query",
+            "grad_key",
+            "grad_value",
+            "workspace",
+        ]
     ]
 
 
 class Operand:
-    """Memory of a tensor between NaN: a copy of a tensor, or NaN where given a shape."""
+    """Memory of a tensor surrounded by NaN: a copy of a tensor, or all NaN for a shape."""
 
     def __init__(self, content: Tensor | tuple[int, ...], dtype: torch.dtype) -> None:
         shape = tuple(content.shape) if isinstance(content, Tensor) else content
@@ -156,7 +172,7 @@ class Operand:
         return self.tensor.data_ptr()
 
     def check(self, name: str) -> None:
-        """Fails where an input was written to, or memory around an output."""
+        """Fail if an input or memory around an output was written to."""
         if self.before is not None:
             assert torch.equal(self.memory, self.before), f"{name}, an input, was written to"
         outside = (self.memory[: self.inside.start], self.memory[self.inside.stop :])
@@ -187,7 +203,7 @@ class Emulator:
         threads: int = 2,
         shared_memory: int = SHARED_MEMORY,
     ) -> None:
-        """Calls a function of the library that launches kernels and returns a cudaError_t."""
+        """Call a function of the library that launches kernels and returns a cudaError_t."""
         self.library.emulator_set(schedule, threads, shared_memory)
         code = self.library[name](*arguments)
         message = self.library.emulator_error().decode()
@@ -201,7 +217,7 @@ class Emulator:
         operands: dict[str, Operand],
         capability: int = 90,
         shared_memory: int = SHARED_MEMORY,
-        tf32: bool = False,
+        tf32: int = False,
         **settings: int,
     ) -> None:
         for operand_name, operand in operands.items():
@@ -217,7 +233,7 @@ class Emulator:
         value: Tensor,  # [N,C,H,W]
         **settings: int,
     ) -> tuple[Tensor, Tensor]:
-        """forward_cuda: out [N,C,H,W] and normalizer [N,H,W,2]."""
+        """Run forward_cuda; return out [N,C,H,W] and normalizer [N,H,W,2]."""
         dtype, sizes = query.dtype, sizes_of(query, value)
         pixels = (sizes.N, sizes.H, sizes.W)
         operands = {name: to_memory(t) for name, t in (("query", query), ("key", key), ("value", value))}
@@ -238,7 +254,7 @@ class Emulator:
         grad_out: Tensor,  # [N,C,H,W]
         **settings: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """backward_cuda: the gradients of query, key and value."""
+        """Run backward_cuda; return the gradients of query, key and value."""
         dtype, sizes = query.dtype, sizes_of(query, value)
         number = DTYPES.index(dtype)
         inputs = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out}
@@ -255,8 +271,11 @@ class Emulator:
         return grad_query, grad_key, grad_value
 
     def primitive(self, primitive: str, first: Tensor, second: Tensor, **settings: int) -> Tensor:
-        """primitive_cuda: "score" of two feature maps gives weights [N,L,H,W]; "gather" and "scatter" take
-        weights and a feature map and give a feature map [N,C,H,W]."""
+        """Run primitive_cuda.
+
+        "score" of two feature maps gives weights [N,L,H,W]. "gather" and "scatter" take weights and a feature
+        map and give a feature map [N,C,H,W].
+        """
         n, channels, height, width = second.shape
         sizes = Sizes(n, 0, channels, height, width)
         score = primitive == "score"
@@ -285,7 +304,7 @@ def sizes_of(query: Tensor, value: Tensor) -> Sizes:
 
 
 def to_memory(feature_map: Tensor) -> Operand:
-    """A feature map [N,C,H,W] as [N,H,W,C]."""
+    """Return a feature map [N,C,H,W] as [N,H,W,C]."""
     return Operand(feature_map.permute(0, 2, 3, 1), feature_map.dtype)
 
 
