@@ -10,11 +10,11 @@ fi
 export CCNET_DEV=1
 . tools/setup_env.sh
 
-for check in "ruff check" "ruff format --check" "mypy"; do
+for check in "ruff check ." "ruff format --check ." "codespell_lib" "mypy"; do
     # An environment of CCNET_PYTHON need not have them.
     if "$PYTHON" -m "${check%% *}" --version >/dev/null 2>&1; then
-        # shellcheck disable=SC2086  # "ruff check" is two words
-        "$PYTHON" -m $check $([ "$check" = mypy ] || echo .)
+        # shellcheck disable=SC2086  # a module and its arguments
+        "$PYTHON" -m $check
     else
         echo "run_tests.sh: ${check%% *} is not installed: left out" >&2
     fi
