@@ -393,7 +393,7 @@ def test_scores_without_instance_ids_are_the_official_ones_and_the_file_is_named
     missing.unlink()
     status, output, _ = run(arguments, monkeypatch, capsys)
     assert status == 0
-    (line,) = [line for line in output.splitlines() if "left out" in line]
+    (line,) = [line for line in output.splitlines() if "omitted" in line]
     assert "averageScoreInstClasses and averageScoreInstCategories are omitted: 1 of 3" in line
     assert str(missing) in line and output.count("averageScoreCategories ") == 1
     ours = json.loads((tmp_path / "out/result.txt").read_text())
@@ -417,7 +417,7 @@ def test_labels_of_train_ids_have_the_scores_of_pixels(tmp_path, monkeypatch, ca
         cv2.imwrite(str(path).replace("labelIds", "labelTrainIds"), train_ids)
         path.unlink()
     status, output, _ = run(arguments, monkeypatch, capsys)
-    assert status == 0 and "left out: 2 of 2 labels are not *_labelIds.png, the first is" in output
+    assert status == 0 and "omitted: 2 of 2 labels are not *_labelIds.png, the first is" in output
     ours = json.loads((tmp_path / "out/result.txt").read_text())
     for name in ("meanIU", "averageScoreClasses", "averageScoreCategories", "categoryScores"):
         assert ours[name] == whole[name]
