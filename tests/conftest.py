@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Before PyTorch is loaded: by default its threads wait in a busy loop, which slows down all other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -237,7 +238,11 @@ def run(
         sys.stdout.flush()
         sys.stderr.flush()
         replaced = {0: nothing.fileno(), **{number: file.fileno() for number, file in files.items()}}
-        with _descriptors_replaced(replaced), warnings.catch_warnings():
+        with (
+            _descriptors_replaced(replaced),
+            warnings.catch_warnings(),
+            mock.patch.object(os, "execve", _refuse),
+        ):
             sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
             sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)))
             sys.stderr = io.TextIOWrapper(
@@ -267,6 +272,10 @@ def run(
             file.seek(0)
             output.append(file.read().decode())
     return subprocess.CompletedProcess([script, *text], status, *output)
+
+
+def _refuse(*command: object) -> None:
+    raise AssertionError(f"replaces the process of the tests: use run_process: {command}")
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import last_line, run
+from conftest import last_line, run_process
 from PIL import Image
 
 from benchmarks import attention, builds, evaluation, gpu_report, loader
@@ -92,7 +92,7 @@ def test_attention_command_writes_numbers_and_a_plot(tmp_path: Path):
         "--device cpu --shapes 1x5x7 1x3x4 --memory-shapes --channels 16 --rounds 1 --contenders bmm ours"
     )
     command = ["benchmarks/attention.py", *arguments.split(), "--out", numbers, "--plot", picture]
-    done = run(*command, "--dtypes", "float32")  # as a file; gpu_report.py starts it as a module
+    done = run_process(*command, "--dtypes", "float32")  # as a file; gpu_report.py starts it as a module
     assert done.returncode == 0, done.stderr
     assert "best pure PyTorch / ours" in done.stdout and "1x5x7 float32" in done.stdout
     report = json.loads(numbers.read_text())
@@ -225,7 +225,7 @@ def test_without_a_gpu_the_report_ends_in_status_2(tmp_path: Path, monkeypatch, 
 
 @pytest.mark.slow
 def test_quick_report_on_the_cpu(tmp_path: Path):
-    done = run("benchmarks/gpu_report.py", tmp_path, "--device", "cpu", "--quick")
+    done = run_process("benchmarks/gpu_report.py", tmp_path, "--device", "cpu", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert {name: entry["status"] for name, entry in report["parts"].items()} == dict.fromkeys(
