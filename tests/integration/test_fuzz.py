@@ -21,7 +21,14 @@ def ground(tmp_path_factory):
     fuzz.remove_ground()
 
 
-@pytest.mark.parametrize("name", list(fuzz.targets()))
+#: Targets that take more than about 3 s.
+SLOW = {"run files", "flags of train.py"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in fuzz.targets()],
+)
 def test_every_input_ends_in_order(name):
     assert fuzz.run_target(name, 8 if name.startswith("flags") else 60, None) > 0
 
