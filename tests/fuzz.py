@@ -59,7 +59,7 @@ from tools import attention, convert, export, predict, profile, report, seeds  #
 from utils.args import exit_status  # noqa: E402
 from utils.errors import InputError, RunError  # noqa: E402
 
-#: Seconds; an input that takes longer hangs.
+#: Longest time for an input, in seconds.
 LIMIT = 60.0
 #: Depth of the backbone while a fuzzer runs, so that a run takes a second.
 SHALLOW = (1, 1, 1, 1)
@@ -69,7 +69,7 @@ class Hang(BaseException):
     """An input took longer than LIMIT. Not an Exception, so that no command can catch it."""
 
 
-# The ground on which commands run
+# The files that commands run on
 
 
 class Ground:
@@ -225,7 +225,7 @@ def check_command(name: str, main: Callable[[], int | None], arguments: list[str
     if ended.status:
         last = ended.errors.rstrip("\n").rsplit("\n", 1)[-1]
         assert ": error: " in last, f"status {ended.status} without a line: {last!r}"
-    # By content: a file may be moved, as the states of an earlier run are.
+    # Compare by content, because a file may be moved, as the states of an earlier run are.
     now = ground().contents()
     missing = [names for digest, names in ground().before.items() if len(now.get(digest, ())) < len(names)]
     assert not missing, f"changed or deleted: one of each of {missing}"
@@ -233,7 +233,7 @@ def check_command(name: str, main: Callable[[], int | None], arguments: list[str
 
 # Flags
 
-#: Small enough to be cheap where they are right, or beyond everything that is.
+#: Values that are valid and cheap, or far out of range.
 NUMBERS = [
     "0",
     "1",
@@ -275,7 +275,7 @@ WORDS = (
     "-x",
     "%s{}",
 )
-#: Flags that start processes, open cameras or make a run long, and what else is not for a fuzzer.
+#: Flags that a fuzzer does not give: they start processes, open cameras or make a run long.
 LEFT_OUT = {"--help", "--nproc", "--local-rank", "--num-steps", "--rounds", "--seeds", "--fit", "--resume"}
 
 
@@ -564,7 +564,7 @@ WRAPPERS: tuple[Callable[[Any], Any], ...] = (
 )
 
 
-#: An edit of a checkpoint: the entry's name, what happens to it, and a number or name that says how.
+#: An edit of a checkpoint: name of the entry, kind of the edit, and its number or name.
 Edit = tuple[str, str, Any]
 
 
@@ -629,7 +629,7 @@ def _read_checkpoint(path: str) -> None:
     assert all(isinstance(entry, torch.Tensor) for entry in state.values())
 
 
-# JSON that a run leaves
+# JSON files of a run
 
 ODD_JSON: tuple[Any, ...] = (
     *(None, True, -1, 0, 3, 2**70, -7.5, 1e308, float("nan"), float("inf"), "x", ""),
@@ -826,7 +826,7 @@ def main() -> int:
     end = time.monotonic() + 60 * args.minutes
     tried: Counter[str] = Counter()
     failed: dict[str, str] = {}
-    # A disk that fills, or inputs of this process that are changed, would end the fuzzer too.
+    # A full disk, or a change of the files that this process reads, would end the fuzzer too.
     os.chdir(tempfile.mkdtemp(prefix="ccnet-fuzz-here-"))
     names = args.target or list(targets())
     try:

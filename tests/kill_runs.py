@@ -49,11 +49,11 @@ FLAGS = (
     f"--val-every {VALIDATE}"
 ).split()
 WEIGHTS = [f"CS_scenes_{name}.pth" for name in (STEPS, f"{STEPS}_ema", "best")]
-#: What of the log differs between two runs that are the same.
+#: Measured values in the log, which differ between equal runs.
 MEASURED = ("images_per_second", "data_seconds", "memory_mb")
-#: In the environment of all processes of a run: those that have lost their parent are found by it.
+#: A variable of all processes of a run, by which orphaned ones are found.
 MARK = "CCNET_KILL_RUN"
-#: Seconds; what takes longer hangs.
+#: Longest time in seconds, which only a hanging run reaches.
 LIMIT = 300.0
 
 
@@ -149,7 +149,7 @@ class Run:
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # One thread: their number decides the bits, and on a busy machine they wait for each other.
+                # One thread: results depend on the number, and threads wait for each other on a busy machine.
                 env={**os.environ, "OMP_NUM_THREADS": "1", MARK: str(self.directory)},
             )
 
@@ -279,7 +279,7 @@ def give(folder: Path, kills: int, seed: int, processes: list[int]) -> tuple[lis
             write_pair(data, split, number, (33, 33))
     whole: dict[int, tuple[Path, float]] = {}  # uninterrupted runs and their seconds
     turns = itertools.cycle(["launcher", "rank", "all"])
-    # The number of workers changes more slowly than that of the processes: all pairs come up.
+    # The number of workers changes more slowly than that of processes, so all combinations occur.
     settings = itertools.cycle([(count, workers) for workers in (1, 0) for count in processes])
     given: list[Kill] = []
     for number in itertools.count(1):

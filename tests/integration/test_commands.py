@@ -197,7 +197,7 @@ class TestTraining:
         assert done.returncode == 0 and "continuing after step 2" in done.stdout, done.stderr
         one, two = entries(snapshots), entries(tmp_path)
         assert [entry["samples"] for entry in one] == [entry["samples"] for entry in two]
-        # From the same weights: with masks of their own they would differ by more than one in a thousand.
+        # The weights are the same. With different dropout masks, losses would differ by more than 0.1 %.
         for name in ("loss", "main_loss", "auxiliary_loss"):
             assert two[2][name] == pytest.approx(one[2][name], rel=1e-5)
             assert two[3][name] == pytest.approx(one[3][name], rel=1e-2)
@@ -259,7 +259,7 @@ class TestTraining:
         assert not torch.equal(average["head.bottleneck.3.weight"], end["head.bottleneck.3.weight"])
         assert done.stdout.count("mean IoU") == 2  # after steps 2 and 3
         assert all(entry["gradient_norm"] > 0 and entry["memory_mb"] > 100 for entry in entries(tmp_path))
-        # Refused with other flags, unless that is said.
+        # Other flags are refused without --change-recipe.
         flags[flags.index("--ema") + 1] = 0.5
         flags += ["--num-steps", 4, "--snapshot-dir", tmp_path, "--resume"]
         done = run(TRAIN_PY, *arguments, *flags)
@@ -288,7 +288,7 @@ class TestTraining:
             changes.append({name: (end[name] - start[name]).flatten().double() for name in end})
         one, two = changes
         assert set(one) == set(start)
-        # Float32 in two orders of addition: not equal, but closer than either half of the batch would come.
+        # Float32 sums in two orders are not equal, but closer than those of either half of the batch.
         for name in (
             "head.bottleneck.3.weight",
             "dsn.3.weight",
@@ -392,7 +392,7 @@ class TestTraining:
             line = last_line(done.stderr)
             assert done.returncode == 2 and "dropout" in line and "Traceback" not in done.stderr
         assert sorted(path.name for path in old.iterdir()) == [".lock", "state_2.json", "state_2.pt"]
-        # What the line says.
+        # Follow the advice of the line.
         flags = re.findall(r"--restore-from \S+ --start-iters \d+", line)[0].split()
         done = run(TRAIN_PY, *arguments, "--snapshot-dir", new, *flags)
         assert done.returncode == 0, done.stderr

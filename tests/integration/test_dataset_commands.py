@@ -45,7 +45,7 @@ def test_file_names_that_are_no_text(healthy, tmp_path, root):
         assert os.path.exists(folder + b"/\xff")
 
 
-def test_as_a_command(healthy, root):
+def test_one_error_line_and_notes(healthy, root):
     """The command prints its progress and one error line; warnings of a decoder become notes."""
     content = (healthy / IMAGE).read_bytes()
     (healthy / IMAGE).write_bytes(content[: len(content) // 2])

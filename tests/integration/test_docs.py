@@ -18,7 +18,7 @@ from networks import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "cc_attention/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: A command: what runs it, and the module that has its parser.
+#: A command of a page: module or script, then its arguments.
 COMMAND = re.compile(r"python (?:-m ([\w.]+)|(\w[\w/]*)\.py)((?: |\\\n)[^`#\n|]*(?:\\\n[^`#\n|]*)*)?")
 
 
@@ -71,7 +71,7 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
             continue
         known = options | (options_of("train") or set()) | (options_of("evaluate") or set())
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", rest.replace("\\\n", " ")):
-            # tools.seeds passes on what follows --train and --evaluate.
+            # tools.seeds passes on the flags after --train and --evaluate.
             allowed = known | {"--train", "--evaluate"} if name == "tools.seeds" else options
             assert flag in allowed, f"{name} {flag}"
 

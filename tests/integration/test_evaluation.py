@@ -232,7 +232,7 @@ class TestTestSplit:
         with zipfile.ZipFile(folder / "submission.zip") as archive:
             assert archive.namelist() == [f"{name}_labelIds.png" for name in names]
             for name, size in zip(names, [(48, 64), (48, 64), (40, 40)], strict=True):
-                # The pattern by which the official evaluation finds a prediction, one for each picture.
+                # The official evaluation finds the prediction of a picture by this pattern.
                 assert len(fnmatch.filter(archive.namelist(), f"{name}*.png")) == 1
                 with archive.open(f"{name}_labelIds.png") as file, Image.open(file) as picture:
                     ids = np.asarray(picture)

@@ -27,7 +27,7 @@ from utils.errors import RunError, UsageError
 pytestmark = pytest.mark.slow
 
 CLASSES = 5
-#: Batch, height, width: none is the tool's example, nor one of those that it compares by itself.
+#: Batch, height, width: neither the tool's example nor one of the sizes that it compares itself.
 SIZES = [(1, 65, 65), (3, 40, 72), (1, 57, 90)]
 
 
@@ -148,13 +148,13 @@ def test_onnx_has_standard_operators_and_free_axes(session, folder):
     ):
         (value,) = values
         assert [axis.dim_param for axis in value.type.tensor_type.shape.dim] == list(axes)
-    # Nothing of the example's size, its features' or its stages'.
+    # No size of the example, of its features or of its stages may be fixed in the file.
     sizes = {
         n for side in export.EXAMPLE[1:] for n in (side, (side + 1) // 2, (side + 3) // 4, (side + 7) // 8)
     }
     constants = [onnx.numpy_helper.to_array(tensor) for tensor in file.graph.initializer]
     assert not sizes & {int(n) for c in constants if c.dtype == np.int64 for n in c.flatten()}
-    # The batch norms are in the convolutions, and the auxiliary head is left out.
+    # Batch norms are merged into the convolutions, and the auxiliary head is omitted.
     operators = [node.op_type for node in file.graph.node]
     assert "BatchNormalization" not in operators
     assert operators.count("Conv") == 3 + 3 * 5 + 4 + 3 + 2 * 3 + 1
@@ -237,7 +237,7 @@ def test_classes_are_compared_by_their_logits(model):
     assert export.compare(lambda p: np.zeros(p.shape[:3], np.int32), model, "classes") > 0.1
 
 
-#: Answers to pictures [n, h, w, 3] that no tolerance allows.
+#: Wrong answers to pictures [n, h, w, 3], which no tolerance allows.
 WRONG_ANSWERS = {
     "nan": ("logits", lambda n, h, w: np.full((n, CLASSES, (h + 7) // 8 + 1, (w + 7) // 8 + 1), np.nan)),
     "no class": ("classes", lambda n, h, w: np.full((n, h, w), CLASSES)),
@@ -303,7 +303,7 @@ def test_full_disk_names_the_file_and_leaves_nothing(name, folder, model, monkey
     assert error.value.filename == str(tmp_path / name) and not list(tmp_path.iterdir())
 
 
-def test_out_that_is_no_file_of_its_own(folder, monkeypatch, tmp_path):
+def test_out_that_is_an_input_or_no_file(folder, monkeypatch, tmp_path):
     """An input, folder or FIFO as --out is refused before the network is read. A link is followed."""
     checkpoint = tmp_path / "weights.pt2"
     checkpoint.write_bytes((folder / "checkpoint.pth").read_bytes())

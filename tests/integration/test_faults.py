@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, last_line, longest_file, run, write_pair
 
-#: Ends by itself only after many minutes.
+#: Flags of a run that would take many minutes.
 ENDLESS = [
     "--num-steps",
     "1000",
@@ -125,7 +125,7 @@ class TestSignals:
             while not (tmp_path / "log.jsonl").exists() or not logged(tmp_path):
                 assert training.process.poll() is None, training.end()
                 time.sleep(0.05)
-            # As a terminal does it, to every process of the group, or as a scheduler, to the first one alone.
+            # A terminal sends a signal to every process of the group, a scheduler to the first one only.
             if number == signal.SIGINT:
                 os.killpg(training.process.pid, number)
             else:

@@ -40,7 +40,7 @@ FLAGS = [
 ]
 STEPS = 6
 ENVIRONMENT = {"CCNET_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-#: Of a whole job, in seconds; only one that hangs meets it.
+#: Longest time of a job in seconds, which only a hanging one reaches.
 HANGS = 300
 
 pytestmark = [
@@ -132,7 +132,7 @@ class TestElastic:
         assert process.returncode == 2
 
 
-#: srun, scancel and scontrol as they are on one node, in as far as slurm.sbatch uses them.
+#: srun, scancel and scontrol of a single node, as far as slurm.sbatch uses them.
 FAKE_SLURM = """#!{python}
 import itertools, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -331,7 +331,7 @@ class TestTwoMachines:
                     "NPROC": 1,
                     "MAX_RESTARTS": 0,
                     "RDZV_ENDPOINT": "10.77.0.1:29400",
-                    # torchrun looks for both behind the machine's name, which stands for another address.
+                    # torchrun would find both by the name of the machine, which has another address.
                     "PET_LOCAL_ADDR": f"10.77.0.{number}",
                     "PET_RDZV_CONF": f"is_host={int(number == 1)}",
                     "GLOO_SOCKET_IFNAME": f"net{number}",

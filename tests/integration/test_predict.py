@@ -81,7 +81,7 @@ def test_a_folder_keeps_its_structure_and_every_result_is_the_network_s(
         expected = (content[..., ::-1].astype(np.float64) + np.array(palette).reshape(256, 3)[classes]) / 2
         assert np.abs(shown - expected).mean() < 8  # JPEG
     assert Image.open(out / "sheet.jpg").width > 600
-    # A second time: the results of the first are no pictures of the folder.
+    # The second time, the results of the first are not taken for pictures of the folder.
     inner = tmp_path / "in" / "predictions"
     for _ in range(2):
         assert run(checkpoint, tmp_path / "in", "--out", inner, "--save", "color") == 0
@@ -395,7 +395,7 @@ def test_names_that_are_no_utf8(tmp_path: Path, checkpoint: Path) -> None:
     assert (out / "labelIds/p\udcff.png").exists() and (out / "overlay/p\udcff.jpg").exists()
 
 
-# What is there already
+# Existing files
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -46,11 +46,11 @@ def test_counted_as_the_paper_counts_the_papers_gflops_come_out():
     rows = profile.paper()
     counted = {name: round(row["gflops_as_the_paper_counts"], 2) for name, row in rows.items()}
     assert counted == {"R=1": 8.29, "R=2": 16.58, "R=3": 24.88, "non-local": 108.16}
-    # 193 positions in place of 195, and no biases.
+    # The exact count has 193 positions instead of 195, and no biases.
     for recurrence in (1, 2, 3):
         exact = recurrence * 2 * 97 * 97 * (512 * (64 + 64 + 512) + 193 * (64 + 512))
         assert rows[f"R={recurrence}"]["gflops"] * 1e9 == pytest.approx(exact, rel=1e-12)
-    # Non-local's map of 338 MiB is the difference that counts.
+    # Non-local attention keeps 338 MiB more, its map.
     assert rows["non-local"]["memory_kept"] - rows["R=1"]["memory_kept"] == pytest.approx(338, abs=1)
     assert "108.16" in profile.paper_page(rows)
 
@@ -76,7 +76,7 @@ def test_flops_of_the_parts_are_those_counted_by_hand():
         "dsn": 2 * pixels * (9 * 1024 * 512 + 512 * 5),
     }
     assert {name: parts[name].flops_forward for name in by_hand} == by_hand
-    # Each product has two in the backward, but for the gradient of the pictures, which nobody needs.
+    # Each product has two in the backward pass, except for the gradient of the pictures, which is not needed.
     for name in set(by_hand) - {STEM}:
         assert parts[name].flops_backward == 2 * by_hand[name]
     assert parts[STEM].flops_backward == 2 * by_hand[STEM] - 2 * N * 33 * 49 * 9 * 3 * 64
@@ -98,7 +98,7 @@ def test_flops_of_the_operator_are_those_of_brute_force(shape):
         out = criss_cross_attention(query, key, value)
     assert counter.get_total_flops() == 2 * products
     if h > 1 < w:  # where PyTorch makes matrix products of all contractions
-        # The plain formulation meets each pixel in its column too, and multiplies it by zero.
+        # The plain formulation has each pixel in its column too, multiplied by zero.
         with FlopCounterMode(display=False) as plain:
             reference.criss_cross_attention(query, key, value)
         assert plain.get_total_flops() * (h + w - 1) == 2 * products * (h + w)
@@ -143,7 +143,7 @@ def test_memory_of_a_step():
     assert two.weights == bytes_of + 4 * sum(b.numel() for b in model.buffers())
     kept = sum(cost.memory for cost in two.parts.values())
     assert two.peak > two.weights + two.optimizer + two.gradients + kept
-    # What --fit relies on.
+    # --fit relies on this.
     assert five.peak == pytest.approx(one.peak + 4 * (two.peak - one.peak), rel=1e-6)
     # A single pass has no gradients of an earlier one.
     assert simulate(setting).peak < two.peak

@@ -65,11 +65,11 @@ def test_each_seed_is_trained_and_evaluated(
     text = (tmp_path / "runs/seeds.md").read_text()
     assert "| 41 | 41.00 |" in text and "| mean of 3 | 41.00 ± 1.00 |" in text
     assert text in capsys.readouterr().out
-    # Again: training says that it is finished, and nothing is evaluated twice.
+    # The second time, training says that it is finished, and nothing is evaluated twice.
     del commands[:]
     seeds.main(arguments)
     assert [command[0] for command in commands] == ["train.py"] * 3
-    # Evaluated otherwise: that is another result.
+    # Other flags of the evaluation give another result.
     seeds.main([*arguments, "--flip"])
     assert [command[0] for command in commands[3:]] == ["train.py", "evaluate.py"] * 3
     assert json.loads((tmp_path / "runs/seeds.json").read_text())["mean"] == pytest.approx(0.61)

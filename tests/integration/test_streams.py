@@ -12,7 +12,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-#: Two processes, one of which meets what its first argument names.
+#: Two processes, one of which has the error that its first argument names.
 PROCESSES = """
 import sys, torch
 from engine.runtime import distributed
@@ -50,7 +50,7 @@ def test_a_shortage_of_one_process_is_the_last_line_of_the_command(tmp_path: Pat
 
 # Standard streams
 
-#: A command that prints, writes a file, has a process of its own that prints, and ends with an error.
+#: A command that prints, writes a file, starts a process that prints, and ends with an error.
 COMMAND = """
 CHILD = '''
 import os
@@ -100,7 +100,7 @@ def test_streams_that_take_nothing_change_nothing(tmp_path: Path, redirections: 
     done = shell(tmp_path, redirections, *arguments)
     assert done.returncode == (2 if arguments else 0)
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
-    # What is printed went to no file that was opened later, under the number of a closed stream.
+    # Printed text must not go to a file that was opened later and got the number of a closed stream.
     assert (tmp_path / "result").read_bytes() == b"result" and (tmp_path / "child").read_bytes() == b"x"
     if arguments and "2>" not in redirections:
         assert done.stderr.endswith(b"is wrong\n")

@@ -123,7 +123,7 @@ def main() -> int:
     resources = measure(nvcc)
     table = {"nvcc": nvcc_version(nvcc), "shared_memory": shared_memory(), "kernels": resources}
     text = json.dumps(table, indent=1)
-    # A kernel in a line.
+    # Put each kernel on one line.
     text = re.sub(
         r"\{\s+(\"(?:registers|64)\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text
     )

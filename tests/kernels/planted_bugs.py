@@ -113,7 +113,7 @@ BUGS: list[Bug] = [
         "lane.pair == 0 && rows[half] < line.length",
         "lane.pair == 0",
     ),
-    # What both directions use
+    # Shared by both directions
     Bug(
         "copies: channels beyond the end",
         COMMON,

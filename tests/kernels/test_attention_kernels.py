@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cc_attention import ops, reference
 
-#: In which the channels are summed for the error of plain PyTorch.
+#: Number of orders in which the channels are summed for the error of plain PyTorch.
 ORDERS = 8
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
@@ -191,7 +191,7 @@ ALIGNED = [
     (5, 16, 72, 9, 1),
     (5, 8, 8, 1, 1),
 ]
-# What only the general kernels take.
+# Shapes that only the general kernels accept.
 ODD = [
     (2, 3, 5, 4, 7),
     (1, 64, 512, 13, 11),
@@ -267,7 +267,7 @@ def test_same_bits_in_any_order_of_threads(
             assert torch.equal(one, other), f"{name} differs under schedule {schedule}"
 
 
-# Scores of -inf, and those that are no numbers
+# Scores of -inf, +inf and NaN
 
 
 def masked(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -289,7 +289,7 @@ def masked(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = 
     else:
         chosen = torch.rand(n, h, w, generator=generator) < (0.85 if kind == "most" else 0.15)
     if kind in ("overflow", "equal and large", "near the largest"):
-        # One channel counts, of numbers that bfloat16 has.
+        # Only one channel is used, with numbers that bfloat16 represents exactly.
         high, low, each = {
             "overflow": (0.0, -(2.0**100), 2.0**100),  # scores of 0 and -inf in float32
             "equal and large": (1.71875 * 2.0**50, 2.0**49, 1.6875 * 2.0**40),
@@ -318,7 +318,7 @@ def check_where_finite(results: list[Tensor], operands: list[Tensor], tolerance:
     """Check that results are finite where the reference's are, and close to them there."""
     query, key, value, grad = operands
     expected = results_of(reference.criss_cross_attention, operands)
-    # The gradients of query and key are sums of which almost all may cancel.
+    # The gradients of query and key are sums whose terms may cancel almost completely.
     products = largest(reference.ca_weight(grad.double(), value.double()))
     scales = (0.0, products * largest(key), products * largest(query), 0.0)
     for name, ours, truth, scale in zip(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 SOURCE = HERE / "selftest.cu"
 FAULTS = re.findall(r"^  (\w+),", SOURCE.read_text().split("enum Fault {")[1].split("}")[0], re.MULTILINE)
-#: Faults that show in the result, by at least one schedule; each of the others ends the launch.
+#: Faults that give a wrong result with at least one schedule. Every other fault ends the launch.
 SILENT = {
     *("no_barrier_before_read", "no_barrier_after_read", "no_wait", "wait_for_too_few", "no_warp_barrier"),
     *("uninitialized_dynamic", "uninitialized_variable"),

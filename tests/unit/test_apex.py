@@ -83,7 +83,7 @@ class SyncBatchnormFunction:
         cls.calls += 1
         variance, mean = torch.var_mean(input.detach(), (0, 2, 3), correction=0)
         total = 2 * input.numel() / input.size(1)
-        # NVIDIA's replaces the storage too.
+        # NVIDIA's class replaces the storage too.
         running_mean.data = running_mean.data * (1 - momentum) + momentum * mean
         running_variance.data = running_variance.data * (1 - momentum) + momentum * variance * total / (
             total - 1

@@ -107,7 +107,7 @@ def test_samples_are_those_of_the_files(scenes, workers):
         assert one.records == other.records
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
     assert [cached.cache.get(number) is not None for number in range(6)] == [True] * 4 + [False] * 2
-    # Now nothing is read any more of what is there.
+    # Cached pictures are no longer read from their files.
     for number in range(4):
         os.unlink(cached.path(cached.pairs[number].image))
     for number in range(4):

@@ -33,7 +33,7 @@ SHAPES = [
     (1, 3, 0, 4, 5),
 ]
 TINY = [s for s in SHAPES if math.prod(s[3:]) < 30]
-#: As many pictures where errors are compared: of a few elements the largest error is a matter of luck.
+#: Number of pictures where errors are compared. The largest error of a few elements varies too much.
 MANY = 32
 
 
@@ -267,7 +267,7 @@ def test_no_tensor_of_the_size_of_the_weights_is_kept(compiled: str) -> None:
 def test_results_are_channels_last(compiled: str) -> None:
     inputs = sample((2, 3, 5, 4, 7), compiled, torch.float32)[:3]
     results = forward_and_gradients(ops.criss_cross_attention, inputs, inputs[2])
-    # Those of contiguous inputs go back through their conversion.
+    # Gradients of contiguous inputs are converted back.
     assert results[0].is_contiguous(memory_format=torch.channels_last)
     others = forward_and_gradients(
         ops.criss_cross_attention, [channels_last(t) for t in inputs], channels_last(inputs[2])

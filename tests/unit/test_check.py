@@ -53,7 +53,7 @@ def loaded(folder, list_path=None, classes=None) -> str:
     return "nothing"
 
 
-# Each breaks a healthy data set; it may give flags of the command.
+# Functions that break a healthy data set. They may return flags of the command.
 
 
 def cut(name: str, part: float) -> Callable:

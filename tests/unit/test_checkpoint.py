@@ -107,7 +107,7 @@ def test_damaged_state_is_passed_over_with_a_line(tmp_path, parts, damage, capsy
     left = [path.name for path in tmp_path.glob("*state_2*")]
     damaged = ["damaged_state_2.json", "damaged_state_2.pt"]
     assert sorted(left) == (["state_2.pt"] if damage == "undescribed" else damaged)
-    # It is out of the way of the run that goes on: neither counted nor in the way of a deletion.
+    # The resumed run neither counts it nor deletes another state for it.
     for step in (2, 3, 4):
         save(tmp_path, step, parts)
     assert checkpoint.newest_state(str(tmp_path)).step == 4
@@ -118,7 +118,7 @@ def edited(content: dict, **values) -> bytes:
     return json.dumps({**content, **values}).encode()
 
 
-#: Each makes another JSON file of the content of a good one.
+#: Functions that make an invalid JSON file from the content of a valid one.
 EDITS = {
     "step of the last": lambda content: edited(content, step=4),
     "step before": lambda content: edited(content, step=1),
@@ -239,7 +239,7 @@ def test_state_that_is_no_file_is_damaged(tmp_path, parts, kind, end, capsys):
     assert checkpoint.newest_state(str(tmp_path)).step == 1
     assert "state_2.pt: damaged, skipped" in capsys.readouterr().out
     assert os.path.lexists(tmp_path / f"damaged_state_2.{end}")
-    # Nor is an older one in the way of the run that goes on.
+    # An older one does not disturb the resumed run either.
     make_odd(tmp_path / f"state_0.{end}", kind)
     for step in (3, 4):
         save(tmp_path, step, parts)
@@ -391,7 +391,7 @@ def put(value, *keys):
     return edit
 
 
-#: Each spoils the content of a state; what the error says.
+#: Functions that damage the content of a state, with words of the error.
 MISFITS = {
     "momentum of another shape": (other_entry(lambda m: m[:1]), "momentum_buffer of weight 0 is [1, 3]"),
     "momentum that broadcasts": (other_entry(lambda m: m[0, 0]), "momentum_buffer of weight 0"),
@@ -480,7 +480,7 @@ def test_momentum_of_weights_without_a_gradient_may_be_missing(tmp_path, parts):
     with pytest.raises(UsageError, match="lacks 1 of 2 weights"):
         checkpoint.load(state, parts)
     checkpoint.load(state, parts, partial=True)
-    # Before the first update, as where float16 overflows, there is none at all.
+    # There is no momentum before the first update, for example after an overflow of float16.
     parts["optimizer"].state.clear()
     checkpoint.load(save(tmp_path, 3, parts), parts)
 

@@ -36,11 +36,11 @@ from tools import common, convert
 from utils.args import exit_status
 from utils.errors import RunError
 
-#: Of every release that is converted here: R G B in 0..255.
+#: Mean and standard deviation of every converted release: R G B in 0..255.
 MEAN = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64).view(3, 1, 1)
 OUR_MEAN = torch.tensor(IMG_MEAN, dtype=torch.float64).view(3, 1, 1)
-#: Rounding to float32, of the largest value. Leaving out eps anywhere gives ten times as much.
+#: Tolerance for rounding to float32, relative to the largest value. A missing eps gives a larger error.
 EXACT = 1e-6
 
 
@@ -339,7 +339,7 @@ def test_plain_batch_norm_and_back(tmp_path):
     with torch.no_grad():
         right = network(state, 5)(images)
         assert_same(theirs.double().eval()(images), right)
-        # Recognized by its mark; without it, as after another program, by --from.
+        # The mark identifies the kind. Without a mark, as after another program, --from does.
         back = converted(tmp_path, folded)
         assert_same(network(back, 5)(images), right)
     torch.save(dict(folded), tmp_path / "unmarked.pth")
@@ -348,7 +348,7 @@ def test_plain_batch_norm_and_back(tmp_path):
     assert batch_norm_of(back) == ACTIVATED and batch_norm_of(folded) == PLAIN
     with pytest.raises(CheckpointError, match="convert it back with python -m tools.convert"):
         load_weights(model, "folded.pth", state=folded)
-    # Where they could be read as plain ones, ours differ: the test above would show it.
+    # Activated weights differ from plain ones, so the test above would find a confusion.
     assert not torch.equal(folded["bn1.weight"], state["bn1.weight"])
     again = to_batch_norm(back)
     for name, value in folded.items():
@@ -416,7 +416,7 @@ def mmseg_state() -> dict[str, Tensor]:
         return constant(Mmseg(7))
 
 
-#: A file, and what it may be, the one first that it is taken for. 0.01 may be a weight of either batch norm.
+#: A file and the releases that it fits, the assumed one first. 0.01 may be a weight of either batch norm.
 FILES = {
     "ccnet": (small_state, ["ccnet", "batch-norm"]),
     "with negative weights": (negative_weight, ["ccnet"]),
@@ -622,7 +622,7 @@ class TestByName:
             ("timm:resnet50", "can't be downloaded"),
         ],
     )
-    def test_what_cannot_be_had(self, name, words, tmp_path, monkeypatch):
+    def test_weights_that_are_unavailable(self, name, words, tmp_path, monkeypatch):
         library = pytest.importorskip(name.partition(":")[0])
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers

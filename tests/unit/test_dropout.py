@@ -167,7 +167,7 @@ class TestMasks:
         with masks.applied(0, 1):
             assert masks.layers == [] and model[0].kept is None
 
-    def test_they_stay_in_place(self):
+    def test_masks_stay_in_place(self):
         """Masks stay in the same memory, as a captured CUDA graph requires."""
         model = Heads()
         masks = DropoutMasks(model, 1, CPU)

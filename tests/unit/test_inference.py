@@ -123,7 +123,7 @@ def test_flip_of_a_flipped_picture_gives_the_flipped_logits():
 
 @pytest.mark.parametrize("size", [(130, 60), (60, 130)])
 def test_flip_is_the_prediction_of_the_mirrored_picture(size):
-    # Tiles of a mirrored picture are not the mirrored tiles: the last one of each axis is moved.
+    # Tiles of a mirrored picture are not the mirrored tiles, because the last one of each axis is shifted.
     model, image, tile = Model(), torch.randn(1, 3, *size), (33, 33)
     mirrored = predict_sliding(model, image.flip(3), tile, CLASSES).flip(3)
     expected = (predict_sliding(model, image, tile, CLASSES) + mirrored) / 2
@@ -242,7 +242,7 @@ class Memory(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self.bytes += storage.nbytes()
-        # The count includes what was freed or met twice since the last look, and so is never too small.
+        # The count includes tensors freed or seen twice since the last call, so it is never too small.
         if self.bytes > self.peak:
             self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
             self.bytes = sum(size for _, size in self.held.values())
@@ -267,5 +267,5 @@ def test_classes_of_a_long_picture_take_the_memory_of_a_band(size, scales, flip)
     band, all_logits, classes = 4 * 19 * 33 * 64, 4 * 19 * 64 * 6000, 64 * 6000
     assert peak(predict_classes, **tiles) < 2 * classes + 6 * band
     assert peak(predict_multiscale, **tiles) > all_logits > 10 * (2 * classes + 6 * band)
-    # In one piece the network's outputs are held, and bands are longer.
+    # Whole-image prediction holds the outputs of the network, and bands are higher.
     assert peak(predict_classes) < all_logits / 2

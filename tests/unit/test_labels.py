@@ -110,7 +110,7 @@ def test_ids_go_through_the_table_and_train_ids_do_not(table, tmp_path):
     assert LabelReader(read_table(table), ignore_label=9).read(load(str(tmp_path / "a.png")))[0, 2] == 9
 
 
-#: Rows of a table, for what 255 is in the labels.
+#: Rows of a table that say what 255 means in labels.
 ROWS = {
     "no row": "no\t0\t0\t0,0,0\nyes\t1\t1\t9,9,9\n",
     "a class": "no\t0\t0\t0,0,0\nyes\t255\t1\t9,9,9\n",
@@ -120,13 +120,13 @@ ROWS = {
 
 @pytest.mark.parametrize("ignore_label", [255, 254, 1])
 @pytest.mark.parametrize("rows", ROWS)
-def test_what_255_is(rows, ignore_label, tmp_path):
+def test_255_is_a_class_or_void(rows, ignore_label, tmp_path):
     """255 is a class if a row says so, and otherwise void, which becomes --ignore-label."""
     (tmp_path / "table").write_text(HEADER + ROWS[rows])
     reader = LabelReader(read_table(str(tmp_path / "table")), ignore_label)
     expected = 1 if rows == "a class" else ignore_label
     assert reader.read(written(tmp_path / "a.png", [[0, 255]])).tolist() == [[0, expected]]
-    # Train ids are no ids: there 255 is void, if the network takes it so.
+    # In train ids 255 is void, if it is the ignored label.
     train_ids = written(tmp_path / "a_labelTrainIds.png", [[0, 255]])
     if ignore_label == 255:
         assert reader.read(train_ids).tolist() == [[0, 255]]
@@ -261,7 +261,7 @@ class TestCamVid:
         assert (table.row_of_color() < 255).sum() == 32
         assert table.names[0] == "Sky" and table.label_ids().tolist() == list(range(11))
 
-    def test_its_data(self, root):
+    def test_labels_of_the_data_set_beside_the_project(self, root):
         """Train ids of the data set beside this project are used unchanged, and the table names them."""
         data = root.parent / "shared/data/camvid"
         if not data.is_dir():

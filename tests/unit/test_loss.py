@@ -41,11 +41,11 @@ def hard_target_by_scipy(logits, labels, thresh, min_kept, factor=8):
     return np.where((target != 255) & (true <= threshold), target, 255)
 
 
-#: Among them sizes whose last sample scipy pushes beyond the picture by rounding (109, 125), and ones below
+#: Sizes, some of which scipy samples outside the picture by rounding (109, 125), and some smaller than
 #: the factor.
 SIZES = [(97, 97), (129, 65), (109, 125), (33, 12), (12, 9), (5, 5), (3, 40), (769, 33)]
 
-#: Threshold and pixels to keep; at (0.0, 640) the zeros that scipy puts beyond the picture decide.
+#: Threshold and pixels to keep. At (0.0, 640), zeros of scipy outside the picture decide.
 SELECTIONS = [(0.7, 100000), (0.7, 6400), (0.3, 3000), (0.05, 64), (0.6, 63), (0.7, 0), (0.0, 640)]
 
 

@@ -91,7 +91,7 @@ def test_iou_equals_set_arithmetic():
 
 
 def test_absent_class_has_no_score_and_wrongly_predicted_class_has_zero():
-    # Class 0 is right in 2 of 3 pixels, class 1 occurs in predictions only, class 2 nowhere.
+    # Class 0 is right in 2 of 3 pixels, class 1 occurs only in predictions, class 2 does not occur.
     confusion = torch.tensor([[2, 1, 0], [0, 0, 0], [0, 0, 0]])
     iou = iou_per_class(confusion)
     assert iou[:2].tolist() == [2 / 3, 0]
@@ -332,7 +332,7 @@ def test_mean_iou_over_train_ids_is_the_official_class_average(official):
         assert iou == pytest.approx(theirs["classScores"][name], abs=1e-12)
 
 
-# --- the same to the last bit however the pictures are distributed
+# --- bit-identical for any distribution of the pictures
 
 
 def test_scores_depend_neither_on_order_nor_on_the_number_of_processes():

@@ -152,7 +152,7 @@ def test_an_interrupted_run_is_taken_up(tmp_path):
 
 
 @pytest.mark.parametrize("written", [0, 1, 2, 5])
-def test_a_full_disk_can_be_made_room_on(written, tmp_path, monkeypatch, capsys):
+def test_generation_can_be_repeated_after_a_full_disk(written, tmp_path, monkeypatch, capsys):
     """After a disk was full at any file, the first being the marker, generation can be repeated."""
     out, argv = tmp_path / "set", ["--train", "1", "--val", "1", "--size", "64x128"]
     left, sync = [written], os.fsync

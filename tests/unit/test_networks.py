@@ -141,7 +141,7 @@ def test_training_step_follows_the_definition():
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     largest = max(start[name].grad.norm() for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
-        # The atol is for biases whose gradient a following norm or softmax makes zero but for rounding.
+        # atol is for biases whose gradient is zero up to rounding, because a norm or softmax follows.
         torch.testing.assert_close(parameter.grad, start[name].grad, rtol=1e-7, atol=1e-12 * largest.item())
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, specification.statistics[name], rtol=1e-9, atol=1e-12)
@@ -201,7 +201,7 @@ class TestABN:
         norm, x = self.filled(activation), torch.randn(3, 6, 5, 4, dtype=torch.float64) * 3 + 1
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
         torch.testing.assert_close(norm(x), self.formula(norm, x, mean, var))
-        # The running variance is the unbiased one, momentum 0.1.
+        # The running variance is unbiased and has momentum 0.1.
         torch.testing.assert_close(norm.running_mean, 0.1 * mean)
         torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var((0, 2, 3), correction=1))
         norm.eval()

@@ -60,7 +60,7 @@ def test_the_last_thread_out_puts_it_back(capfd):
     with silence:
         pass
     os.write(2, b"still silent\n")
-    # A process that is forked now has no such thread.
+    # A process that is forked now does not have this thread.
     if (child := os.fork()) == 0:
         with silence:
             pass

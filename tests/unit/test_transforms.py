@@ -202,7 +202,7 @@ def test_forward_mode_with_other_transforms(name: str) -> None:
     same(name, lambda function: vmap(lambda *x: jvp(function, x, tangents))(*several))
     same(name, lambda function: jvp(vmap(function), tuple(several), tuple(several)))
     same(name, lambda function: linearize(function, *inputs)[1](*tangents))
-    # Every order of two derivatives whose inner one is of forward mode.
+    # All combinations of two derivatives, the inner one in forward mode.
     small = operands(name, (1, 1, 2, 2, 3))
     expected = hessian(loss(getattr(reference, name)), every)(*small)
     agree(jacfwd(jacfwd(loss(getattr(ops, name)), every), every)(*small), expected)
@@ -249,7 +249,7 @@ def test_tangents_have_the_dtype_of_the_result(name: str, dtype: torch.dtype) ->
         torch.testing.assert_close(one, other, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 0.02)
 
 
-# What is not supported says so
+# Errors for what is not supported
 
 
 @compiled

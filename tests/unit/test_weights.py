@@ -106,7 +106,7 @@ class TestNames:
 
 EYE = torch.eye(64)
 QUANTIZED = "ignore:.*quantize.*"
-#: An entry of CCNet, the value that it gets, and words of the line.
+#: An entry of CCNet, its new value, and words of the error.
 WRONG: dict[str, tuple[str, Callable[[], object], str]] = {
     "classifier without dimensions": (CLASSIFIER, lambda: torch.tensor(1.0), "has shape []"),
     "bias without dimensions": ("head.bottleneck.3.bias", lambda: torch.tensor(1.0), "has shape []"),
@@ -184,7 +184,7 @@ class TestEntries:
         ):
             assert "the first is dsn.3.bias" in refused(path, read)
 
-    def test_of_a_library_are_checked_too(self, monkeypatch):
+    def test_weights_of_a_library_are_checked_too(self, monkeypatch):
         timm = pytest.importorskip("timm")
         library = timm.create_model("resnet50")
         nn.init.constant_(library.layer4[0].bn1.bias, torch.nan)
@@ -254,7 +254,7 @@ class TestFiles:
             archive.add(__file__, "pickle")
         message = refused(path)
         assert "is a tar file of an early version of torch.save; if you trust" in message
-        # The advice replaces nothing.
+        # The advised command overwrites no existing file.
         assert message.endswith(f" and use {tmp_path}/weights_weights.pth")
         (tmp_path / "weights_weights.pth").touch()
         assert refused(path).endswith(f" and use {tmp_path}/weights_weights2.pth")

@@ -101,11 +101,11 @@ def build(
     included = [text for name, text in sorted(texts.items()) if name.endswith(".h")]
     common = digest(compiler_version(), *flags, *included, *(path.read_text() for path in own))
 
-    # A copy of the sources, for the edits, as the files include each other by their relative places.
+    # Copy all sources for the edits, because the files include each other by relative paths.
     tree = CACHE / digest(common, *sorted(map(str, texts.items()))) / "csrc"
     for name, text in texts.items():
         make_once(tree / name, partial(_write, text))
-    # The emulator comes last: its variables have to lie behind those of the kernels.
+    # The emulator comes last, because its variables have to follow those of the kernels in memory.
     inputs = {tree / name: text for name, text in sorted(texts.items()) if not name.endswith(".h")}
     inputs[own[-1]] = ""
     objects = [CACHE / f"{digest(common, path.name, text)}.o" for path, text in inputs.items()]
