@@ -18,9 +18,10 @@ _BUILD = (
 
 
 def _load_library() -> bool:
-    """Register the compiled operators with PyTorch and return whether they can be used.
+    """Register the compiled operators with PyTorch, and return whether the operators can be used.
 
-    A library that exists but does not load is an error: a silent fallback would only show up as slowness.
+    A library that exists but does not load is an error: a silent fallback would make programs slower without
+    an explanation.
     """
     spec = importlib.util.find_spec("cc_attention._C")
     if spec is None or spec.origin is None:
@@ -82,7 +83,7 @@ def _tf32_allowed() -> bool:
     """Return whether float32 products on a GPU may use TF32.
 
     Setting the older allow_tf32 also changes fp32_precision. Reading allow_tf32 is an error once
-    fp32_precision was set, so only fp32_precision is read.
+    fp32_precision has been set, so only fp32_precision is read.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -90,8 +91,9 @@ def _tf32_allowed() -> bool:
 def to_channels_last(x: Tensor) -> Tensor:
     """Return x [N, C, H, W] in channels_last, the memory format of the kernels.
 
-    A tensor without 4 dimensions is returned unchanged, and the operator rejects it. Inside a torch.func
-    transform, where the format can't be changed, x is also returned unchanged and the operator converts it.
+    A tensor without 4 dimensions is returned unchanged, and the operator rejects the tensor. Inside a
+    torch.func transform, the format can't be changed: x is also returned unchanged, and the operator converts
+    x.
     """
     if x.dim() != 4 or torch._C._are_functorch_transforms_active():
         return x
@@ -99,9 +101,10 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Compute the affinities: dot products of each query with the keys in its row and column, unscaled.
+    """Compute the affinities, the unscaled dot products of each query with the keys in its row and column.
 
-    Source: CCNet, arXiv 1811.11721, eq. 1, before the softmax; cc_attention/functions.py of the original.
+    Source: CCNet, arXiv 1811.11721, eq. 1, before the softmax; cc_attention/functions.py of the original
+    CCNet repository.
 
     Args:
         query: [N, c, H, W], float32, float64, float16 or bfloat16.
@@ -123,9 +126,10 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
-    """Aggregate the values: a weighted sum over the row and column of each pixel.
+    """Return, for each pixel, the weighted sum of the values in its row and column.
 
-    Source: CCNet, arXiv 1811.11721, eq. 2, without the residual; cc_attention/functions.py of the original.
+    Source: CCNet, arXiv 1811.11721, eq. 2, without the residual; cc_attention/functions.py of the original
+    CCNet repository.
 
     Args:
         weight: [N, H + W - 1, H, W], positions in the order of `ca_weight`.
@@ -169,7 +173,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     The kernels use the channels_last memory format, and inputs in another format are copied once.
 
     Source: CCNet, arXiv 1811.11721, section 3.2, eq. 1-2, without the residual; cc_attention/functions.py of
-    the original.
+    the original CCNet repository.
 
     Args:
         query: [N, c, H, W], float32, float64, float16 or bfloat16.
