@@ -2,10 +2,9 @@
 
     python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0
 
-The command writes result.txt, scores.txt, confusion.png and outputs/ next to the checkpoint. The test split
-has no labels. With --split test, the command writes submission.zip for the server of the benchmark instead of
-the scores. Network and classes are those of the run that wrote the checkpoint (args.json next to the
-checkpoint), unless a flag overrides them.
+The command writes result.txt, scores.txt, confusion.png and outputs/ next to the checkpoint. With --split
+test, which has no labels, submission.zip for the benchmark server replaces the scores. Network and classes
+are those of the run that wrote the checkpoint (args.json in its folder), unless a flag overrides them.
 """
 
 from __future__ import annotations
@@ -217,10 +216,7 @@ def output(options: EvaluateOptions, name: str) -> str:
 
 
 def submitted(options: EvaluateOptions, name: str) -> str:
-    """Return the path of the label ids of a picture.
-
-    The server reads <city>_<sequence>_<frame> from the file name.
-    """
+    """Return the path of the label ids. The server reads <city>_<sequence>_<frame> from the file name."""
     return os.path.join(options.output_dir, SUBMISSION, f"{name}_labelIds.png")
 
 

@@ -170,7 +170,7 @@ def make_val_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataS
 
 
 def cache_place(options: TrainOptions) -> cache.Place | None:
-    """Return the kind, size and folder of the picture cache; None without --cache."""
+    """Return the kind, size and folder of the picture cache; None if the flag --cache is not given."""
     if options.cache is None:
         return None
     return cache.Place(options.cache, options.cache_gb, options.cache_dir or options.snapshot_dir)

@@ -1,4 +1,4 @@
-"""Registers everything about the compiled operators except the kernels (csrc/ops.cpp) with PyTorch.
+"""Registration with PyTorch of everything about the compiled operators except the kernels (csrc/ops.cpp).
 
 The module registers fake implementations (shapes), derivatives, vmap, autocast and FLOP formulas. Importing
 the module is enough. The compiled library must be loaded before.
@@ -203,7 +203,7 @@ class _Map(_Level):
 
 
 class _Gradient(_Level):
-    """Autograd function of a backward operator; double backward raises an error that names alternatives."""
+    """Autograd function of a backward operator; double backward raises an error with advice."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, operator: Any, *args: Any) -> Any:

@@ -19,8 +19,8 @@ def _operand(x: Tensor, channels: int, module: str) -> Tensor:
 class CrissCrossAttention(nn.Module):
     """Criss-cross attention with 1x1 convolutions for query, key and value, and a residual connection.
 
-    Computes ``x + gamma * criss_cross_attention(query_conv(x), key_conv(x), value_conv(x))``. gamma is
-    learned and starts at 0, so a new module is the identity.
+    The module computes ``x + gamma * criss_cross_attention(query_conv(x), key_conv(x), value_conv(x))``.
+    gamma is learned and starts at 0, so a new module is the identity.
 
     Source: CCNet, arXiv 1811.11721, eq. 1-2. Parameters are named as in cc_attention/functions.py of the
     original CCNet repository.

@@ -136,7 +136,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
         value: [N, C, H, W], same dtype and device.
 
     Returns:
-        [N, C, H, W]; float32 in an autocast region.
+        Weighted sums [N, C, H, W]; float32 in an autocast region.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not match.
@@ -151,11 +151,11 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Compute fused criss-cross attention: each pixel attends to its row and its column.
 
-    Equivalent to ``ca_map(softmax(ca_weight(query, key), dim=1), value)``, but the compiled kernels never
-    allocate a tensor of the size of the attention weights. Scores are not scaled by 1 / sqrt(c).
+    The result is that of ``ca_map(softmax(ca_weight(query, key), dim=1), value)``, but the compiled kernels
+    never allocate a tensor of the size of the attention weights. Scores are not scaled by 1 / sqrt(c).
 
-    Example: in a 3x4 map, the pixel in row 1, column 2 attends to the H + W - 1 = 6 marked pixels, itself
-    included once. The numbers are their positions in dimension 1 of the output of `ca_weight`::
+    Example: in a 3x4 map, the pixel in row 1, column 2 attends to the H + W - 1 = 6 marked pixels, which
+    include the pixel itself. The numbers are the positions in dimension 1 of the output of `ca_weight`::
 
         .  .  4  .
         0  1  2  3      position 2 is the pixel itself
@@ -181,7 +181,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: [N, C, H, W], same dtype and device.
 
     Returns:
-        [N, C, H, W] in the dtype of value, channels_last.
+        Weighted sums [N, C, H, W] in the dtype of value, channels_last.
 
     Raises:
         RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).

@@ -144,7 +144,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
         value: [N, C, H, W], same dtype and device.
 
     Returns:
-        [N, C, H, W]; float32 in an autocast region.
+        Weighted sums [N, C, H, W]; float32 in an autocast region.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not match.
@@ -170,7 +170,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: [N, C, H, W], same dtype and device.
 
     Returns:
-        [N, C, H, W] in the dtype of value.
+        Weighted sums [N, C, H, W] in the dtype of value.
 
     Raises:
         RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).

@@ -59,7 +59,8 @@ def predict_whole(model: Model, image: Tensor) -> Tensor:
         image: images [N, 3, h, w].
 
     Returns:
-        Logits [N, C, h, w] on the device of the image, in its dtype or float32, whichever is more precise.
+        Logits [N, C, h, w] on the device of the image, in the dtype of the image or float32, whichever is
+        more precise.
     """
     return resize(_network(model, image), image.shape[2:])
 
@@ -178,8 +179,8 @@ class _Lines(NamedTuple):
     Attributes:
         axis: axis of the lines, 2 (rows) or 3 (columns).
         size: (h, w).
-        read: function of (start, stop) that returns lines start to stop - 1, at least one. The shape is [N,
-            C, stop - start, w] for axis 2, and [N, C, h, stop - start] for axis 3. Bands must be read in
+        read: function of (start, stop) that returns lines start to stop - 1, at least one. The shape is
+            [N, C, stop - start, w] for axis 2, and [N, C, h, stop - start] for axis 3. Bands must be read in
             order, from either end.
     """
 

@@ -2,7 +2,7 @@
 
 Each field of a group defines a flag of the same name. The `Flag` of a field holds the settings of the
 argument parser, and says where the value of the flag is used. A command parses its flags once, and passes the
-options to other functions. Options can't be changed.
+options to other functions. An options object can't be changed.
 
 The recipe of a run is the values of the flags with recipe=True, which affect the final weights. Each state of
 the run holds the recipe, and a resumed run must have the same recipe. In contrast, args.json holds the values
@@ -420,7 +420,7 @@ class TrainOptions(
             device_type: "cuda" or "cpu".
 
         Raises:
-            UsageError: options contradict each other; the message names the flag.
+            UsageError: options contradict each other. The message names the flag.
         """
         if self.batch_size % (processes * self.grad_accum):
             by = f"{processes} processes" + (f" x {self.grad_accum} parts" if self.grad_accum > 1 else "")

@@ -91,7 +91,10 @@ class OhemCrossEntropy2d(nn.Module):
         )
 
     def _threshold(self, probability: Tensor, target: Tensor) -> Tensor:
-        """Return the threshold, a scalar: the k-th smallest coarse probability, but at least `thresh`."""
+        """Return the threshold, a scalar: the k-th smallest coarse probability, but at least `thresh`.
+
+        k is `min_kept` divided by `factor` ** 2, rounded down.
+        """
         kept = self.min_kept // self.factor**2
         hard = self._coarse_probability(probability, target).flatten()
         valid = hard.isfinite().sum()

@@ -14,7 +14,7 @@ BACKENDS = ("torch", "inplace", "apex")
 
 
 class StatisticsGroup(Protocol):
-    """The processes that share batch statistics (engine.runtime.distributed.World)."""
+    """The processes that share batch statistics (engine.runtime.distributed.World is one)."""
 
     size: int
     group: Any  # the torch.distributed process group
@@ -26,9 +26,9 @@ class StatisticsGroup(Protocol):
 class ABN(nn.Module):
     """Batch norm with scale |weight| + eps, followed by an activation.
 
-    Computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)``.
+    The layer computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)``.
 
-    This is the formula of the in-place ABN that CCNet was trained with (every release of inplace_abn;
+    The formula is that of the in-place ABN that CCNet was trained with (every release of inplace_abn;
     libs/src/bn.cu of the original CCNet repository). Ordinary batch norm with weights that were trained for
     ABN gives wrong outputs if a weight is negative. The gradient treats weight = 0 as positive, like
     inplace_abn >= 0.1.1.
@@ -45,7 +45,7 @@ class ABN(nn.Module):
         Input and output: [N, C, ...].
 
     Raises:
-        ValueError: unknown activation or backend.
+        ValueError: `activation` or `backend` is unknown.
         ImportError: the package of the backend is not installed.
     """
 

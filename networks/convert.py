@@ -217,7 +217,7 @@ def from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The scale of activated batch norm is |weight| + eps, so the scale can't be negative or smaller than eps.
     For a negative weight, the sign of the preceding convolution is changed. For a weight closer to 0 than
-    eps, that convolution is scaled down.
+    eps, the preceding convolution is scaled down.
 
     Args:
         state: state dict with CCNet names.

@@ -121,6 +121,6 @@ def backbone_of(checkpoint: str, state: Mapping[str, Tensor]) -> str:
         if depths == blocks:
             return backbone
     raise CheckpointError(
-        f"{checkpoint}: its stages have {list(blocks)} blocks, unlike those of {', '.join(sorted(DEPTHS))}; "
+        f"{checkpoint}: its layers have {list(blocks)} blocks, unlike those of {', '.join(sorted(DEPTHS))}; "
         "name a checkpoint of CCNet (python -m tools.convert makes one of other releases')"
     )

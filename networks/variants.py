@@ -18,9 +18,9 @@ class Variant(NamedTuple):
     stem: tuple[int, ...]  # channels of the convolutions in the stem; the first has stride 2
     kernel: int  # kernel size of the first convolution; the others are 3x3
     contract_dilation: bool  # the first block of a dilated layer uses the previous dilation
-    ceil_mode: bool  # of the max pooling: even sizes get one more row and column
-    activation: str  # of the heads (see networks.abn)
-    dsn_channels: int
+    ceil_mode: bool  # ceil_mode of the max pooling: even sizes get one more row and column
+    activation: str  # activation of the heads (see networks.abn)
+    dsn_channels: int  # channels of the auxiliary head
     shift: bool  # "shift" [3] of the state dict is added to the input, so that zero padding fits the release
 
 

@@ -61,7 +61,7 @@ PLAIN, ACTIVATED = "plain", "activated"
 
 
 class LoadReport(NamedTuple):
-    """The result of `load_weights`, as names of state-dict entries."""
+    """The result of `load_weights`: lists of names of state-dict entries."""
 
     path: str
     loaded: list[str]  # entries of the model that were loaded
@@ -272,7 +272,7 @@ def check_numbers(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
 
 
 def batch_norm_of(state: Mapping[str, Tensor]) -> str | None:
-    """Return the batch norm that a state dict is marked for, PLAIN or ACTIVATED; None if it has no mark."""
+    """Return the batch norm that a state dict is marked for, PLAIN or ACTIVATED; None without a mark."""
     metadata = getattr(state, "_metadata", None)
     own = metadata.get("") if isinstance(metadata, Mapping) else None
     kind = own.get(BATCH_NORM) if isinstance(own, Mapping) else None
@@ -377,8 +377,9 @@ def load_weights(
     Args:
         model: network to load into.
         path: file that `read_state_dict` can read. Entries named num_batches_tracked are ignored.
-        fresh_classifiers: do not load the two classifiers (for fine-tuning to other classes).
-        complete: require every entry of the model, as evaluation does.
+        fresh_classifiers: whether to keep the two classifiers as initialized (for fine-tuning to other
+            classes).
+        complete: whether to require every entry of the model, as evaluation does.
         state: content of the file if the file has been read already. Then `path` is used only in messages.
 
     Returns:

@@ -84,8 +84,8 @@ class SampleStream(Dataset):
     Each epoch goes through the data set once, in a new order. Batches continue across epochs, so all batches
     have the same size.
 
-    An item is a sample, or the DataError if a file of the sample can't be used. The error is returned and not
-    raised, so that it is raised when the training loop reaches this sample.
+    An item is a sample, or the DataError if a file of the sample can't be used. The data worker returns the
+    error and does not raise it, so that the error is raised when the training loop reaches this sample.
 
     Args:
         source: the data set.
@@ -122,8 +122,8 @@ def _collate(samples: list[Any]) -> Samples | Exception:
 def _shared(tensor: Tensor) -> Tensor:
     """Move the tensor of a data worker to shared memory.
 
-    Otherwise, a background thread of the worker moves the tensor when the tensor is sent. An error in that
-    thread would make the parent process hang.
+    Without this function, a background thread of the worker would move the tensor when the tensor is sent. An
+    error in this thread would make the parent process hang.
     """
     return tensor.share_memory_() if get_worker_info() is not None else tensor
 
@@ -183,7 +183,7 @@ def train_batches(
 
 
 class _Shares:
-    """Batch sampler: the sample numbers of one process for each step."""
+    """Batch sampler that yields the sample numbers of one process for each step."""
 
     def __init__(self, steps: range, batch_size: int, offset: int, share: int):
         self.starts = (step * batch_size + offset for step in steps)

@@ -131,9 +131,9 @@ class PictureStatistics(NamedTuple):
     Attributes:
         confusion: int64 [I, I] over the I label ids (34 in Cityscapes); rows are ground truth, columns are
             predictions.
-        instances: int64 [n, 4], one row for each object of an evaluated class. The columns are the label id,
-            the size in pixels, and the numbers of pixels that are predicted as the class of the object and as
-            any class of its category.
+        instances: int64 [n, 4], one row for each object of an evaluated class. Columns 0 and 1 are the label
+            id and the size in pixels. Column 2 is the number of pixels predicted as the class of the object,
+            column 3 the number of pixels predicted as any class of its category.
     """
 
     confusion: np.ndarray
@@ -228,8 +228,8 @@ class CityscapesEvaluation:
             prediction: train ids 0..K-1, integers [h, w], as the network predicts them.
 
         Raises:
-            ValueError: the shapes differ, a value is out of range, or an id is not that of a class in the
-                label table.
+            ValueError: the shapes differ, a value is out of range, or a label id or instance id belongs to no
+                class of the label table.
         """
         _check_range("prediction", prediction, len(self._id_of_train_id))
         return self.count_label_ids(label_ids, instance_ids, self._id_of_train_id[prediction])
@@ -381,8 +381,8 @@ def _mean_of_existing(values: Iterable[float | None]) -> float | None:
 def format_confusion(names: Sequence[str], confusion: torch.Tensor) -> str:
     """Format a confusion matrix as text, in percent of the pixels of each true class.
 
-    Rows are true classes, columns are predicted classes, with the same numbers. A class that occurs in no
-    label has "-" in its row. Values that round to 0 are dots.
+    Rows are true classes, and columns are predicted classes; both have the class index as a heading. A class
+    that occurs in no label has "-" in its row. Values that round to 0 are dots.
 
     Args:
         names: names of the K classes.

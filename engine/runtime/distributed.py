@@ -101,7 +101,7 @@ class World:
             raise failure
 
     def barrier(self) -> None:
-        """Wait until every process has called this."""
+        """Wait until every process has called this method."""
         if self.size > 1:
             dist.barrier(group=self._control)
 

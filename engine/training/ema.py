@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class WeightAverage:
     """Exponential moving average of weights and running statistics.
 
-    After each step, the average becomes ``d * average + (1 - d) * weights``. Here d is ``min(decay, (1 +
-    step) / (10 + step))``, and `step` is the number of the step, counted from 1. The smaller d of the first
-    steps lets a short run forget its initial weights.
+    After each step, the average becomes ``d * average + (1 - d) * weights``. Here d is
+    ``min(decay, (1 + step) / (10 + step))``, and `step` is the number of the step, counted from 1. The
+    smaller d of the first steps lets a short run forget its initial weights.
 
     Args:
         model: network on its device; its weights are the first average.

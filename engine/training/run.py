@@ -56,7 +56,7 @@ def exclusive(directory: str, world: World) -> Iterator[None]:
     """Lock the directory of a run against other runs.
 
     Raises:
-        UsageError: on every process; see `checkpoint.locked`.
+        UsageError: see `checkpoint.locked`; raised on every process.
     """
     with contextlib.ExitStack() as held:
         world.on_main(lambda: held.enter_context(checkpoint.locked(directory)))
@@ -156,7 +156,8 @@ class Run:
                 the run.
 
         Raises:
-            InputError, RunError: on every process, after the state of the last step is saved.
+            InputError, RunError: the error that ends the run. The error is raised on every process, after the
+                state of the last step is saved.
         """
         if self._owes_validation():
             self._validate(self.start)
@@ -171,7 +172,7 @@ class Run:
             yield step, cast(Batch, batch)
 
     def record(self, step: int, batch: Batch, result: StepResult) -> None:
-        """Write the log, save a snapshot and a state, and validate after a step, each if due.
+        """Log, save a snapshot, save a state and validate after a step, each action if due.
 
         Args:
             step: number of the step, from 1.
@@ -248,7 +249,7 @@ class Run:
         return self.log
 
     def _note_environment(self) -> None:
-        """Append the machine, the software and the number of done steps at this start to environment.json."""
+        """Append the machine, the software and the steps done before this start to environment.json."""
         path = os.path.join(self.directory, "environment.json")
         about = machine(str(self.world.device)) | {"processes": self.world.size, "commit": commit()}
         starts = [{"step": self.start, **about}]
