@@ -8,6 +8,9 @@ Two terms of this module:
 Logits are computed band by band, so that predicting the classes of a picture needs no memory for the logits
 of the whole picture. The logits of a picture are the concatenation of its bands.
 
+The commands use `predict_classes`. The functions that return logits, `predict_whole`, `predict_sliding` and
+`predict_multiscale`, are public: they are for other programs.
+
 Source: evaluate.py of the original CCNet repository.
 """
 

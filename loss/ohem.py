@@ -53,6 +53,8 @@ class OhemCrossEntropy2d(nn.Module):
     scipy.ndimage.zoom. `min_kept` counts pixels at full resolution, over all images of this process. All
     computations run on the device of the logits, without synchronization.
 
+    Training uses `hard_target` only. Calling the module is for other programs.
+
     Args:
         ignore_label: label of ignored pixels, which are never kept.
         thresh: pixels with a probability up to this value are always kept.

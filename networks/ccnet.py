@@ -24,8 +24,10 @@ class Seg_Model(ResNet):  # noqa: N801
 
     Args:
         num_classes: number of classes.
-        criterion: loss, called as criterion([logits, dsn_logits], labels) if `forward` gets labels.
-        pretrained_model: path of a checkpoint of CCNet or of an ImageNet backbone, which is loaded.
+        criterion: loss, called as criterion([logits, dsn_logits], labels) if `forward` gets labels. For other
+            programs; train.py computes its loss outside the network.
+        pretrained_model: path of a checkpoint of CCNet or of an ImageNet backbone, which is loaded. For other
+            programs; train.py loads its weights itself.
         recurrence: number of applications of the attention (R in the paper); 0 omits the attention.
         backbone: "resnet101" or "resnet50".
         dropout: probability of channel dropout in both heads.
