@@ -2,9 +2,9 @@
 
     python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0
 
-Writes result.txt, scores.txt, confusion.png and outputs/ next to the checkpoint. With --split test, which has
-no labels, writes submission.zip for the server of the benchmark instead of the scores. Network and classes
-are those of the run that wrote the checkpoint (args.json next to it), unless a flag overrides them.
+The command writes result.txt, scores.txt, confusion.png and outputs/ next to the checkpoint. With --split
+test, which has no labels, submission.zip for the benchmark server replaces the scores. Network and classes
+are those of the run that wrote the checkpoint (args.json in its folder), unless a flag overrides them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def resolve(
         weights: state dict of --restore-from.
 
     Raises:
-        InputError: a flag or file is invalid; the message names it.
+        InputError: a flag or file is invalid. The message names the flag or file.
     """
     notes: list[str] = []
     given = {name: getattr(args, name) for name in Description._fields}
@@ -110,7 +110,7 @@ def check(
     """Check everything that can be known before the first picture, and create the folders of the results.
 
     Raises:
-        InputError: a flag or file is invalid; the message names it.
+        InputError: a flag or file is invalid. The message names the flag or file.
     """
     print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     with torch.device("meta"):
@@ -137,7 +137,7 @@ def check_outputs_of(options: EvaluateOptions, dataset: CSDataSet) -> None:
     """Check that the results can be written and overwrite no input, and create their folders.
 
     Raises:
-        UsageError: a file can't be written or is an input; the message names it.
+        UsageError: a file can't be written or is an input. The message names the file.
     """
     names = [pair.name for pair in dataset.pairs]
     written = [output(options, name) for name in names]
@@ -216,7 +216,7 @@ def output(options: EvaluateOptions, name: str) -> str:
 
 
 def submitted(options: EvaluateOptions, name: str) -> str:
-    """Return the path of the label ids of a picture. The server reads <city>_<sequence>_<frame> from it."""
+    """Return the path of the label ids. The server reads <city>_<sequence>_<frame> from the file name."""
     return os.path.join(options.output_dir, SUBMISSION, f"{name}_labelIds.png")
 
 

@@ -2,8 +2,8 @@
 
     python train.py --data-dir CS --random-mirror --random-scale --restore-from torchvision --gpu 0,1,2,3
 
-Starts one process for each GPU of --gpu, or --nproc processes on the CPU. torchrun works too, on one or more
-machines. README.md has the published recipe; docs/ describes memory, scaling and other data sets.
+The command starts one process for each GPU of --gpu, or --nproc processes on the CPU. torchrun works too, on
+one or more machines. README.md has the published recipe; docs/ describes memory, scaling and other data sets.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def check(options: TrainOptions, table: ClassTable | None, processes: int, devic
     """Check everything that can be known before the first step.
 
     Raises:
-        InputError: a flag or file is invalid; the message names it.
+        InputError: a flag or file is invalid. The message names the flag or file.
     """
     options.check(processes, device.type)
     if options.abn == "inplace":
         require_inplace_abn(processes, device.type)
     if options.backend == "apex":
         apex.require(device.type)
-    # Weights of a library are downloaded here, once per machine; the processes then read them from disk.
+    # Weights of a library are downloaded here, once per machine. The processes then read the downloaded file.
     weights = read_start(options)
     with torch.device("meta"):
         model = make_model(options, weights)
@@ -102,7 +102,7 @@ def check(options: TrainOptions, table: ClassTable | None, processes: int, devic
 
 
 def train(options: TrainOptions, table: ClassTable | None, world: distributed.World) -> None:
-    """Train on the share of this process of each batch; rank 0 writes the log, states and snapshots."""
+    """Train on this process's share of each batch; rank 0 writes the log, states and snapshots."""
     with signals.stop_request() as stop, exclusive(options.snapshot_dir, world):
         if options.deterministic:
             make_deterministic()
@@ -153,7 +153,7 @@ def make_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataSet:
 
 
 def make_val_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataSet | None:
-    """Return the validation data set; None without --val-every."""
+    """Return the validation data set; None if --val-every is 0."""
     if not options.val_every:
         return None
     return CSDataSet(
@@ -170,14 +170,14 @@ def make_val_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataS
 
 
 def cache_place(options: TrainOptions) -> cache.Place | None:
-    """Return the kind, size and folder of the picture cache; None without --cache."""
+    """Return the kind, size and folder of the picture cache; None if the flag --cache is not given."""
     if options.cache is None:
         return None
     return cache.Place(options.cache, options.cache_gb, options.cache_dir or options.snapshot_dir)
 
 
 def read_start(options: TrainOptions) -> dict[str, Tensor] | None:
-    """Return the weights of --restore-from; None without it."""
+    """Return the weights of --restore-from; None if the flag is not given."""
     if options.restore_from is None:
         return None
     return read_weights(options.restore_from, IMG_MEAN.tolist(), options.backbone)
@@ -205,7 +205,7 @@ def make_model(options: TrainOptions, weights: dict[str, Tensor] | None) -> nn.M
 
 
 def make_criterion(options: TrainOptions) -> CriterionDSN:
-    """Return the loss."""
+    """Return the loss module."""
     class_weights = torch.tensor(options.class_weights) if options.class_weights else None
     if options.ohem:
         return CriterionOhemDSN(options.ignore_label, options.ohem_thres, options.ohem_keep, class_weights)

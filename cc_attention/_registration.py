@@ -1,7 +1,7 @@
-"""Registrations of the compiled operators with PyTorch, besides their kernels (csrc/ops.cpp).
+"""Registration with PyTorch of everything about the compiled operators except the kernels (csrc/ops.cpp).
 
-This module registers fake implementations (shapes), derivatives, vmap, autocast and FLOP formulas. Importing
-it is enough. The library must be loaded before.
+The module registers fake implementations (shapes), derivatives, vmap, autocast and FLOP formulas. Importing
+the module is enough. The compiled library must be loaded before.
 """
 
 import contextlib
@@ -82,38 +82,46 @@ def _ca_map_backward_shapes(grad: Tensor, weight: Tensor, value: Tensor) -> tupl
 
 
 # Derivatives. torch.library.register_autograd does not support torch.func.grad, vjp and jacrev, and drops the
-# tangents of forward-mode differentiation. The functions here differentiate at one level, like PyTorch's own
-# operators. Calling the operator below autograd enters the next level, so levels nest.
+# tangents of forward-mode differentiation. The functions here differentiate at one functorch transform level,
+# like PyTorch's own operators. Each active transform of torch.func is one such level. Calling the operator
+# below autograd enters the next level, so levels nest.
 
 
 def _below_autograd(keyset: Any, operator: Any, *args: Any) -> Any:
-    """Call the operator without differentiating at this level."""
+    """Call the operator without differentiating at this functorch transform level."""
     with torch._C._AutoDispatchBelowAutograd():
         if not torch._C._are_functorch_transforms_active():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        # A Function's forward runs with these modes off, but the outer levels need them.
+        # PyTorch calls `forward` with these modes off, but the outer levels need them.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 @contextlib.contextmanager
 def _tangents(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the saved inputs without their tangents of this level, with forward mode enabled.
+    """Yield the saved inputs without the tangents of this functorch transform level.
 
-    A Function's jvp runs with forward mode off, but the outer levels need it.
+    Forward-mode differentiation is enabled inside the block. PyTorch calls `jvp` with this mode off, but the
+    outer levels need forward-mode differentiation.
     """
     with forward_ad._set_fwd_grad_enabled(True):
         yield tuple(forward_ad.unpack_dual(t, level=0).primal for t in saved)
 
 
 def _sum_of_products(product: Callable[..., Tensor], *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """Return the sum of product(a, b) over the pairs without None; at least one pair must have none."""
+    """Sum product(a, b) over all pairs in which neither element is None.
+
+    There must be at least one such pair.
+    """
     first, *others = (product(a, b) for a, b in pairs if a is not None and b is not None)
     return sum(others, first)
 
 
 class _Level(_SingleLevelFunction):
-    """An autograd function for one level; torch.autograd.Function itself handles all torch.func levels."""
+    """Base class of autograd functions that handle one functorch transform level.
+
+    torch.autograd.Function itself handles all levels of torch.func at once.
+    """
 
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
@@ -195,7 +203,7 @@ class _Map(_Level):
 
 
 class _Gradient(_Level):
-    """A backward operator; differentiating it raises an error that names the alternatives."""
+    """Autograd function of a backward operator; double backward raises an error with advice."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, operator: Any, *args: Any) -> Any:
@@ -235,7 +243,7 @@ def _implement_autograd(
         name: name of the operator.
         function: autograd function; applied to `first` and the arguments if derivatives are needed.
         *first: leading arguments of `function`.
-        plain: the same computation in PyTorch's own operators, used by torch.onnx.export.
+        plain: function that computes the same with PyTorch's own operators; used by torch.onnx.export.
     """
     operator = getattr(OPERATORS, name).default
 
@@ -312,11 +320,12 @@ for _name in ("cc_attention::ca_weight", "cc_attention::ca_map"):
         torch.library.register_autocast(_name, _device_type, torch.float32)
 
 
-# FLOP formulas: a multiply-add counts as two operations. The softmax is not counted, as in PyTorch's own.
+# FLOP formulas: a multiply-add counts as two operations. The softmax is not counted, as in PyTorch's own
+# formulas.
 
 
 def _products(channels: Any, n: int, _: int, h: int, w: int) -> int:
-    """Return the FLOPs of criss-cross scores or weighted sums over a map [n, _, h, w]."""
+    """Return the FLOPs of criss-cross scores or weighted sums of n maps [channels, h, w]."""
     return 2 * n * h * w * (h + w - 1) * channels
 
 
@@ -328,7 +337,10 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 @register_flop_formula(OPERATORS.criss_cross_attention_backward)
 def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of two products per forward product, and of the recomputed scores."""
+    """Return the FLOPs of the backward pass.
+
+    The scores are computed again. For each product of the forward pass, there are two more products.
+    """
     return _products(3 * query[1] + 2 * value[1], *value)
 
 

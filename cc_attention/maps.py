@@ -16,10 +16,10 @@ from cc_attention.reference import with_self
 def attention_maps(module: CrissCrossAttention, x: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
     """Return the attention from selected pixels to all pixels, after each recurrence.
 
-    Recurrence i is a sparse matrix A_i over the pixels: row u holds the softmax of pixel u over its row and
-    column, and zeros elsewhere. The map of pixel u after r recurrences is row u of A_r ... A_1. It is exact,
-    and no matrix is formed. The first map is a cross; the second (figure 6 of the paper) covers the whole
-    image. The residual and gamma are left out. Each map sums to 1.
+    Recurrence i is a sparse matrix A_i over the pixels: row u holds the attention weights of pixel u over its
+    row and column, and zeros elsewhere. The map of pixel u after r recurrences is row u of A_r ... A_1. The
+    maps are exact, and no matrix is formed. The first map is a cross; the second (figure 6 of the paper)
+    covers the whole image. The maps ignore the residual and gamma. Each map sums to 1.
 
     Args:
         module: CrissCrossAttention, or RecurrentCrissCrossAttention with R recurrences.
@@ -27,9 +27,9 @@ def attention_maps(module: CrissCrossAttention, x: Tensor, pixels: Sequence[tupl
         pixels: P pairs (row, column).
 
     Returns:
-        [R, P, H, W] on the device of x, float32 (float64 if x is float64). R is 1 for CrissCrossAttention.
-        The maps have no gradient for backward(), but torch.func transforms and forward-mode differentiation
-        work.
+        Maps [R, P, H, W] on the device of x, float32 (float64 if x is float64). R is 1 for
+        CrissCrossAttention. The maps have no gradient for backward(), but torch.func transforms and
+        forward-mode differentiation work.
 
     Raises:
         ValueError: x has several images or a wrong number of channels, or a pixel is outside of the image.
@@ -59,7 +59,10 @@ def attention_maps(module: CrissCrossAttention, x: Tensor, pixels: Sequence[tupl
 
 
 def _row_times(rows: Tensor, weight: Tensor) -> Tensor:
-    """Multiply row vectors [1, P, H, W] by the matrix A of `weight` [1, L, H, W]: the transpose of ca_map."""
+    """Multiply row vectors [1, P, H, W] by the matrix A of `weight` [1, H + W - 1, H, W].
+
+    The multiplication is the transpose of `ca_map`.
+    """
     width = rows.shape[3]
     column = with_self(weight[:, width:].transpose(1, 2))  # [1, H, H, W]: (y, x) attends to (v, x)
     to_row = torch.einsum("nuyx,npyx->npyu", weight[:, :width], rows)

@@ -8,7 +8,7 @@ from cc_attention.ops import criss_cross_attention, to_channels_last
 
 
 def _operand(x: Tensor, channels: int, module: str) -> Tensor:
-    """Return x [N, channels, H, W] in channels_last; raise RuntimeError if the shape is another."""
+    """Return x [N, channels, H, W] in channels_last; raise RuntimeError for any other shape."""
     if has_torch_function((x,)):
         return handle_torch_function(_operand, (x,), x, channels, module)
     if x.dim() != 4 or x.shape[1] != channels:
@@ -19,11 +19,11 @@ def _operand(x: Tensor, channels: int, module: str) -> Tensor:
 class CrissCrossAttention(nn.Module):
     """Criss-cross attention with 1x1 convolutions for query, key and value, and a residual connection.
 
-    Computes ``x + gamma * criss_cross_attention(query_conv(x), key_conv(x), value_conv(x))``. gamma is
-    learned and starts at 0, so a new module is the identity.
+    The module computes ``x + gamma * criss_cross_attention(query_conv(x), key_conv(x), value_conv(x))``.
+    gamma is learned and starts at 0, so a new module is the identity.
 
     Source: CCNet, arXiv 1811.11721, eq. 1-2. Parameters are named as in cc_attention/functions.py of the
-    original.
+    original CCNet repository.
 
     Args:
         in_dim: number of input channels, at least 8; query and key have in_dim // 8 channels.
@@ -66,9 +66,9 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
     """Recurrent criss-cross attention (RCCA): CrissCrossAttention applied repeatedly with shared weights.
 
     With recurrence 2, every pixel receives information from every other pixel. The information passes through
-    the two pixels in the row of one and the column of the other.
+    the two pixels where the row of one crosses the column of the other.
 
-    Source: CCNet, arXiv 1811.11721, section 3.3, without the convolutions around it.
+    Source: CCNet, arXiv 1811.11721, section 3.3, without the convolutions around the attention.
 
     Args:
         in_dim: number of input channels, at least 8.

@@ -18,9 +18,10 @@ _BUILD = (
 
 
 def _load_library() -> bool:
-    """Register the compiled operators with PyTorch and return whether they can be used.
+    """Register the compiled operators with PyTorch, and return whether the operators can be used.
 
-    A library that exists but does not load is an error: a silent fallback would only show up as slowness.
+    A library that exists but does not load is an error: a silent fallback would make programs slower without
+    an explanation.
     """
     spec = importlib.util.find_spec("cc_attention._C")
     if spec is None or spec.origin is None:
@@ -82,7 +83,7 @@ def _tf32_allowed() -> bool:
     """Return whether float32 products on a GPU may use TF32.
 
     Setting the older allow_tf32 also changes fp32_precision. Reading allow_tf32 is an error once
-    fp32_precision was set, so only fp32_precision is read.
+    fp32_precision has been set, so only fp32_precision is read.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -90,8 +91,9 @@ def _tf32_allowed() -> bool:
 def to_channels_last(x: Tensor) -> Tensor:
     """Return x [N, C, H, W] in channels_last, the memory format of the kernels.
 
-    A tensor without 4 dimensions is returned unchanged, and the operator rejects it. Inside a torch.func
-    transform, where the format can't be changed, x is also returned unchanged and the operator converts it.
+    A tensor without 4 dimensions is returned unchanged, and the operator rejects the tensor. Inside a
+    torch.func transform, the format can't be changed: x is also returned unchanged, and the operator converts
+    x.
     """
     if x.dim() != 4 or torch._C._are_functorch_transforms_active():
         return x
@@ -99,9 +101,10 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Compute the affinities: dot products of each query with the keys in its row and column, unscaled.
+    """Compute the affinities, the unscaled dot products of each query with the keys in its row and column.
 
-    Source: CCNet, arXiv 1811.11721, eq. 1, before the softmax; cc_attention/functions.py of the original.
+    Source: CCNet, arXiv 1811.11721, eq. 1, before the softmax; cc_attention/functions.py of the original
+    CCNet repository.
 
     Args:
         query: [N, c, H, W], float32, float64, float16 or bfloat16.
@@ -123,16 +126,17 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
-    """Aggregate the values: a weighted sum over the row and column of each pixel.
+    """Return, for each pixel, the weighted sum of the values in its row and column.
 
-    Source: CCNet, arXiv 1811.11721, eq. 2, without the residual; cc_attention/functions.py of the original.
+    Source: CCNet, arXiv 1811.11721, eq. 2, without the residual; cc_attention/functions.py of the original
+    CCNet repository.
 
     Args:
         weight: [N, H + W - 1, H, W], positions in the order of `ca_weight`.
         value: [N, C, H, W], same dtype and device.
 
     Returns:
-        [N, C, H, W]; float32 in an autocast region.
+        Weighted sums [N, C, H, W]; float32 in an autocast region.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not match.
@@ -147,11 +151,11 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Compute fused criss-cross attention: each pixel attends to its row and its column.
 
-    Equivalent to ``ca_map(softmax(ca_weight(query, key), dim=1), value)``, but the compiled kernels never
-    allocate a tensor of the size of the attention weights. Scores are not scaled by 1 / sqrt(c).
+    The result is that of ``ca_map(softmax(ca_weight(query, key), dim=1), value)``, but the compiled kernels
+    never allocate a tensor of the size of the attention weights. Scores are not scaled by 1 / sqrt(c).
 
-    Example: in a 3x4 map, the pixel in row 1, column 2 attends to the H + W - 1 = 6 marked pixels, itself
-    included once. The numbers are their positions in dimension 1 of the output of `ca_weight`::
+    Example: in a 3x4 map, the pixel in row 1, column 2 attends to the H + W - 1 = 6 marked pixels, which
+    include the pixel itself. The numbers are the positions in dimension 1 of the output of `ca_weight`::
 
         .  .  4  .
         0  1  2  3      position 2 is the pixel itself
@@ -169,7 +173,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     The kernels use the channels_last memory format, and inputs in another format are copied once.
 
     Source: CCNet, arXiv 1811.11721, section 3.2, eq. 1-2, without the residual; cc_attention/functions.py of
-    the original.
+    the original CCNet repository.
 
     Args:
         query: [N, c, H, W], float32, float64, float16 or bfloat16.
@@ -177,7 +181,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: [N, C, H, W], same dtype and device.
 
     Returns:
-        [N, C, H, W] in the dtype of value, channels_last.
+        Weighted sums [N, C, H, W] in the dtype of value, channels_last.
 
     Raises:
         RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).

@@ -1,15 +1,15 @@
-"""Criss-cross attention in plain PyTorch, differentiable to any order, on every device.
+"""Criss-cross attention in plain PyTorch, which works on every device and is differentiable to any order.
 
 This module is the specification of the operators, the fallback without compiled kernels, and the reference
 that the tests compare with.
 
-Shapes: N batch, C and c channels, H rows, W columns. Each pixel (y, x) attends to L = H + W - 1 positions.
-First come the W pixels (y, 0) .. (y, W - 1) of its row, including itself. Then come the H - 1 other pixels of
-its column, top to bottom.
+Shapes: N is the batch size, C and c are numbers of channels, H is the number of rows, and W is the number of
+columns. Each pixel (y, x) attends to L = H + W - 1 positions. First come the W pixels (y, 0) .. (y, W - 1) of
+its row, including itself. Then come the H - 1 other pixels of its column, top to bottom.
 
 Source: Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, arXiv 1811.11721, eq. 1
-(affinity) and eq. 2 (aggregation); cc_attention/functions.py of the original, whose CUDA code has the same
-order of positions.
+(affinity) and eq. 2 (aggregation); cc_attention/functions.py of the original CCNet repository, whose CUDA
+code has the same order of positions.
 """
 
 import functools
@@ -26,8 +26,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 def check_operands(op: str, **operands: Tensor) -> None:
     """Raise RuntimeError if the operands of `op` do not match.
 
-    All must be floating-point tensors [N, any, H, W] with H and W at least 1, and share N, H, W, dtype and
-    device.
+    All operands must be floating-point tensors [N, any, H, W] with H and W at least 1, and share N, H, W,
+    dtype and device.
     """
     (first_name, first), *_ = operands.items()
     for name, tensor in operands.items():
@@ -57,7 +57,7 @@ def check_operands(op: str, **operands: Tensor) -> None:
 
 
 def check_channels(op: str, expected: int, meaning: str, **operand: Tensor) -> None:
-    """Raise RuntimeError unless the operand has `expected` channels; `meaning` explains that number."""
+    """Raise RuntimeError unless the operand has `expected` channels; `meaning` explains this number."""
     ((name, tensor),) = operand.items()
     if tensor.shape[1] != expected:
         raise RuntimeError(
@@ -66,21 +66,21 @@ def check_channels(op: str, expected: int, meaning: str, **operand: Tensor) -> N
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
-    """Return whether autocast is enabled for the tensor's device; some device types do not support it."""
+    """Return whether autocast is enabled for the device of `tensor`; False for a device without autocast."""
     device_type = tensor.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors cast to the autocast dtype; float64 is left unchanged, as autocast does."""
+    """Return the tensors cast to the autocast dtype; float64 is left unchanged, as in PyTorch's autocast."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _float32_under_autocast(function: _Function) -> _Function:
-    """Wrap `function` to run in float32 in an autocast region.
+    """Wrap `function` so that it runs in float32 under autocast.
 
-    CCNet does not scale its scores by 1 / sqrt(c), so they overflow float16.
+    CCNet does not scale its scores by 1 / sqrt(c), so the scores can overflow float16.
     """
 
     @functools.wraps(function)
@@ -96,8 +96,8 @@ def _float32_under_autocast(function: _Function) -> _Function:
 def _without_self(column: Tensor) -> Tensor:
     """Drop the diagonal of [N, H (query), H (key), W], giving [N, H, H - 1, W].
 
-    Diagonal elements are H + 1 apart in the flattened H * H. Without the first element, they are the last
-    column of an (H - 1) x (H + 1) matrix, so no index or mask is needed.
+    Diagonal elements are H + 1 apart in the flattened H * H. After dropping element 0, the diagonal elements
+    form the last column of an (H - 1) x (H + 1) matrix, so no index or mask is needed.
     """
     n, h, _, w = column.shape
     return column.flatten(1, 2)[:, 1:].reshape(n, h - 1, h + 1, w)[:, :, :-1].reshape(n, h, h - 1, w)
@@ -112,9 +112,9 @@ def with_self(column: Tensor) -> Tensor:
 
 @_float32_under_autocast
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Compute the affinities: dot products of each query with the keys in its row and column, unscaled.
+    """Compute the affinities, the unscaled dot products of each query with the keys in its row and column.
 
-    This is eq. 1 before the softmax.
+    The affinities are those of eq. 1 of the paper, before the softmax.
 
     Args:
         query: [N, c, H, W].
@@ -135,16 +135,16 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
 
 @_float32_under_autocast
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
-    """Aggregate the values: a weighted sum over the row and column of each pixel.
+    """Return, for each pixel, the weighted sum of the values in its row and column.
 
-    This is eq. 2 without the residual.
+    The sum is that of eq. 2 of the paper, without the residual.
 
     Args:
         weight: [N, L, H, W], positions in the order of `ca_weight`.
         value: [N, C, H, W], same dtype and device.
 
     Returns:
-        [N, C, H, W]; float32 in an autocast region.
+        Weighted sums [N, C, H, W]; float32 in an autocast region.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not match.
@@ -170,7 +170,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: [N, C, H, W], same dtype and device.
 
     Returns:
-        [N, C, H, W] in the dtype of value.
+        Weighted sums [N, C, H, W] in the dtype of value.
 
     Raises:
         RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).

@@ -144,6 +144,7 @@ class CSDataSet(Dataset):
         return self.labels.ignore_label
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """Return an item for other programs; the training loop uses `sample`."""
         seed = int(torch.randint(2**63 - 1, ()))
         sample, size = self._augmented(index, np.random.default_rng(seed))
         image = transforms.subtract_mean(sample.image, self.mean, sample.content)

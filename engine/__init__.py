@@ -1,1 +1,1 @@
-"""Training and evaluation: processes, samples, schedule, checkpoints, inference and metrics."""
+"""Training and evaluation: processes, data loading, schedule, checkpoints, inference and metrics."""

@@ -1,10 +1,17 @@
 """Prediction of whole pictures, by overlapping tiles, and at several scales.
 
-Logits are computed in bands of lines, so that predicting the classes of a picture needs memory for the logits
-of one band only. Lines are the rows of a picture that is at least as high as wide, and the columns of a wider
-one. The logits of a picture are its bands, concatenated.
+Two terms of this module:
 
-Source: evaluate.py of the original.
+- Line: a row of a picture that is at least as high as wide, or a column of a picture that is wider than high.
+- Band: several consecutive lines.
+
+Logits are computed band by band, so that predicting the classes of a picture needs no memory for the logits
+of the whole picture. The logits of a picture are the concatenation of its bands.
+
+The commands use `predict_classes`. The functions that return logits, `predict_whole`, `predict_sliding` and
+`predict_multiscale`, are public: they are for other programs.
+
+Source: evaluate.py of the original CCNet repository.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ Model = Callable[[Tensor], Tensor | Sequence[Tensor]]
 OVERLAP = 1 / 3
 #: Lines per band for whole-image prediction; with tiles, a band is as long as a tile.
 WHOLE_BAND = 256
-#: Predicted class of a pixel for which the network gives NaN; no class has this number.
+#: Predicted class of a pixel for which the network returns a NaN logit; no class has this index.
 NO_CLASS = 255
 NAN_ADVICE = "its weights are finite but overflow float32; check the checkpoint"
 
@@ -38,7 +45,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 def tile_offsets(size: int, tile: int, stride: int) -> list[int]:
     """Return the offsets of the tiles along one axis.
 
-    Tiles are `stride` apart; the last one is moved back to the border.
+    Tiles are `stride` apart. The last tile is moved back so that it ends at the border.
     """
     if size <= tile:
         return [0]
@@ -50,11 +57,13 @@ def predict_whole(model: Model, image: Tensor) -> Tensor:
     """Predict the logits of whole images.
 
     Args:
-        model: maps [N, 3, h, w] to logits [N, C, any, any], or to a sequence whose first entry is the logits.
-        image: [N, 3, h, w].
+        model: network that maps [N, 3, h, w] to logits [N, C, any, any], or to a sequence whose first entry
+            is the logits.
+        image: images [N, 3, h, w].
 
     Returns:
-        Logits [N, C, h, w] on the device of the image, in its dtype or float32, whichever is more precise.
+        Logits [N, C, h, w] on the device of the image, in the dtype of the image or float32, whichever is
+        more precise.
     """
     return resize(_network(model, image), image.shape[2:])
 
@@ -64,16 +73,17 @@ def predict_sliding(
 ) -> Tensor:
     """Predict the logits of images, averaged over overlapping tiles.
 
-    As in the original, the stride of both axes is ceil(tile height * 2/3). Horizontally it is at most the
-    width of a tile. Images smaller than a tile are padded with zeros at the bottom and right.
+    As in the original CCNet repository, the stride of both axes is ceil(tile height * 2/3). Horizontally, the
+    stride is at most the width of a tile. Images smaller than a tile are padded with zeros at the bottom and
+    right.
 
     Args:
         model: see `predict_whole`.
-        image: [N, 3, h, w].
+        image: images [N, 3, h, w].
         tile_size: (height, width) of a tile.
         num_classes: number of classes, C.
-        tile_batch: number of tiles, of all images together, to predict at once. It does not change the order
-            in which tiles are summed.
+        tile_batch: number of tiles, of all images together, to predict at once. The number does not change
+            the order in which tiles are summed.
 
     Returns:
         Logits [N, C, h, w], with dtype and device as in `predict_whole`. The prediction needs memory for
@@ -99,16 +109,17 @@ def predict_multiscale(
 
     Args:
         model: see `predict_whole`.
-        image: [N, 3, h, w].
+        image: images [N, 3, h, w].
         scales: factors of height and width. Each prediction is resized back before averaging.
-        flip: whether to average each prediction with that of the image mirrored left to right, mirrored back.
+        flip: whether to predict also the image mirrored left to right. The prediction of the mirrored image
+            is mirrored back before averaging.
         tile_size: (height, width) of the tiles; None predicts whole images.
         num_classes: number of classes, C; required with `tile_size`.
         tile_batch: see `predict_sliding`.
 
     Returns:
         Logits [N, C, h, w], with dtype and device as in `predict_whole`. The prediction needs memory for
-        twice the logits, and that of `predict_classes`.
+        twice the logits, in addition to the memory that `predict_classes` needs.
 
     Raises:
         ValueError: `scales` is empty, `num_classes` is missing with tiles, or `tile_batch` is less than 1.
@@ -130,16 +141,16 @@ def predict_classes(
 
     Memory, in addition to the image, the result and the activations of the network:
 
-    - A few times N * C * (tile extent along the longer axis) * (shorter side of the image) logits, times
-      scale ** 2 for scales above 1.
-    - For each combination of scale and flip, the outputs of the network, at their own size, for the tiles
-      that overlap a band and up to `tile_batch` * N tiles on either side.
+    - O(N * C * b * s * max(1, scale) ** 2) for the logits of a band. Here b is the extent of a tile along the
+      longer axis of the image, s is the shorter side of the image, and scale is the largest scale.
+    - For each combination of scale and flip, the outputs of the network, at their own size. The outputs are
+      kept for the tiles that overlap a band and up to `tile_batch` * N tiles on either side.
 
-    Without tiles, bands have 256 lines, and the outputs are those of the whole images.
+    Without tiles, b is 256 (WHOLE_BAND), and the outputs are those of the whole images.
 
     Args:
         model: see `predict_whole`.
-        image: [N, 3, h, w].
+        image: images [N, 3, h, w].
         scales: see `predict_multiscale`.
         flip: see `predict_multiscale`.
         tile_size: see `predict_multiscale`.
@@ -147,7 +158,7 @@ def predict_classes(
         tile_batch: see `predict_sliding`.
 
     Returns:
-        Classes, uint8 [N, h, w]. For equal logits it is the lowest class; where a logit is NaN, NO_CLASS.
+        Classes, uint8 [N, h, w]. Ties give the lowest class index; pixels with a NaN logit give NO_CLASS.
 
     Raises:
         ValueError: see `predict_multiscale`.
@@ -171,8 +182,9 @@ class _Lines(NamedTuple):
     Attributes:
         axis: axis of the lines, 2 (rows) or 3 (columns).
         size: (h, w).
-        read: returns lines start to stop - 1, at least one: [N, C, stop - start, w] for axis 2, or
-            [N, C, h, stop - start] for axis 3. Bands must be read in order, from either end.
+        read: function of (start, stop) that returns lines start to stop - 1, at least one. The shape is
+            [N, C, stop - start, w] for axis 2, and [N, C, h, stop - start] for axis 3. Bands must be read in
+            order, from either end.
     """
 
     axis: int
@@ -186,7 +198,7 @@ class _Lines(NamedTuple):
 
 
 def _join(lines: _Lines, tile_size: tuple[int, int] | None, finish: Callable[[Tensor], Tensor]) -> Tensor:
-    """Read all lines in bands and pass each band through `finish` as soon as it is read."""
+    """Read all lines in bands, apply `finish` to each band once it is read, and concatenate the results."""
     band = tile_size[lines.axis - 2] if tile_size else WHOLE_BAND
     starts = range(0, lines.length, band)
     bands = [finish(lines.read(start, min(start + band, lines.length))) for start in starts]
@@ -224,7 +236,10 @@ def _multiscale(
 
 
 def _network(model: Model, image: Tensor) -> Tensor:
-    """Return the logits of the network at their own size, in the precision in which they are summed."""
+    """Return the logits of the network at their own size, converted to the accumulation dtype.
+
+    The accumulation dtype is the dtype of the image or float32, whichever is more precise.
+    """
     outputs = model(image)
     logits = outputs if isinstance(outputs, Tensor) else outputs[0]
     return logits.to(image.device, torch.promote_types(image.dtype, torch.float32))
@@ -247,7 +262,8 @@ def _tiled(
 ) -> _Lines:
     if tile_batch < 1:
         raise ValueError(f"tile_batch: must be at least 1, not {tile_batch}")
-    # In floating point, as in the original: a height of 129 gives 87, where exact arithmetic gives 86.
+    # In floating point, as in the original CCNet repository: a height of 129 gives 87, where exact arithmetic
+    # gives 86.
     stride = math.ceil(tile_size[0] * (1 - OVERLAP))
     tops = tile_offsets(image.size[0], tile_size[0], stride)
     lefts = tile_offsets(image.size[1], tile_size[1], min(stride, tile_size[1]))
@@ -261,7 +277,7 @@ def _tiled(
     outputs: dict[tuple[int, int], Tensor] = {}
 
     def covered(x: Tensor, place: tuple[int, int]) -> Tensor:
-        """Return the part of the lines `x` that a tile covers across the lines."""
+        """Return the slice of `x`, along the axis perpendicular to the lines, that a tile covers."""
         return x.narrow(across + 2, place[across], min(tile_size[across], image.size[across] - place[across]))
 
     def crop(place: tuple[int, int]) -> Tensor:
@@ -304,7 +320,7 @@ def _tiled(
 
 
 def _resized(lines: _Lines, size: tuple[int, int]) -> _Lines:
-    """Resize lines lazily, with the result of `resize`."""
+    """Resize lines lazily. Reading all lines gives the result of `resize`, up to rounding."""
     if lines.size == size:
         return lines
     axis, last, last_target = lines.axis, lines.length - 1, size[lines.axis - 2] - 1
@@ -327,7 +343,7 @@ def _resized(lines: _Lines, size: tuple[int, int]) -> _Lines:
 
 
 def _mirrored(lines: _Lines) -> _Lines:
-    """Mirror left to right; columns are then read from the other end."""
+    """Mirror lines left to right. Lines that are columns are read from the other end."""
 
     def read(start: int, stop: int) -> Tensor:
         if lines.axis == 3:

@@ -1,9 +1,12 @@
 """The flags of train.py and evaluate.py, in groups of typed options.
 
-Each field of a group is a flag of the same name. Its `Flag` holds the settings of the parser and says how the
-value is used: whether it is part of the recipe that a resumed run must repeat, whether result.txt records it,
-and whether the run that wrote a checkpoint provides it. A command parses its flags once and passes on the
-frozen options.
+Each field of a group defines a flag of the same name. The `Flag` of a field holds the settings of the
+argument parser, and says where the value of the flag is used. A command parses its flags once, and passes the
+options to other functions. An options object can't be changed.
+
+The recipe of a run is the values of the flags with recipe=True, which affect the final weights. Each state of
+the run holds the recipe, and a resumed run must have the same recipe. In contrast, args.json holds the values
+of all flags (utils.run_files.ARGUMENTS).
 """
 
 from __future__ import annotations
@@ -32,16 +35,16 @@ class Flag(NamedTuple):
 
     Attributes:
         help: text for --help.
-        parse: converts the text of the command line. Without it the value is the text, or True for a flag
-            whose default is False.
-        choices: accepted texts.
+        parse: function that converts the text of the command line. If None, the value is the text, or True
+            for a flag whose default is False.
+        choices: accepted values.
         metavar: name of the value in --help.
         required: whether the flag must be given.
-        bare: whether the flag may be given without a value, for True.
-        recipe: whether the value affects the final weights of a run.
-        noted: whether the value affects the scores of an evaluation, and result.txt records it.
-        from_run: whether a command that reads a checkpoint takes its default from the run that wrote the
-            checkpoint.
+        bare: whether the flag may be given without a value, which means True.
+        recipe: whether the value affects the final weights of a run, and is part of its recipe.
+        noted: whether the value affects the scores of an evaluation, and is written to result.txt.
+        from_run: whether the default value is that of the run that wrote the checkpoint, in a command that
+            reads a checkpoint.
         shared: whether tools.seeds passes the value of train.py to evaluate.py.
     """
 
@@ -64,14 +67,14 @@ def option(default: Any, flag: Flag) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of all groups of options."""
+    """Base class of all groups of options."""
 
     #: Heading of the group in --help.
     title: ClassVar[str] = ""
 
     @classmethod
     def of(cls: type[Group], args: argparse.Namespace) -> Group:
-        """Return the options in the result of a parser with these flags."""
+        """Create the options from parsed arguments."""
         return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})
 
     @classmethod
@@ -80,7 +83,7 @@ class Options:
         return [each.name for each in fields(cls) if wanted(_flag_of(each))]
 
     def recipe(self) -> dict[str, Any]:
-        """Return the options that affect the final weights of a run."""
+        """Return the recipe: the options that affect the final weights of a run."""
         return {name: getattr(self, name) for name in self.names(lambda flag: flag.recipe)}
 
     def noted(self) -> dict[str, Any]:
@@ -101,8 +104,8 @@ def add_flags(
     """Add the flags of `options` to a parser, group by group.
 
     Args:
-        parser: parser of a command.
-        options: options of the command.
+        parser: parser to add the flags to.
+        options: class of the options of the command.
         choices: accepted values of flags, by name, for flags whose choices depend on the caller.
         reads_checkpoint: whether flags with `from_run` take their default from the run of the checkpoint.
     """
@@ -142,7 +145,7 @@ def add_flags(
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
-    """The pictures."""
+    """Options for the pictures of the data set."""
 
     title = "data"
     data_dir: str = option(
@@ -164,7 +167,7 @@ class DataOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassOptions(Options):
-    """The classes of the data set."""
+    """Options for the classes of the data set."""
 
     title = "data"
     classes: str | None = option(
@@ -190,7 +193,7 @@ class ClassOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(Options):
-    """The architecture of the network."""
+    """Options for the architecture of the network."""
 
     title = "network"
     model: str = option("ccnet", Flag("network", recipe=True, noted=True, from_run=True))
@@ -209,7 +212,7 @@ class NetworkOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessOptions(Options):
-    """The processes of a command."""
+    """Options for the processes of a command."""
 
     title = "processes"
     gpu: str | None = option(
@@ -227,7 +230,7 @@ class ProcessOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Options):
-    """The training samples and the data workers."""
+    """Options for the training samples and the data workers."""
 
     title = "samples"
     input_size: tuple[int, int] = option(
@@ -254,7 +257,7 @@ class SampleOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions(NetworkOptions):
-    """The training settings of the layers, and the initial weights."""
+    """Options for the network in training: its architecture, dropout, batch norm and initial weights."""
 
     title = "network"
     dropout: float = option(
@@ -286,7 +289,7 @@ class StartOptions(NetworkOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions(Options):
-    """The optimization."""
+    """Options for the optimization. The recipe of a run has flags of other groups too."""
 
     title = "recipe"
     batch_size: int = option(8, Flag("global batch size, over all processes", flags.batch, recipe=True))
@@ -332,7 +335,7 @@ class RecipeOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedOptions(Options):
-    """The precision and the implementation of a step."""
+    """Options for the precision and the implementation of a training step."""
 
     title = "speed"
     amp: str | None = option(None, Flag("mixed precision", choices=tuple(sorted(PRECISIONS)), recipe=True))
@@ -358,7 +361,7 @@ class SpeedOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
-    """The files of a run and the intervals at which they are written."""
+    """Options for the files of a run and the intervals at which the files are written."""
 
     title = "run"
     snapshot_dir: str = option("snapshots", Flag("folder of the snapshots, states and log of the run"))
@@ -401,12 +404,12 @@ class TrainOptions(
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Memory format of images and weights."""
+        """The memory format of images and weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def all_weights_used(self) -> bool:
-        """Whether every weight gets a gradient; with --recurrence 0, those of the attention do not."""
+        """Whether every weight gets a gradient. With --recurrence 0, the attention weights get none."""
         return self.recurrence > 0
 
     def check(self, processes: int, device_type: str) -> None:
@@ -417,7 +420,7 @@ class TrainOptions(
             device_type: "cuda" or "cpu".
 
         Raises:
-            UsageError: options contradict each other; the message names the flag.
+            UsageError: options contradict each other. The message names the flag.
         """
         if self.batch_size % (processes * self.grad_accum):
             by = f"{processes} processes" + (f" x {self.grad_accum} parts" if self.grad_accum > 1 else "")
@@ -457,7 +460,7 @@ class TrainOptions(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(NetworkOptions):
-    """The checkpoint that a command reads."""
+    """Options for the checkpoint that a command reads."""
 
     title = "network"
     restore_from: str | None = option(
@@ -467,14 +470,14 @@ class CheckpointOptions(NetworkOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ToolOptions(CheckpointOptions, ClassOptions):
-    """The network of the tools that read a checkpoint."""
+    """Options for the network of a tool that reads a checkpoint."""
 
     restore_from: str = option("", Flag("checkpoint", metavar="FILE", required=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingOptions(Options):
-    """Averaging of the predictions of a picture (engine.inference.predict_multiscale)."""
+    """Options for averaging the predictions of a picture (engine.inference.predict_multiscale)."""
 
     title = "prediction"
     scales: Sequence[float] = option(
@@ -485,7 +488,7 @@ class AveragingOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionOptions(AveragingOptions):
-    """Prediction of a picture, whole or by tiles."""
+    """Options for predicting a picture, whole or by tiles."""
 
     title = "prediction"
     input_size: tuple[int, int] = option(

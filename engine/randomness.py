@@ -1,7 +1,8 @@
-"""The random streams of a run: every random number depends only on the seed and its position in the run.
+"""The random streams of a run.
 
-There is no generator state that advances during the run. Samples, augmentations and dropout masks are
-therefore the same in a resumed run and on any number of processes.
+Sample order, augmentation and dropout masks depend only on the seed and the position in the run: the step and
+the sample. There is no generator state that advances during the run. Sample order, augmentation and dropout
+masks are therefore the same in a resumed run and for any number of processes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import numpy as np
 import torch
 
-#: Separate the streams of sample order, augmentation and dropout masks from each other.
+#: Numbers that separate the random streams of sample order, augmentation and dropout masks from each other.
 ORDER, AUGMENTATION, DROPOUT = range(3)
 
 
@@ -23,7 +24,7 @@ def seed_of(*numbers: int) -> int:
 def make_deterministic() -> None:
     """Make PyTorch compute bit-identical results in every run, also on a GPU.
 
-    An operator without a deterministic implementation raises a RuntimeError when it is called.
+    An operator without a deterministic implementation raises a RuntimeError when called.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -1,6 +1,6 @@
 """Training losses: cross entropy of the main head plus 0.4 times that of the auxiliary head.
 
-Source: loss/criterion.py of the original.
+Source: loss/criterion.py of the original CCNet repository.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AUXILIARY_WEIGHT = 0.4
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Upsample logits [N, C, H, W] to (height, width) `size`, bilinearly with aligned corners.
 
-    Half precision is converted to float32 first.
+    Half-precision logits are converted to float32 first.
     """
     if logits.element_size() < 4:
         logits = logits.float()
@@ -29,7 +29,8 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
 class CriterionDSN(nn.Module):
     """Cross entropy of the main head plus 0.4 times that of the auxiliary head, on upsampled logits.
 
-    Means are over the pixels of the local process that are not ignored. If all are ignored, the loss is 0.
+    The means are over the pixels of this process that are not ignored. The loss is 0 if all pixels are
+    ignored.
 
     Args:
         ignore_index: label of ignored pixels.
@@ -53,13 +54,16 @@ class CriterionDSN(nn.Module):
             target: class indices, integer [N, h, w].
 
         Returns:
-            Scalar.
+            The loss, a scalar.
         """
         means = [total.mean() for total in self.totals(outputs, target)]
         return torch.stack([w * mean for w, mean in zip(self.head_weights, means, strict=False)]).sum()
 
     def totals(self, outputs: Sequence[Tensor], target: Tensor) -> list[Total]:
-        """Return the sums that the mean of each head is made of, without the weights of the heads."""
+        """Return the sum of the losses and the sum of the weights of the pixels for each head.
+
+        The weights of the heads are not applied.
+        """
         target = target.long()
         logits = [upsample(output, target.shape[1:]) for output in outputs]
         auxiliary = [

@@ -1,6 +1,6 @@
 """Cross entropy with online hard example mining (OHEM).
 
-Source: loss/loss.py of the original.
+Source: loss/loss.py of the original CCNet repository.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Total(NamedTuple):
     weight: Tensor
 
     def mean(self) -> Tensor:
-        """Return the mean; without pixels it is 0, with zero gradients."""
+        """Return the mean. If the sum of the weights is 0, the mean is 0, with zero gradients."""
         return self.loss / self.weight.where(self.weight > 0, 1)
 
 
@@ -45,17 +45,20 @@ def total_cross_entropy(
 
 
 class OhemCrossEntropy2d(nn.Module):
-    """Mean cross entropy over the hard pixels, whose true class has at most a threshold probability.
+    """Mean cross entropy over the hard pixels.
 
-    The threshold is the `min_kept`-th smallest probability of the true class, but at least `thresh`. As in
-    the original, it is determined on a grid downsampled by `factor`, with the sampling positions of
-    scipy.ndimage.zoom. `min_kept` counts pixels at full resolution, over all images of this process.
-    Everything runs on the device of the logits, without synchronization.
+    A pixel is hard if the predicted probability of its true class is at most a threshold. The threshold is
+    the `min_kept`-th smallest probability of the true class, but at least `thresh`. As in the original CCNet
+    repository, the threshold is determined on a grid downsampled by `factor`, with the sampling positions of
+    scipy.ndimage.zoom. `min_kept` counts pixels at full resolution, over all images of this process. All
+    computations run on the device of the logits, without synchronization.
+
+    Training uses `hard_target` only. Calling the module is for other programs.
 
     Args:
         ignore_label: label of ignored pixels, which are never kept.
         thresh: pixels with a probability up to this value are always kept.
-        min_kept: minimum number of pixels to keep, if there are as many.
+        min_kept: minimum number of pixels to keep; with fewer pixels, all are kept.
         factor: downsampling factor of the grid on which the threshold is determined.
     """
 
@@ -74,7 +77,7 @@ class OhemCrossEntropy2d(nn.Module):
             target: class indices, integer [N, h, w].
 
         Returns:
-            Scalar; 0 with zero gradients if no pixel is kept.
+            The loss, a scalar; 0 with zero gradients if no pixel is kept.
         """
         target = target.long()
         return total_cross_entropy(predict, self.hard_target(predict, target), self.ignore_label).mean()
@@ -90,7 +93,10 @@ class OhemCrossEntropy2d(nn.Module):
         )
 
     def _threshold(self, probability: Tensor, target: Tensor) -> Tensor:
-        """Return the threshold, a scalar: the k-th smallest coarse probability, but at least `thresh`."""
+        """Return the threshold, a scalar: the k-th smallest coarse probability, but at least `thresh`.
+
+        k is `min_kept` divided by `factor` ** 2, rounded down.
+        """
         kept = self.min_kept // self.factor**2
         hard = self._coarse_probability(probability, target).flatten()
         valid = hard.isfinite().sum()

@@ -1,4 +1,4 @@
-"""Networks, their layers, and checkpoints in and out."""
+"""Networks, their layers, and loading and conversion of checkpoints."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ BACKENDS = ("torch", "inplace", "apex")
 
 
 class StatisticsGroup(Protocol):
-    """The processes that share batch statistics (engine.runtime.distributed.World)."""
+    """The processes that share batch statistics (engine.runtime.distributed.World is one)."""
 
     size: int
     group: Any  # the torch.distributed process group
@@ -26,11 +26,12 @@ class StatisticsGroup(Protocol):
 class ABN(nn.Module):
     """Batch norm with scale |weight| + eps, followed by an activation.
 
-    Computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)``.
+    The layer computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)``.
 
-    This matches the in-place ABN that CCNet was trained with (every release of inplace_abn; libs/src/bn.cu of
-    the original). Loading its weights into ordinary batch norm is wrong if a weight is negative. The gradient
-    treats weight = 0 as positive, like inplace_abn >= 0.1.1.
+    The formula is that of the in-place ABN that CCNet was trained with (every release of inplace_abn;
+    libs/src/bn.cu of the original CCNet repository). Ordinary batch norm with weights that were trained for
+    ABN gives wrong outputs if a weight is negative. The gradient treats weight = 0 as positive, like
+    inplace_abn >= 0.1.1.
 
     Args:
         channels: number of channels C.
@@ -38,13 +39,13 @@ class ABN(nn.Module):
         backend: "torch"; "inplace" for the inplace_abn package, which overwrites its input to save memory; or
             "apex" for NVIDIA's kernels if processes share their statistics (otherwise the same as "torch").
         eps: added to |weight| and to the variance.
-        momentum: weight of the new batch in the running statistics.
+        momentum: value used for the computation of running_mean and running_var, as in torch.nn.BatchNorm2d.
 
     Shape:
         Input and output: [N, C, ...].
 
     Raises:
-        ValueError: unknown activation or backend.
+        ValueError: `activation` or `backend` is unknown.
         ImportError: the package of the backend is not installed.
     """
 
@@ -140,7 +141,7 @@ def require_inplace_abn(processes: int, device_type: str) -> None:
     """Check that the inplace-abn package can be used.
 
     Raises:
-        UsageError: it is not installed, or lacks what this run needs.
+        UsageError: the package is not installed, or does not support this run.
     """
     if processes > 1 and device_type == "cpu":
         raise UsageError(
@@ -159,7 +160,7 @@ def synchronize(model: nn.Module, group: StatisticsGroup | None) -> None:
 
     Args:
         model: network to change in place.
-        group: processes that share their statistics; None makes each process use only its own batch.
+        group: processes that share their statistics; None makes each process use only its local batch.
     """
     for module in model.modules():
         if isinstance(module, ABN):
@@ -171,7 +172,8 @@ def train_mode(model: nn.Module, keep_statistics: bool) -> None:
 
     Args:
         model: network to change in place.
-        keep_statistics: leave every ABN in evaluation mode, so it uses and keeps its running statistics.
+        keep_statistics: whether to put every ABN in evaluation mode, which uses and keeps its running
+            statistics.
     """
     model.train()
     for module in model.modules():
@@ -182,7 +184,8 @@ def train_mode(model: nn.Module, keep_statistics: bool) -> None:
 def _apex_batch_norm(x: Tensor, weight: Tensor, norm: ABN, group: StatisticsGroup) -> Tensor:
     from apex.parallel.optimized_sync_batchnorm_kernel import SyncBatchnormFunction
 
-    # The function replaces the storage of the statistics it gets. Ours must stay, since state dicts share it.
+    # The function replaces the storage of the statistics it gets. The storage of the buffers must stay, since
+    # state dicts share this storage.
     mean, variance = norm.running_mean.clone(), norm.running_var.clone()
     y = SyncBatchnormFunction.apply(
         x, None, weight, norm.bias, mean, variance, norm.eps, True, norm.momentum, group.group
@@ -203,9 +206,12 @@ def _synchronized_batch_norm(x: Tensor, weight: Tensor, norm: ABN, group: Statis
 
 
 class _SynchronizedBatchNorm(torch.autograd.Function):
-    """Synchronized batch norm for the CPU, where torch has none, with one collective per direction.
+    """Synchronized batch norm for the CPU, where torch has none.
 
-    The processes may have different numbers of pixels. Each is weighted by its number.
+    The forward pass and the backward pass each take one collective operation.
+
+    The processes may have different numbers of pixels. The statistics of each process are weighted by its
+    pixel count.
     """
 
     @staticmethod

@@ -20,7 +20,8 @@ def picture_attention(model: Seg_Model, image: Tensor, pixels: Sequence[tuple[in
         pixels: P pairs (row, column) of the image.
 
     Returns:
-        [R, P, H, W] at the resolution of the head, about h / 8 and w / 8; empty if R is 0.
+        Maps [R, P, H, W]. H and W are the size of the features, about h / 8 and w / 8. If R is 0, the shape
+        is [0, P, H, W].
 
     Raises:
         ValueError: a pixel is outside of the image.
@@ -39,12 +40,15 @@ def picture_attention(model: Seg_Model, image: Tensor, pixels: Sequence[tuple[in
 def head_pixel(
     pixel: tuple[int, int], size: tuple[int, int], feature_shape: Sequence[int]
 ) -> tuple[int, int]:
-    """Return the feature pixel at the position of an image pixel, with aligned corners.
+    """Map a pixel of the image to the feature map (align_corners=True).
 
     Args:
         pixel: (row, column) in the image.
         size: (height, width) of the image.
-        feature_shape: shape [..., H, W] of the features.
+        feature_shape: shape [..., H, W] of the feature map.
+
+    Returns:
+        (row, column) in the feature map.
     """
     row, column = (
         round(at * (few - 1) / max(many - 1, 1))

@@ -17,16 +17,18 @@ from networks.weights import load_weights
 class Seg_Model(ResNet):  # noqa: N801
     """The CCNet segmentation network.
 
-    State-dict entries are named as in the original. With resnet101 and 19 classes there are 562 entries and
-    71,287,911 parameters.
+    State-dict entries are named as in the original CCNet repository. With resnet101 and 19 classes there are
+    562 entries and 71,287,911 parameters.
 
-    Source: CCNet, arXiv 1811.11721; networks/ccnet.py of the original.
+    Source: CCNet, arXiv 1811.11721; networks/ccnet.py of the original CCNet repository.
 
     Args:
         num_classes: number of classes.
-        criterion: loss, called as criterion([logits, dsn_logits], labels) if `forward` gets labels.
-        pretrained_model: path of a checkpoint to load, of CCNet or of an ImageNet backbone.
-        recurrence: number of applications of the attention (R in the paper); 0 omits it.
+        criterion: loss, called as criterion([logits, dsn_logits], labels) if `forward` gets labels. For other
+            programs; train.py computes its loss outside the network.
+        pretrained_model: path of a checkpoint of CCNet or of an ImageNet backbone, which is loaded. For other
+            programs; train.py loads its weights itself.
+        recurrence: number of applications of the attention (R in the paper); 0 omits the attention.
         backbone: "resnet101" or "resnet50".
         dropout: probability of channel dropout in both heads.
         abn: backend of the activated batch norm, "torch", "inplace" or "apex" (see `ABN`).
@@ -74,8 +76,8 @@ class Seg_Model(ResNet):  # noqa: N801
             labels: [N, h, w] class indices.
 
         Returns:
-            [logits, dsn_logits], each [N, num_classes, H, W] at 1/8 of the input size. If `labels` and a
-            criterion were given, the loss.
+            [logits, dsn_logits] of the main head and the auxiliary head, each [N, num_classes, H, W] at 1/8
+            of the input size. If `labels` and a criterion were given, the loss.
         """
         layer3, layer4 = self.features(images)
         outputs = [self.head(layer4), self.dsn(layer3)]

@@ -1,7 +1,7 @@
 """Conversion of other programs' weights to CCNet: entry names, input normalization and batch norm.
 
 Converted networks give the same outputs in evaluation mode, up to rounding. Conversions compute in float64
-and return float32. "Our names" are the state-dict names of `Seg_Model`.
+and return float32. "CCNet names" are the names of the state-dict entries and modules of `Seg_Model`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EPS = 1e-5
 #: Mean and standard deviation of ImageNet, RGB in 0..255. Most releases normalize their input with these.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-#: Modules of timm's deep stem (one nn.Sequential, except for its last batch norm), and our names for them.
+#: Modules of timm's deep stem (one nn.Sequential, except for its last batch norm), and their CCNet names.
 TIMM_STEM = {
     "conv1.0": "conv1",
     "conv1.1": "bn1",
@@ -30,7 +30,7 @@ TIMM_STEM = {
     "conv1.6": "conv3",
     "bn1": "bn3",
 }
-#: Modules of mmsegmentation, and our names for them.
+#: Modules of mmsegmentation, and their CCNet names.
 MMSEG = {
     "backbone.stem.0": "conv1",
     "backbone.stem.1": "bn1",
@@ -61,8 +61,8 @@ def rename(state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str,
 
     Args:
         state: entries by name.
-        modules: new name of each module to rename. A name matches whole dotted parts, and the longest match
-            wins.
+        modules: new name of each module to rename. A module name matches complete components of a dotted
+            name, and the longest match is used.
 
     Returns:
         The same entries under their new names.
@@ -89,7 +89,7 @@ def _renamed(path: str, state: Mapping[str, Tensor], modules: Mapping[str, str])
 
 
 def imagenet_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the entries of a torchvision or timm ResNet to our names, and drop its classifier.
+    """Rename the entries of a torchvision or timm ResNet to CCNet names, and drop its classifier.
 
     Args:
         path: name of the weights in error messages.
@@ -106,7 +106,7 @@ def imagenet_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mmseg_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the entries of mmsegmentation's CCNet to our names.
+    """Rename the entries of mmsegmentation's CCNet to CCNet names.
 
     Args:
         path: name of the weights in error messages.
@@ -120,19 +120,25 @@ def mmseg_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if scale is not None and scale.numel() == 1:  # a scalar in mmsegmentation, shape [1] here
         state["head.cca.gamma"] = state.pop("head.cca.gamma.scale").reshape(1)
     if "dsn.0.weight" in state:
-        # Our auxiliary head has a bias before its batch norm, like the original; mmsegmentation's has none.
+        # The auxiliary head of CCNet has a bias before its batch norm; that of mmsegmentation has none.
         state.setdefault("dsn.0.bias", state["dsn.0.weight"].new_zeros(state["dsn.0.weight"].shape[:1]))
     check_network(path, state)
     return state
 
 
 def check_network(path: str, state: Mapping[str, Tensor]) -> None:
-    """Check that `state`, in our names, is a complete network or a complete backbone.
+    """Check that `state`, with CCNet names, is a complete network or a complete backbone.
 
-    SHIFT may be missing.
+    The entry "shift" (`weights.SHIFT`, an offset added to the input images) may be missing, because
+    `to_our_pictures` adds this entry.
+
+    Args:
+        path: name of the weights in error messages.
+        state: state dict to check.
 
     Raises:
-        CheckpointError: the message names the first entry that does not fit.
+        CheckpointError: an entry is missing, is unknown, or has a wrong shape or dtype; or the backbone is
+            not supported.
     """
     if any(".downsample.2." in name for name in state):
         raise CheckpointError(
@@ -179,12 +185,13 @@ def to_our_pictures(
     """Convert a network whose input is (RGB - mean) / std to one whose input is BGR - picture_mean.
 
     `CSDataSet` gives BGR minus mean. Channel order and scale are folded into the first convolution. If the
-    variant has the entry SHIFT, the offset is stored there, which is exact including the image border. The
-    "ccnet" variant has no SHIFT, so the offset is folded into the running mean. At the border, the zero
-    padding of the convolution then stands for picture_mean instead of mean.
+    variant has the entry "shift" (`weights.SHIFT`), the offset is stored in this entry, which is exact
+    including the image border. The "ccnet" variant has no such entry, so the offset is folded into the
+    running mean. At the border, the zero padding of the convolution corresponds to picture_mean instead of
+    mean.
 
     Args:
-        state: state dict in our names, with plain batch norm.
+        state: state dict with CCNet names and plain batch norm.
         mean: mean of the network's input, RGB in 0..255.
         std: standard deviation of the network's input, RGB in 0..255.
         picture_mean: mean that the data set subtracts, BGR in 0..255.
@@ -208,12 +215,12 @@ def to_our_pictures(
 def from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a network with plain batch norm to one with activated batch norm.
 
-    The scale of activated batch norm is |weight| + eps, so it can't be negative or smaller than eps. For a
-    negative weight, the sign of the preceding convolution is changed. For a weight closer to 0 than eps, that
-    convolution is scaled down.
+    The scale of activated batch norm is |weight| + eps, so the scale can't be negative or smaller than eps.
+    For a negative weight, the sign of the preceding convolution is changed. For a weight closer to 0 than
+    eps, the preceding convolution is scaled down.
 
     Args:
-        state: state dict in our names.
+        state: state dict with CCNet names.
 
     Returns:
         The converted state dict.
@@ -234,11 +241,11 @@ def from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a network with activated batch norm to one with plain batch norm.
 
-    The new weight is exactly |weight| + eps. 16-bit weights become float32, because they can't represent the
-    sum.
+    The new weight is exactly |weight| + eps. 16-bit weights become float32, because 16-bit types can't
+    represent the sum.
 
     Args:
-        state: state dict in our names.
+        state: state dict with CCNet names.
 
     Returns:
         The converted state dict.
@@ -251,10 +258,14 @@ def to_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def may_be_plain(state: Mapping[str, Tensor]) -> bool:
-    """Return whether an unmarked state dict in our names may have plain batch norm (see `weights.mark`).
+    """Return whether a state dict without a mark may have plain batch norm (see `weights.mark`).
 
-    Every nn.BatchNorm2d has num_batches_tracked, and `to_batch_norm` gives no weight below EPS. So a state
-    dict without num_batches_tracked and with a weight below EPS has activated batch norm.
+    Plain batch norm comes from nn.BatchNorm2d, which has num_batches_tracked, or from `to_batch_norm`, which
+    returns no weight below EPS. A state dict without num_batches_tracked but with a weight below EPS
+    therefore has activated batch norm.
+
+    Args:
+        state: state dict with CCNet names.
     """
     if not all(_is_weight(name) for name in state):
         return True

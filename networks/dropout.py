@@ -1,4 +1,4 @@
-"""Channel dropout with masks given from outside."""
+"""Channel dropout with masks set by the caller."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 
 class ChannelDropout(nn.Dropout2d):
-    """Apply channel dropout with masks given from outside.
+    """Apply channel dropout with masks set by the caller.
 
     In training, whole channels of each sample are zeroed and the others are scaled by 1 / (1 - p). The
-    training step sets the mask `kept` before the forward pass (engine/training/dropout_masks.py). The mask depends
-    only on the step and the sample, so results do not depend on the number of processes. A compiled network
-    or CUDA graph then contains no random numbers. If `kept` is None, masks are drawn from PyTorch's
-    generator.
+    training step sets the mask `kept` before the forward pass (engine/training/dropout_masks.py). The mask
+    depends only on the seed, the step and the sample, so results do not depend on the number of processes. A
+    compiled network or CUDA graph then generates no random numbers. If `kept` is None, masks are drawn from
+    PyTorch's generator.
 
     Args:
         channels: number of channels C.
@@ -22,7 +22,7 @@ class ChannelDropout(nn.Dropout2d):
         Input and output: [N, C, ...].
     """
 
-    #: bool [N, C], the channels that each sample keeps; None draws them in `forward`.
+    #: bool [N, C], the channels that each sample keeps; if None, `forward` draws the channels.
     kept: Tensor | None = None
 
     def __init__(self, channels: int, p: float):

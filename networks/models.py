@@ -1,4 +1,4 @@
-"""Networks by the name of --model, and the network of a checkpoint: from flags, args.json and weights."""
+"""Registry of networks for --model, and detection of the network of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from utils.errors import CheckpointError, UsageError
 #: Networks by the name of --model.
 MODELS: dict[str, type[nn.Module]] = {"ccnet": Seg_Model}
 
-#: A label picture has 8 bits, and 255 is void.
+#: Maximum number of classes: a label picture has 8 bits, and 255 is void.
 MOST_CLASSES = 255
 
 
 class Description(NamedTuple):
-    """What has to be known to build a network and to read its classes.
+    """The values that are needed to build a network and to name its classes.
 
     Attributes:
-        model, backbone, recurrence, num_classes: as the flags of these names; None for as many classes as the
-            class table has.
+        model: value of --model.
+        backbone: value of --backbone.
+        recurrence: value of --recurrence.
+        num_classes: value of --num-classes; None for the number of classes in the class table.
         classes: path of the class table; None for the classes of Cityscapes.
     """
 
@@ -38,7 +40,7 @@ class Description(NamedTuple):
 
 
 def args_file(checkpoint: str) -> str:
-    """Return the path of the args.json of the run that wrote a checkpoint; it need not exist."""
+    """Return the path of the args.json of the run that wrote a checkpoint. The file need not exist."""
     return os.path.join(os.path.dirname(checkpoint), run_files.ARGUMENTS)
 
 
@@ -47,8 +49,8 @@ def describe(
 ) -> tuple[Description, list[str]]:
     """Return the description of the network of a checkpoint.
 
-    A flag that is given comes first, then args.json beside the checkpoint, then the weights, then the
-    default. The backbone and the number of classes have to be those of the weights.
+    Precedence: flag, args.json next to the checkpoint, weights, default. The backbone and the number of
+    classes must be those of the weights.
 
     Args:
         checkpoint: path of the checkpoint, for args.json and for messages.
@@ -109,16 +111,16 @@ def _check_value(file: str, name: str, value: Any) -> None:
 
 
 def backbone_of(checkpoint: str, state: Mapping[str, Tensor]) -> str:
-    """Return the backbone of a CCNet state dict, by the number of blocks in its stages.
+    """Return the backbone of a CCNet state dict, from the number of blocks in its layers.
 
     Raises:
-        CheckpointError: no such backbone.
+        CheckpointError: the block counts match no known backbone.
     """
     blocks = blocks_of(state)
     for backbone, depths in DEPTHS.items():
         if depths == blocks:
             return backbone
     raise CheckpointError(
-        f"{checkpoint}: its stages have {list(blocks)} blocks, unlike those of {', '.join(sorted(DEPTHS))}; "
+        f"{checkpoint}: its layers have {list(blocks)} blocks, unlike those of {', '.join(sorted(DEPTHS))}; "
         "name a checkpoint of CCNet (python -m tools.convert makes one of other releases')"
     )

@@ -22,7 +22,7 @@ TIMM_NETWORKS = [depth + stem for depth in DEPTHS for stem in ("", "s", "c")]
 
 
 class Pretrained(NamedTuple):
-    """Pretrained weights of a library, and the input normalization that they need."""
+    """Pretrained weights of a library, and the input normalization that the weights need."""
 
     state: dict[str, Tensor]  # in the names of the library
     mean: tuple[float, ...]  # of the input, RGB in 0..255
@@ -35,13 +35,13 @@ def is_library(source: str | os.PathLike) -> bool:
 
 
 def library_weights(source: str, backbone: str = "resnet101") -> Pretrained:
-    """Return the weights that `source` names; the library downloads them unless it has them cached.
+    """Return the weights that `source` names; the library downloads weights that are not in its cache.
 
     Args:
         source: `torchvision:NETWORK`, `torchvision:NETWORK.TAG` or `timm:NETWORK.TAG`, for example
             `torchvision:resnet50.IMAGENET1K_V2` or `timm:resnet50.a1_in1k`. `torchvision` alone means
             `torchvision:` with `backbone`.
-        backbone: network for a `source` that names none.
+        backbone: network to use if `source` is `torchvision` alone.
 
     Raises:
         CheckpointError: the weights or the library do not exist, the download fails, or entries are invalid.
@@ -62,10 +62,10 @@ def read_weights(
     Args:
         source: path of a checkpoint, or a name for `library_weights`.
         picture_mean: mean that the data set subtracts from its pictures, BGR in 0..255.
-        backbone: network for a `source` that names none.
+        backbone: network to use if `source` is `torchvision` alone.
 
     Raises:
-        CheckpointError: the message names `source`, what is wrong and what to do.
+        CheckpointError: the weights can't be read, downloaded or converted.
     """
     if not is_library(source):
         return read_state_dict(source)

@@ -1,4 +1,4 @@
-"""Dilated ResNet backbone with output stride 8 (in the original: part of networks/ccnet.py)."""
+"""Dilated ResNet backbone with output stride 8 (networks/ccnet.py of the original CCNet repository)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from networks.variants import DEPTHS, VARIANTS
 def convolution(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
-    """Return a convolution without bias, padded so that stride 1 keeps the size."""
+    """Return a convolution without bias. With stride 1, the padding preserves the height and width."""
     padding = dilation * (kernel // 2)
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
 

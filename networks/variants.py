@@ -18,9 +18,9 @@ class Variant(NamedTuple):
     stem: tuple[int, ...]  # channels of the convolutions in the stem; the first has stride 2
     kernel: int  # kernel size of the first convolution; the others are 3x3
     contract_dilation: bool  # the first block of a dilated layer uses the previous dilation
-    ceil_mode: bool  # of the max pooling: even sizes get one more row and column
-    activation: str  # of the heads (see networks.abn)
-    dsn_channels: int
+    ceil_mode: bool  # ceil_mode of the max pooling: even sizes get one more row and column
+    activation: str  # activation of the heads (see networks.abn)
+    dsn_channels: int  # channels of the auxiliary head
     shift: bool  # "shift" [3] of the state dict is added to the input, so that zero padding fits the release
 
 
@@ -33,7 +33,7 @@ VARIANTS = {
 
 
 def variant_of(state: Mapping[str, Tensor]) -> str:
-    """Return the variant of a state dict, from the shape of its first convolution; "ccnet" if none fits."""
+    """Return the variant of a state dict, from the shape of its first convolution; "ccnet" by default."""
     if (weight := state.get("conv1.weight")) is not None:
         for name, variant in VARIANTS.items():
             if weight.shape == (variant.stem[0], 3, variant.kernel, variant.kernel):
@@ -44,15 +44,15 @@ def variant_of(state: Mapping[str, Tensor]) -> str:
 def options_of(state: Mapping[str, Tensor] | None) -> dict[str, str]:
     """Return the keyword arguments that a network needs to match a state dict.
 
-    The result is empty for no state dict and for the "ccnet" variant, so networks without a `variant`
-    argument can be built with it too.
+    The result is empty if there is no state dict, and for the "ccnet" variant. A network without a `variant`
+    argument can therefore be built with the result too.
     """
     variant = variant_of(state or {})
     return {} if variant == "ccnet" else {"variant": variant}
 
 
 def blocks_of(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Return the number of blocks in the four layers of a state dict; all 0 if it is not of a ResNet."""
+    """Return the number of blocks in each of the four layers; 0 for a layer without entries in `state`."""
     blocks = [0] * 4
     for name in state:
         if match := re.match(r"layer([1-4])\.([0-9]{1,4})\.", name):

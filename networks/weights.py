@@ -1,4 +1,4 @@
-"""Safe loading of checkpoints, with a report of what was loaded and errors for what does not fit."""
+"""Safe loading of checkpoints, with a report of what was loaded and errors for mismatches."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from utils.errors import CheckpointError
 from utils.files import open_input
 
-#: Prefixes of the two layers whose shape depends on the number of classes, and a weight to read that number
-#: from.
+#: Prefixes of the two layers whose shape depends on the number of classes, and the weight whose shape gives
+#: this number.
 CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 CLASSIFIER = "head.bottleneck.3.weight"
 #: Entry that only converted weights of another program have: an offset added to the input images.
@@ -30,7 +30,7 @@ SHIFT = "shift"
 HEADS = ("head.", "dsn.")
 #: Keys under which a checkpoint may hold its state dict.
 WRAPPERS = ("model", "state_dict")
-#: Name parts that data parallelism and torch.compile add to wrapped modules.
+#: Components that data parallelism and torch.compile add to the names of wrapped modules.
 WRAPPING = ("module", "_orig_mod")
 #: Valid dtypes of weights: no integers, no complex numbers, and no 8-bit types, which need a scale.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,8 +40,8 @@ LARGEST = 2**28
 
 #: First bytes of files that torch.save wrote before PyTorch 1.6.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-#: Code for the user that extracts the weights from a file that needs an unsafe load: expressions that load
-#: it, and the script.
+#: Code for the user, which extracts the weights from a file that needs an unsafe load: expressions that load
+#: the file (UNSAFE_LOADS), and the script (EXTRACT).
 UNSAFE_LOADS = {
     "torch": 'torch.load(sys.argv[1], map_location="cpu", weights_only=False)',
     "pickle": 'pickle.load(open(sys.argv[1], "rb"))',
@@ -61,11 +61,11 @@ PLAIN, ACTIVATED = "plain", "activated"
 
 
 class LoadReport(NamedTuple):
-    """The result of `load_weights`, as names of state-dict entries."""
+    """The result of `load_weights`: lists of names of state-dict entries."""
 
     path: str
     loaded: list[str]  # entries of the model that were loaded
-    new: list[str]  # entries of the model that were not
+    new: list[str]  # entries of the model that were not loaded
     left_over: list[str]  # entries of the file that were not used
 
     def __str__(self) -> str:
@@ -81,9 +81,9 @@ def _groups(names: list[str]) -> str:
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read a state dict from a file of torch.save or safetensors, without running code in it.
+    """Read a state dict from a file of torch.save or safetensors, without running code in the file.
 
-    The state dict may be stored under "model" or "state_dict". The parts "module." and "_orig_mod." are
+    The state dict may be stored under "model" or "state_dict". The components "module" and "_orig_mod" are
     removed from names.
 
     Raises:
@@ -108,7 +108,7 @@ def _is_mapping(content: Mapping, name: str) -> bool:
 
 
 def _load(path: str | os.PathLike) -> Any:
-    """Return the content of a checkpoint file; raise CheckpointError if it can't be read."""
+    """Return the content of a checkpoint file; raise CheckpointError if the file can't be read."""
     try:
         with open_input(path) as file:
             head = file.read(len(LEGACY))
@@ -199,7 +199,7 @@ def _extraction(path: str | os.PathLike, kind: str) -> str:
 def check_entries(path: str | os.PathLike, entries: Mapping[Any, Any]) -> OrderedDict[str, Tensor]:
     """Check the entries of a state dict and return them with plain names.
 
-    Name parts of wrapping modules (WRAPPING) are removed. The mark of the batch norm is kept (see
+    Components of wrapping modules (WRAPPING) are removed from names. The mark of the batch norm is kept (see
     `batch_norm_of`).
 
     Args:
@@ -207,7 +207,7 @@ def check_entries(path: str | os.PathLike, entries: Mapping[Any, Any]) -> Ordere
         entries: state dict as loaded.
 
     Raises:
-        CheckpointError: an entry is not a dense tensor with values, or holds invalid numbers (see
+        CheckpointError: an entry is not a dense tensor with values, or holds invalid values (see
             `check_numbers`). The message names the first such entry.
     """
     state: OrderedDict[str, Tensor] = OrderedDict()
@@ -248,7 +248,8 @@ def check_numbers(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
     """Check that all weights are finite in float32 and no variance is negative.
 
     Raises:
-        CheckpointError: some entries hold other numbers. The message names the first one and their number.
+        CheckpointError: an entry holds an invalid value. The message names the first such entry and counts
+            the entries.
     """
     largest = torch.finfo(torch.float32).max
     infinite, negative = [], []
@@ -271,7 +272,7 @@ def check_numbers(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
 
 
 def batch_norm_of(state: Mapping[str, Tensor]) -> str | None:
-    """Return the batch norm that a state dict is marked for, PLAIN or ACTIVATED; None if it has no mark."""
+    """Return the batch norm that a state dict is marked for, PLAIN or ACTIVATED; None without a mark."""
     metadata = getattr(state, "_metadata", None)
     own = metadata.get("") if isinstance(metadata, Mapping) else None
     kind = own.get(BATCH_NORM) if isinstance(own, Mapping) else None
@@ -319,7 +320,7 @@ def match_weights(
     complete: bool = False,
     state: Mapping[str, Tensor] | None = None,
 ) -> tuple[LoadReport, dict[str, Tensor]]:
-    """Return the report of `load_weights` and the entries that it would load, without loading them.
+    """Return the report of `load_weights` and the entries to load, without loading the entries.
 
     `model` may be on the meta device. Arguments and errors are those of `load_weights`.
     """
@@ -376,16 +377,18 @@ def load_weights(
     Args:
         model: network to load into.
         path: file that `read_state_dict` can read. Entries named num_batches_tracked are ignored.
-        fresh_classifiers: do not load the two classifiers (for fine-tuning to other classes).
-        complete: require every entry of the model, as evaluation does.
-        state: content of the file if it has been read already; `path` is then used only in messages.
+        fresh_classifiers: whether to keep the two classifiers as initialized (for fine-tuning to other
+            classes).
+        complete: whether to require every entry of the model, as evaluation does.
+        state: content of the file if the file has been read already. Then `path` is used only in messages.
 
     Returns:
-        The names of entries that were loaded, that are new, and that were left over.
+        A report of three groups of entries: loaded, not loaded (kept as initialized), and left over (unused
+        entries of the checkpoint).
 
     Raises:
         CheckpointError: the checkpoint is unreadable, belongs to another network, is marked for plain batch
-            norm, or (without `fresh_classifiers`) has other classes. The model is then unchanged.
+            norm, or has another number of classes (without `fresh_classifiers`). The model is unchanged.
     """
     report, loaded = match_weights(model, path, fresh_classifiers, complete, state)
     model.load_state_dict({**model.state_dict(), **loaded})

@@ -1,4 +1,8 @@
-"""Reading of the files that a run writes. Every value is checked, since a file may be damaged or foreign."""
+"""Reading of the files that a run writes. Every value is checked, since a file may be damaged or foreign.
+
+args.json (ARGUMENTS) holds all flags of a run. The recipe, which the states hold, is the part of the flags
+that affects the final weights (engine/options.py).
+"""
 
 from __future__ import annotations
 

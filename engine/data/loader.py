@@ -21,7 +21,7 @@ from engine.randomness import AUGMENTATION, ORDER
 from engine.runtime import signals
 from utils.errors import DataError, RunError
 
-#: Parts of the errors that mean too little shared memory.
+#: Parts of the error messages that mean too little shared memory.
 SHARED_MEMORY = ("shared memory", "unable to write to file </torch_", "No space left on device")
 NO_SHARED_MEMORY = (
     "/dev/shm: too small for the pictures of the data workers; enlarge it (docker run --shm-size), or "
@@ -43,7 +43,7 @@ class Loading(NamedTuple):
 
 
 class Processes(Protocol):
-    """Rank, number of processes and device, as in engine.runtime.distributed.World."""
+    """Rank, number of processes and device of this process (engine.runtime.distributed.World is one)."""
 
     rank: int
     size: int
@@ -81,11 +81,11 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
 class SampleStream(Dataset):
     """The samples of a run: sample k, for every k >= 0, depends only on (seed, k).
 
-    Each epoch goes through the data set once, in a new order. Batches continue across epochs, so no batch is
-    smaller than the others.
+    Each epoch goes through the data set once, in a new order. Batches continue across epochs, so all batches
+    have the same size.
 
-    An item is a sample, or the DataError if a file of the sample can't be used. The error is returned and not
-    raised, so that the training loop meets it in the order of the samples.
+    An item is a sample, or the DataError if a file of the sample can't be used. The data worker returns the
+    error and does not raise it, so that the error is raised when the training loop reaches this sample.
 
     Args:
         source: the data set.
@@ -122,13 +122,14 @@ def _collate(samples: list[Any]) -> Samples | Exception:
 def _shared(tensor: Tensor) -> Tensor:
     """Move the tensor of a data worker to shared memory.
 
-    Sending the tensor would do the same, but in a thread, where an error makes the parent process hang.
+    Without this function, a background thread of the worker would move the tensor when the tensor is sent. An
+    error in this thread would make the parent process hang.
     """
     return tensor.share_memory_() if get_worker_info() is not None else tensor
 
 
 def _no_shared_memory(error: Exception) -> RunError:
-    """Return the error for too little shared memory; raise `error` if it has another cause."""
+    """Return the error for too little shared memory; raise `error` if its cause is another."""
     if not any(words in str(error) for words in SHARED_MEMORY):
         raise error
     return RunError(NO_SHARED_MEMORY)
@@ -151,13 +152,14 @@ def train_batches(
 ) -> Iterator[Batch | Exception]:
     """Yield the share of this process of every batch.
 
-    With n samples per process, rank r gets samples r n to r n + n - 1 of the global batch. Data workers start
-    with the first batch and run until the last.
+    With n samples per process, the share of rank r is samples r n to r n + n - 1 of the global batch. The
+    data workers start with the first batch and run until the last batch.
 
     Args:
         source: the data set.
         seed: seed of the order and of the augmentation.
-        steps: the steps, from 0. A resumed run starts at any step without reading the earlier samples.
+        steps: step numbers to load, counted from 0 (`Run.steps` and `Stepper.step` count steps from 1). A
+            resumed run starts at any step without reading the earlier samples.
         processes: the processes that share each batch; their number must divide the batch size.
         loading: batch size and number of data workers.
         memory_format: memory format of the images.
@@ -181,7 +183,7 @@ def train_batches(
 
 
 class _Shares:
-    """Batch sampler: the sample numbers of one process for each step."""
+    """Batch sampler that yields the sample numbers of one process for each step."""
 
     def __init__(self, steps: range, batch_size: int, offset: int, share: int):
         self.starts = (step * batch_size + offset for step in steps)
@@ -260,7 +262,10 @@ class PictureSource(Protocol):
 
 
 class _Pictures(Dataset):
-    """Whole pictures. An item is a picture, or the error if it can't be used, as in SampleStream."""
+    """Data set of whole pictures.
+
+    An item is a picture, or the error if the picture can't be used (see `SampleStream`).
+    """
 
     def __init__(self, source: PictureSource, instances: bool):
         self.source = source
@@ -289,7 +294,8 @@ def evaluation_pictures(
     """Return the pictures of this process; each picture belongs to exactly one process.
 
     Yields:
-        The result of `source.picture` with its arrays as tensors, or its error.
+        A picture as `source.picture` returns it, but with tensors instead of arrays, or the error if the
+        picture can't be used.
     """
     pictures = DataLoader(
         _Pictures(source, instances),

@@ -1,4 +1,4 @@
-"""Conversion of the bytes from the data workers to float batches on the device."""
+"""Conversion of uint8 samples from the data workers to float batches on the device."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Samples(NamedTuple):
     Attributes:
         images: uint8 [n, h, w, 3], BGR.
         labels: train ids, uint8 [n, h, w].
-        contents: area of the picture in each image, int64 [n, 3] (dataset.transforms.Content). The rest is
-            padding, which is 0 after the mean is subtracted.
+        contents: valid region of each image, int64 [n, 3]: bottom, left and right
+            (dataset.transforms.Content). The pixels outside of the valid region are padding, which is set to
+            0 after the mean is subtracted.
         records: a one-line description of each sample, for the log.
     """
 
@@ -105,7 +106,11 @@ class Transfer:
     def _begin(
         self, stream: torch.cuda.Stream, samples: Samples | Exception
     ) -> Callable[[], Batch | Exception]:
-        """Start to convert a batch; the returned function makes the stream of the steps wait for it."""
+        """Start to convert a batch.
+
+        Returns:
+            A function that makes the compute stream wait for the conversion, and returns the batch.
+        """
         if isinstance(samples, Exception):
             return lambda: samples
         with torch.cuda.stream(stream):
@@ -115,7 +120,7 @@ class Transfer:
         def finish() -> Batch:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(converted)
-            # Otherwise the allocator could reuse their memory while the step still reads it.
+            # Otherwise the allocator could reuse the memory of the tensors while the step still reads it.
             for tensor in (batch.images, batch.labels):
                 tensor.record_stream(current)
             return batch

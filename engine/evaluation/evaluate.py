@@ -35,8 +35,9 @@ class Result(NamedTuple):
     """Result of an evaluation.
 
     Attributes:
-        confusion: pixels of all pictures, int64 [K, K]; rows are labels, columns are predictions.
-        official: the official Cityscapes scores, if they were computed.
+        confusion: confusion matrix of all pictures in pixels, int64 [K, K]; rows are labels, columns are
+            predictions.
+        official: the official Cityscapes scores; None if they were not computed.
     """
 
     confusion: Tensor
@@ -56,21 +57,22 @@ def evaluate(
     """Predict every picture of `source` once and score the predictions.
 
     The result is the same on every process and for any number of processes: counts are integers, and each
-    picture is predicted by one process. While a picture is predicted, data workers decode the next ones and
-    threads score the previous ones.
+    picture is predicted by one process. While a picture is predicted, data workers decode the next pictures,
+    and threads score the previous pictures.
 
     Args:
-        predict: images float32 [n, 3, h, w] on the device of the process -> classes uint8 [n, h, w].
+        predict: function that maps images, float32 [n, 3, h, w] on the device of the process, to classes,
+            uint8 [n, h, w].
         source: pictures and labels.
         world: processes that share the pictures.
-        loading: number of pictures of equal size to predict together, and of data workers.
-        official: computes the official scores; `source` needs label ids and instance ids for them.
-        keep: called with every prediction.
-        interrupted: called between pictures; an error that it returns is raised on every process.
+        loading: maximum number of pictures of equal size to predict together, and number of data workers.
+        official: computes the official scores, for which `source` needs label ids and instance ids.
+        keep: function that is called with every prediction.
+        interrupted: function that is called between pictures. A returned error is raised on every process.
 
     Raises:
         DataError: a file can't be used; raised on every process.
-        RunError: the network gives NaN, `keep` can't write its file, or a data worker was killed.
+        RunError: the network returns NaN, `keep` can't write its file, or a data worker was killed.
     """
     device = world.device
     mean = torch.as_tensor(source.mean, dtype=torch.float32, device=device)
@@ -127,7 +129,7 @@ class _Scoring:
         self._waiting: deque[Future] = deque()
 
     def add(self, pictures: list[Any], arrived: Callable[[], Tensor]) -> None:
-        """Score pictures whose predictions `arrived` returns once they are on the host."""
+        """Queue pictures for scoring. `arrived` blocks until their predictions are on the host."""
         for index, picture in enumerate(pictures):
             self._waiting.append(self.threads.submit(self._score, picture, arrived, index))
 
@@ -145,7 +147,7 @@ class _Scoring:
     ) -> tuple[Tensor | None, PictureStatistics | None]:
         prediction = arrived()[index]
         if (prediction == NO_CLASS).any():
-            raise RunError(f"{picture.name}: the network gives NaN; {NAN_ADVICE}")
+            raise RunError(f"{picture.name}: the network returns NaN; {NAN_ADVICE}")
         if self.keep is not None:
             self.keep(picture.name, prediction.numpy())
         counted = None
@@ -159,7 +161,7 @@ class _Scoring:
 
 
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy `tensor` to the host; the returned function waits for the copy and returns it."""
+    """Start to copy `tensor` to the host; return a function that waits for the copy and returns the copy."""
     if tensor.device.type != "cuda":
         return lambda: tensor
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -57,8 +57,8 @@ def iou_per_class(confusion: torch.Tensor) -> torch.Tensor:
         confusion: [K, K]; rows are ground truth, columns are predictions.
 
     Returns:
-        float64 [K]; nan for a class that occurs neither in the labels nor in the predictions, 0 for one that
-        was predicted but does not occur in the labels.
+        float64 [K]. A class that occurs neither in the labels nor in the predictions has nan. A class that
+        was predicted but does not occur in the labels has 0.
     """
     confusion = confusion.to(torch.float64)
     intersection = confusion.diagonal()
@@ -97,7 +97,7 @@ INSTANCES_PER_LABEL = 1000
 
 
 class LabelRow(Protocol):
-    """A row of the label table, as the scores need it (dataset.labels.Label is one)."""
+    """A row of the label table, with the columns that the scores need (dataset.labels.Label is one)."""
 
     @property
     def name(self) -> str:
@@ -121,7 +121,7 @@ class LabelRow(Protocol):
 
     @property
     def has_instances(self) -> bool:
-        """Whether instance maps number the single objects of this label."""
+        """Whether instance maps give each single object of this label its own id."""
         ...
 
 
@@ -131,8 +131,9 @@ class PictureStatistics(NamedTuple):
     Attributes:
         confusion: int64 [I, I] over the I label ids (34 in Cityscapes); rows are ground truth, columns are
             predictions.
-        instances: int64 [n, 4], one row for each object of an evaluated class: label id, size in pixels,
-            number of pixels predicted as its class, number of pixels predicted as any class of its category.
+        instances: int64 [n, 4], one row for each object of an evaluated class. Columns 0 and 1 are the label
+            id and the size in pixels. Column 2 is the number of pixels predicted as the class of the object,
+            column 3 the number of pixels predicted as any class of its category.
     """
 
     confusion: np.ndarray
@@ -142,7 +143,7 @@ class PictureStatistics(NamedTuple):
 class PixelScores(TypedDict):
     """Pixel scores in 0..1, named as in the result file of the official evaluation.
 
-    A class or category without any pixel to score has None.
+    The score is None for a class or category without any pixel to score.
     """
 
     averageScoreClasses: float | None
@@ -163,16 +164,18 @@ class OfficialScores(PixelScores, total=False):
 class CityscapesEvaluation:
     """Compute the official Cityscapes scores: IoU and iIoU of classes and of categories.
 
-    The score of a class or category is TP / (TP + FN + FP), with these rules:
+    The score of a class or category is TP / (TP + FN + FP): the numbers of true positive, false negative and
+    false positive pixels. These rules apply:
 
     - Pixels whose ground truth is an ignored class are not counted. Where the ground truth is an evaluated
-      class, the prediction of an ignored class is a false negative (FN).
+      class, the prediction of an ignored class is an FN.
     - For the IoU, a category consists of its evaluated classes.
     - For the iIoU, TP and FN are summed over single instances. The weight of an instance is the average size
-      of its class divided by its own size. FP is an unweighted number of pixels. Groups of objects give
-      neither TP nor FN.
-    - The iIoU is computed for categories all of whose classes have instances. Predictions of their ignored
-      classes count: a caravan predicted on a car is a TP of `vehicle`, and on a road it is an FP.
+      of instances of its class, divided by the size of the instance. FP is an unweighted number of pixels.
+      Groups of objects give neither TP nor FN.
+    - A category has an iIoU only if all its classes have instances. In this iIoU, the prediction of an
+      ignored class counts for its category. For example, `caravan` is an ignored class of `vehicle`. A pixel
+      predicted as `caravan` is a TP of `vehicle` if its label is `car`, and an FP if its label is `road`.
     - A score whose denominator is 0 does not exist. Averages are over the scores that exist.
 
     Statistics may be collected in any order and by any number of processes. The scores are bit-identical,
@@ -185,7 +188,8 @@ class CityscapesEvaluation:
         ignore_label: train id of the classes that are not evaluated.
 
     Raises:
-        ValueError: the table has gaps, or an evaluated class with instances has no published average size.
+        ValueError: the ids or train ids are not consecutive from 0, or an evaluated class with instances has
+            no published average size.
     """
 
     def __init__(self, labels: Sequence[LabelRow], ignore_label: int = 255) -> None:
@@ -224,7 +228,8 @@ class CityscapesEvaluation:
             prediction: train ids 0..K-1, integers [h, w], as the network predicts them.
 
         Raises:
-            ValueError: the shapes differ, or a value is out of range or of no known class.
+            ValueError: the shapes differ, a value is out of range, or a label id or instance id belongs to no
+                class of the label table.
         """
         _check_range("prediction", prediction, len(self._id_of_train_id))
         return self.count_label_ids(label_ids, instance_ids, self._id_of_train_id[prediction])
@@ -291,7 +296,10 @@ class CityscapesEvaluation:
         return PictureStatistics(confusion, np.concatenate(instances))
 
     def scores(self, statistics: Iterable[PictureStatistics]) -> OfficialScores:
-        """Return the scores over all pictures together, ready for JSON; ignored labels have None."""
+        """Return the scores over all pictures together, as a JSON-serializable dict.
+
+        The score is None for an ignored label.
+        """
         confusion, instances = self.merge(statistics)
         label_of, size, hits, category_hits = instances.T
         weight = self._average_size[label_of] / size
@@ -320,8 +328,8 @@ class CityscapesEvaluation:
     def pixel_scores(self, confusion: torch.Tensor) -> PixelScores:
         """Return the scores that need no instances.
 
-        They equal those of `scores`, because the network predicts train ids only and pixels of ignored ground
-        truth are not counted.
+        The scores equal those that `scores` returns, because the network predicts train ids only, and pixels
+        of ignored ground truth are not counted.
 
         Args:
             confusion: [K, K] over train ids; rows are ground truth, columns are predictions.
@@ -373,8 +381,8 @@ def _mean_of_existing(values: Iterable[float | None]) -> float | None:
 def format_confusion(names: Sequence[str], confusion: torch.Tensor) -> str:
     """Format a confusion matrix as text, in percent of the pixels of each true class.
 
-    Rows are true classes, columns are predicted classes, with the same numbers. A class that occurs in no
-    label has "-" in its row. Values that round to 0 are dots.
+    Rows are true classes, and columns are predicted classes; both have the class index as a heading. A class
+    that occurs in no label has "-" in its row. Values that round to 0 are dots.
 
     Args:
         names: names of the K classes.
@@ -400,7 +408,7 @@ def format_table(
     Args:
         names: names of the K classes.
         iou: K scores in 0..1; nan or None (no score) is shown as "-".
-        instance_iou: K instance scores for a column iIoU, or None for a table without it.
+        instance_iou: K instance scores for a column iIoU, or None for a table without this column.
 
     Raises:
         ValueError: a column does not have K scores.

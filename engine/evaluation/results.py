@@ -14,7 +14,7 @@ from utils import run_files
 from utils.drawing.heat_map import draw_heat_map
 from utils.files import replacing, write_file
 
-#: JSON (the original's file with more entries), text, picture.
+#: Names of the files: JSON (as in the original CCNet repository, with more entries), text, and picture.
 FILES = RESULT, SCORES, CONFUSION = run_files.RESULT, "scores.txt", "confusion.png"
 
 

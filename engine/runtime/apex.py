@@ -1,6 +1,7 @@
 """Optimizer and data parallelism of NVIDIA apex (https://github.com/NVIDIA/apex), an optional backend.
 
-The synchronized batch norm of apex is a backend of networks.abn. Tag 25.05 is the newest tag with all three.
+The synchronized batch norm of apex is a backend of networks.abn. Tag 25.05 is the newest tag that has the
+optimizer, the data parallelism and the batch norm.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def require(device_type: str) -> None:
     """Check that apex can be used on `device_type`.
 
     Raises:
-        UsageError: there is no GPU or no apex, the installed apex is the unrelated project on PyPI, or it has
-            no apex.parallel or no compiled extensions.
+        UsageError: there is no GPU or no apex, or the installed apex is the unrelated project on PyPI, lacks
+            apex.parallel, or lacks the compiled extensions.
     """
     if device_type != "cuda":
         raise UsageError("--backend apex: requires an NVIDIA GPU; omit the flag")
@@ -53,13 +54,14 @@ def optimizer(
     """Return SGD with fused kernels, and with the formula and state of torch.optim.SGD.
 
     Weight decay is added to the gradient before the momentum. There is no dampening and no Nesterov momentum.
-    Differences from torch.optim.SGD: the parameters must already be on the GPU, those with a dtype other than
-    float32 and float16 are skipped without a warning, and zero_grad() has no argument (it sets None).
+    There are three differences from torch.optim.SGD. The parameters must already be on the GPU. Parameters
+    with a dtype other than float32 and float16 are skipped without a warning. zero_grad() has no argument,
+    and sets the gradients to None.
 
     Args:
         parameters: parameters to update.
         lr: learning rate.
-        momentum: momentum.
+        momentum: momentum factor.
         weight_decay: weight decay of all parameters.
     """
     from apex.optimizers import FusedSGD
@@ -70,12 +72,12 @@ def optimizer(
 def data_parallel(model: nn.Module) -> nn.Module:
     """Wrap `model` so that gradients are averaged over all processes, overlapped with the backward pass.
 
-    Differences from torch's DistributedDataParallel: the first backward pass finds the used parameters, and
-    every step must use the same ones, so there is no find_unused_parameters. Only parameters are synchronized
-    at the start, not buffers.
+    There are two differences from torch's DistributedDataParallel. Every step must use the same parameters as
+    the first backward pass, and there is no find_unused_parameters. At the start, only parameters are
+    synchronized, not buffers.
 
     Raises:
-        UsageError: the weights are channels_last, whose gradients apex would write back in the wrong order.
+        UsageError: the weights are channels_last. Apex would write their gradients back in the wrong order.
     """
     from apex.parallel import DistributedDataParallel
 

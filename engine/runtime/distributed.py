@@ -1,4 +1,4 @@
-"""Start and communication of processes. This is the only file that imports torch.distributed."""
+"""Start and communication of processes. Only this file imports torch.distributed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPERATOR_MISSING = "ignore:the compiled criss-cross attention is missing"
 
 
 class World:
-    """Rank, device and collectives of this process; also valid for a single process.
+    """Rank, device and collective operations of this process, also for a run with a single process.
 
     Args:
         rank: rank of this process.
@@ -55,7 +55,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0."""
+        """Whether this process has rank 0."""
         return self.rank == 0
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -72,7 +72,7 @@ class World:
         return values
 
     def first(self, value: Any | None) -> Any | None:
-        """Return the first `value` over the ranks that is not None, on every process.
+        """Return the `value` of the lowest rank that has one, on every process; None if all values are None.
 
         If all values are None, only a flag is communicated.
         """
@@ -88,7 +88,7 @@ class World:
         """Call `action` on rank 0 while the other processes wait.
 
         Raises:
-            InputError, RunError: `action` raised it; raised on every process.
+            InputError, RunError: the error that `action` raised, on every process.
         """
         failure = None
         if self.is_main:
@@ -101,7 +101,7 @@ class World:
             raise failure
 
     def barrier(self) -> None:
-        """Wait until every process has called this."""
+        """Wait until every process has called this method."""
         if self.size > 1:
             dist.barrier(group=self._control)
 
@@ -110,7 +110,7 @@ class World:
 
         Args:
             model: network on the device of this process.
-            all_used: whether the loss depends on every parameter.
+            all_used: whether the loss depends on every parameter. If not, find_unused_parameters is set.
         """
         if self.size == 1:
             return model
@@ -149,7 +149,7 @@ def run(
     Args:
         devices: see `choose_devices`.
         check: checks the input; called once on each machine, before any process is started.
-        body: work of each process.
+        body: function that does the work of each process.
 
     Returns:
         The exit status.
@@ -164,14 +164,14 @@ def run(
 
 
 def from_environment(name: str, default: int) -> int:
-    """Return a number from an environment variable of a launcher.
+    """Return the integer in an environment variable of a launcher.
 
     Args:
         name: name of the variable.
         default: value if the variable is not set.
 
     Raises:
-        UsageError: the variable is not a number from 0.
+        UsageError: the variable is not a non-negative integer.
     """
     try:
         return int(count(os.environ.get(name, str(default))))
@@ -192,7 +192,7 @@ def is_restarted() -> bool:
 
 
 def is_checked_elsewhere() -> bool:
-    """Return whether another process of this machine (the parent or local rank 0) checks the input."""
+    """Return whether another process of this machine checks the input: the parent, or local rank 0."""
     return LAUNCHED in os.environ or from_environment("LOCAL_RANK", 0) > 0
 
 
@@ -209,7 +209,7 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
         nproc: number of CPU processes; implies the CPU.
 
     Raises:
-        UsageError: a flag is invalid; the message names it.
+        UsageError: a flag is invalid. The message names the flag.
     """
     visible = torch.cuda.device_count()
     if nproc is not None:
@@ -244,7 +244,9 @@ def choose_devices(gpu: str | None, nproc: int | None) -> list[torch.device]:
 
 
 def launch(processes: int) -> int:
-    """Start this command once for each rank on this machine and wait; if one process fails, all are ended.
+    """Start this command once for each rank on this machine, and wait for the processes.
+
+    If one process fails, the others are terminated.
 
     Args:
         processes: number of processes.
@@ -286,8 +288,9 @@ def launch(processes: int) -> int:
 def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
     """Wait for all processes and return the exit status (see `launch`).
 
-    After a failure, the other processes have `grace` seconds to end by themselves before they get SIGTERM.
-    SIGTERM and SIGINT are forwarded to all processes. A later SIGINT kills them.
+    After a failure, the other processes have `grace` seconds to end by themselves, or 3 seconds if the
+    process was killed. Then the remaining processes get SIGTERM. SIGTERM and SIGINT are forwarded to all
+    processes. A later SIGINT (see IMPATIENCE) kills all processes.
     """
     asked = float("inf")
 
@@ -347,9 +350,10 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def join_world(devices: Sequence[torch.device]) -> Iterator[World]:
-    """Join the processes of this run, started by `launch` or another launcher; also for a single process.
+    """Join the processes of this run, which `launch` or another launcher started.
 
-    All processes raise the same InputError or RunError. Local rank 0 prints its line for all of them.
+    A run with a single process may use this function too. All processes raise the same InputError or
+    RunError. Local rank 0 prints the message for all processes of its machine.
 
     Args:
         devices: device of each local rank.

@@ -8,14 +8,15 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-#: A second SIGINT after this many seconds ends the process immediately. Earlier ones are copies of the first:
-#: a terminal sends it to every process of a group, and a launcher forwards it to its processes.
+#: A second SIGINT after this many seconds ends the process immediately. An earlier SIGINT is a copy of the
+#: first: a terminal sends the signal to every process of a group, and a launcher forwards the signal to its
+#: processes.
 IMPATIENCE = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether a signal has asked the run to end."""
+    """A record of whether a signal has asked the run to end."""
 
     def __init__(self) -> None:
         #: Name of the first signal, such as SIGTERM; None if there was none.
@@ -32,7 +33,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Record SIGTERM and SIGINT instead of ending the process. Call from the main thread only."""
+    """Record SIGTERM and SIGINT instead of ending the process. Only the main thread may call this."""
     request = StopRequest()
     previous = {number: signal.signal(number, request._note) for number in SIGNALS}
     try:
@@ -43,5 +44,5 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 def ignore_interrupts() -> None:
-    """Ignore SIGINT in a helper process; its parent handles the signal and ends the helper."""
+    """Ignore SIGINT in a helper process. The parent process handles the signal and ends the helper."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,8 @@
 """Snapshots and states of a run, and the lock on its directory.
 
 A snapshot is a plain state dict of the network, for evaluation and other programs. A state is what --resume
-continues from: network, optimizer and more in state_STEP.pt, described by state_STEP.json.
+continues from. The tensors of a state (network, optimizer and more) are in state_STEP.pt, and its description
+is in state_STEP.json.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from torch import Tensor
 from utils.errors import RunError, UsageError
 from utils.files import kind_of, open_input, put_aside, replacing, temporary_name, write_file, writing
 
-#: Files and folders of a run other than snapshots with a step and states.
+#: Files and folders of a run, except states and the snapshots that are named by their step.
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
 LOCK = ".lock"
-#: Format version of states. Version 1 had no number, and its dropout depended on the number of processes.
+#: Format version of states. In version 1, which had no version number, dropout depended on the number of
+#: processes.
 FORMAT = 2
-#: Maximum bytes to read of the JSON file of a state. Real ones have less than 10,000.
+#: Maximum number of bytes to read from the JSON file of a state. Valid files have less than 10,000 bytes.
 LARGEST_DESCRIPTION = 1 << 20
 #: Entries of the optimizer for each weight.
 OPTIMIZER_ENTRIES = {"momentum_buffer"}
 
 
 class Validation(NamedTuple):
-    """Results of the validations so far. Steps count from 1; 0 means that there was no validation."""
+    """The newest and the best validation of a run. Steps count from 1; step 0 means no validation."""
 
     step: int = 0  # step of the newest validation
     best_step: int = 0
@@ -47,16 +49,19 @@ class Validation(NamedTuple):
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Validation:
-        """Return the values of the JSON file of a state.
+        """Return the results in the JSON file of a state.
+
+        Args:
+            fields: the entry "validation" of the file.
 
         Raises:
-            KeyError, TypeError, ValueError, OverflowError: they are not valid.
+            KeyError, TypeError, ValueError, OverflowError: `fields` is not valid.
         """
         kinds = {"step": int, "best_step": int, "best_mean_iou": float}
         return cls(**{name: kind(fields[name]) for name, kind in kinds.items()})
 
     def with_score(self, step: int, mean_iou: float) -> Validation:
-        """Return the results including a validation after `step`."""
+        """Return the results updated by the mean IoU of the validation after `step`."""
         if mean_iou > self.best_mean_iou:
             return Validation(step, step, mean_iou)
         return self._replace(step=step)
@@ -68,8 +73,8 @@ class State(NamedTuple):
     Attributes:
         step: number of steps done.
         path: file of the tensors; the JSON file has the same name with the ending .json.
-        recipe: values that a resumed run must repeat.
-        validation: results of the validations.
+        recipe: values that a resumed run must repeat (see engine/options.py), and a digest of the data.
+        validation: newest and best validation of the run.
     """
 
     step: int
@@ -83,11 +88,11 @@ def locked(directory: str) -> Iterator[None]:
     """Lock `directory` against other runs. The lock ends with the process, even if the process is killed.
 
     Raises:
-        UsageError: another run holds the lock, or the lock is not a file.
+        UsageError: another run holds the lock, or the lock can't be opened as a file.
     """
     path = os.path.join(directory, LOCK)
     try:
-        # Do not follow a link: the file is truncated below.
+        # Do not follow a link, because the file is truncated below.
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         if not stat.S_ISREG(kind := os.fstat(file).st_mode):
             os.close(file)
@@ -97,8 +102,8 @@ def locked(directory: str) -> Iterator[None]:
             f"--snapshot-dir {directory}: {LOCK} can't be locked ({error.strerror}); move it away"
         ) from error
     try:
-        # lockf, not flock: its lock belongs to this process only. Helper processes that outlive a killed run
-        # do not hold it.
+        # lockf, not flock: a lock of lockf belongs to this process only. Helper processes that outlive a
+        # killed run do not hold the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -154,7 +159,8 @@ def state_path(directory: str, step: int) -> str:
 def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
     """Write a state, and delete old states of its directory.
 
-    The JSON file is written last. Its size and checksum of the tensor file show that the state is complete.
+    The JSON file records the size and the checksum of the tensor file. The JSON file is written last, so its
+    presence shows that the state is complete.
 
     Args:
         state: the state to write.
@@ -180,7 +186,7 @@ def save(state: State, parts: Mapping[str, Any], keep: int) -> None:
 
 
 def note_validation(state: State) -> None:
-    """Update the validation results in the JSON file of a saved state.
+    """Write `state.validation` to the JSON file of the state, which must have been saved before.
 
     Raises:
         OSError: the file can't be written.
@@ -198,7 +204,7 @@ def note_validation(state: State) -> None:
 def newest_state(directory: str) -> State | None:
     """Return the newest complete state in `directory`.
 
-    Damaged states are renamed and incomplete ones are skipped; a line is printed for each of them.
+    Damaged states are renamed, and incomplete states are skipped. A line is printed for each such state.
 
     Raises:
         UsageError: the state was written by another version of this program.
@@ -216,7 +222,7 @@ def newest_state(directory: str) -> State | None:
 
 
 def _state_or_aside(path: str) -> State | None:
-    """Return the state at `path`, or None if it is incomplete or damaged.
+    """Return the state at `path`, or None if the state is incomplete or damaged.
 
     Damaged files are renamed. In both cases a line is printed.
     """
@@ -241,7 +247,9 @@ def _read_state(path: str) -> State:
     """Read a state and check that its files are as they were written.
 
     Raises:
-        _Damaged, OSError, UsageError: see `newest_state`.
+        _Damaged: a file is not as it was written.
+        OSError: a file can't be read.
+        UsageError: see `newest_state`.
     """
     description = _read_description(path)
     try:
@@ -261,7 +269,7 @@ def _is_file(path: str) -> bool:
     """Return whether `path` is a file, not a folder, a FIFO or a broken link.
 
     Raises:
-        OSError: the path can't be examined; os.path.isfile would return False.
+        OSError: the path can't be examined. In this case, os.path.isfile would return False.
     """
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
@@ -270,10 +278,10 @@ def _is_file(path: str) -> bool:
 
 
 def check_run_files(directory: str) -> None:
-    """Check that a resumed run can continue to write its files.
+    """Check that the files of the run are regular files, and that tensorboard is a folder.
 
     Raises:
-        UsageError: a file of the run is a folder, a FIFO or a broken link.
+        UsageError: a path is of another kind, such as a FIFO or a broken link.
     """
     for name in RUN_FILES:
         path = os.path.join(directory, name)
@@ -304,21 +312,21 @@ def check_recipe(state: State, recipe: Mapping[str, Any]) -> None:
 
 
 def load(state: State, parts: Mapping[str, Any], partial: bool = False) -> None:
-    """Load `state` into `parts`. Everything is checked before anything is changed.
+    """Load `state` into `parts`. The whole state is checked before any part is changed.
 
-    The options of the optimizer (learning rate, weight decay) are not changed. If the state has no moving
+    The options of the optimizer, such as the learning rate, are not changed. If the state has no moving
     average, the average starts from the weights of the state.
 
     Args:
         state: the state to load.
-        parts: "model" and "optimizer", and optionally "average" and "scaler"; objects with `state_dict` and
-            `load_state_dict`.
-        partial: whether the state may lack the momentum of some weights, because the network does not use
-            them, or did not use them in an earlier part of the run.
+        parts: objects with `state_dict` and `load_state_dict`, by name: "model" and "optimizer", and
+            optionally "average" and "scaler".
+        partial: whether the state may lack the momentum of some weights. Weights that the network does not
+            use, or did not use in an earlier part of the run, have no momentum.
 
     Raises:
         UsageError: the file is not a state of this network, holds values that are not finite, or would run
-            code when unpickled (no such code is run).
+            code when unpickled. No such code is run.
     """
     try:
         content = torch.load(state.path, map_location="cpu", weights_only=True)
@@ -384,7 +392,7 @@ def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
 def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, partial: bool) -> None:
     """Check that `saved` has the momentum of all weights of `optimizer`, or of none.
 
-    load_state_dict does not check this: the first step would fail, or broadcast the momentum.
+    load_state_dict does not check the momentum. The first step would then fail, or broadcast the momentum.
 
     Raises:
         _Misfit: weights, entries or shapes differ.
@@ -410,7 +418,7 @@ def _check_scale(own: Mapping[str, float], saved: Any) -> None:
         raise _Misfit("its loss scale has other entries")
     for name, value in saved.items():
         if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-            raise _Misfit(f"{name} of its loss scale is not a finite number from 0")
+            raise _Misfit(f"{name} of its loss scale is not a finite non-negative number")
 
 
 def replaced(directory: str, steps: int, interval: int) -> list[str]:
@@ -419,7 +427,7 @@ def replaced(directory: str, steps: int, interval: int) -> list[str]:
     Args:
         directory: folder of the run.
         steps: number of steps of the run.
-        interval: steps between its snapshots.
+        interval: number of steps between snapshots.
     """
     folder = glob.escape(directory)
     found = [path for name in RUN_FILES for path in glob.glob(os.path.join(folder, name))]
@@ -433,7 +441,11 @@ def replaced(directory: str, steps: int, interval: int) -> list[str]:
 
 
 def set_aside(directory: str) -> str | None:
-    """Move the states and log of an earlier run to a new subfolder and return it; None if there are none."""
+    """Move the states and the log of an earlier run to a new subfolder.
+
+    Returns:
+        The path of the subfolder; None if there is nothing to move.
+    """
     found = glob.glob(os.path.join(glob.escape(directory), "state_*"))
     found += [path for name in RUN_FILES if os.path.lexists(path := os.path.join(directory, name))]
     if not found:
@@ -448,7 +460,7 @@ def set_aside(directory: str) -> str | None:
 
 
 def remove_leftovers(directory: str) -> None:
-    """Delete partly written files of a killed run. Call only while the directory is `locked`."""
+    """Delete partly written files of a killed run. The directory must be `locked`."""
     for name in ("state_*", "CS_scenes_*", *RUN_FILES):
         for path in glob.glob(temporary_name(os.path.join(glob.escape(directory), name), "*")):
             if os.path.isfile(path):
@@ -517,7 +529,7 @@ def _read_description(state: str) -> dict[str, Any]:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    """Return the checksum of the JSON file of a state, to detect edited values."""
+    """Return the checksum of the content of a JSON file of a state, which detects edited values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

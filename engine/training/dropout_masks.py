@@ -15,7 +15,7 @@ from engine.randomness import DROPOUT
 
 @runtime_checkable
 class ChannelDropout(Protocol):
-    """A dropout layer whose masks are set from outside (networks.dropout.ChannelDropout is one)."""
+    """A dropout layer whose masks are set by the caller (networks.dropout.ChannelDropout is one)."""
 
     channels: int
     p: float
@@ -23,7 +23,7 @@ class ChannelDropout(Protocol):
 
 
 class DropoutMasks:
-    """Draw the masks of the dropout layers of a network and set them.
+    """Draw the masks of the dropout layers of a network, and set the masks in the layers.
 
     Args:
         model: network whose ChannelDropout layers with a rate above 0 get masks. Other dropout layers are not
@@ -42,7 +42,12 @@ class DropoutMasks:
         self._kept = torch.empty(0, dtype=torch.bool, device=device)
 
     def draw(self, step: int, samples: range) -> None:
-        """Draw the masks of `step` for `samples`, their numbers in the global batch."""
+        """Draw the masks of a step.
+
+        Args:
+            step: number of the step, from 1.
+            samples: indices in the global batch.
+        """
         if not self.layers:
             return
         kept = torch.from_numpy(np.stack([self._sample(step, sample) for sample in samples]))
@@ -59,7 +64,12 @@ class DropoutMasks:
 
     @contextlib.contextmanager
     def applied(self, part: int, parts: int) -> Iterator[None]:
-        """Set the masks in the layers, for part `part` of `parts` equal parts of the samples of `draw`."""
+        """Set the masks in the layers inside the block, for one part of the samples of `draw`.
+
+        Args:
+            part: index of the part, from 0.
+            parts: number of equal parts into which the samples are split.
+        """
         if self.layers:
             kept = self._kept.chunk(parts)[part].split([layer.channels for layer in self.layers], 1)
             for layer, own in zip(self.layers, kept, strict=True):

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 class WeightAverage:
     """Exponential moving average of weights and running statistics.
 
-    After each step average = d * average + (1 - d) * weights, with d = min(decay, (1 + step) / (10 + step)).
-    The smaller d of the first steps lets a short run forget its initial weights.
+    After each step, the average becomes ``d * average + (1 - d) * weights``. Here d is
+    ``min(decay, (1 + step) / (10 + step))``, and `step` is the number of the step, counted from 1. The
+    smaller d of the first steps lets a short run forget its initial weights.
 
     Args:
         model: network on its device; its weights are the first average.
-        decay: d of later steps, in [0, 1).
+        decay: d of all later steps, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -27,23 +28,23 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Add the weights after `step`, counted from 1, to the average."""
+        """Update the average with the weights after `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self._average.values()), list(self._weights.values()), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the average by the names of the state dict of the model."""
+        """Return the average, with the names of the state dict of the model."""
         return dict(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy an average that `state_dict` returned."""
+        """Replace the average by one that `state_dict` returned."""
         for name, value in self._average.items():
             value.copy_(state[name])
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
-        """Swap the averaged weights in temporarily."""
+        """Exchange the weights of the model with the average inside the block."""
         self._exchange()
         try:
             yield

@@ -26,14 +26,14 @@ class RunLog:
     """The log of one run.
 
     A resumed run keeps the entries up to the step that it continues from. If log.jsonl holds anything other
-    than entries, it is renamed, and a line is printed.
+    than entries, the file is renamed, and a line is printed.
 
-    Every method writes immediately and raises OSError if the disk is full. (SummaryWriter writes from a
-    thread; if that fails, the run hangs.)
+    Every method writes immediately and raises OSError if the disk is full. SummaryWriter writes in a
+    background thread and would hang the run on an error, so this class is not used.
 
     Args:
         directory: folder of log.jsonl and the TensorBoard events.
-        start: number of steps done before.
+        start: number of steps that are already done.
         steps: number of steps of the whole run.
         samples_per_step: global batch size.
 
@@ -60,7 +60,7 @@ class RunLog:
 
     @staticmethod
     def _keep_until(path: str, step: int) -> None:
-        """Drop the entries after `step`, because these steps are done again."""
+        """Drop the entries after `step`, because the run repeats the steps after `step`."""
         try:
             lines = read_input(path).splitlines(keepends=True)
         except FileNotFoundError:
@@ -83,7 +83,7 @@ class RunLog:
             step: number of the step, from 1.
             loss: loss of the step.
             lr: learning rate of the step.
-            **more: further entries; numbers become TensorBoard curves too.
+            **more: further values of the entry. Numbers are also written as TensorBoard curves.
 
         Raises:
             OSError: a file can't be written.
@@ -91,7 +91,7 @@ class RunLog:
         now = time.monotonic()
         seconds = max(now - self._last_time, 1e-9)
         rate = (step - self._last_step) * self.samples_per_step / seconds
-        # Averaged over all steps so far: the time of single intervals varies with the disk.
+        # Average over all steps so far, because the time of single intervals varies with the disk.
         left = (now - self._first_time) / (step - self._first_step) * (self.steps - step)
         entry = {"step": step, "loss": loss, "lr": lr, "images_per_second": round(rate, 4), **more}
         self._file.write(json.dumps(entry) + "\n")
@@ -108,7 +108,7 @@ class RunLog:
         self._last_step, self._last_time = step, now
 
     def score(self, step: int, mean_iou: float, best: bool) -> None:
-        """Log the mean IoU of the validation after `step`; `best` says whether it is the best so far."""
+        """Log the mean IoU of the validation after `step`; `best` marks the best score so far."""
         self._add(step, summary.scalar("val/mean_iou", mean_iou))
         self._events.flush()
         print(
@@ -125,7 +125,7 @@ class RunLog:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
     def close(self) -> None:
-        """Close the files. Errors are ignored, because everything is already written."""
+        """Close the files. Errors are ignored, because all entries are already written."""
         for file in (self._file, self._events):
             with contextlib.suppress(OSError):
                 file.close()

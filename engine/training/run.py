@@ -33,12 +33,13 @@ from utils.environment import commit, machine
 from utils.errors import RunError, UsageError
 from utils.files import put_aside, read_input, unwritable, write_file
 
-#: Draws a sample: (image [3, h, w], label [h, w], logits [C, H, W]) -> pictures by name, uint8 [h, w, 3] RGB.
+#: Function that draws a sample: (image [3, h, w], label [h, w], logits [C, H, W]) -> pictures by name, uint8
+#: [h, w, 3] RGB.
 Draw = Callable[[Tensor, Tensor, Tensor], Mapping[str, np.ndarray]]
 
 
 class Parts(NamedTuple):
-    """The parts of a run whose values a state holds."""
+    """Objects that are saved in a state."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -46,7 +47,7 @@ class Parts(NamedTuple):
     average: WeightAverage | None = None
 
     def present(self) -> dict[str, Any]:
-        """Return the parts that the run has, by name."""
+        """Return the objects that the run has, by name."""
         return {name: part for name, part in self._asdict().items() if part is not None}
 
 
@@ -55,7 +56,7 @@ def exclusive(directory: str, world: World) -> Iterator[None]:
     """Lock the directory of a run against other runs.
 
     Raises:
-        UsageError: on every process; see `checkpoint.locked`.
+        UsageError: see `checkpoint.locked`; raised on every process.
     """
     with contextlib.ExitStack() as held:
         world.on_main(lambda: held.enter_context(checkpoint.locked(directory)))
@@ -63,25 +64,29 @@ def exclusive(directory: str, world: World) -> Iterator[None]:
 
 
 class Run:
-    """A training run in a directory, fresh or resumed.
+    """A training run in a directory, new or resumed.
 
         with Run(...) as run:
             for step, batch in run.steps(batches):
                 run.record(step, batch, stepper.step(step, batch))
 
-    Entering restores the newest state if the run is resumed, and opens the log. A signal, an unreadable
-    picture, a loss that is not finite, or a dead data worker ends the run on all processes, between two steps
-    and after saving the state of the last step. A full disk ends the run with the states saved before. On a
-    CPU, a resumed run is bit-identical to an uninterrupted one.
+    On entry, a resumed run restores the newest state. Then the log is opened.
+
+    A signal, an unreadable picture, a loss that is not finite, or a dead data worker ends the run on all
+    processes. The run ends between two steps, after the state of the last step is saved. If the disk is full,
+    the run ends without a new state, and the saved states remain.
+
+    On a CPU, a resumed run is bit-identical to an uninterrupted run.
 
     Args:
         options: options of train.py.
         world: processes of the run.
         stop: signals that end the run early.
-        parts: parts of the run that are saved and restored.
-        recipe: values that affect the result of the run; a resumed run must have the same.
+        parts: objects that are saved in a state and restored from a state.
+        recipe: values that affect the final weights (see engine/options.py), and a digest of the data. A
+            resumed run must have the same recipe.
         validation_source: pictures to validate on; None if --val-every is 0.
-        draw: draws a sample for TensorBoard.
+        draw: function that draws a sample for TensorBoard.
     """
 
     def __init__(
@@ -134,23 +139,25 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._held:
-            # Every process raises it, before it has changed anything.
+            # Every process raises Diverged, before the step changes the weights.
             if isinstance(error, Diverged):
                 self._end(error)
 
     @property
     def remaining(self) -> range:
-        """Remaining steps, from 0; empty for a finished run."""
+        """The remaining steps, counted from 0; empty for a finished run."""
         return range(self.start, self.options.num_steps)
 
     def steps(self, batches: Iterator[Batch | Exception]) -> Iterator[tuple[int, Batch]]:
-        """Yield the number, from 1, and the batch of every remaining step.
+        """Yield the number, counted from 1, and the batch of every remaining step.
 
         Args:
-            batches: share of this process of each batch of `remaining`, or the error that ends the run.
+            batches: for each step of `remaining`, this process's share of the batch, or the error that ends
+                the run.
 
         Raises:
-            InputError, RunError: on every process, after the state of the last step is saved.
+            InputError, RunError: the error that ends the run. The error is raised on every process, after the
+                state of the last step is saved.
         """
         if self._owes_validation():
             self._validate(self.start)
@@ -165,11 +172,11 @@ class Run:
             yield step, cast(Batch, batch)
 
     def record(self, step: int, batch: Batch, result: StepResult) -> None:
-        """Log, save and validate after a step, as far as due.
+        """Log, save a snapshot, save a state and validate after a step, each action if due.
 
         Args:
             step: number of the step, from 1.
-            batch: share of this process of the batch.
+            batch: this process's share of the batch.
             result: result of the step.
 
         Raises:
@@ -242,7 +249,7 @@ class Run:
         return self.log
 
     def _note_environment(self) -> None:
-        """Append the machine, the software and the first step of this start to environment.json."""
+        """Append the machine, the software and the steps done before this start to environment.json."""
         path = os.path.join(self.directory, "environment.json")
         about = machine(str(self.world.device)) | {"processes": self.world.size, "commit": commit()}
         starts = [{"step": self.start, **about}]
@@ -265,7 +272,7 @@ class Run:
         )
 
     def _is_finite(self) -> bool:
-        """Return whether all weights and statistics, equal on all processes, are finite."""
+        """Return whether all weights and running statistics are finite; the same on all processes."""
         values = [value for value in self.parts.model.state_dict().values() if value.is_floating_point()]
         return math.isfinite(torch.nn.utils.get_total_norm(values, float("inf")))
 
@@ -279,7 +286,8 @@ class Run:
     def _due(self, step: int, interval: int, done: int = -1) -> bool:
         """Return whether an action with this interval is due after `step`.
 
-        Every action with an interval above 0 is due after the last step. No action is due up to step `done`.
+        An action is due after every `interval` steps and after the last step. An action with interval 0 is
+        never due, and no action is due after step `done` or an earlier step.
         """
         last = self.options.num_steps
         return interval > 0 and step > max(0, done) and (step % interval == 0 or step == last)
@@ -294,7 +302,7 @@ class Run:
             print(line, flush=True)
 
     def _on_main(self, action: Callable[[], object]) -> None:
-        """Call `action` on rank 0. If it can't write a file, the run ends on all processes."""
+        """Call `action` on rank 0. If `action` can't write a file, the run ends on all processes."""
 
         def guarded() -> None:
             try:
@@ -337,7 +345,7 @@ class Run:
         self._on_main(show)
 
     def _validate(self, step: int) -> None:
-        """Validate after `step`, whose state is saved, and write the weights if they are the best so far."""
+        """Validate after `step`, whose state is saved, and save the weights if their score is the best."""
         assert self.state is not None and self.validation_source is not None
         model, options = self.parts.model, self.options
         average = contextlib.nullcontext() if self.parts.average is None else self.parts.average.in_model()
@@ -397,7 +405,7 @@ def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes, of the GPU or, on a CPU, of the process."""
+    """Return the peak memory in bytes: of the GPU, or of the process if the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

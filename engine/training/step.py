@@ -17,16 +17,16 @@ from utils.errors import RunError
 
 #: Autocast type of each precision of --amp.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-#: With a loss scale below this one, an overflow has another cause than the scale.
+#: Loss scale below which an overflow has another cause than the scale.
 SMALLEST_SCALE = 1.0
 
 
 class Diverged(RunError):
-    """The loss or the gradient is not finite. The step has changed nothing."""
+    """The loss or the gradient is not finite. The step has not changed the weights."""
 
 
 class Total(Protocol):
-    """The sum and the weight of a weighted mean (loss.ohem.Total is one)."""
+    """The weighted sum of the losses and the sum of the weights (loss.ohem.Total is one)."""
 
     @property
     def loss(self) -> Tensor:
@@ -48,7 +48,7 @@ class Criterion(Protocol):
         ...
 
     def totals(self, outputs: Sequence[Tensor], target: Tensor) -> Sequence[Total]:
-        """Return sum and weight of the loss of each head.
+        """Return the weighted sum of the losses and the sum of the weights for each head.
 
         Args:
             outputs: logits of each head, [n, C, H, W].
@@ -63,7 +63,7 @@ class StepResult(NamedTuple):
     Attributes:
         loss: loss of the step.
         parts: unweighted loss of each head.
-        gradient_norm: norm of the whole gradient.
+        gradient_norm: 2-norm of the gradient of all weights.
         scale: loss scale of fp16, 1 otherwise.
         outputs: outputs of the network for the last part of the batch of this process, on the device.
     """
@@ -78,9 +78,11 @@ class StepResult(NamedTuple):
 class Stepper:
     """Train a network step by step.
 
-    The loss is the mean over the kept pixels of all processes. The channels that dropout zeroes depend on the
-    seed, the step and the sample. Loss and gradient are therefore the same for any number of processes. With
-    `accumulate` the loss is the mean of the losses of the parts.
+    The loss is the mean over the pixels that the criterion counts, of all processes. The channels that
+    dropout zeroes depend on the seed, the step and the sample. Loss and gradient are therefore the same for
+    any number of processes, up to rounding, unless the criterion uses statistics of one process, as OHEM
+    does. With `accumulate` > 1, the share of a process is split into equal parts, and the loss is the mean of
+    the losses of the parts.
 
     Args:
         model: network to train, wrapped for the processes of `world` and possibly compiled.
@@ -117,7 +119,7 @@ class Stepper:
         self._statistics_before = [buffer.clone() for buffer in self._statistics]
 
     def step(self, number: int, batch: Batch) -> StepResult:
-        """Take step `number` with the share of this process of the batch.
+        """Take step `number` with this process's share of the batch.
 
         Args:
             number: number of the step, from 1.
@@ -125,8 +127,8 @@ class Stepper:
                 to r n + n - 1 of the global batch.
 
         Raises:
-            Diverged: on every process, with the samples of the processes whose loss is not finite. Nothing is
-                changed.
+            Diverged: the loss or the gradient is not finite. The error is raised on every process, before the
+                weights are changed. The message names the samples of the processes whose loss is not finite.
         """
         # Dropout draws its own masks. Other random layers depend on seed, step and rank, so that a resumed
         # run needs no random state.
@@ -160,8 +162,8 @@ class Stepper:
         """Compute the gradients.
 
         Returns:
-            The loss of each head over all processes, the share of this process in it, and the outputs of the
-            last part.
+            The loss of each head over all processes, the share of this process in this loss, and the outputs
+            of the last part.
         """
         device, outputs = self.world.device, []
         own = torch.zeros(0)

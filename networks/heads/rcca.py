@@ -14,10 +14,11 @@ from networks.resnet import convolution
 class RCCAHead(nn.Module):
     """The RCCA head of CCNet.
 
-    It reduces the channels, applies criss-cross attention `recurrence` times with shared weights,
+    The head reduces the channels, applies criss-cross attention `recurrence` times with shared weights,
     concatenates the result with the input, and classifies.
 
-    Source: CCNet, arXiv 1811.11721, section 3.1; RCCAModule in networks/ccnet.py of the original.
+    Source: CCNet, arXiv 1811.11721, section 3.1; RCCAModule in networks/ccnet.py of the original CCNet
+    repository.
 
     Args:
         in_channels: channels of the input.

@@ -108,7 +108,7 @@ def test_a_network_that_gives_nan_is_not_scored(mixed):
         logits = brightness(images)
         return logits * torch.where(images[:, :1] > images[:, :1].amax((2, 3), True) - 1, math.nan, 1.0)
 
-    with pytest.raises(RunError, match="the network gives NaN"):
+    with pytest.raises(RunError, match="the network returns NaN"):
         evaluate(
             lambda images: predict_classes(overflowing, images, [1.0], False, None, 3), mixed, ONE, Loading()
         )

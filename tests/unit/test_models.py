@@ -72,7 +72,7 @@ def test_impossible_values_are_named(tmp_path: Path, state: dict[str, Tensor], r
 
 
 def test_other_weights_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    with pytest.raises(CheckpointError, match="its stages have"):
+    with pytest.raises(CheckpointError, match="its layers have"):
         backbone_of("x.pth", {"layer1.0.conv1.weight": torch.zeros(1)})
     many = {**state, "head.bottleneck.3.weight": torch.empty(300, 512, 1, 1, device="meta")}
     with pytest.raises(CheckpointError, match="300 classes; .*255"):
