@@ -263,6 +263,7 @@ def test_evaluation_is_measured_beside_its_forward_passes(tmp_path: Path, capsys
     assert "picture 4/4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_builds_beside_each_other(root, tmp_path, capsys):
     if "cpu" not in ops.DEVICE_TYPES:
         pytest.skip("cc_attention._C is not built")
