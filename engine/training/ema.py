@@ -18,7 +18,7 @@ class WeightAverage:
 
     Args:
         model: network on its device; its weights are the first average.
-        decay: d of all later steps, in [0, 1).
+        decay: upper limit of d, which d reaches after the first steps; in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float):

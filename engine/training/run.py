@@ -287,7 +287,7 @@ class Run:
         """Return whether an action with this interval is due after `step`.
 
         An action is due after every `interval` steps and after the last step. An action with interval 0 is
-        never due, and no action is due after step `done` or an earlier step.
+        never due. Steps up to `done` have been handled already, and nothing is due for them.
         """
         last = self.options.num_steps
         return interval > 0 and step > max(0, done) and (step % interval == 0 or step == last)

@@ -26,7 +26,7 @@ class Diverged(RunError):
 
 
 class Total(Protocol):
-    """The weighted sum of the losses and the sum of the weights (loss.ohem.Total is one)."""
+    """The weighted sum of the losses and the sum of the weights, as in loss.ohem.Total."""
 
     @property
     def loss(self) -> Tensor:
@@ -123,8 +123,8 @@ class Stepper:
 
         Args:
             number: number of the step, from 1.
-            batch: n samples, the same n on every process, divisible by `accumulate`. Rank r has samples r n
-                to r n + n - 1 of the global batch.
+            batch: n samples, the same n on every process, divisible by `accumulate`. Rank r has samples
+                r * n to (r + 1) * n - 1 of the global batch.
 
         Raises:
             Diverged: the loss or the gradient is not finite. The error is raised on every process, before the
