@@ -394,7 +394,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, partial: bool
 
     With `partial`, some weights may lack their momentum.
 
-    load_state_dict does not check the momentum. The first step would then fail, or broadcast the momentum.
+    load_state_dict accepts a momentum of the wrong shape. The first step would then fail, or broadcast it.
 
     Raises:
         _Misfit: weights, entries or shapes differ.

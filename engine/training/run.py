@@ -206,7 +206,8 @@ class Run:
     def _restore(self) -> None:
         """Load the newest state, if there is one.
 
-        No file of the run is changed before every process has loaded the state.
+        Damaged states are renamed. No other file of the run is changed before every process has loaded the
+        state.
 
         Raises:
             UsageError: the state has another recipe, or can't be used.
