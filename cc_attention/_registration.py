@@ -1,4 +1,4 @@
-"""Registration with PyTorch of everything about the compiled operators except the kernels (csrc/ops.cpp).
+"""Registration of the compiled operators with PyTorch, except for the kernels, which csrc/ops.cpp registers.
 
 The module registers fake implementations (shapes), derivatives, vmap, autocast and FLOP formulas. Importing
 the module is enough. The compiled library must be loaded before.

@@ -169,7 +169,8 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     `torch.nn.functional.scaled_dot_product_attention`. Forward and backward are deterministic: the same
     inputs give the same bits. A score of -inf masks a position. A pixel with all positions masked gets NaN.
 
-    The operator can be differentiated once; docs/operator.md lists the supported torch.func transforms.
+    The gradient of the operator can't be differentiated again. docs/operator.md lists the supported
+    torch.func transforms.
     The kernels use the channels_last memory format, and inputs in another format are copied once.
 
     Source: CCNet, arXiv 1811.11721, section 3.2, eq. 1-2, without the residual; cc_attention/functions.py of

@@ -144,7 +144,8 @@ def predict_classes(
     - O(N * C * b * s * max(1, scale) ** 2) for the logits of a band. Here b is the extent of a tile along the
       longer axis of the image, s is the shorter side of the image, and scale is the largest scale.
     - For each combination of scale and flip, the outputs of the network, at their own size. The outputs are
-      kept for the tiles that overlap a band and up to `tile_batch` * N tiles on either side.
+      kept for the tiles that overlap a band, and for up to `tile_batch` * N further tiles before and after
+      it.
 
     Without tiles, b is 256 (WHOLE_BAND), and the outputs are those of the whole images.
 
@@ -277,7 +278,7 @@ def _tiled(
     outputs: dict[tuple[int, int], Tensor] = {}
 
     def covered(x: Tensor, place: tuple[int, int]) -> Tensor:
-        """Return the slice of `x`, along the axis perpendicular to the lines, that a tile covers."""
+        """Return the part of each line of `x` that a tile covers."""
         return x.narrow(across + 2, place[across], min(tile_size[across], image.size[across] - place[across]))
 
     def crop(place: tuple[int, int]) -> Tensor:

@@ -4,9 +4,9 @@ Each field of a group defines a flag of the same name. The `Flag` of a field hol
 argument parser, and says where the value of the flag is used. A command parses its flags once, and passes the
 options to other functions. An options object can't be changed.
 
-The recipe of a run is the values of the flags with recipe=True, which affect the final weights. Each state of
-the run holds the recipe, and a resumed run must have the same recipe. In contrast, args.json holds the values
-of all flags (utils.run_files.ARGUMENTS).
+The recipe of a run is the values of the flags with recipe=True, which determine how the weights change from
+one step to the next. Each state of the run holds the recipe, and a resumed run must have the same recipe. In
+contrast, args.json holds the values of all flags (utils.run_files.ARGUMENTS).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Flag(NamedTuple):
         metavar: name of the value in --help.
         required: whether the flag must be given.
         bare: whether the flag may be given without a value, which means True.
-        recipe: whether the value affects the final weights of a run, and is part of its recipe.
+        recipe: whether the value determines how the weights change in a step, and is part of the recipe.
         noted: whether the value affects the scores of an evaluation, and is written to result.txt.
         from_run: whether the default value is that of the run that wrote the checkpoint, in a command that
             reads a checkpoint.

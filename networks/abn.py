@@ -28,10 +28,10 @@ class ABN(nn.Module):
 
     The layer computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)``.
 
-    The formula is that of the in-place ABN that CCNet was trained with (every release of inplace_abn;
-    libs/src/bn.cu of the original CCNet repository). Ordinary batch norm with weights that were trained for
-    ABN gives wrong outputs if a weight is negative. The gradient treats weight = 0 as positive, like
-    inplace_abn >= 0.1.1.
+    This is the formula of the in-place ABN that CCNet was trained with. Every release of inplace_abn computes
+    it, as does libs/src/bn.cu of the original CCNet repository. Ordinary batch norm with weights that were
+    trained for ABN gives wrong outputs if a weight is negative. The gradient treats weight = 0 as positive,
+    like inplace_abn >= 0.1.1.
 
     Args:
         channels: number of channels C.

@@ -1,6 +1,7 @@
 """Conversion of other programs' weights to CCNet: entry names, input normalization and batch norm.
 
-Converted networks give the same outputs in evaluation mode, up to rounding. Conversions compute in float64
+Converted networks give the same outputs in evaluation mode, up to rounding, except near the image border
+for networks without the entry "shift" (`to_our_pictures`). Conversions compute in float64
 and return float32. "CCNet names" are the names of the state-dict entries and modules of `Seg_Model`.
 """
 
@@ -187,8 +188,8 @@ def to_our_pictures(
     `CSDataSet` gives BGR minus mean. Channel order and scale are folded into the first convolution. If the
     variant has the entry "shift" (`weights.SHIFT`), the offset is stored in this entry, which is exact
     including the image border. The "ccnet" variant has no such entry, so the offset is folded into the
-    running mean. At the border, the zero padding of the convolution corresponds to picture_mean instead of
-    mean.
+    running mean of bn1. At the border, the zero padding of the convolution corresponds to picture_mean
+    instead of mean.
 
     Args:
         state: state dict with CCNet names and plain batch norm.

@@ -38,7 +38,7 @@ def library_weights(source: str, backbone: str = "resnet101") -> Pretrained:
     """Return the weights that `source` names; the library downloads weights that are not in its cache.
 
     Args:
-        source: `torchvision:NETWORK`, `torchvision:NETWORK.TAG` or `timm:NETWORK.TAG`, for example
+        source: `torchvision:NETWORK`, `torchvision:NETWORK.TAG` or `timm:NETWORK[.TAG]`, for example
             `torchvision:resnet50.IMAGENET1K_V2` or `timm:resnet50.a1_in1k`. `torchvision` alone means
             `torchvision:` with `backbone`.
         backbone: network to use if `source` is `torchvision` alone.

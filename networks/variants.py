@@ -44,8 +44,8 @@ def variant_of(state: Mapping[str, Tensor]) -> str:
 def options_of(state: Mapping[str, Tensor] | None) -> dict[str, str]:
     """Return the keyword arguments that a network needs to match a state dict.
 
-    The result is empty if there is no state dict, and for the "ccnet" variant. A network without a `variant`
-    argument can therefore be built with the result too.
+    The result is empty if there is no state dict, and for the "ccnet" variant. In these two cases, it also
+    fits a network without a `variant` argument.
     """
     variant = variant_of(state or {})
     return {} if variant == "ccnet" else {"variant": variant}

@@ -43,7 +43,7 @@ class Loading(NamedTuple):
 
 
 class Processes(Protocol):
-    """Rank, number of processes and device of this process (engine.runtime.distributed.World is one)."""
+    """Rank, number of processes and device of this process, as in engine.runtime.distributed.World."""
 
     rank: int
     size: int
@@ -150,10 +150,10 @@ def train_batches(
     loading: Loading,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[Batch | Exception]:
-    """Yield the share of this process of every batch.
+    """Yield this process's share of every batch.
 
-    With n samples per process, the share of rank r is samples r n to r n + n - 1 of the global batch. The
-    data workers start with the first batch and run until the last batch.
+    With n samples per process, rank r has samples r * n to (r + 1) * n - 1 of the global batch. The data
+    workers start with the first batch and run until the last batch.
 
     Args:
         source: the data set.

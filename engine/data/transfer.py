@@ -30,9 +30,9 @@ class Samples(NamedTuple):
     Attributes:
         images: uint8 [n, h, w, 3], BGR.
         labels: train ids, uint8 [n, h, w].
-        contents: valid region of each image, int64 [n, 3]: bottom, left and right
-            (dataset.transforms.Content). The pixels outside of the valid region are padding, which is set to
-            0 after the mean is subtracted.
+        contents: bounds (bottom, left, right) of the part ``[:bottom, left:right]`` of each crop that shows
+            the image, int64 [n, 3] (dataset.transforms.Content). The other pixels are padding, which is set
+            to 0 after the mean is subtracted.
         records: a one-line description of each sample, for the log.
     """
 

@@ -148,7 +148,8 @@ def run(
 
     Args:
         devices: see `choose_devices`.
-        check: checks the input; called once on each machine, before any process is started.
+        check: checks the input; called once on each machine: before processes are started here, or by local
+            rank 0 if a launcher has started them.
         body: function that does the work of each process.
 
     Returns:
@@ -289,8 +290,8 @@ def _wait(children: Sequence[subprocess.Popen], grace: float = 30.0) -> int:
     """Wait for all processes and return the exit status (see `launch`).
 
     After a failure, the other processes have `grace` seconds to end by themselves, or 3 seconds if the
-    process was killed. Then the remaining processes get SIGTERM. SIGTERM and SIGINT are forwarded to all
-    processes. A later SIGINT (see IMPATIENCE) kills all processes.
+    failed process was killed. Then the remaining processes get SIGTERM. SIGTERM and SIGINT are forwarded to
+    all processes. A later SIGINT (see IMPATIENCE) kills all processes.
     """
     asked = float("inf")
 
@@ -352,8 +353,8 @@ def _end_with_parent() -> None:
 def join_world(devices: Sequence[torch.device]) -> Iterator[World]:
     """Join the processes of this run, which `launch` or another launcher started.
 
-    A run with a single process may use this function too. All processes raise the same InputError or
-    RunError. Local rank 0 prints the message for all processes of its machine.
+    A run with a single process may use this function too. The body of the context must raise an InputError or
+    RunError on all processes, because only local rank 0 prints its message.
 
     Args:
         devices: device of each local rank.

@@ -392,7 +392,9 @@ def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
 def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, partial: bool) -> None:
     """Check that `saved` has the momentum of all weights of `optimizer`, or of none.
 
-    load_state_dict does not check the momentum. The first step would then fail, or broadcast the momentum.
+    With `partial`, some weights may lack their momentum.
+
+    load_state_dict accepts a momentum of the wrong shape. The first step would then fail, or broadcast it.
 
     Raises:
         _Misfit: weights, entries or shapes differ.

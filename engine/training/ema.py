@@ -14,11 +14,11 @@ class WeightAverage:
 
     After each step, the average becomes ``d * average + (1 - d) * weights``. Here d is
     ``min(decay, (1 + step) / (10 + step))``, and `step` is the number of the step, counted from 1. The
-    smaller d of the first steps lets a short run forget its initial weights.
+    smaller d of the earlier steps lets a short run forget its initial weights.
 
     Args:
         model: network on its device; its weights are the first average.
-        decay: d of all later steps, in [0, 1).
+        decay: upper limit of d, in [0, 1). d reaches it after about 9 / (1 - decay) steps.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -29,7 +29,7 @@ class RunLog:
     than entries, the file is renamed, and a line is printed.
 
     Every method writes immediately and raises OSError if the disk is full. SummaryWriter writes in a
-    background thread and would hang the run on an error, so this class is not used.
+    background thread and would hang the run on an error, so SummaryWriter is not used.
 
     Args:
         directory: folder of log.jsonl and the TensorBoard events.

@@ -206,7 +206,8 @@ class Run:
     def _restore(self) -> None:
         """Load the newest state, if there is one.
 
-        No file of the run is changed before every process has loaded the state.
+        Damaged states are renamed. No other file of the run is changed before every process has loaded the
+        state.
 
         Raises:
             UsageError: the state has another recipe, or can't be used.
@@ -287,7 +288,7 @@ class Run:
         """Return whether an action with this interval is due after `step`.
 
         An action is due after every `interval` steps and after the last step. An action with interval 0 is
-        never due, and no action is due after step `done` or an earlier step.
+        never due. Steps up to `done` have been handled already, and nothing is due for them.
         """
         last = self.options.num_steps
         return interval > 0 and step > max(0, done) and (step % interval == 0 or step == last)

@@ -26,7 +26,7 @@ class Diverged(RunError):
 
 
 class Total(Protocol):
-    """The weighted sum of the losses and the sum of the weights (loss.ohem.Total is one)."""
+    """The weighted sum of the losses and the sum of the weights, as in loss.ohem.Total."""
 
     @property
     def loss(self) -> Tensor:
@@ -79,10 +79,11 @@ class Stepper:
     """Train a network step by step.
 
     The loss is the mean over the pixels that the criterion counts, of all processes. The channels that
-    dropout zeroes depend on the seed, the step and the sample. Loss and gradient are therefore the same for
-    any number of processes, up to rounding, unless the criterion uses statistics of one process, as OHEM
-    does. With `accumulate` > 1, the share of a process is split into equal parts, and the loss is the mean of
-    the losses of the parts.
+    dropout zeroes depend on the seed, the step and the sample. With
+    `accumulate` = 1, loss and gradient are therefore the same for any number of processes, up to rounding,
+    unless the criterion uses statistics of one process, as OHEM does. With `accumulate` > 1, the share of a
+    process is split into equal parts, and the loss is the mean of the losses of the parts. The number of
+    processes then decides which samples form a part.
 
     Args:
         model: network to train, wrapped for the processes of `world` and possibly compiled.
@@ -123,12 +124,13 @@ class Stepper:
 
         Args:
             number: number of the step, from 1.
-            batch: n samples, the same n on every process, divisible by `accumulate`. Rank r has samples r n
-                to r n + n - 1 of the global batch.
+            batch: n samples, the same n on every process, divisible by `accumulate`. Rank r has samples
+                r * n to (r + 1) * n - 1 of the global batch.
 
         Raises:
-            Diverged: the loss or the gradient is not finite. The error is raised on every process, before the
-                weights are changed. The message names the samples of the processes whose loss is not finite.
+            Diverged: the loss is not finite, or the gradient is not finite for another reason than an
+                overflow of fp16. The error is raised on every process, before the weights are changed. The
+                message names the samples of the processes whose loss is not finite.
         """
         # Dropout draws its own masks. Other random layers depend on seed, step and rank, so that a resumed
         # run needs no random state.
