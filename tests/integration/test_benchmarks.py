@@ -254,6 +254,7 @@ class TestLoader:
         assert all(value > 0 for stages in times.values() for value in stages.values())
 
 
+@pytest.mark.slow
 def test_evaluation_is_measured_beside_its_forward_passes(tmp_path: Path, capsys: pytest.CaptureFixture):
     arguments = "--backbone resnet50 --pictures 4 --size 32x64 --tile 33,33 --tile-batch 2 --rounds 1"
     evaluation.main([*arguments.split(), "--out", str(tmp_path / "out.json")])

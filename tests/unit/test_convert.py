@@ -269,6 +269,7 @@ class Mmseg(nn.Module):
         return [head.conv_seg(y), self.auxiliary_head.conv_seg(auxiliary)]
 
 
+@pytest.mark.slow
 def test_mmsegmentation(tmp_path):
     theirs = fill_library(Mmseg(7))
     state = converted(tmp_path, {"meta": {"CLASSES": ["road"]}, "state_dict": theirs.state_dict()})
@@ -284,6 +285,7 @@ def test_mmsegmentation(tmp_path):
         assert_same(opened.model.double()(ours(rgb)), right)
 
 
+@pytest.mark.slow
 def test_original_out_and_in_again(tmp_path, monkeypatch):
     """Names, order and bits are kept, in a file that PyTorch 0.4 can read."""
     monkeypatch.setattr(convert, "compare", lambda *_: None)  # of what is the same to the bit, as is tested

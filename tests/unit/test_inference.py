@@ -251,7 +251,9 @@ class Memory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("size", [(64, 6000), (6000, 64)])
-@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((0.5, 1.0), True)])
+@pytest.mark.parametrize(
+    "scales, flip", [((1.0,), False), pytest.param((0.5, 1.0), True, marks=pytest.mark.slow)]
+)
 def test_classes_of_a_long_picture_take_the_memory_of_a_band(size, scales, flip):
     weight, image = torch.randn(19, 3, 1, 1), torch.randn(1, 3, *size)
     tiles = {"tile_size": (33, 33), "num_classes": 19, "tile_batch": 2}

@@ -447,6 +447,7 @@ def test_a_traced_module_still_checks_its_input() -> None:
 @pytest.mark.parametrize("through_a_program", [False, True])
 @pytest.mark.parametrize("network", ["own", "head"])
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_onnx_of_a_network_of_one_s_own(tmp_path: Path, network: str, through_a_program: bool) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
