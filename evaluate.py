@@ -29,7 +29,7 @@ from engine.inference import predict_classes
 from engine.options import EvaluateOptions, add_flags
 from engine.runtime import distributed
 from networks import MODELS, load_weights, match_weights
-from networks.models import Description, args_file, describe
+from networks.of_run import Description, args_file, describe
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags

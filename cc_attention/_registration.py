@@ -118,9 +118,10 @@ def _sum_of_products(product: Callable[..., Tensor], *pairs: tuple[Tensor | None
 
 
 class _Level(_SingleLevelFunction):
-    """Base class of autograd functions that handle one functorch transform level.
+    """Base class of autograd functions that differentiate at one functorch level.
 
-    torch.autograd.Function itself handles all levels of torch.func at once.
+    A level is one active torch.func transform. In contrast, torch.autograd.Function handles all levels at
+    once.
     """
 
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)

@@ -247,7 +247,7 @@ def _network(model: Model, image: Tensor) -> Tensor:
 
 
 def _picture(x: Tensor, axis: int | None = None) -> _Lines:
-    """Return the lines of a tensor [N, C, h, w], along `axis` or, by default, its longer axis."""
+    """Return a tensor [N, C, h, w] as lines, numbered along `axis` or, by default, along its longer axis."""
     height, width = x.shape[2:]
     axis = axis or (2 if height >= width else 3)
     return _Lines(axis, (height, width), lambda start, stop: x.narrow(axis, start, stop - start))

@@ -83,7 +83,7 @@ class Options:
         return [each.name for each in fields(cls) if wanted(_flag_of(each))]
 
     def recipe(self) -> dict[str, Any]:
-        """Return the recipe: the options that affect the final weights of a run."""
+        """Return the recipe: the options that determine how the weights change in a step."""
         return {name: getattr(self, name) for name in self.names(lambda flag: flag.recipe)}
 
     def noted(self) -> dict[str, Any]:
@@ -409,7 +409,7 @@ class TrainOptions(
 
     @property
     def all_weights_used(self) -> bool:
-        """Whether every weight gets a gradient. With --recurrence 0, the attention weights get none."""
+        """Whether every weight gets a gradient; with --recurrence 0, those of the attention get none."""
         return self.recurrence > 0
 
     def check(self, processes: int, device_type: str) -> None:

@@ -20,7 +20,7 @@ from dataset.labels import LabelReader
 from dataset.pictures import decode_upright, load
 from engine.inference import predict_whole
 from networks import Seg_Model, load_weights
-from networks.models import describe
+from networks.of_run import describe
 from networks.variants import variant_of
 from networks.weights import read_state_dict
 from utils.drawing.palette import make_palette, save_indexed_png

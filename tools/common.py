@@ -14,7 +14,7 @@ from dataset.labels import LabelReader, choose_table
 from engine.options import ToolOptions, add_flags
 from engine.runtime.distributed import choose_devices
 from networks import MODELS, Seg_Model, load_weights
-from networks.models import Description, args_file, describe
+from networks.of_run import Description, args_file, describe
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags
@@ -75,7 +75,7 @@ def choose_device(gpu: str | None) -> torch.device:
 
 
 def open_network(args: argparse.Namespace) -> Network:
-    """Load the network of the flags of `add_network_flags` (see networks.models.describe).
+    """Load the network of the flags of `add_network_flags` (see networks.of_run.describe).
 
     Raises:
         InputError: a flag or file is invalid; the message names it.

@@ -29,7 +29,7 @@ from engine.data.transfer import subtract_mean
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.evaluation.results import CONFUSION, FILES, RESULT
 from networks.attention import picture_attention
-from networks.models import args_file
+from networks.of_run import args_file
 from networks.weights import read_state_dict
 from tools import common
 from tools.report_page import Color, Example, Figure, Report, page

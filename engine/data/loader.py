@@ -129,7 +129,7 @@ def _shared(tensor: Tensor) -> Tensor:
 
 
 def _no_shared_memory(error: Exception) -> RunError:
-    """Return the error for too little shared memory; raise `error` if its cause is another."""
+    """Return a RunError about shared memory if too little of it caused `error`; otherwise raise `error`."""
     if not any(words in str(error) for words in SHARED_MEMORY):
         raise error
     return RunError(NO_SHARED_MEMORY)

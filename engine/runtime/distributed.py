@@ -353,8 +353,8 @@ def _end_with_parent() -> None:
 def join_world(devices: Sequence[torch.device]) -> Iterator[World]:
     """Join the processes of this run, which `launch` or another launcher started.
 
-    A run with a single process may use this function too. The body of the context must raise an InputError or
-    RunError on all processes, because only local rank 0 prints its message.
+    A run with a single process may use this function too. If the body of the context raises an InputError or
+    RunError, all processes must raise it, because only local rank 0 prints the message.
 
     Args:
         devices: device of each local rank.

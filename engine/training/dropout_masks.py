@@ -64,7 +64,7 @@ class DropoutMasks:
 
     @contextlib.contextmanager
     def applied(self, part: int, parts: int) -> Iterator[None]:
-        """Set the masks in the layers inside the block, for one part of the samples of `draw`.
+        """Let the layers use the masks of one part of the samples of `draw`, within a ``with`` statement.
 
         Args:
             part: index of the part, from 0.

@@ -83,8 +83,8 @@ class Run:
         world: processes of the run.
         stop: signals that end the run early.
         parts: objects that are saved in a state and restored from a state.
-        recipe: values that affect the final weights (see engine/options.py), and a digest of the data. A
-            resumed run must have the same recipe.
+        recipe: values that determine how the weights change in a step (see engine/options.py), and a digest
+            of the data. A resumed run must have the same recipe.
         validation_source: pictures to validate on; None if --val-every is 0.
         draw: function that draws a sample for TensorBoard.
     """

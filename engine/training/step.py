@@ -62,7 +62,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: loss of the step.
-        parts: unweighted loss of each head.
+        parts: loss of each head, before the factors of the heads.
         gradient_norm: 2-norm of the gradient of all weights.
         scale: loss scale of fp16, 1 otherwise.
         outputs: outputs of the network for the last part of the batch of this process, on the device.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import evaluate
 from dataset import IMG_MEAN
 from networks import CheckpointError, Seg_Model, load_weights
-from networks.models import describe
+from networks.of_run import describe
 from networks.pretrained import read_weights
 from networks.weights import (
     ACTIVATED,

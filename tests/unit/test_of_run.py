@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from networks import CheckpointError, Seg_Model, models
-from networks.models import Description, args_file, backbone_of, describe
+from networks.of_run import Description, args_file, backbone_of, describe
 from utils.errors import UsageError
 
 

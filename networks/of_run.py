@@ -1,0 +1,123 @@
+"""The network of a run: from the flags, the run's args.json and the weights of its checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from networks.models import MODELS
+from networks.variants import DEPTHS, blocks_of
+from networks.weights import classes_of
+from utils import run_files
+from utils.errors import CheckpointError, UsageError
+
+#: Maximum number of classes: a label picture has 8 bits, and 255 is void.
+MOST_CLASSES = 255
+
+
+class Description(NamedTuple):
+    """The values that are needed to build a network and to name its classes.
+
+    Attributes:
+        model: value of --model.
+        backbone: value of --backbone.
+        recurrence: value of --recurrence.
+        num_classes: value of --num-classes; None for the number of classes in the class table.
+        classes: path of the class table; None for the classes of Cityscapes.
+    """
+
+    model: str = "ccnet"
+    backbone: str = "resnet101"
+    recurrence: int = 2
+    num_classes: int | None = None
+    classes: str | None = None
+
+
+def args_file(checkpoint: str) -> str:
+    """Return the path of the args.json of the run that wrote a checkpoint. The file need not exist."""
+    return os.path.join(os.path.dirname(checkpoint), run_files.ARGUMENTS)
+
+
+def describe(
+    checkpoint: str, state: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[Description, list[str]]:
+    """Return the description of the network of a checkpoint.
+
+    Precedence: flag, args.json next to the checkpoint, weights, default. The backbone and the number of
+    classes must be those of the weights.
+
+    Args:
+        checkpoint: path of the checkpoint, for args.json and for messages.
+        state: weights of the checkpoint.
+        given: values of the flags by field of `Description`; None for a flag that is not given.
+
+    Returns:
+        The description, and a line for each flag that differs from args.json.
+
+    Raises:
+        UsageError: a flag or args.json contradicts the weights, or args.json has an impossible value.
+        CheckpointError: the weights are not those of a CCNet.
+    """
+    run, file = run_files.read_arguments(os.path.dirname(checkpoint)), args_file(checkpoint)
+    of_weights: dict[str, Any] = {}
+    # Only the entries of CCNet are known. Other networks take these values from the flags or args.json.
+    if (given.get("model") or run.get("model", Description().model)) == Description().model:
+        of_weights["backbone"] = backbone_of(checkpoint, state)
+        of_weights["num_classes"] = classes_of(checkpoint, state)
+    if of_weights.get("num_classes", 0) > MOST_CLASSES:
+        raise CheckpointError(
+            f"{checkpoint}: has {of_weights['num_classes']} classes; predictions have room for {MOST_CLASSES}"
+        )
+    found: dict[str, Any] = {}
+    notes = []
+    for name, default in Description()._asdict().items():
+        flag, value = f"--{name.replace('_', '-')}", given.get(name)
+        source, remedy = f"{flag} {value}", "omit the flag"
+        if value is not None:
+            if name in run and run[name] != value:
+                notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")
+        elif name in run and not (name == "classes" and run[name] is None):
+            _check_value(file, name, run[name])
+            value = run[name]
+            source, remedy = f"{file}: {name} {value}", f"give {flag} {of_weights.get(name)}"
+        else:
+            value = of_weights.get(name, default)
+        if value != of_weights.get(name, value):
+            actual = f"{name.removeprefix('num_')} {of_weights[name]}"
+            raise UsageError(f"{source}: the weights of {checkpoint} have {actual}; {remedy}")
+        found[name] = value
+    return Description(**found), notes
+
+
+def _check_value(file: str, name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is possible for the entry `name` of an args.json."""
+    right = {
+        "model": isinstance(value, str) and value in MODELS,
+        "backbone": isinstance(value, str) and value in DEPTHS,
+        "recurrence": type(value) is int and 0 <= value <= 100,
+        "num_classes": type(value) is int and 1 <= value <= MOST_CLASSES,
+        "classes": isinstance(value, str),
+    }
+    if not right[name]:
+        raise UsageError(
+            f"{file}: {name} is {repr(value)[:40]}, which is not possible; give --{name.replace('_', '-')}"
+        )
+
+
+def backbone_of(checkpoint: str, state: Mapping[str, Tensor]) -> str:
+    """Return the backbone of a CCNet state dict, from the number of blocks in its layers.
+
+    Raises:
+        CheckpointError: the block counts match no known backbone.
+    """
+    blocks = blocks_of(state)
+    for backbone, depths in DEPTHS.items():
+        if depths == blocks:
+            return backbone
+    raise CheckpointError(
+        f"{checkpoint}: its layers have {list(blocks)} blocks, unlike those of {', '.join(sorted(DEPTHS))}; "
+        "name a checkpoint of CCNet (python -m tools.convert makes one of other releases')"
+    )
