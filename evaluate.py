@@ -53,24 +53,25 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Parse the flags, check them, and evaluate; return the exit status."""
     args = get_parser().parse_args()
-    weights = read_state_dict(args.restore_from) if args.restore_from else None
-    options, table, notes = resolve(args, weights)
-    devices = distributed.choose_devices(options.gpu, options.nproc)
+    with distributed.reported_once():
+        options, table, notes = resolve(args, read_weights(args.restore_from))
+        devices = distributed.choose_devices(options.gpu, options.nproc)
     return distributed.run(
         devices,
-        check=lambda: check(options, table, weights, devices[0], notes),
-        body=lambda world: run(options, table, weights, world),
+        check=lambda: check(options, table, devices[0], notes),
+        body=lambda world: run(options, table, world),
     )
+
+
+def read_weights(path: str | None) -> Weights:
+    """Return the state dict of --restore-from; None without the flag."""
+    return read_state_dict(path) if path else None
 
 
 def resolve(
     args: argparse.Namespace, weights: Weights
 ) -> tuple[EvaluateOptions, ClassTable | None, list[str]]:
     """Return the options, the class table, and notes on flags that differ from the run of the checkpoint.
-
-    Args:
-        args: result of the parser.
-        weights: state dict of --restore-from.
 
     Raises:
         InputError: a flag or file is invalid. The message names the flag or file.
@@ -100,19 +101,14 @@ def resolve(
     return EvaluateOptions.of(args), table, notes
 
 
-def check(
-    options: EvaluateOptions,
-    table: ClassTable | None,
-    weights: Weights,
-    device: torch.device,
-    notes: list[str],
-) -> None:
+def check(options: EvaluateOptions, table: ClassTable | None, device: torch.device, notes: list[str]) -> None:
     """Check everything that can be known before the first picture, and create the folders of the results.
 
     Raises:
         InputError: a flag or file is invalid. The message names the flag or file.
     """
     print(*notes, sep="\n", end="\n" if notes else "", flush=True)
+    weights = read_weights(options.restore_from)
     with torch.device("meta"):
         model = make_model(options, weights)
     if weights:
@@ -139,11 +135,11 @@ def check_outputs_of(options: EvaluateOptions, dataset: CSDataSet) -> None:
     Raises:
         UsageError: a file can't be written or is an input. The message names the file.
     """
-    names = [pair.name for pair in dataset.pairs]
-    written = [output(options, name) for name in names]
+    written = [output(options, pair.name) for pair in dataset.pairs]
+    files: tuple[str, ...] = results.FILES
     if options.split == TEST:
-        written += [submitted(options, name) for name in names]
-    files = [f"{SUBMISSION}.zip"] if options.split == TEST else results.FILES
+        written += [submitted(options, pair.name) for pair in dataset.pairs]
+        files = (f"{SUBMISSION}.zip",)
     written += [os.path.join(options.output_dir, name) for name in files]
     inputs = [options.data_list, options.classes, options.restore_from, *dataset.files()]
     check_outputs(f"--output-dir {options.output_dir}", written, inputs)
@@ -151,11 +147,10 @@ def check_outputs_of(options: EvaluateOptions, dataset: CSDataSet) -> None:
         check_writable("--output-dir", folder or ".")
 
 
-def run(
-    options: EvaluateOptions, table: ClassTable | None, weights: Weights, world: distributed.World
-) -> None:
+def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.World) -> None:
     """Evaluate the pictures of this process; rank 0 prints and writes the result."""
     torch.manual_seed(0)  # the same random weights on all processes, if there is no checkpoint
+    weights = read_weights(options.restore_from)
     model = make_model(options, weights)
     if weights:
         load_weights(model, str(options.restore_from), complete=True, state=weights)

@@ -22,7 +22,7 @@ from dataset import IMG_MEAN, CSDataSet, cache
 from dataset.labels import ClassTable, choose_table
 from engine.data.loader import Loading, train_batches
 from engine.options import TrainOptions, add_flags
-from engine.randomness import make_deterministic, seed_of
+from engine.randomness import seed_of, set_deterministic
 from engine.runtime import apex, distributed, signals
 from engine.training import checkpoint
 from engine.training.ema import WeightAverage
@@ -53,9 +53,10 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Parse the flags, check them, and train; return the exit status."""
     args = get_parser().parse_args()
-    table, args.num_classes = choose_table(args.classes, args.num_classes)
-    options = TrainOptions.of(args)
-    devices = distributed.choose_devices(options.gpu, options.nproc)
+    with distributed.reported_once():
+        table, args.num_classes = choose_table(args.classes, args.num_classes)
+        options = TrainOptions.of(args)
+        devices = distributed.choose_devices(options.gpu, options.nproc)
     return distributed.run(
         devices,
         check=lambda: check(options, table, distributed.processes(devices), devices[0]),
@@ -104,9 +105,7 @@ def check(options: TrainOptions, table: ClassTable | None, processes: int, devic
 def train(options: TrainOptions, table: ClassTable | None, world: distributed.World) -> None:
     """Train on this process's share of each batch; rank 0 writes the log, states and snapshots."""
     with signals.stop_request() as stop, exclusive(options.snapshot_dir, world):
-        if options.deterministic:
-            make_deterministic()
-        torch.backends.cudnn.benchmark = not options.deterministic
+        set_deterministic(options.deterministic)
         dataset = make_dataset(options, table)
         if place := cache_place(options):
             dataset.cache = cache.open_shared(place, dataset, world)

@@ -300,21 +300,21 @@ def get_parser() -> argparse.ArgumentParser:
         "--num-classes",
         type=flags.classes,
         metavar="K",
-        help="number of classes; default: that of --classes, or 19",
+        help="number of classes, if the class table does not tell it (19 without either)",
     )
     add(
         "--ignore-label",
         type=flags.label,
         default=IGNORE,
         metavar="ID",
-        help="label of void pixels; default: 255",
+        help="label of void pixels",
     )
     add(
         "--num-workers",
         type=flags.number(int, 1, 999),
         default=os.cpu_count() or 1,
         metavar="N",
-        help="number of processes; default: number of CPU cores",
+        help="number of processes (default: number of CPU cores)",
     )
     add("--partial", action="store_true", help="accept a part of the Cityscapes pictures")
     add("--plot", metavar="PNG", help="write a chart of the class frequencies")

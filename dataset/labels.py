@@ -108,9 +108,8 @@ class ClassTable:
     def train_ids(self, ignore_label: int = IGNORE) -> np.ndarray:
         """Return the lookup table int16 [256] from label id to train id, with -1 for unknown ids.
 
-        255 is void unless a row has this id: unlabeled pixels are often stored as 255, for example the
-            license
-        plates of Cityscapes (id -1 in eight bits).
+        255 is void unless a row has this id: unlabeled pixels are often stored as 255, for example
+        the license plates of Cityscapes (id -1 in eight bits).
         """
         table = np.full(256, -1, dtype=np.int16)
         table[255] = ignore_label

@@ -124,8 +124,9 @@ def add_flags(
                 groups[group.title] = parser.add_argument_group(group.title)
             settings: dict[str, Any] = {"help": flag.help, "default": None if flag.required else default}
             if reads_checkpoint and flag.from_run:
+                other = f", or {default}" if default is not None else ""
                 settings |= {
-                    "help": f"{flag.help}; by default as in the run of the checkpoint",
+                    "help": f"{flag.help}; by default that of the checkpoint{other}",
                     "default": None,
                 }
             if default is False and flag.parse is None:

@@ -21,10 +21,12 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def make_deterministic() -> None:
-    """Make PyTorch compute bit-identical results in every run, also on a GPU.
+def set_deterministic(wanted: bool) -> None:
+    """Make PyTorch compute the same bits in every run on a GPU too, or let it choose the fastest kernels.
 
-    An operator without a deterministic implementation raises a RuntimeError when called.
+    If `wanted`, an operator without a deterministic implementation raises a RuntimeError when it is called.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not wanted
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

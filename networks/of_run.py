@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -55,13 +56,19 @@ def describe(
         given: values of the flags by field of `Description`; None for a flag that is not given.
 
     Returns:
-        The description, and a line for each flag that differs from args.json.
+        The description, and a line for each flag that differs from args.json, or if args.json is not used.
 
     Raises:
         UsageError: a flag or args.json contradicts the weights, or args.json has an impossible value.
         CheckpointError: the weights are not those of a CCNet.
     """
     run, file = run_files.read_arguments(os.path.dirname(checkpoint)), args_file(checkpoint)
+    notes = []
+    step = re.search(r"_(\d+)(_ema)?\.pth$", checkpoint)
+    if step and type(run.get("num_steps")) is int and int(step[1]) > run["num_steps"]:
+        # A later, shorter run in the same folder wrote args.json.
+        notes.append(f"{file}: not used, because its run has {run['num_steps']} steps only")
+        run = {}
     of_weights: dict[str, Any] = {}
     # Only the entries of CCNet are known. Other networks take these values from the flags or args.json.
     if (given.get("model") or run.get("model", Description().model)) == Description().model:
@@ -72,7 +79,6 @@ def describe(
             f"{checkpoint}: has {of_weights['num_classes']} classes; predictions have room for {MOST_CLASSES}"
         )
     found: dict[str, Any] = {}
-    notes = []
     for name, default in Description()._asdict().items():
         flag, value = f"--{name.replace('_', '-')}", given.get(name)
         source, remedy = f"{flag} {value}", "omit the flag"

@@ -94,6 +94,8 @@ def open_network(args: argparse.Namespace) -> Network:
             flush=True,
         )
         found = found._replace(classes=None)
+    if not issubclass(MODELS[found.model], Seg_Model):
+        raise UsageError(f"--model {found.model}: the tools open checkpoints of ccnet only; use evaluate.py")
     table, _ = choose_table(found.classes, None)
     if table is not None and len(table.classes) != found.num_classes:
         raise UsageError(

@@ -30,9 +30,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from cc_attention import RecurrentCrissCrossAttention
 from dataset import IMG_MEAN
 from engine.inference import resize
-from networks import ABN, Seg_Model
+from engine.options import ToolOptions, add_flags
+from networks import ABN, MODELS, Seg_Model
+from networks.variants import DEPTHS
 from tools import common
-from utils import args as flags
 from utils.errors import CheckpointError, RunError, UsageError
 from utils.files import check_outputs, check_writable, replacing
 
@@ -334,23 +335,13 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = common.Parser("export", __doc__)
     add = parser.add_argument
-    add("--restore-from", metavar="FILE", required=True, help="checkpoint")
+    add_flags(parser, ToolOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
     add("--out", metavar="FILE", required=True, help="file to write, .onnx or .pt2")
     add(
         "--output",
         choices=("classes", "logits"),
         default="classes",
         help="classes at the size of the picture, or logits at 1/8 of it (default: %(default)s)",
-    )
-    add(
-        "--classes",
-        metavar="TABLE",
-        help="table with the names of the classes (default: that of the checkpoint's run, or Cityscapes)",
-    )
-    add(
-        "--recurrence",
-        type=flags.recurrence,
-        help="number of times that the attention is applied (default: that of the checkpoint's run, or 2)",
     )
     parser.set_defaults(gpu="cpu")  # device of the network for the comparison
     return parser

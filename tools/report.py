@@ -28,8 +28,10 @@ from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
 from engine.data.transfer import subtract_mean
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.evaluation.results import CONFUSION, FILES, RESULT
+from networks import MODELS
 from networks.attention import picture_attention
 from networks.of_run import args_file
+from networks.variants import DEPTHS
 from networks.weights import read_state_dict
 from tools import common
 from tools.report_page import Color, Example, Figure, Report, page
@@ -309,7 +311,13 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
     if not args.attention or not checkpoint:
         return report
     network = argparse.Namespace(
-        restore_from=checkpoint, classes=how["classes"], recurrence=how["recurrence"], gpu=args.gpu
+        restore_from=checkpoint,
+        model=how.get("model") if how.get("model") in [*MODELS] else None,
+        backbone=how.get("backbone") if how.get("backbone") in [*DEPTHS] else None,
+        recurrence=how["recurrence"],
+        num_classes=how["num_classes"],
+        classes=how["classes"],
+        gpu=args.gpu,
     )
     try:
         return report._replace(attention=attention_of(network, args.attention, evaluation, ranked))

@@ -111,16 +111,19 @@ def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
             checkpoint
         ):
             return False
+        of_run = run_files.read_arguments(folder)
     except (InputError, OSError):
         return False
     noted = result.get("arguments")
     wanted = vars(evaluate.get_parser().parse_args([*given, "--restore-from", checkpoint]))
-    # Flags that are not given come from the run, whose recipe does not change.
-    from_run = EvaluateOptions.names(lambda flag: flag.from_run)
-    return isinstance(noted, dict) and all(
+    if not isinstance(noted, dict):
+        return False
+    for name in EvaluateOptions.names(lambda flag: flag.from_run):
+        if wanted[name] is None:
+            wanted[name] = of_run.get(name, noted.get(name))
+    return all(
         json.loads(json.dumps(wanted[name])) == noted.get(name)
         for name in EvaluateOptions.names(lambda flag: flag.noted)
-        if not (name in from_run and wanted[name] is None)
     )
 
 

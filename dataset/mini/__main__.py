@@ -27,12 +27,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(prog="python -m dataset.mini", description=(mini.__doc__ or "").splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with the same data set")
     number = flags.number(int, 1, 999_999)
-    parser.add_argument("--train", type=number, default=120, help="number of training pictures; default: 120")
-    parser.add_argument("--val", type=number, default=24, help="number of validation pictures; default: 24")
+    parser.add_argument("--train", type=number, default=120, help="number of training pictures")
+    parser.add_argument("--val", type=number, default=24, help="number of validation pictures")
     parser.add_argument(
-        "--size", type=_size, default=(128, 256), help="size of the pictures, HEIGHTxWIDTH; default: 128x256"
+        "--size", type=_size, default=(128, 256), help="size of the pictures, HEIGHTxWIDTH (default: 128x256)"
     )
-    parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the data set; default: 0")
+    parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the data set")
     return parser
 
 

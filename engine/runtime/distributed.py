@@ -197,6 +197,16 @@ def is_checked_elsewhere() -> bool:
     return LAUNCHED in os.environ or from_environment("LOCAL_RANK", 0) > 0
 
 
+@contextlib.contextmanager
+def reported_once() -> Iterator[None]:
+    """Let one process per machine print an InputError that all processes of the machine raise."""
+    try:
+        yield
+    except InputError as error:
+        error.silent = is_checked_elsewhere()
+        raise
+
+
 def processes(devices: Sequence[torch.device]) -> int:
     """Return the number of processes of the run, also before `launch` has started them."""
     return from_environment("WORLD_SIZE", 1) if is_launched() else len(devices)

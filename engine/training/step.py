@@ -79,9 +79,9 @@ class Stepper:
     """Train a network step by step.
 
     The loss is the mean over the pixels that the criterion counts, of all processes. The channels that
-    dropout zeroes depend on the seed, the step and the sample. With
-    `accumulate` = 1, loss and gradient are therefore the same for any number of processes, up to rounding,
-    unless the criterion uses statistics of one process, as OHEM does. With `accumulate` > 1, the share of a
+    dropout zeroes depend on the seed, the step and the sample. With `accumulate` = 1, loss and gradient are
+    therefore the same for any number of processes, up to rounding, unless the criterion uses statistics of
+    one process, as OHEM does. With `accumulate` > 1, the share of a
     process is split into equal parts, and the loss is the mean of the losses of the parts. The number of
     processes then decides which samples form a part.
 

@@ -32,9 +32,12 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             path = folder / f"CS_scenes_{args.num_steps}.pth"
             if not path.exists():
                 path.write_text(str(args.random_seed))
+            (folder / "args.json").write_text(json.dumps({"recurrence": args.recurrence}))
         else:
             args = evaluate.get_parser().parse_args(given)
             path = Path(args.restore_from)
+            if args.recurrence is None:
+                args.recurrence = json.loads(path.with_name("args.json").read_text())["recurrence"]
             result = {
                 "meanIU": int(path.read_text()) / 100 + 0.2 * args.flip,
                 "arguments": {name: getattr(args, name) for name in NOTED},
@@ -73,6 +76,11 @@ def test_each_seed_is_trained_and_evaluated(
     seeds.main([*arguments, "--flip"])
     assert [command[0] for command in commands[3:]] == ["train.py", "evaluate.py"] * 3
     assert json.loads((tmp_path / "runs/seeds.json").read_text())["mean"] == pytest.approx(0.61)
+    # An evaluation with another recurrence than that of the run does not stand for one without the flag.
+    del commands[:]
+    seeds.main([*arguments, "--recurrence", "1"])
+    seeds.main(arguments)
+    assert [command[0] for command in commands] == ["train.py", "evaluate.py"] * 6
 
 
 def test_wrong_flags(tmp_path: Path, commands: list[list[str]]) -> None:

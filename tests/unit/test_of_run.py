@@ -86,3 +86,12 @@ def test_another_network_takes_the_flags_and_the_run(tmp_path: Path, monkeypatch
         described(tmp_path, weights)
     found, _ = described(tmp_path, weights, {"model": "plain", "num_classes": 4}, backbone="resnet50")
     assert found == Description("plain", "resnet50", 2, 4, None)
+
+
+def test_args_of_a_shorter_later_run_are_not_used(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    run = {"recurrence": 3, "num_steps": 9}
+    assert described(tmp_path, state, run)[0].recurrence == 3  # CS_scenes_9.pth
+    found, notes = described(tmp_path, state, {**run, "num_steps": 8})
+    assert found.recurrence == 2 and notes == [
+        f"{tmp_path}/args.json: not used, because its run has 8 steps only"
+    ]
