@@ -55,7 +55,9 @@ class Parser(argparse.ArgumentParser):
         found, others = super().parse_known_args(args, namespace)
         for action in self._actions:
             # Catch unset shell variables: an empty --restore-from "$WEIGHTS" would train from random weights.
-            if getattr(found, action.dest, None) == "":
+            # argparse drops the value of --flag=-- and stores an empty list.
+            value = getattr(found, action.dest, None)
+            if value == "" or (value == [] and action.nargs is None):
                 self.error(
                     f"argument {'/'.join(action.option_strings) or action.metavar}: is empty; give a value"
                 )

@@ -428,3 +428,11 @@ def test_an_empty_value_is_refused(arguments, capsys):
         parser.parse_args(arguments)
     assert ended.value.code == 2 and "--name: is empty" in capsys.readouterr().err
     assert parser.parse_args(["--name", "a"]).name == "a" and parser.parse_args([]).name is None
+
+
+def test_a_value_that_argparse_drops_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = flags.Parser()
+    parser.add_argument("--size")
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(["--size=--"])
+    assert end.value.code == 2 and "--size: is empty; give a value" in capsys.readouterr().err
