@@ -16,13 +16,13 @@ for check in "ruff check ." "ruff format --check ." "codespell_lib" "mypy"; do
         # shellcheck disable=SC2086  # a module and its arguments
         "$PYTHON" -m $check
     else
-        echo "run_tests.sh: ${check%% *} is not installed: left out" >&2
+        echo "run_tests.sh: ${check%% *} is not installed: skipped" >&2
     fi
 done
 clang_format=$(dirname "$PYTHON")/clang-format
 if [ -x "$clang_format" ]; then
     find cc_attention/csrc tests/kernels/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs "$clang_format" --dry-run -Werror
 else
-    echo "run_tests.sh: clang-format is not installed: left out" >&2
+    echo "run_tests.sh: clang-format is not installed: skipped" >&2
 fi
 "$PYTHON" -m pytest -q "$@"

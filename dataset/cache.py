@@ -37,7 +37,7 @@ class Processes(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a cache is, and how large it may become.
+    """Location and size limit of a cache.
 
     Attributes:
         kind: "ram" or "disk".

@@ -424,7 +424,7 @@ def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable 
         )
     if num_classes not in (None, len(table.classes)):
         raise DataError(
-            f"--num-classes {num_classes}: {path} has {len(table.classes)} classes; leave out --num-classes"
+            f"--num-classes {num_classes}: {path} has {len(table.classes)} classes; omit --num-classes"
         )
     return table, len(table.classes)
 

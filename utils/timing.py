@@ -58,7 +58,7 @@ def interleaved(
     """Measure several contenders in turns, so that a slow phase of the machine affects all of them.
 
     A turn lasts about SLICE seconds and has at least one run (but see LONG). A contender that raises is
-    left out from then on.
+    skipped from then on.
 
     Args:
         runs: contenders by name.

@@ -105,17 +105,8 @@ def test_python_in_them_runs(
             assert [output.shape[1] for output in outputs] == [4, 4]
             for command in (train, evaluate):  # build it as any other
                 monkeypatch.setitem(MODELS, "plain", names["PlainNet"])
-                given = [
-                    "--data-dir",
-                    "CS",
-                    "--model",
-                    "plain",
-                    "--backbone",
-                    "resnet50",
-                    "--num-classes",
-                    "4",
-                ]
-                args = command.get_parser().parse_args(given)
+                own = ["--model", "plain", "--backbone", "resnet50", "--num-classes", "4"]
+                args = command.get_parser().parse_args(["--data-dir", "CS", *own])
                 assert isinstance(command.make_model(args, None), names["PlainNet"])
 
 

@@ -441,7 +441,7 @@ def test_masks_of_black_and_white(tmp_path, capsys):
 
 
 def test_pictures_that_are_nearly_black(tmp_path, capsys):
-    """Of 12 bits stored in 16, only the upper 8 are read."""
+    """Only the upper 8 of 16 stored bits are read, so a picture of 12 bits is nearly black."""
     pixels = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(np.uint16)
     for number in range(3):
         cv2.imwrite(str(tmp_path / f"{number}.png"), pixels * (16 if number == 2 else 1))
