@@ -362,7 +362,7 @@ def peak(contender: Contender, function: Function, case: Case, action: str) -> i
         run(function, sets)
         return torch.cuda.max_memory_allocated() - before
     if contender.compiled:
-        raise NotImplementedError("not measured: the memory of the compiler is in the same process")
+        raise RuntimeError("can't be measured: the memory of the compiler is in the same process")
     # A process forked from one that has only imported PyTorch: clean, and started quickly.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cc_attention"])

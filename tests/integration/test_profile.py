@@ -40,6 +40,10 @@ def run_main(monkeypatch, *arguments: object) -> None:
     profile.main()
 
 
+#: Flags of the smallest profile.
+TINY = ["--backbone", "tiny", "--input-size", "33,41", "--gpu", "cpu", "--rounds", "1"]
+
+
 @compiled
 @pytest.mark.slow
 def test_counted_as_the_paper_counts_the_papers_gflops_come_out():
@@ -178,14 +182,7 @@ def test_fit_names_the_largest_batches(monkeypatch):
 
 def test_command_times_every_part_and_writes_json(monkeypatch, tmp_path, capsys):
     flags = [
-        "--backbone",
-        "tiny",
-        "--input-size",
-        "33,41",
-        "--gpu",
-        "cpu",
-        "--rounds",
-        "1",
+        *TINY,
         "--train",
         "--num-classes",
         "4",
@@ -203,21 +200,7 @@ def test_command_times_every_part_and_writes_json(monkeypatch, tmp_path, capsys)
 
 
 def test_attention_left_out_has_no_part(monkeypatch, capsys):
-    run_main(
-        monkeypatch,
-        *[
-            "--backbone",
-            "tiny",
-            "--input-size",
-            "33,41",
-            "--gpu",
-            "cpu",
-            "--rounds",
-            "1",
-            "--recurrence",
-            "0",
-        ],
-    )
+    run_main(monkeypatch, *TINY, "--recurrence", "0")
     assert "head.convb" in (printed := capsys.readouterr().out) and "head.cca" not in printed
 
 
