@@ -1,0 +1,46 @@
+"""What the readers of tools.prepare return: the classes and scenes of a labeled source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+#: Name of class 0, to which the pixels belong that no shape covers.
+BACKGROUND = "background"
+
+
+class Wanted(NamedTuple):
+    """What the flags ask of a reader."""
+
+    pictures: str | None = None  # folder of the pictures; None to look for it
+    names: tuple[str, ...] | None = None  # class names in the order of their train ids; None for the source's
+    unlabeled_void: bool = False  # whether pixels that no shape covers are void instead of background
+
+
+class Class(NamedTuple):
+    """A class of a source."""
+
+    name: str
+    color: tuple[int, int, int] | None = None  # RGB; None if the source has none
+
+
+class Scene(NamedTuple):
+    """A picture with its labels, which are drawn when they are needed."""
+
+    name: str  # path of the picture relative to its folder, without its ending; the results keep it
+    picture: str  # picture file
+    size: tuple[int, int]  # height and width of the label picture
+    draw: Callable[[], np.ndarray]  # returns the train ids, uint8 [h, w], 255 for void
+    upright: bool = False  # whether the labels belong to the picture turned by its orientation tag
+    content: bytes | None = None  # the picture itself, if it is stored in an annotation file
+
+
+class Found(NamedTuple):
+    """A source that was read and checked."""
+
+    classes: tuple[Class, ...]  # in the order of their train ids
+    scenes: list[Scene]
+    notes: list[str]  # lines about what was recognized and what is left out
+    parts: Mapping[str, str] | None = None  # "train" or "val" by name of the scene, if the source has a split
