@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import CSDataSet
-from dataset.labels import LABELS, ClassTable, choose_table
+from dataset.labels import CITYSCAPES, LABELS, ClassTable, choose_table, table_of_rows
 from engine.data.loader import Loading
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result, evaluate
@@ -29,7 +29,7 @@ from engine.inference import predict_classes
 from engine.options import EvaluateOptions, add_flags
 from engine.runtime import distributed
 from networks import MODELS, load_weights, match_weights
-from networks.of_run import Description, args_file, describe
+from networks.of_run import Description, OfRun, args_file, describe
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags
@@ -76,29 +76,34 @@ def resolve(
     Raises:
         InputError: a flag or file is invalid. The message names the flag or file.
     """
-    notes: list[str] = []
     given = {name: getattr(args, name) for name in Description._fields}
     if weights is None:
-        found = Description(**{name: value for name, value in given.items() if value is not None})
+        recorded = OfRun(Description(**{k: v for k, v in given.items() if v is not None}), None, {}, [])
     else:
-        found, notes = describe(args.restore_from, weights, given)
-        if found.classes != given["classes"] and not os.path.isfile(str(found.classes)):
-            raise UsageError(
-                f"{args_file(args.restore_from)}: names the class table {found.classes}, which does not "
-                "exist; give --classes"
-            )
-    table, num_classes = choose_table(
-        found.classes, given["num_classes"] if found.classes else found.num_classes
-    )
-    if found.num_classes not in (None, num_classes):
+        recorded = describe(args.restore_from, weights, given)
+    found = recorded.description
+    if found.classes != given["classes"] and not os.path.isfile(str(found.classes)):
         raise UsageError(
-            f"--classes {found.classes}: has {num_classes} classes, but the network has "
-            f"{found.num_classes}; give the table that it was trained with"
+            f"{args_file(args.restore_from)}: names the class table {found.classes}, which does not "
+            "exist; give --classes"
+        )
+    if recorded.labels is not None:  # in the checkpoint
+        table = table_of_rows(args.restore_from, recorded.labels)
+        num_classes = len((table or CITYSCAPES).classes)
+    else:
+        table, num_classes = choose_table(
+            found.classes, given["num_classes"] if found.classes else found.num_classes
+        )
+    if found.num_classes not in (None, num_classes):
+        where = f"--classes {found.classes}" if found.classes else f"{args.restore_from}: its class table"
+        raise UsageError(
+            f"{where}: has {num_classes} classes, but the network has {found.num_classes}; give the table "
+            "that it was trained with as --classes"
         )
     vars(args).update(found._replace(num_classes=num_classes)._asdict())
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
-    return EvaluateOptions.of(args), table, notes
+    return EvaluateOptions.of(args), table, recorded.notes
 
 
 def check(options: EvaluateOptions, table: ClassTable | None, device: torch.device, notes: list[str]) -> None:

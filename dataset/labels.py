@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
 from dataset.pictures import Encoded, decode_label, is_gray, no_label
+from utils.drawing.palette import make_palette
 from utils.errors import DataError
 from utils.files import read_input
 
@@ -427,6 +428,49 @@ def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable 
             f"--num-classes {num_classes}: {path} has {len(table.classes)} classes; omit --num-classes"
         )
     return table, len(table.classes)
+
+
+def rows_of_table(table: ClassTable | None) -> list[dict[str, Any]]:
+    """Return the rows of a class table as JSON values; None is the table of Cityscapes."""
+    return [
+        {"name": label.name, "id": label.id, "train_id": label.train_id, "color": list(label.color)}
+        for label in (table or CITYSCAPES).labels
+    ]
+
+
+def table_of_rows(path: str, rows: Sequence[Any]) -> ClassTable | None:
+    """Return the class table of a checkpoint; None if its classes are those of Cityscapes.
+
+    Args:
+        path: the checkpoint, for the error message.
+        rows: the rows, from `rows_of_table` or from another program. Their color may be None.
+
+    Raises:
+        DataError: a row or the table is invalid.
+    """
+    labels = []
+    colors = make_palette([])
+    try:
+        if len(rows) > MOST_ROWS:
+            raise ValueError(f"has {len(rows)} rows, more than {MOST_ROWS}")
+        for number, row in enumerate(rows):
+            cells = {name: row.get(name) if isinstance(row, dict) else None for name in COLUMNS}
+            if cells["color"] is None:
+                cells["color"] = colors[3 * number : 3 * number + 3]
+            if not isinstance(cells["name"], str) or not isinstance(cells["color"], list):
+                raise ValueError(f"row {number} is not a label")
+            text = {name: str(cell) for name, cell in cells.items()}
+            text["color"] = ",".join(map(str, cells["color"]))
+            labels.append(_row({**text, "id": "-" if cells["id"] == -1 else text["id"]}))
+        table = ClassTable(labels)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: its class table is invalid ({error}); give another with --classes"
+        ) from error
+    cityscapes = table.names == CITYSCAPES.names and table.colors == CITYSCAPES.colors
+    numbered = [label.id for label in table.labels] == list(range(NUM_CLASSES))
+    same = [label[:3] for label in table.labels] == [label[:3] for label in LABELS]
+    return None if cityscapes and (numbered or same) else table
 
 
 def _row(row: dict[str, str]) -> Label:

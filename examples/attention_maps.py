@@ -11,32 +11,27 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
-import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, when run as a script
 
-from dataset import IMG_MEAN
-from dataset.pictures import decode_upright, load
-from examples.predict_folder import load_network
-from networks.attention import picture_attention
+from segmenter import Segmenter
 from utils.drawing.attention_figure import draw_attention
 
 
 def main(checkpoint: str, picture: str, out: str, *pixels: str) -> None:
     """Draw the attention of the network in `checkpoint` for some pixels of `picture` into the file `out`."""
-    model = load_network(checkpoint)
-    bgr = decode_upright(load(picture))
-    image = torch.from_numpy(bgr - IMG_MEAN).permute(2, 0, 1).float()[None]
+    segmenter = Segmenter.load(checkpoint)
+    image = np.asarray(Image.open(picture).convert("RGB"))
     places = [(int(row), int(column)) for row, column in (text.split(",") for text in pixels)]
-    maps = picture_attention(model, image, places)  # [passes, pixels, H, W], at the resolution of the head
-    figures = [
-        np.asarray(draw_attention(bgr[..., ::-1], place, maps[:, number].numpy()))
-        for number, place in enumerate(places)
+    maps = segmenter.attention(image, places)  # [pixels, passes, H, W], at the resolution of the features
+    rows = [
+        np.asarray(draw_attention(image, place, of_pixel))
+        for place, of_pixel in zip(places, maps, strict=True)
     ]
-    cv2.imwrite(out, np.vstack(figures)[..., ::-1])
-    print(f"{out}: {len(places)} pixels, {len(maps)} passes")
+    Image.fromarray(np.vstack(rows)).save(out)
+    print(f"{out}: {len(places)} pixels, {maps.shape[1]} passes")
 
 
 if __name__ == "__main__":

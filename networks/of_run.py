@@ -1,4 +1,4 @@
-"""The network of a run: from the flags, the run's args.json and the weights of its checkpoint."""
+"""The network of a checkpoint: from the flags, the file itself, the args.json of its run, and the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from networks.models import MODELS
 from networks.variants import DEPTHS, blocks_of
-from networks.weights import classes_of
+from networks.weights import about_of, classes_of
 from utils import run_files
 from utils.errors import CheckpointError, UsageError
 
@@ -37,38 +37,47 @@ class Description(NamedTuple):
     classes: str | None = None
 
 
+class OfRun(NamedTuple):
+    """What is known about the network of a checkpoint.
+
+    Attributes:
+        description: values to build the network.
+        labels: rows of the class table, as JSON values, if the checkpoint itself has them and no flag names
+            another table; see dataset.labels.table_of_rows.
+        run: recorded flags of the training run; empty if nothing is known about it.
+        notes: a line for each flag that differs from the recorded one, or if args.json is not used.
+    """
+
+    description: Description
+    labels: list[Any] | None
+    run: dict[str, Any]
+    notes: list[str]
+
+
 def args_file(checkpoint: str) -> str:
     """Return the path of the args.json of the run that wrote a checkpoint. The file need not exist."""
     return os.path.join(os.path.dirname(checkpoint), run_files.ARGUMENTS)
 
 
 def describe(
-    checkpoint: str, state: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> tuple[Description, list[str]]:
-    """Return the description of the network of a checkpoint.
+    checkpoint: str, state: Mapping[str, Tensor], given: Mapping[str, Any], of_run: bool = True
+) -> OfRun:
+    """Return what is known about the network of a checkpoint.
 
-    Precedence: flag, args.json next to the checkpoint, weights, default. The backbone and the number of
-    classes must be those of the weights.
+    Precedence: flag, description in the file, args.json next to the checkpoint, weights, default. The
+    backbone and the number of classes must be those of the weights.
 
     Args:
         checkpoint: path of the checkpoint, for args.json and for messages.
-        state: weights of the checkpoint.
+        state: weights of the checkpoint, from `read_state_dict`.
         given: values of the flags by field of `Description`; None for a flag that is not given.
-
-    Returns:
-        The description, and a line for each flag that differs from args.json, or if args.json is not used.
+        of_run: whether the checkpoint is one of a training run, so that args.json is read.
 
     Raises:
         UsageError: a flag or args.json contradicts the weights, or args.json has an impossible value.
-        CheckpointError: the weights are not those of a CCNet.
+        CheckpointError: the weights are not those of a CCNet, or the description in the file is damaged.
     """
-    run, file = run_files.read_arguments(os.path.dirname(checkpoint)), args_file(checkpoint)
-    notes = []
-    step = re.search(r"_(\d+)(_ema)?\.pth$", checkpoint)
-    if step and type(run.get("num_steps")) is int and int(step[1]) > run["num_steps"]:
-        # A later, shorter run in the same folder wrote args.json.
-        notes.append(f"{file}: not used, because its run has {run['num_steps']} steps only")
-        run = {}
+    file, run, labels, notes = _recorded(checkpoint, state, of_run)
     of_weights: dict[str, Any] = {}
     # Only the entries of CCNet are known. Other networks take these values from the flags or args.json.
     if (given.get("model") or run.get("model", Description().model)) == Description().model:
@@ -95,7 +104,32 @@ def describe(
             actual = f"{name.removeprefix('num_')} {of_weights[name]}"
             raise UsageError(f"{source}: the weights of {checkpoint} have {actual}; {remedy}")
         found[name] = value
-    return Description(**found), notes
+    return OfRun(Description(**found), labels if found["classes"] is None else None, run, notes)
+
+
+def _recorded(
+    checkpoint: str, state: Mapping[str, Tensor], of_run: bool
+) -> tuple[str, dict[str, Any], list[Any] | None, list[str]]:
+    """Return the values that are recorded about a checkpoint.
+
+    Returns:
+        The file that has the values, the values by name of their flag, the rows of the class table if the
+        checkpoint itself has them, and lines to print.
+    """
+    about, file = about_of(checkpoint, state), args_file(checkpoint)
+    labels = about.get("labels")
+    if labels is not None and not isinstance(labels, list):
+        raise CheckpointError(f"{checkpoint}: its class table is not a list; convert the checkpoint again")
+    if "model" in about:
+        recipe = about.get("recipe")
+        values = {name: about[name] for name in Description._fields if name in about}
+        return checkpoint, {**(recipe if isinstance(recipe, dict) else {}), **values}, labels, []
+    run = run_files.read_arguments(os.path.dirname(checkpoint)) if of_run else {}
+    step = re.search(r"_(\d+)(_ema)?\.pth$", checkpoint)
+    if step and type(run.get("num_steps")) is int and int(step[1]) > run["num_steps"]:
+        # A later, shorter run in the same folder wrote args.json.
+        return file, {}, labels, [f"{file}: not used, because its run has {run['num_steps']} steps only"]
+    return file, run, labels, []
 
 
 def _check_value(file: str, name: str, value: Any) -> None:

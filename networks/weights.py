@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils import run_files
 from utils.errors import CheckpointError
 from utils.files import open_input
 
@@ -54,9 +56,10 @@ EXTRACT = (
     'if hasattr(v, "shape")}}, sys.argv[2])'
 )
 
-#: Key in the metadata of a state dict (which torch.save keeps) that says which batch norm the weights are
-#: for. Names and shapes are the same for both.
-BATCH_NORM = "batch_norm"
+#: Keys in the metadata of a file, which torch.save and safetensors keep. Their values are texts: the batch
+#: norm that the weights are for (PLAIN or ACTIVATED; names and shapes are the same for both), and the
+#: description of the network, as JSON (see `about_of`).
+BATCH_NORM, ABOUT = "batch_norm", "ccnet"
 PLAIN, ACTIVATED = "plain", "activated"
 
 
@@ -84,13 +87,15 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read a state dict from a file of torch.save or safetensors, without running code in the file.
 
     The state dict may be stored under "model" or "state_dict". The components "module" and "_orig_mod" are
-    removed from names.
+    removed from names. Metadata of the file is kept (see `batch_norm_of` and `about_of`). This includes the
+    names and colors of the classes in a file of mmsegmentation.
 
     Raises:
         CheckpointError: the file does not exist, is not a checkpoint, would run code when unpickled, or has
             entries that are not weights (see `check_entries`).
     """
     content = _load(path)
+    classes = _mmseg_classes(content) if isinstance(content, Mapping) else None
     for _ in WRAPPERS:
         found = [name for name in WRAPPERS if isinstance(content, Mapping) and _is_mapping(content, name)]
         if len(found) > 1:
@@ -100,7 +105,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: does not hold a state dict; save model.state_dict() and use that file"
         )
-    return check_entries(path, content)
+    state = check_entries(path, content)
+    return mark(state, {**metadata_of(state), ABOUT: json.dumps({"labels": classes})}) if classes else state
 
 
 def _is_mapping(content: Mapping, name: str) -> bool:
@@ -130,15 +136,59 @@ def _load(path: str | os.PathLike) -> Any:
         raise CheckpointError(f"{path}: {error.strerror or error}; name a checkpoint file") from error
 
 
-def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+def _mmseg_classes(content: Mapping[Any, Any]) -> list[dict[str, Any]] | None:
+    """Return the rows of a class table from the metadata of mmsegmentation, CLASSES and PALETTE, if any."""
+    meta = content.get("meta")
+    if not isinstance(meta, Mapping):
+        return None
+    # mmsegmentation 1 keeps them in dataset_meta, in lower case.
+    later = meta.get("dataset_meta")
+    names, colors = (
+        next((place[key] for place, key in places if isinstance(place, Mapping) and key in place), None)
+        for places in (
+            ((meta, "CLASSES"), (later, "classes")),
+            ((meta, "PALETTE"), (later, "palette")),
+        )
+    )
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    if not isinstance(colors, (list, tuple)) or len(colors) != len(names):
+        colors = [None] * len(names)
+    return [
+        {
+            "name": name,
+            "id": number,
+            "train_id": number,
+            "color": list(color) if isinstance(color, (list, tuple)) else None,
+        }
+        for number, (name, color) in enumerate(zip(names, colors, strict=True))
+    ]
+
+
+def require_safetensors(path: str | os.PathLike) -> Any:
+    """Return the module safetensors.
+
+    Args:
+        path: file that needs the package, for the error message.
+
+    Raises:
+        CheckpointError: the package is not installed.
+    """
     try:
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError as error:
         raise CheckpointError(
             f"{path}: needs the safetensors package; install it with pip install safetensors"
         ) from error
+    return safetensors
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    safetensors = require_safetensors(path)
     try:
-        return load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return mark(entries, file.metadata() or {})
     except Exception as error:  # a damaged file can fail in any way
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or download it again") from error
 
@@ -199,8 +249,7 @@ def _extraction(path: str | os.PathLike, kind: str) -> str:
 def check_entries(path: str | os.PathLike, entries: Mapping[Any, Any]) -> OrderedDict[str, Tensor]:
     """Check the entries of a state dict and return them with plain names.
 
-    Components of wrapping modules (WRAPPING) are removed from names. The mark of the batch norm is kept (see
-    `batch_norm_of`).
+    Components of wrapping modules (WRAPPING) are removed from names. The metadata is kept (see `mark`).
 
     Args:
         path: name of the weights in error messages.
@@ -228,7 +277,7 @@ def check_entries(path: str | os.PathLike, entries: Mapping[Any, Any]) -> Ordere
             )
         state[bare] = value.detach()
     check_numbers(path, state)
-    return mark(state, batch_norm_of(entries))
+    return mark(state, metadata_of(entries))
 
 
 def _problem(value: Tensor) -> str | None:
@@ -271,19 +320,48 @@ def check_numbers(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def batch_norm_of(state: Mapping[str, Tensor]) -> str | None:
-    """Return the batch norm that a state dict is marked for, PLAIN or ACTIVATED; None without a mark."""
+def metadata_of(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the entries BATCH_NORM and ABOUT of the metadata of a state dict (see `mark`)."""
     metadata = getattr(state, "_metadata", None)
     own = metadata.get("") if isinstance(metadata, Mapping) else None
-    kind = own.get(BATCH_NORM) if isinstance(own, Mapping) else None
+    known = own if isinstance(own, Mapping) else {}
+    return {key: known[key] for key in (BATCH_NORM, ABOUT) if isinstance(known.get(key), str)}
+
+
+def batch_norm_of(state: Mapping[str, Tensor]) -> str | None:
+    """Return the batch norm that a state dict is marked for, PLAIN or ACTIVATED; None without a mark."""
+    kind = metadata_of(state).get(BATCH_NORM)
     return kind if kind in (PLAIN, ACTIVATED) else None
 
 
-def mark(state: Mapping[str, Tensor], kind: str | None) -> OrderedDict[str, Tensor]:
-    """Return `state` with its metadata marked for the batch norm `kind`; torch.save keeps the mark."""
+def about_of(path: str | os.PathLike, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the description of the network that a file holds (see tools/convert.py); empty without one.
+
+    The values are not checked.
+
+    Args:
+        path: the file, for the error message.
+        state: its state dict, from `read_state_dict`.
+
+    Raises:
+        CheckpointError: the description is damaged.
+    """
+    try:
+        about = run_files.parse(metadata_of(state).get(ABOUT, "{}"))
+        if not isinstance(about, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: the description of the network in it is damaged ({error}); convert the checkpoint again"
+        ) from error
+    return about
+
+
+def mark(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> OrderedDict[str, Tensor]:
+    """Return `state` with the entries BATCH_NORM and ABOUT of `metadata`, which torch.save keeps."""
     marked = OrderedDict(state)
-    if kind is not None:
-        marked._metadata = {"": {"version": 1, BATCH_NORM: kind}}  # type: ignore[attr-defined]
+    if known := {key: metadata[key] for key in (BATCH_NORM, ABOUT) if key in metadata}:
+        marked._metadata = {"": {"version": 1, **known}}  # type: ignore[attr-defined]
     return marked
 
 

@@ -15,12 +15,8 @@ import os
 
 import cv2
 import numpy as np
-import torch
 
-from dataset import IMG_MEAN
 from dataset.pictures import decode_upright, load
-from engine.data.transfer import subtract_mean
-from networks.attention import picture_attention
 from tools import common
 from tools.sources import PictureFile, find
 from utils import args as flags
@@ -65,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if videos:
         raise UsageError(f"{videos[0].path}: is a video or camera; name pictures")
     network = common.open_network(args)
-    if network.recurrence == 0:
+    if network.description.recurrence == 0:
         raise UsageError("--recurrence 0: there is no attention to draw; give 1 or more")
     chosen = [pixels_of(args.pixels, picture) for picture in pictures]
     stems = [
@@ -76,19 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     listed = [path for path in args.pictures if os.path.isfile(path)]
     check_outputs("--out", results, [*(path for path, _ in pictures), *listed, *network.files])
     check_writable("--out", args.out)
-    mean = torch.tensor(IMG_MEAN, device=network.device)
     for (path, _), pixels, of_pixels in zip(pictures, chosen, stems, strict=True):
-        picture = decode_upright(load(path))
-        image = subtract_mean(torch.from_numpy(picture)[None].to(network.device), mean)
-        maps = picture_attention(network.model, image, pixels).cpu().numpy()
-        shown = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-        for number, (pixel, stem) in enumerate(zip(pixels, of_pixels, strict=True)):
+        picture = cv2.cvtColor(decode_upright(load(path)), cv2.COLOR_BGR2RGB)
+        maps = network.attention(picture, pixels)
+        for pixel, stem, of_pixel in zip(pixels, of_pixels, maps, strict=True):
             os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
             with replacing(f"{stem}.npy") as temporary:
-                np.save(temporary, maps[:, number])
+                np.save(temporary, of_pixel)
             with replacing(f"{stem}.png") as temporary:
-                draw_attention(shown, pixel, maps[:, number]).save(temporary)
-            print(f"{stem}.png and .npy: {'x'.join(map(str, maps[:, number].shape))}", flush=True)
+                draw_attention(picture, pixel, of_pixel).save(temporary)
+            print(f"{stem}.png and .npy: {'x'.join(map(str, of_pixel.shape))}", flush=True)
 
 
 def pixels_of(asked: list[tuple[int, int]] | None, picture: PictureFile) -> list[tuple[int, int]]:

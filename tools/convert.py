@@ -3,6 +3,7 @@
     python -m tools.convert ccnet_r50-d8_769x769_80k_cityscapes.pth ccnet_mmseg.pth
     python -m tools.convert torchvision:resnet101 imagenet.pth
     python -m tools.convert snapshots/CS_scenes_60000.pth for_the_original.pth --to original
+    python -m tools.convert snapshots/CS_scenes_60000.pth ccnet.safetensors --to safetensors
 
 SOURCE is a file of torch.save or safetensors. Its format is detected from its content:
   ccnet       checkpoint of this project or of the original code: CCNet, or its ImageNet backbone
@@ -13,9 +14,14 @@ SOURCE is a file of torch.save or safetensors. Its format is detected from its c
               --from batch-norm is needed to tell it from ccnet
 
 Formats of --to:
-  ccnet       format that train.py, evaluate.py and the tools read (default)
+  ccnet       file of torch.save that train.py, evaluate.py and the tools read (default)
+  safetensors the same as a file of safetensors
   original    format of the original code: a file that PyTorch 0.4 can read
   batch-norm  the same network with nn.BatchNorm2d, whose weight is |weight| + eps of the activated one
+
+Files of the formats ccnet and safetensors can be used alone. They describe their network: model, backbone,
+recurrence, names and colors of the classes, and the recipe of the training run. The values are those of
+SOURCE, for example CLASSES and PALETTE of mmsegmentation, or of the args.json next to it.
 
 Both networks are run on the same picture. If their outputs differ, no file is written.
 """
@@ -23,9 +29,11 @@ Both networks are run on the same picture. If their outputs differ, no file is w
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +42,8 @@ from torch.nn import functional as F
 
 from cc_attention.reference import criss_cross_attention
 from dataset import IMG_MEAN
+from dataset.labels import CITYSCAPES, read_table, rows_of_table, table_of_rows
+from engine.options import TrainOptions
 from networks import CheckpointError, Seg_Model
 from networks.convert import (
     EPS,
@@ -47,18 +57,23 @@ from networks.convert import (
     to_batch_norm,
     to_our_pictures,
 )
+from networks.of_run import describe
 from networks.pretrained import is_library, library_weights
 from networks.resnet import ResNet
 from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
 from networks.weights import (
+    ABOUT,
     ACTIVATED,
+    BATCH_NORM,
     HEADS,
     PLAIN,
     SHIFT,
     batch_norm_of,
     check_numbers,
     mark,
+    metadata_of,
     read_state_dict,
+    require_safetensors,
 )
 from tools.common import Parser, end
 from utils import args as flags
@@ -66,7 +81,7 @@ from utils.errors import RunError, UsageError
 from utils.files import check_output_file, check_writable, replacing, writing
 
 KINDS = ("ccnet", "mmseg", "imagenet", "batch-norm")
-TARGETS = ("ccnet", "original", "batch-norm")
+TARGETS = ("ccnet", "safetensors", "original", "batch-norm")
 #: Maximum difference of an output, relative to its largest value.
 TOLERANCE = 1e-4
 #: Size of the compared picture: one even and one odd side, to test the rounding of the pooling.
@@ -88,6 +103,7 @@ class Source(NamedTuple):
     state: dict[str, Tensor]
     kind: str
     pictures: Pictures | None  # None: those of this project
+    metadata: Mapping[str, str] = MappingProxyType({})  # of its file; see networks.weights.mark
 
 
 def get_parser() -> Parser:
@@ -103,6 +119,7 @@ def get_parser() -> Parser:
         help="format of SOURCE (default: detected from its content)",
     )
     add("--to", choices=TARGETS, default="ccnet", help="format of OUTPUT (default: ccnet)")
+    add("--classes", metavar="TABLE", help="class table to describe (default: that of the run of SOURCE)")
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
         add(
             f"--{name}",
@@ -134,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UsageError(f"{args.output}: exists; name another file, or remove it")
     check_writable("OUTPUT", os.path.dirname(args.output) or ".")
     check_output_file("OUTPUT", args.output)
+    if args.to == "safetensors":
+        require_safetensors(args.output)
     source = read_source(args.source, args.kind, args.mean, args.std)
     state = convert(source)
     check_numbers(f"{args.source}, converted", state)
@@ -144,9 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--to original: {args.source} is the {variant} variant with {backbone}, but the original code "
             "supports only ccnet with resnet101; omit --to"
         )
-    write(args.output, args.to, to_batch_norm(state) if args.to == "batch-norm" else state, source)
+    described = about(args.source, source, state, args.classes) if args.to in ("ccnet", "safetensors") else {}
+    write(args.output, args.to, to_batch_norm(state) if args.to == "batch-norm" else state, source, described)
     heads = f"CCNet with {backbone}" if has_heads(state) else backbone
     print(f"{args.output}: {heads}, variant {variant}, {len(state)} entries")
+    if described:
+        names = [row["name"] for row in described.get("labels", [])]
+        print(f"it describes its network{f' and {len(names)} labels ({names[0]}, ...)' if names else ''}")
 
 
 def read_source(
@@ -168,6 +191,7 @@ def read_source(
     if is_library(path):
         weights = library_weights(path)
         state, library = weights.state, Pictures(weights.mean, weights.std)
+    metadata = metadata_of(state)
     if kind in ("ccnet", "batch-norm"):
         for name, value in (("mean", mean), ("std", std)):
             if value is not None:
@@ -178,9 +202,10 @@ def read_source(
         check_network(path, state)
         if VARIANTS[variant_of(state)].shift and SHIFT not in state:
             raise CheckpointError(f"{path}: has no {SHIFT} and is damaged; copy or convert it again")
-        return Source(state, kind, None)
+        return Source(state, kind, None, metadata)
     names = mmseg_names if kind == "mmseg" else imagenet_names
-    return Source(names(path, state), kind, Pictures(mean or library.mean, std or library.std))
+    pictures = Pictures(mean or library.mean, std or library.std)
+    return Source(names(path, state), kind, pictures, metadata)
 
 
 def kinds_of(path: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -214,8 +239,66 @@ def convert(source: Source) -> dict[str, Tensor]:
     return state if source.kind == "ccnet" else from_batch_norm(state)
 
 
-def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -> None:
+def about(path: str, source: Source, state: Mapping[str, Tensor], classes: str | None) -> dict[str, Any]:
+    """Return the description of a network: the values that a file of its own needs to be used alone.
+
+    Args:
+        path: name of the source, for args.json and for messages.
+        source: the source.
+        state: its weights in the format of this project.
+        classes: path of a class table; None for that of the source.
+
+    Returns:
+        JSON values: model, backbone, recurrence and num_classes (as the flags), labels (rows of the class
+        table), recipe (flags of the training run that determine the weights), and input. The result is empty
+        for an ImageNet backbone.
+
+    Raises:
+        InputError: the class table is missing or does not fit the network.
+    """
+    if not has_heads(state):
+        return {}
+    marked = mark(state, source.metadata)
+    # A file of another program does not belong to the args.json next to it.
+    found = describe(path, marked, {"classes": classes}, of_run=source.kind in ("ccnet", "batch-norm"))
+    number = found.description.num_classes
+    if found.labels is not None:
+        table = table_of_rows(path, found.labels)
+    elif found.description.classes is not None:
+        table = read_table(found.description.classes)
+    else:
+        table = None
+    known = len((table or CITYSCAPES).classes)
+    described = found.description._asdict()
+    del described["classes"]
+    if known == number:
+        described["labels"] = rows_of_table(table)
+    elif found.description.classes is not None:
+        raise UsageError(
+            f"{found.description.classes}: has {known} classes, but the network has {number}; give --classes"
+        )
+    elif found.labels is not None:
+        print(f"{path}: names {known} classes, but the network has {number}; the names are not kept")
+    recipe = {name: found.run[name] for name in TrainOptions.names(lambda f: f.recipe) if name in found.run}
+    mean = [round(float(value), 8) for value in IMG_MEAN]
+    return {**described, "recipe": recipe, "input": {"channels": "BGR", "range": [0, 255], "mean": mean}}
+
+
+def write(
+    path: str,
+    target: str,
+    state: Mapping[str, Tensor],
+    source: Source,
+    described: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write `state`, read it back, and compare it with `source`. Keep the file only if they agree.
+
+    Args:
+        path: file to write.
+        target: one of TARGETS.
+        state: weights to write.
+        source: the network that `state` was converted from.
+        described: description of the network (see `about`).
 
     Raises:
         RunError: they differ.
@@ -226,14 +309,17 @@ def write(path: str, target: str, state: Mapping[str, Tensor], source: Source) -
     if target == "original":  # PyTorch 0.4 has no bfloat16, and float16 only on GPUs
         content = {name: value.float() for name, value in content.items()}
     plain = target == "batch-norm"
+    metadata = {BATCH_NORM: PLAIN if plain else ACTIVATED}
+    if described:
+        metadata[ABOUT] = json.dumps(described)
     with replacing(path) as temporary:
         with writing(temporary) as file:
-            # Versions of PyTorch that run the original code do not read the zip files of 1.6 and later.
-            torch.save(
-                mark(content, PLAIN if plain else ACTIVATED),
-                file,
-                _use_new_zipfile_serialization=target != "original",
-            )
+            if target == "safetensors":
+                # "format" is a convention of the programs that read such files.
+                file.write(require_safetensors(path).torch.save(content, {"format": "pt", **metadata}))
+            else:
+                # Versions of PyTorch that run the original code do not read the zip files of 1.6 and later.
+                torch.save(mark(content, metadata), file, _use_new_zipfile_serialization=target != "original")
         written = Source(read_state_dict(temporary), "batch-norm" if plain else "ccnet", None)
         compare(path, source, written)
 

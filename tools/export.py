@@ -33,6 +33,7 @@ from engine.inference import resize
 from engine.options import ToolOptions, add_flags
 from networks import ABN, MODELS, Seg_Model
 from networks.variants import DEPTHS
+from segmenter import Segmenter
 from tools import common
 from utils.errors import CheckpointError, RunError, UsageError
 from utils.files import check_outputs, check_writable, replacing
@@ -316,17 +317,17 @@ def _difference(answer: Tensor, logits: Tensor, size: tuple[int, int], output: s
     return 0.0 if difference == 0 else float(difference / scale)
 
 
-def about(network: common.Network, output: str) -> dict[str, str]:
+def about(network: Segmenter, output: str) -> dict[str, str]:
     """Return the metadata of the file, as text by name."""
     return {
-        "network": f"CCNet {network.backbone}, R={network.recurrence}",
+        "network": f"CCNet {network.description.backbone}, R={network.description.recurrence}",
         "input": "uint8 [batch, height, width, 3]",
         "channel_order": "RGB",
         "mean": f"{json.dumps(IMG_MEAN[::-1].tolist())}, of R, G and B; subtracted in the network",
         "output": "logits float32 [batch, class, height / 8, width / 8]"
         if output == "logits"
         else "classes int32 [batch, height, width]",
-        "classes": json.dumps(network.labels.names()),
+        "classes": json.dumps(network.names),
         "colors": json.dumps(network.labels.colors()),
     }
 
@@ -359,13 +360,14 @@ def main() -> None:
     check_outputs("--out", [args.out], network.files)
     check_writable("--out", os.path.dirname(args.out) or ".")
     print(
-        f"{args.restore_from}: {network.backbone}, R={network.recurrence}, {network.num_classes} classes",
+        f"{args.restore_from}: {network.description.backbone}, R={network.description.recurrence}, "
+        f"{network.num_classes} classes",
         flush=True,
     )
     export(network, args.out, args.output)
 
 
-def export(network: common.Network, out: str, output: str) -> None:
+def export(network: Segmenter, out: str, output: str) -> None:
     """Export a network and compare the outputs. Keep the file only if they agree.
 
     Args:

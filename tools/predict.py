@@ -26,18 +26,16 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
 
-from dataset import IMG_MEAN, DataError
+from dataset import DataError
 from dataset.pictures import decode_upright, load
-from engine.data.transfer import subtract_mean
-from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
 from engine.options import AveragingOptions, add_flags
+from engine.training.step import PRECISIONS
+from segmenter import Prediction, Segmenter
 from tools import common
 from tools.sources import (
     PictureFile,
@@ -50,7 +48,7 @@ from tools.sources import (
     further_pages,
 )
 from utils import args as flags
-from utils.drawing.palette import colored, make_palette, save_gray_png, save_indexed_png
+from utils.drawing.palette import colored, save_gray_png, save_indexed_png
 from utils.drawing.sheet import Sheet, overlay
 from utils.errors import RunError
 from utils.files import check_outputs, check_writable, replacing
@@ -63,13 +61,6 @@ FILMED, FRAMES = (OVERLAY, COLOR), (LABEL_IDS, PROBABILITIES)
 SHEET = "sheet.jpg"
 #: Number of pictures to read ahead and of results to queue for writing; threads for each.
 AHEAD, THREADS = 4, 3
-
-
-class Prediction(NamedTuple):
-    """The prediction of a picture."""
-
-    classes: np.ndarray  # uint8 [h, w]
-    probabilities: np.ndarray | None  # float16 [K, h, w]; None unless --save asks for them
 
 
 def kinds(text: str) -> tuple[str, ...]:
@@ -111,6 +102,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--frames", type=flags.positive_int, metavar="N", help="maximum number of frames of a video or camera"
     )
+    add("--amp", choices=tuple(sorted(PRECISIONS)), help="mixed precision (default: float32)")
     common.add_network_flags(parser)
     return parser
 
@@ -122,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     network = common.open_network(args)
     check_written(args, pictures, videos, network)
     check_writable("--out", args.out)
-    sheet = Sheet(network.labels.names(), make_palette(network.labels.colors()))
+    sheet = Sheet(network.names, network.palette)
     work = Work(args, network, sheet)
     unreadable: list[str] = []
     try:
@@ -163,7 +155,7 @@ def check_written(
     args: argparse.Namespace,
     pictures: Sequence[PictureFile],
     videos: Sequence[Video],
-    network: common.Network,
+    network: Segmenter,
 ) -> None:
     """Check that no result would replace an input, and that all results can be written.
 
@@ -189,13 +181,12 @@ def check_written(
 class Work:
     """Predict with a network, and write the results that the flags ask for."""
 
-    def __init__(self, args: argparse.Namespace, network: common.Network, sheet: Sheet):
+    def __init__(self, args: argparse.Namespace, network: Segmenter, sheet: Sheet):
         self.args = args
         self.network = network
         self.sheet = sheet
-        self.palette = make_palette(network.labels.colors())
+        self.palette = network.palette
         self.label_ids = network.labels.label_ids()
-        self.mean = torch.tensor(IMG_MEAN, device=network.device)
         self.done = 0
         self.cut: list[str] = []  # files of several pages, of which the first is predicted
 
@@ -213,7 +204,7 @@ class Work:
                 encoded = load(source.path)
                 if pages := further_pages(encoded):
                     self.cut.append(f"{source.path} (1 of {1 + pages} predicted)")
-                return decode_upright(encoded)
+                return cv2.cvtColor(decode_upright(encoded), cv2.COLOR_BGR2RGB)
             except DataError as error:
                 return error
 
@@ -260,37 +251,22 @@ class Work:
                     self._write_values(name, prediction)
                     progress.show(number)
 
-    @torch.inference_mode()
     def predict(self, picture: np.ndarray) -> Prediction:
-        """Predict a picture, uint8 [h, w, 3] BGR, of any size.
-
-        Raises:
-            RunError: the network gives NaN.
-        """
-        args, network = self.args, self.network
-        image = subtract_mean(torch.from_numpy(picture)[None].to(network.device), self.mean)
-        fits = all(side <= tile for side, tile in zip(picture.shape[:2], args.input_size, strict=True))
-        tile = None if args.whole or fits else args.input_size
-        options = (args.scales, args.flip, tile, network.num_classes)
-        if PROBABILITIES not in args.save:
-            classes, probabilities = predict_classes(network.model, image, *options)[0], None
-            finite = bool((classes != NO_CLASS).all())
-        else:
-            logits = predict_multiscale(network.model, image, *options)[0]
-            classes, probabilities = logits.argmax(0).to(torch.uint8), logits.softmax(0).to(torch.float16)
-            finite = bool(probabilities.isfinite().all())
-        if not finite:
-            raise RunError(f"{network.path}: the network gives NaN; {NAN_ADVICE}")
-        return Prediction(
-            classes.cpu().numpy(), None if probabilities is None else probabilities.cpu().numpy()
+        """Predict a picture, uint8 [h, w, 3] RGB, of any size."""
+        args = self.args
+        return self.network.predict(
+            picture,
+            scales=args.scales,
+            flip=args.flip,
+            tile_size=None if args.whole else args.input_size,
+            probabilities=PROBABILITIES in args.save,
         )
 
     def _show(self, name: str, picture: np.ndarray, prediction: Prediction) -> np.ndarray:
         """Add a picture to the sheet. Return its overlay, uint8 [h, w, 3] RGB."""
         self.done += 1
-        shown = picture[..., ::-1]
-        laid_over = overlay(shown, prediction.classes, self.palette, self.args.opacity)
-        self.sheet.add(name, shown, laid_over, prediction.classes)
+        laid_over = overlay(picture, prediction.classes, self.palette, self.args.opacity)
+        self.sheet.add(name, picture, laid_over, prediction.classes)
         return laid_over
 
     def _write(self, name: str, laid_over: np.ndarray, prediction: Prediction) -> None:
@@ -308,7 +284,7 @@ class Work:
             save_gray_png(self._path(LABEL_IDS, name), self.label_ids[prediction.classes])
         if prediction.probabilities is not None:
             with replacing(self._path(PROBABILITIES, name)) as temporary:
-                np.save(temporary, prediction.probabilities)
+                np.save(temporary, prediction.probabilities.astype(np.float16))
 
     def _path(self, kind: str, name: str) -> str:
         path = result_path(self.args.out, kind, name)

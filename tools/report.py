@@ -22,14 +22,12 @@ import numpy as np
 import torch
 
 import train
-from dataset import IMG_MEAN, CSDataSet
+from dataset import CSDataSet
 from dataset.labels import CITYSCAPES, LabelReader, choose_table
 from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
-from engine.data.transfer import subtract_mean
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.evaluation.results import CONFUSION, FILES, RESULT
 from networks import MODELS
-from networks.attention import picture_attention
 from networks.of_run import args_file
 from networks.variants import DEPTHS
 from networks.weights import read_state_dict
@@ -384,24 +382,21 @@ def attention_of(
         ranked: the pictures, ordered by score.
     """
     network = common.open_network(flags_of_network)
-    if network.recurrence == 0 or not ranked:
+    if network.description.recurrence == 0 or not ranked:
         return []
     dataset = evaluation.dataset
     number_of_pictures = min(number_of_pictures, len(ranked))
-    mean = torch.tensor(IMG_MEAN, device=network.device)
     examples = []
     for index in np.linspace(0, len(ranked) - 1, number_of_pictures + 2).round().astype(int)[1:-1]:
         picture = dataset.picture(ranked[index].number, instances=False)
         prediction = read_prediction(evaluation.predictions, picture.name, dataset.labels.num_classes)
         height, width = picture.image.shape[:2]
         pixels = [(height // 2, width // 3), (2 * height // 3, 2 * width // 3)]
-        image = subtract_mean(torch.from_numpy(picture.image)[None].to(network.device), mean)
-        maps = picture_attention(network.model, image, pixels).cpu().numpy()
         shown = cv2.cvtColor(picture.image, cv2.COLOR_BGR2RGB)
         rows = []
-        for number, pixel in enumerate(pixels):
+        for pixel, maps in zip(pixels, network.attention(shown, pixels), strict=True):
             where = describe_pixel(pixel, picture.label, prediction, dataset.labels.names())
-            first, *others = draw_panels(shown, pixel, maps[:, number])
+            first, *others = draw_panels(shown, pixel, maps)
             row = [Figure(f"Cross: {where}", np.array(first.image))]
             row += [Figure(f"{caption}; cross: {where}", np.array(panel)) for caption, panel in others]
             rows.append(row)

@@ -244,7 +244,7 @@ def frames(video: Video, most: int | None) -> tuple[float, int | None, Iterator[
         most: maximum number of frames; None for all.
 
     Returns:
-        Frames per second, number of frames (None if it is unknown), and the frames, uint8 [h, w, 3] BGR.
+        Frames per second, number of frames (None if it is unknown), and the frames, uint8 [h, w, 3] RGB.
 
     Raises:
         DataError: it can't be opened, has no frame, or ends early.
@@ -268,7 +268,7 @@ def frames(video: Video, most: int | None) -> tuple[float, int | None, Iterator[
                 if not there:
                     break
                 done += 1
-                yield frame
+                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         finally:
             capture.release()
         if done == 0:

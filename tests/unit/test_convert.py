@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import evaluate
 from dataset import IMG_MEAN
+from dataset.labels import CITYSCAPES
 from networks import ABN, CheckpointError, Seg_Model
 from networks.convert import (
     IMAGENET_MEAN,
@@ -31,7 +32,8 @@ from networks.convert import (
 from networks.pretrained import read_weights
 from networks.resnet import ResNet
 from networks.variants import VARIANTS, variant_of
-from networks.weights import ACTIVATED, PLAIN, batch_norm_of, load_weights, mark, read_state_dict
+from networks.weights import ACTIVATED, BATCH_NORM, PLAIN, batch_norm_of, load_weights, mark, read_state_dict
+from segmenter import Segmenter
 from tools import common, convert
 from utils.args import exit_status
 from utils.errors import RunError
@@ -366,7 +368,7 @@ def test_weights_of_16_bits(dtype, target, tmp_path, monkeypatch):
     content = to_batch_norm(state) if target == "batch-norm" else state
     convert.write(str(tmp_path / "output.pth"), target, content, convert.Source(state, "ccnet", None))
     weight = read_state_dict(tmp_path / "output.pth")["layer1.0.bn1.weight"]
-    assert weight.dtype == (dtype if target == "ccnet" else torch.float32)
+    assert weight.dtype == (dtype if target in ("ccnet", "safetensors") else torch.float32)
     right = state["layer1.0.bn1.weight"].float()
     assert torch.equal(weight.float(), right.abs() + 1e-5 if target == "batch-norm" else right)
 
@@ -428,9 +430,9 @@ FILES = {
         lambda: {**backbone(negative_weight()), "fc.weight": torch.zeros(3)},
         ["ccnet"],
     ),
-    "marked activated": (lambda: mark(small_state(), ACTIVATED), ["ccnet"]),
-    "marked plain": (lambda: mark(small_state(), PLAIN), ["batch-norm"]),
-    "marked plain backbone": (lambda: mark(backbone(small_state()), PLAIN), ["batch-norm"]),
+    "marked activated": (lambda: mark(small_state(), {BATCH_NORM: ACTIVATED}), ["ccnet"]),
+    "marked plain": (lambda: mark(small_state(), {BATCH_NORM: PLAIN}), ["batch-norm"]),
+    "marked plain backbone": (lambda: mark(backbone(small_state()), {BATCH_NORM: PLAIN}), ["batch-norm"]),
     "mmseg, converted": (lambda: variant_state("mmseg"), ["ccnet", "batch-norm"]),
     "torchvision, converted": (lambda: variant_state("torchvision"), ["ccnet", "batch-norm"]),
     "mmseg": (mmseg_state, ["mmseg"]),
@@ -651,3 +653,32 @@ def test_rename_takes_whole_parts():
     modules = {"a": "x", "a.b": "y", "c.1": "z"}
     names = ["a.w", "a.b.w", "ab.w", "c.1.w", "c.10.w"]
     assert list(rename(dict.fromkeys(names), modules)) == ["x.w", "y.w", "ab.w", "z.w", "c.10.w"]
+
+
+CLASSES = {
+    "mmsegmentation 0.x": {"CLASSES": ("sky", "tree"), "PALETTE": [[1, 2, 3], [4, 5, 6]]},
+    "mmsegmentation 1.x": {"dataset_meta": {"classes": ["sky", "tree"], "palette": [[1, 2, 3], [4, 5, 6]]}},
+    "no palette": {"CLASSES": ["sky", "tree"]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CLASSES)
+def test_classes_of_mmsegmentation_are_kept(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "compare", lambda *_: None)
+    (tmp_path / "args.json").write_text('{"num_classes": 3, "recurrence": 5}')  # of another program's run
+    for target in ("ccnet", "safetensors"):
+        content = {"meta": CLASSES[kind], "state_dict": fill_library(Mmseg(2)).state_dict()}
+        converted(tmp_path, content, "--to", target)
+        opened = Segmenter.load(tmp_path / "output.pth", device="cpu")
+        assert opened.names == ["sky", "tree"] and opened.description.recurrence == 2
+        assert kind == "no palette" or opened.labels.colors() == [(1, 2, 3), (4, 5, 6)]
+        (tmp_path / "output.pth").unlink()
+
+
+@pytest.mark.slow
+def test_cityscapes_of_mmsegmentation_has_the_official_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "compare", lambda *_: None)
+    meta = {"CLASSES": CITYSCAPES.names, "PALETTE": [list(color) for color in CITYSCAPES.colors]}
+    converted(tmp_path, {"meta": meta, "state_dict": fill_library(Mmseg(19)).state_dict()})
+    assert Segmenter.load(tmp_path / "output.pth", device="cpu").labels.is_cityscapes()

@@ -24,7 +24,8 @@ def described(folder: Path, state: dict[str, Tensor], run: object = None, **give
     path = str(folder / "CS_scenes_9.pth")
     if run is not None:
         Path(args_file(path)).write_text(json.dumps(run))
-    return describe(path, state, given)
+    found = describe(path, state, given)
+    return found.description, found.notes
 
 
 def test_weights_alone(tmp_path: Path, state: dict[str, Tensor]) -> None:

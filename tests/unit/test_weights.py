@@ -24,6 +24,7 @@ from networks.of_run import describe
 from networks.pretrained import read_weights
 from networks.weights import (
     ACTIVATED,
+    BATCH_NORM,
     CLASSIFIER,
     PLAIN,
     batch_norm_of,
@@ -31,6 +32,7 @@ from networks.weights import (
     mark,
     read_state_dict,
 )
+from segmenter import Segmenter
 from tools import common
 from utils.errors import UsageError
 
@@ -200,7 +202,9 @@ class TestMark:
     def test_torch_saves_it_and_every_module_takes_it(self, zip_file, path):
         module = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
         torch.save(
-            {"state_dict": mark(module.state_dict(), PLAIN)}, path, _use_new_zipfile_serialization=zip_file
+            {"state_dict": mark(module.state_dict(), {BATCH_NORM: PLAIN})},
+            path,
+            _use_new_zipfile_serialization=zip_file,
         )
         read = read_state_dict(path)
         assert batch_norm_of(read) == PLAIN and list(read) == list(module.state_dict())
@@ -209,15 +213,15 @@ class TestMark:
         assert batch_norm_of(read_state_dict(path)) == PLAIN
 
     def test_plain_ones_are_not_loaded(self, model, state, path):
-        torch.save(mark(state, PLAIN), path)
+        torch.save(mark(state, {BATCH_NORM: PLAIN}), path)
         message = refused(path, lambda path: load_weights(model, path))
         assert "plain batch norm" in message and "convert it back with python -m tools.convert" in message
-        torch.save(mark(state, ACTIVATED), path)
+        torch.save(mark(state, {BATCH_NORM: ACTIVATED}), path)
         load_weights(model, path, complete=True)
 
     @pytest.mark.parametrize("metadata", [None, 3, {"": None}, {"": {"batch_norm": [1]}}, {"a": {}}])
     def test_metadata_of_another_kind_is_no_mark(self, metadata, path):
-        content = mark(SMALL, None)
+        content = mark(SMALL, {})
         content._metadata = metadata  # type: ignore[attr-defined]
         torch.save(content, path)
         assert batch_norm_of(read_state_dict(path)) is None
@@ -294,7 +298,7 @@ class TestFiles:
 class TestRecipe:
     """The file args.json beside a checkpoint."""
 
-    def open(self, folder: Path, content: bytes, **flags: object) -> common.Network:
+    def open(self, folder: Path, content: bytes, **flags: object) -> Segmenter:
         (folder / "args.json").write_bytes(content)
         flags = {
             "restore_from": f"{folder}/weights.pth",
@@ -337,5 +341,5 @@ class TestRecipe:
     def test_flags_go_before_it(self, state, path, tmp_path):
         torch.save(state, path)
         content = json.dumps({"recurrence": "two"}).encode()
-        assert self.open(tmp_path, content, recurrence=3).recurrence == 3
-        assert self.open(tmp_path, b'{"recurrence": 1}').recurrence == 1
+        assert self.open(tmp_path, content, recurrence=3).description.recurrence == 3
+        assert self.open(tmp_path, b'{"recurrence": 1}').description.recurrence == 1

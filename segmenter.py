@@ -1,0 +1,363 @@
+"""A trained network in Python: load a checkpoint, predict pictures, and look at the attention.
+
+    from segmenter import Segmenter
+
+    segmenter = Segmenter.load("snapshots/CS_scenes_60000.pth")
+    prediction = segmenter.predict("street.jpg")  # .classes, .probabilities, .colors
+
+The tools use this class too, so that their results are the same. docs/python.md has examples.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dataset import IMG_MEAN
+from dataset.labels import ClassTable, LabelReader, choose_table, table_of_rows
+from dataset.pictures import decode_upright, load
+from engine.data.transfer import subtract_mean
+from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
+from engine.runtime.distributed import choose_devices
+from engine.training.step import PRECISIONS
+from networks import MODELS, Seg_Model, load_weights
+from networks.attention import picture_attention
+from networks.of_run import Description, OfRun, args_file, describe
+from networks.variants import options_of
+from networks.weights import read_state_dict
+from utils.drawing.palette import colored, make_palette
+from utils.errors import RunError, UsageError
+
+#: A picture: path, PIL image, uint8 RGB array [h, w, 3], or RGB tensor [3, h, w], uint8 or float in 0..1.
+Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
+#: Size of the tiles of larger pictures: (height, width).
+TILE = (769, 769)
+#: Modes of Pillow whose conversion to RGB would lose bits.
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+#: Accepted excess of a float picture over 0..1, for rounding.
+ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction of a picture.
+
+    Attributes:
+        classes: class indices (train ids), uint8 [h, w].
+        probabilities: probability of each of the K classes, float32 [K, h, w]; None if not requested.
+    """
+
+    classes: np.ndarray
+    probabilities: np.ndarray | None
+    _palette: Sequence[int] = field(repr=False)
+
+    @property
+    def colors(self) -> np.ndarray:
+        """The color of each pixel's class, uint8 RGB [h, w, 3]."""
+        return colored(self.classes, self._palette)
+
+
+class Segmenter:
+    """A network in evaluation mode, with the names and colors of its classes. Create it with `load`.
+
+    Attributes:
+        model: the network; its input is BGR in 0..255 minus `dataset.IMG_MEAN`, float [N, 3, h, w].
+        device: device of the network.
+        amp: precision of the computation: "bf16", "fp16", or None for that of the weights, float32.
+        path: the checkpoint; None for random weights.
+        description: model, backbone, recurrence and number of classes.
+        labels: the classes.
+        run: recorded flags of the training run; empty if unknown.
+        files: files that were read or looked for: checkpoint, args.json, class table.
+    """
+
+    def __init__(
+        self,
+        model: Seg_Model,
+        description: Description,
+        labels: LabelReader,
+        device: torch.device | None = None,
+        amp: str | None = None,
+    ):
+        self.device = choose_devices(None, None)[0] if device is None else device
+        self.amp = amp
+        if amp is not None and amp not in PRECISIONS:
+            raise UsageError(f"amp {amp!r}: is not {' or '.join(sorted(PRECISIONS))}")
+        if amp == "fp16" and self.device.type == "cpu":
+            raise UsageError("amp fp16: requires a GPU; use bf16")
+        self.model = model.to(self.device).eval()
+        self.path: str | None = None
+        self.description = description
+        self.labels = labels
+        self.run: dict[str, Any] = {}
+        self.files: list[str] = []
+        self._palette = make_palette(labels.colors())
+        self._mean = torch.tensor(IMG_MEAN, device=self.device)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike | None,
+        *,
+        device: str | torch.device | None = None,
+        amp: str | None = None,
+        say: Callable[[str], object] = warnings.warn,
+        **flags: Any,
+    ) -> Segmenter:
+        """Load a checkpoint.
+
+        Network and classes are those that the file itself describes (tools.convert --to safetensors writes
+        such a file), those of the args.json next to it, or those that the weights show.
+
+        Args:
+            path: file of torch.save or safetensors; None for a network with random weights.
+            device: device such as "cuda:1" or "cpu"; by default the first GPU, or else the CPU.
+            amp: precision of the computation: "bf16", "fp16" (on a GPU), or None for float32.
+            say: function that gets a line about each flag that differs from the recorded one.
+            **flags: model, backbone, recurrence, num_classes or classes (path of a class table), as the flags
+                of evaluate.py. They override what is recorded.
+
+        Raises:
+            InputError: a file or argument is invalid. The message names it.
+        """
+        if unknown := set(flags) - set(Description._fields):
+            raise TypeError(f"unknown option {min(unknown)}; known are {', '.join(Description._fields)}")
+        state = None if path is None else read_state_dict(path)
+        path = None if path is None else os.fspath(path)
+        if path is None or state is None:
+            given = {name: value for name, value in flags.items() if value is not None}
+            recorded = OfRun(Description(**given), None, {}, [])
+        else:
+            recorded = describe(path, state, flags)
+        for line in recorded.notes:
+            say(line)
+        found = recorded.description
+        if not issubclass(MODELS.get(found.model, Seg_Model), Seg_Model):
+            raise UsageError(
+                f"--model {found.model}: the tools open checkpoints of ccnet only; use evaluate.py"
+            )
+        table, classes = _table(path, recorded, flags.get("classes"), say)
+        found = found._replace(classes=classes, num_classes=found.num_classes or _number(table))
+        assert found.num_classes is not None
+        model = MODELS[found.model](
+            found.num_classes, recurrence=found.recurrence, backbone=found.backbone, **options_of(state)
+        )
+        if path is not None:
+            load_weights(model, path, complete=True, state=state)
+        labels = LabelReader(table, num_classes=found.num_classes)
+        device = None if device is None else torch.device(device)
+        segmenter = cls(cast(Seg_Model, model), found, labels, device, amp)
+        segmenter.path, segmenter.run = path, recorded.run
+        if path is not None:
+            segmenter.files = [path, args_file(path), *filter(None, [classes])]
+        return segmenter
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the classes."""
+        return self.labels.names()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.labels.num_classes
+
+    @property
+    def palette(self) -> list[int]:
+        """RGB colors of the classes, one after the other, as in the palette of a mode P picture."""
+        return self._palette
+
+    def predict(
+        self,
+        picture: Picture | list[Picture] | tuple[Picture, ...],
+        *,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        tile_size: tuple[int, int] | None = TILE,
+        probabilities: bool = True,
+    ) -> Any:
+        """Predict a picture of any size, or a list of pictures.
+
+        The pictures of a list are predicted one after the other, so that the result of a picture does not
+        depend on the others.
+
+        Args:
+            picture: path, PIL image, uint8 RGB array [h, w, 3], or RGB tensor [3, h, w], uint8 or float in
+                0..1. Files and PIL images are turned as their orientation tag says. Floats are rounded to
+                1/255, the precision of a file.
+            scales: average the predictions at these scales.
+            flip: whether to average each prediction with that of the mirrored picture.
+            tile_size: (height, width) of the overlapping tiles in which larger pictures are predicted; None
+                to predict every picture as a whole.
+            probabilities: whether to return probabilities, which take 4 K bytes a pixel.
+
+        Returns:
+            A `Prediction`, or a list of them for a list.
+
+        Raises:
+            DataError: a file can't be read.
+            UsageError: an array or tensor is not a picture. The message says why.
+            RunError: the network gives NaN.
+        """
+        if isinstance(picture, (list, tuple)):
+            options = {"scales": scales, "flip": flip, "tile_size": tile_size, "probabilities": probabilities}
+            return [self.predict(each, **cast(Any, options)) for each in picture]
+        image = self._image(picture)
+        fits = tile_size is None or all(
+            side <= tile for side, tile in zip(image.shape[2:], tile_size, strict=True)
+        )
+        averaging = (scales, flip, None if fits else tile_size, self.num_classes)
+        with torch.inference_mode():
+            if probabilities:
+                logits = predict_multiscale(self._network, image, *averaging)[0]
+                classes, shares = logits.argmax(0).to(torch.uint8), logits.softmax(0)
+                finite = bool(shares.isfinite().all())
+            else:
+                classes, shares = predict_classes(self._network, image, *averaging)[0], None
+                finite = bool((classes != NO_CLASS).all())
+        if not finite:
+            raise RunError(f"{self.path or 'random weights'}: the network gives NaN; {NAN_ADVICE}")
+        return Prediction(
+            classes.cpu().numpy(), None if shares is None else shares.cpu().numpy(), self._palette
+        )
+
+    def attention(self, picture: Picture, pixels: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Return what pixels of a picture attend to, after each of the R passes of the attention.
+
+        Args:
+            picture: see `predict`. The whole picture is processed at once.
+            pixels: P pairs (row, column) of the picture.
+
+        Returns:
+            float32 [P, R, H, W]. H and W are the size of the features, about h / 8 and w / 8. Each map sums
+            to 1. The first one covers the row and the column of the pixel, the following ones the whole
+            picture.
+
+        Raises:
+            DataError, UsageError: see `predict`; also if a pixel is outside of the picture.
+        """
+        image = self._image(picture)
+        try:
+            with torch.inference_mode(), self._precision():
+                maps = picture_attention(self.model, image, pixels)
+        except ValueError as error:
+            raise UsageError(f"pixels: {error}") from error
+        return maps.float().transpose(0, 1).cpu().numpy()
+
+    def _image(self, picture: Picture) -> Tensor:
+        """Return the input of the network for a picture, float32 [1, 3, h, w] on the device."""
+        rgb = as_rgb(picture).to(self.device)
+        return subtract_mean(rgb.flip(-1)[None], self._mean)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, PRECISIONS.get(self.amp or ""), enabled=self.amp is not None)
+
+    def _network(self, images: Tensor) -> Any:
+        with self._precision():
+            return self.model(images)
+
+
+def as_rgb(picture: Picture) -> Tensor:
+    """Return a picture as uint8 RGB [h, w, 3].
+
+    Args:
+        picture: see `Segmenter.predict`.
+
+    Raises:
+        DataError: a file can't be read.
+        UsageError: an array or tensor is not a picture. The message says why.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return torch.from_numpy(cv2.cvtColor(decode_upright(load(os.fspath(picture))), cv2.COLOR_BGR2RGB))
+    if isinstance(picture, Image.Image):
+        if picture.mode in DEEP_MODES:
+            raise UsageError(f"picture: is of mode {picture.mode}; convert it to 8 bits per channel")
+        return torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB")))
+    if isinstance(picture, np.ndarray):
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
+            raise UsageError(
+                f"picture: an array {picture.dtype} {list(picture.shape)}; give uint8 [h, w, 3], RGB"
+            )
+        return torch.from_numpy(np.ascontiguousarray(picture))
+    if isinstance(picture, Tensor):
+        return _of_tensor(picture.detach())
+    raise UsageError(
+        f"picture: of type {type(picture).__name__}; give a path, a PIL image, an array or a tensor"
+    )
+
+
+def _of_tensor(picture: Tensor) -> Tensor:
+    kind = f"a tensor {str(picture.dtype).removeprefix('torch.')} {list(picture.shape)}"
+    if picture.dim() == 4:
+        raise UsageError(f"picture: {kind}, a batch; give a list of tensors [3, h, w]")
+    if picture.dim() != 3 or picture.shape[0] != 3 or not picture.numel():
+        raise UsageError(f"picture: {kind}; give [3, h, w], RGB")
+    if picture.is_floating_point():
+        low, high = (float(value) for value in picture.float().aminmax())
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also true for nan
+            raise UsageError(
+                f"picture: {kind} with values from {low:g} to {high:g}; give RGB from 0 to 1, not normalized"
+            )
+        picture = picture.float().mul(255).round().clamp(0, 255).to(torch.uint8)
+    if picture.dtype != torch.uint8:
+        raise UsageError(f"picture: {kind}; give uint8, or float from 0 to 1")
+    return picture.permute(1, 2, 0)
+
+
+def _number(table: ClassTable | None) -> int:
+    """Return the number of classes of a network with random weights."""
+    return choose_table(None, None)[1] if table is None else len(table.classes)
+
+
+def _table(
+    path: str | None, recorded: OfRun, asked: str | None, say: Callable[[str], object]
+) -> tuple[ClassTable | None, str | None]:
+    """Return the class table of a network, None for Cityscapes, and its file if there is one.
+
+    Args:
+        path: the checkpoint.
+        recorded: what is known about it.
+        asked: table that the caller asks for.
+        say: function that gets a line if the recorded table can't be used.
+
+    Raises:
+        InputError: the table is invalid, or `asked` has another number of classes than the network.
+    """
+    found = recorded.description
+    if recorded.labels is not None:
+        table = table_of_rows(str(path), recorded.labels)
+        number = _number(table)
+        if number != found.num_classes:
+            raise UsageError(
+                f"{path}: its class table has {number} classes, but its weights have {found.num_classes}; "
+                "give --classes"
+            )
+        return table, None
+    if found.classes != asked and not _fits(found):
+        # Do not guess: wrong names and colors of classes would go unnoticed.
+        say(f"{found.classes}: the class table of the run is missing or has changed; give --classes")
+        return None, None
+    table, _ = choose_table(found.classes, None)
+    if table is not None and found.num_classes not in (None, len(table.classes)):
+        raise UsageError(
+            f"--classes {found.classes}: has {len(table.classes)} classes, but {path} has "
+            f"{found.num_classes}; give the table that it was trained with"
+        )
+    return table, found.classes
+
+
+def _fits(found: Description) -> bool:
+    """Return whether the class table of a run exists and has as many classes as the network."""
+    if not os.path.isfile(str(found.classes)):
+        return False
+    table, _ = choose_table(found.classes, None)
+    return table is not None and len(table.classes) == found.num_classes
