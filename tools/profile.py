@@ -27,14 +27,16 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from cc_attention import CrissCrossAttention, ops
+from dataset.labels import NUM_CLASSES
 from engine.training.step import PRECISIONS
 from networks import Seg_Model, load_weights
+from networks.of_run import Description, describe
 from networks.variants import DEPTHS, variant_of
 from networks.weights import read_state_dict
 from tools import common
@@ -64,20 +66,35 @@ PAPER = {"R=1": (8.3, 53), "R=2": (16.5, 127), "R=3": (24.7, 208), "non-local": 
 PAPER_SIZE = (769, 769)
 
 
-def make_network(args: argparse.Namespace) -> tuple[Seg_Model, str]:
-    """Return the network that the flags describe, and its variant."""
+def describe_network(args: argparse.Namespace) -> tuple[Description, dict[str, Tensor] | None]:
+    """Return the description of the network of the flags, and the weights of --restore-from."""
+    given = {name: getattr(args, name) for name in ("backbone", "num_classes", "recurrence")}
+    if args.restore_from:
+        weights = read_state_dict(args.restore_from)
+        found = describe(args.restore_from, weights, given)
+        print(*found.notes, sep="\n", end="\n" if found.notes else "", flush=True)
+        return found.description, weights
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return Description(**{"num_classes": NUM_CLASSES, **chosen}), None
+
+
+def make_network(found: Description, path: str | None, weights: dict[str, Tensor] | None) -> Seg_Model:
+    """Return the network with the weights of a file, or with random ones."""
     torch.manual_seed(0)
-    weights = read_state_dict(args.restore_from) if args.restore_from else None
-    variant = variant_of(weights or {})
-    model = Seg_Model(args.num_classes, recurrence=args.recurrence, backbone=args.backbone, variant=variant)
+    model = Seg_Model(
+        cast(int, found.num_classes),
+        recurrence=found.recurrence,
+        backbone=found.backbone,
+        variant=variant_of(weights or {}),
+    )
     if weights:
-        load_weights(model, args.restore_from, complete=True, state=weights)
-        return model, variant
+        load_weights(model, str(path), complete=True, state=weights)
+        return model
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.fill_(0.2)  # gamma and scales of residuals start at 0, and zeros are faster
-    return model, variant
+    return model
 
 
 # Tables
@@ -309,13 +326,13 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = common.Parser("profile", __doc__)
     add = parser.add_argument
-    add("--backbone", choices=sorted(DEPTHS), default="resnet101", help="backbone (default: %(default)s)")
-    add("--num-classes", type=flags.classes, default=19, help="number of classes (default: %(default)s)")
+    of_checkpoint = "by default that of the checkpoint, or"
+    add("--backbone", choices=sorted(DEPTHS), help=f"backbone; {of_checkpoint} resnet101")
+    add("--num-classes", type=flags.classes, help=f"number of classes; {of_checkpoint} {NUM_CLASSES}")
     add(
         "--recurrence",
         type=flags.recurrence,
-        default=2,
-        help="number of times that the attention is applied (default: %(default)s)",
+        help=f"number of times that the attention is applied; {of_checkpoint} 2",
     )
     add("--restore-from", metavar="FILE", help="checkpoint (default: random weights)")
     add(
@@ -368,10 +385,11 @@ def main() -> None:
     if args.json:
         check_outputs("--json", [args.json], [args.restore_from])
         check_writable("--json", os.path.dirname(args.json) or ".")
+    found, weights = describe_network(args)
     setting = Setting(
-        args.backbone,
-        args.num_classes,
-        args.recurrence,
+        found.backbone,
+        cast(int, found.num_classes),
+        found.recurrence,
         args.amp,
         args.channels_last,
         args.ohem,
@@ -392,8 +410,8 @@ def main() -> None:
         device = common.choose_device(args.gpu)
         if args.amp == "fp16" and device.type == "cpu" and args.rounds:
             raise UsageError("--amp fp16: needs a GPU; give --amp bf16, or --rounds 0")
-        model, variant = make_network(args)
-        setting = setting._replace(variant=variant)
+        model = make_network(found, args.restore_from, weights)
+        setting = setting._replace(variant=variant_of(weights or {}))
         result = profile(setting, model, device, args.rounds)
         print(page(setting, result))
     if args.json:

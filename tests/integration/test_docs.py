@@ -96,8 +96,10 @@ def test_python_in_them_runs(
         names = runpy.run_path(str(file))
         if "classes" in names:
             assert names["classes"].shape == (1, 128, 256)
+        if "prediction" in names:
+            assert names["prediction"].probabilities.shape == (19, 128, 256)
         if "maps" in names:
-            assert names["maps"].shape == (2, 1, 20, 50)
+            assert names["maps"].shape in ((2, 1, 20, 50), (1, 2, 17, 33))
         if "PlainNet" in names:
             network = names["PlainNet"](4, backbone="resnet50").eval()
             with torch.no_grad():

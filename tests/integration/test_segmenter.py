@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +253,16 @@ def test_the_hub_s_own_modules() -> None:
     assert hubconf._module("utils.errors") is module
     # A cache written from rewritten code would break the modules under their usual names.
     assert "hubconf" not in Path(module.__file__).read_text()
+
+
+def test_every_import_can_be_rewritten() -> None:
+    for name in hubconf._OWN:
+        folder = ROOT / name
+        for path in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+            code = ast.unparse(hubconf._Rewriter().visit(ast.parse(path.read_text())))
+            assert not re.search(rf"^\s*(from|import) ({'|'.join(hubconf._OWN)})\b", code, re.MULTILINE), path
+    with pytest.raises(ImportError, match="import utils.errors: write it as from"):
+        hubconf._Rewriter().visit(ast.parse("import utils.errors"))
 
 
 def test_random_weights() -> None:
