@@ -85,10 +85,10 @@ class Segmenter:
         model: Seg_Model,
         description: Description,
         labels: LabelReader,
-        device: torch.device | None = None,
+        device: str | torch.device | None = None,
         amp: str | None = None,
     ):
-        self.device = choose_devices(None, None)[0] if device is None else device
+        self.device = _device(device)
         self.amp = amp
         if amp is not None and amp not in PRECISIONS:
             raise UsageError(f"amp {amp!r}: is not {' or '.join(sorted(PRECISIONS))}")
@@ -154,7 +154,6 @@ class Segmenter:
         if path is not None:
             load_weights(model, path, complete=True, state=state)
         labels = LabelReader(table, num_classes=found.num_classes)
-        device = None if device is None else torch.device(device)
         segmenter = cls(cast(Seg_Model, model), found, labels, device, amp)
         segmenter.path, segmenter.run = path, recorded.run
         if path is not None:
@@ -287,7 +286,7 @@ def as_rgb(picture: Picture) -> Tensor:
             raise UsageError(
                 f"picture: an array {picture.dtype} {list(picture.shape)}; give uint8 [h, w, 3], RGB"
             )
-        return torch.from_numpy(np.ascontiguousarray(picture))
+        return torch.from_numpy(np.require(picture, requirements="CW"))
     if isinstance(picture, Tensor):
         return _of_tensor(picture.detach())
     raise UsageError(
@@ -311,6 +310,19 @@ def _of_tensor(picture: Tensor) -> Tensor:
     if picture.dtype != torch.uint8:
         raise UsageError(f"picture: {kind}; give uint8, or float from 0 to 1")
     return picture.permute(1, 2, 0)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """Return a device; the first GPU, or else the CPU, for None."""
+    if device is None:
+        return choose_devices(None, None)[0]
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r}: not a device; give one such as cuda:0 or cpu") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r}: there is no such GPU; give another, or cpu")
+    return found
 
 
 def _number(table: ClassTable | None) -> int:

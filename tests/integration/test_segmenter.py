@@ -68,6 +68,7 @@ def test_every_kind_of_picture_gives_the_same(segmenter: Segmenter, rgb: np.ndar
     kinds = [
         rgb,
         rgb[:, ::-1][:, ::-1],  # a view with negative strides
+        np.asarray(Image.fromarray(rgb)),  # read-only
         np.asfortranarray(rgb),
         tmp_path / "a.png",
         str(tmp_path / "a.png"),
@@ -181,6 +182,9 @@ def test_other_errors(segmenter: Segmenter, checkpoint: Path, rgb: np.ndarray, t
         Segmenter.load(tmp_path / "no.pth")
     with pytest.raises(TypeError, match="unknown option passes; known are"):
         Segmenter.load(checkpoint, passes=2)
+    for device, words in (("gpu", "not a device"), ("cuda:99", "no such GPU")):
+        with pytest.raises(UsageError, match=words):
+            Segmenter.load(checkpoint, device=device)
     with pytest.raises(InputError, match="backbone resnet101"):
         Segmenter.load(checkpoint, backbone="resnet101")
     broken = Segmenter.load(checkpoint, device="cpu")
