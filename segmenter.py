@@ -286,7 +286,7 @@ def as_rgb(picture: Picture) -> Tensor:
             raise UsageError(
                 f"picture: an array {picture.dtype} {list(picture.shape)}; give uint8 [h, w, 3], RGB"
             )
-        return torch.from_numpy(np.require(picture, requirements="CW"))
+        return torch.from_numpy(np.require(picture, requirements=["C", "W"]))
     if isinstance(picture, Tensor):
         return _of_tensor(picture.detach())
     raise UsageError(
