@@ -96,7 +96,7 @@ def describe(
                 notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")
         elif name in run and not (name == "classes" and run[name] is None):
             _check_value(file, name, run[name])
-            value = run[name]
+            value = _moved(checkpoint, run[name]) if name == "classes" else run[name]
             source, remedy = f"{file}: {name} {value}", f"give {flag} {of_weights.get(name)}"
         else:
             value = of_weights.get(name, default)
@@ -130,6 +130,12 @@ def _recorded(
         # A later, shorter run in the same folder wrote args.json.
         return file, {}, labels, [f"{file}: not used, because its run has {run['num_steps']} steps only"]
     return file, run, labels, []
+
+
+def _moved(checkpoint: str, table: str) -> str:
+    """Return the path of the class table of a run, whose folder may have been moved with the table in it."""
+    beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(table))
+    return beside if not os.path.isfile(table) and os.path.isfile(beside) else table
 
 
 def _check_value(file: str, name: str, value: Any) -> None:

@@ -96,3 +96,13 @@ def test_args_of_a_shorter_later_run_are_not_used(tmp_path: Path, state: dict[st
     assert found.recurrence == 2 and notes == [
         f"{tmp_path}/args.json: not used, because its run has 8 steps only"
     ]
+
+
+def test_the_class_table_of_a_moved_run(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    run = {"classes": "elsewhere/classes.tsv"}
+    assert described(tmp_path, state, run)[0].classes == "elsewhere/classes.tsv"
+    (tmp_path / "classes.tsv").touch()
+    assert described(tmp_path, state, run)[0].classes == str(tmp_path / "classes.tsv")
+    (tmp_path / "other.tsv").touch()
+    run = {"classes": str(tmp_path / "other.tsv")}
+    assert described(tmp_path, state, run)[0].classes == str(tmp_path / "other.tsv")
