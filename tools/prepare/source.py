@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from utils.errors import DataError
 
 #: Name of class 0, to which the pixels belong that no shape covers.
 BACKGROUND = "background"
@@ -44,3 +46,19 @@ class Found(NamedTuple):
     scenes: list[Scene]
     notes: list[str]  # lines about what was recognized and what is left out
     parts: Mapping[str, str] | None = None  # "train" or "val" by name of the scene, if the source has a split
+
+
+class Problems(DataError):
+    """All problems of a source that can't be prepared.
+
+    Args:
+        source: file or folder that was read.
+        lines: the problems, at least one; each line names the file, what is wrong and what to do.
+    """
+
+    def __init__(self, source: str, lines: Sequence[str]):
+        first = lines[0]
+        super().__init__(
+            first if len(lines) == 1 else f"{source}: {len(lines)} problems, the first is {first}"
+        )
+        self.lines = list(lines)
