@@ -398,6 +398,26 @@ def read_table(path: str) -> ClassTable:
         raise DataError(f"{path}: {error}") from error
 
 
+def format_table(table: ClassTable) -> str:
+    """Return the text of a class table file, which `read_table` reads.
+
+    The name is the last column, so that the columns align and a name may start with #.
+
+    Raises:
+        ValueError: a name is empty, too long or holds a NUL character.
+    """
+    lines = ["id\ttrain_id\tcolor\tname"]
+    for label in table.labels:
+        name = " ".join(label.name.split())  # tabs and line breaks would end the cell
+        if not 0 < len(name) <= LONGEST_NAME or "\0" in name:
+            raise ValueError(
+                f"the class name {name[:40]!r} can't be written; give one of 1 to {LONGEST_NAME} characters"
+            )
+        number = "-" if label.id < 0 else str(label.id)
+        lines.append(f"{number}\t{label.train_id}\t{','.join(map(str, label.color))}\t{name}")
+    return "\n".join(lines) + "\n"
+
+
 def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable | None, int]:
     """Return the class table of --classes, or None, and the number of classes.
 

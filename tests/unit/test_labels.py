@@ -18,6 +18,7 @@ from dataset.labels import (
     LabelReader,
     _occurring,
     choose_table,
+    format_table,
     read_table,
 )
 from dataset.pictures import load
@@ -77,6 +78,21 @@ def test_wrong_table_is_one_line_that_names_the_file(tmp_path, text, words):
         read_table(str(path))
     assert str(error.value).startswith(str(path)) and words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_written_table_is_read_again_as_it_is(tmp_path):
+    labels = [
+        Label("# a  tree", 7, 1, "", False, (1, 2, 3)),
+        Label("ä\tb\r\nc", -1, 0, "", False, (255, 0, 0)),
+        Label("void", 255, 255, "", False, (0, 0, 0)),
+    ]
+    path = tmp_path / "classes.tsv"
+    path.write_text(format_table(ClassTable(labels)), encoding="utf-8")
+    expected = [labels[0]._replace(name="# a tree"), labels[1]._replace(name="ä b c"), labels[2]]
+    assert read_table(str(path)).labels == tuple(expected)
+    for name in ("", "  ", "a" * 201, "a\0"):
+        with pytest.raises(ValueError, match="class name"):
+            format_table(ClassTable([labels[0]._replace(name=name, train_id=0)]))
 
 
 def test_missing_or_binary_table(tmp_path):
