@@ -162,7 +162,7 @@ class Counts:
         self.values += other.values
 
 
-def _occurring(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def occurring(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the values that occur in an integer array [h, w], and their counts."""
     if pixels.dtype != np.uint8:
         return np.unique(pixels, return_counts=True)
@@ -247,10 +247,10 @@ class LabelReader:
         path, values = encoded.path, decode_label(encoded)
         counts = Counts()
         if values.ndim == 3:
-            present, pixels = _occurring(self.train_ids(path, values))
+            present, pixels = occurring(self.train_ids(path, values))
             counts.train_ids[present] = pixels
         else:
-            present, pixels = _occurring(values)
+            present, pixels = occurring(values)
             np.add.at(counts.train_ids, self._look_up(path, present)[present], pixels)
             counts.values[present] = pixels
         return counts
@@ -266,7 +266,7 @@ class LabelReader:
             if not self.may_be_colors(path):
                 raise no_label(path, "RGB", is_gray(values), colors=False)
             return self._of_colors(path, values)
-        look_up = self._look_up(path, _occurring(values)[0])
+        look_up = self._look_up(path, occurring(values)[0])
         return cv2.LUT(values.astype(np.uint8, copy=False), look_up.astype(np.uint8))
 
     def _look_up(self, path: str, present: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ from dataset.labels import (
     Counts,
     Label,
     LabelReader,
-    _occurring,
     choose_table,
     format_table,
+    occurring,
     read_table,
 )
 from dataset.pictures import load
@@ -210,7 +210,7 @@ def test_labels_of_void_alone_are_refused(tmp_path):
 
 
 def test_counts_are_exact_beyond_what_float32_counts():
-    present, pixels = _occurring(np.zeros((4097, 4096 * 2 + 1), np.uint8))
+    present, pixels = occurring(np.zeros((4097, 4096 * 2 + 1), np.uint8))
     assert present.tolist() == [0] and pixels.tolist() == [4097 * 8193]
 
 
