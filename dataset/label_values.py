@@ -148,7 +148,9 @@ def table_of(source: str, values: Values, names: tuple[str, Sequence[str]] | Non
         raise no_label(next(iter(values.colors.values())), "RGB", gray=True)
     labels = _of_colors(values, names) if values.colors else _of_ids(values, names)
     if len(labels) > MOST_CLASSES:
-        raise _not_a_label(list(values.colors.values())[-1], f"is one of labels with {len(labels)} colors")
+        raise _not_a_label(
+            list(values.colors.values())[-1], f"holds {len(labels)} colors together with the others"
+        )
     if len({label.train_id for label in labels} - {IGNORE}) < 2:
         only = listed([*map(str, sorted(values.ids)), *map(_text, map(color_of, sorted(values.colors)))])
         raise DataError(
@@ -180,7 +182,7 @@ def _of_ids(values: Values, names: tuple[str, Sequence[str]] | None) -> list[Lab
         no, yes = given or (BACKGROUND, "object")
         return [Label(no, 0, 0, "", False, BLACK), Label(yes, IGNORE, 1, "", False, WHITE)]
     if len(present) > SOFT and {0, IGNORE} <= set(present) and present[-2] >= CLOSE and not names:
-        raise _not_a_label(values.ids[present[-2]], f"is one of labels with {len(present)} ids from 0 to 255")
+        raise _not_a_label(values.ids[present[-2]], f"holds {len(present)} ids together with the others")
     ids = [value for value in present if value != IGNORE]
     if names:
         if ids and ids[-1] >= len(given):
