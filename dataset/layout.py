@@ -170,7 +170,7 @@ def scan(root: str, split: str, labeled: bool = True) -> Found:
     """
     check_split(split)
     pairs, without_label, strays = [], [], []
-    files, skipped = _files(root, os.path.join("leftImg8bit", split))
+    files, skipped = files_below(root, os.path.join("leftImg8bit", split))
     for city, file in files:
         stem, extension = os.path.splitext(file)
         if extension.lower() not in PICTURE_ENDINGS:
@@ -191,7 +191,7 @@ def scan(root: str, split: str, labeled: bool = True) -> Found:
     if labeled:
         expected = {label for _, label in pairs}
         expected |= {label.removesuffix(LABEL_IDS) + LABEL_TRAIN_IDS for label in expected}
-        files, more = _files(root, os.path.join("gtFine", split))
+        files, more = files_below(root, os.path.join("gtFine", split))
         skipped += more
         for city, file in files:
             label = os.path.join("gtFine", split, city, file)
@@ -242,7 +242,7 @@ def _see_check(root: str) -> str:
     return f" (python -m dataset.check {root} lists them all)"
 
 
-def _files(root: str, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
+def files_below(root: str, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
     """List the files below `folder`, a path relative to `root`. Links to folders are followed.
 
     Returns:
