@@ -63,9 +63,8 @@ def read_coco(source: str, wanted: Wanted) -> Found:
             f"{count(empty, 'picture')} without annotations, and background; the first is {empty[0]}"
         )
     notes += [*tally.notes(), *similar_names(numbering.classes)]
-    named = [part_of(picture.file) for picture in pictures]
-    parts = {scene.name: part for scene, part in zip(scenes, named, strict=True) if part}
-    return Found(numbering.classes, scenes, notes, parts if {"train", "val"} <= {*parts.values()} else None)
+    parts = own_split(scenes, [part_of(picture.file) for picture in pictures])
+    return Found(numbering.classes, scenes, notes, parts)
 
 
 def _listed(picture: Picture, numbering: Numbering) -> Listed:

@@ -1,7 +1,7 @@
 """Reader of CVAT: XML files of the export "CVAT for images 1.1".
 
-Shapes are drawn in the order of their z_order, as CVAT's own export of masks draws them: polygons and boxes by
-pycocotools, ellipses by OpenCV. Polylines, points, cuboids and skeletons have no area and are left out.
+Shapes are drawn in the order of their z_order, as CVAT's own export of masks draws them: polygons and boxes
+by pycocotools, ellipses by OpenCV. Polylines, points, cuboids and skeletons have no area and are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tools.prepare.coco_file import PARTS
 from tools.prepare.cvat_file import Picture, draw_picture, parse_file
 from tools.prepare.pictures import Finder, Listed
 from tools.prepare.reading import Tally, annotation_files, count, folder_of
-from tools.prepare.source import Class, Found, Problems, Wanted
+from tools.prepare.source import Class, Found, Problems, Wanted, own_split
 from utils.errors import DataError
 from utils.progress import Progress
 
@@ -67,8 +67,7 @@ def read_cvat(source: str, wanted: Wanted) -> Found:
     if empty := [picture.name for picture in pictures if not picture.shapes]:
         notes.append(f"{count(empty, 'picture')} without shapes, and background; the first is {empty[0]}")
     subsets = [PARTS.get(picture.subset.lower()) for picture in pictures]
-    parts = {scene.name: part for scene, part in zip(scenes, subsets, strict=True) if part}
-    return Found(numbering.classes, scenes, notes, parts if {"train", "val"} <= {*parts.values()} else None)
+    return Found(numbering.classes, scenes, notes, own_split(scenes, subsets))
 
 
 def _listed(picture: Picture, numbering: Numbering) -> Listed:

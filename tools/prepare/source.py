@@ -52,6 +52,18 @@ class Found(NamedTuple):
     )
 
 
+def own_split(scenes: Sequence[Scene], parts: Sequence[str | None]) -> Mapping[str, str] | None:
+    """Return the split of a source by name of the scene, if all scenes have a part, some of them train and val.
+
+    Args:
+        scenes: the scenes.
+        parts: train, val or test for each; None if the source does not tell.
+    """
+    if not {"train", "val"} <= {*parts} <= {"train", "val", "test"}:
+        return None
+    return {scene.name: part for scene, part in zip(scenes, parts, strict=True) if part}
+
+
 class Problems(DataError):
     """All problems of a source that can't be prepared.
 
