@@ -132,6 +132,11 @@ def load(path: str) -> Encoded:
         raise
     except (OSError, ValueError) as error:
         raise _unopened(path, error) from error
+    return check_content(path, content)
+
+
+def check_content(path: str, content: bytes) -> Encoded:
+    """Check the content of a picture file without decoding it; see `load` for the errors."""
     if content.startswith(PNG_SIGNATURE) and not _png_is_whole(content):
         raise DataError(f"{path}: damaged or truncated picture; copy it again")
     if _lacks_end(content[:8], content[-TAIL:]):

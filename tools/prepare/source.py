@@ -19,6 +19,8 @@ class Wanted(NamedTuple):
     pictures: str | None = None  # folder of the pictures; None to look for it
     names: tuple[str, ...] | None = None  # class names in the order of their train ids; None for the source's
     unlabeled_void: bool = False  # whether pixels that no shape covers are void instead of background
+    train_ids: Mapping[str, int] | None = None  # train id of each label in --classes, 255 for void
+    origin: str = "--classes"  # flag or file that `names` come from, for error messages
 
 
 class Class(NamedTuple):
@@ -36,7 +38,7 @@ class Scene(NamedTuple):
     size: tuple[int, int]  # height and width of the label picture
     draw: Callable[[], np.ndarray]  # returns the train ids, uint8 [h, w], 255 for void
     upright: bool = False  # whether the labels belong to the picture turned by its orientation tag
-    content: bytes | None = None  # the picture itself, if it is stored in an annotation file
+    content: Callable[[], bytes] | None = None  # returns the picture, if an annotation file holds it
 
 
 class Found(NamedTuple):
@@ -45,7 +47,21 @@ class Found(NamedTuple):
     classes: tuple[Class, ...]  # in the order of their train ids
     scenes: list[Scene]
     notes: list[str]  # lines about what was recognized and what is left out
-    parts: Mapping[str, str] | None = None  # "train" or "val" by name of the scene, if the source has a split
+    parts: Mapping[str, str] | None = (
+        None  # train, val or test by name of the scene, if the source has a split
+    )
+
+
+def own_split(scenes: Sequence[Scene], parts: Sequence[str | None]) -> Mapping[str, str] | None:
+    """Return the split of a source by name of the scene, if all scenes have a part, some of them train and val.
+
+    Args:
+        scenes: the scenes.
+        parts: train, val or test for each; None if the source does not tell.
+    """
+    if not {"train", "val"} <= {*parts} <= {"train", "val", "test"}:
+        return None
+    return {scene.name: part for scene, part in zip(scenes, parts, strict=True) if part}
 
 
 class Problems(DataError):
