@@ -123,9 +123,8 @@ class CSDataSet(Dataset):
                 layout.check_root(root)
             self.pairs, self.source = layout.read_list(root, list_path, labeled), list_path
         elif folder_pair.is_pair(root):
-            self.pairs, pair = folder_pair.discover(root, split, labeled)
+            self.pairs, self.taken, self.skipped = folder_pair.discover(root, split, labeled)
             self.source = f"{os.path.join(root, folder_pair.IMAGES)} ({split})"
-            self.skipped, self.taken = pair.skipped, pair.notes
             self.described = [*folder_pair.LISTS.values(), *CLASS_FILES]
             if table is None and num_classes is None and labeled:
                 table, num_classes, notes = classes_of(root)

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from dataset import folder_pair
-from dataset.label_values import BACKGROUND, MOST_CLASSES, Values, listed, scan, table_of
+from dataset.label_values import BACKGROUND, BACKGROUNDS, MOST_CLASSES, Values, listed, scan, table_of
 from dataset.labels import CITYSCAPES, IGNORE, LONGEST_NAME, MOST_TEXT, ClassTable, choose_table
 from dataset.layout import LABEL_IDS
 from utils.errors import DataError
@@ -16,8 +16,8 @@ from utils.files import read_input
 #: Class table of a folder pair, and files with its class names in the order of their ids.
 TABLE, NAMES = "classes.tsv", ("classes.txt", "labels.txt")
 CLASS_FILES = (TABLE, *NAMES)
-#: Names that labelme gives to void pixels and to the background.
-VOID_NAME, BACKGROUND_NAME = "__ignore__", "_background_"
+#: labelme's name of void pixels; its line is not counted if it is the first.
+VOID = "__ignore__"
 
 
 class Classes(NamedTuple):
@@ -31,7 +31,7 @@ class Classes(NamedTuple):
 def read_names(path: str) -> list[str]:
     """Return the class names of a text file: one name a line, in the order of the ids from 0.
 
-    labelme's first line __ignore__ is left out, since it names void pixels, and _background_ is "background".
+    labelme's first line __ignore__ is left out, since it has no id, and _background_ becomes "background".
 
     Raises:
         DataError: the file is unreadable, a line is empty or too long, or a name is there twice.
@@ -44,9 +44,9 @@ def read_names(path: str) -> list[str]:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: not a readable list of class names ({why}); fix or remove it") from error
     lines = [" ".join(line.split()) for line in re.split(r"\r\n|\r|\n", text.rstrip())]
-    if lines[0] == VOID_NAME:
+    if lines[0] == VOID:
         lines = lines[1:]
-    names = [BACKGROUND if line == BACKGROUND_NAME else line for line in lines]
+    names = [BACKGROUND if line.lower() in BACKGROUNDS else line for line in lines]
     for number, name in enumerate(names):
         if not 0 < len(name) <= LONGEST_NAME:
             raise DataError(
@@ -69,7 +69,7 @@ def classes_of(root: str, skip: bool = False) -> Classes:
 
     Args:
         root: the data directory.
-        skip: whether to skip labels that can't be used (see `scan`).
+        skip: whether to skip labels that can't be used, for a command that reports them otherwise.
 
     Raises:
         DataError: a file can't be used, or the values do not tell the classes.
@@ -86,18 +86,17 @@ def classes_of(root: str, skip: bool = False) -> Classes:
         return Classes(None, number, [f"{root}: labels named *{LABEL_IDS} have the classes of Cityscapes"])
     paths = (os.path.join(root, name) for name in NAMES)
     names = next(((path, read_names(path)) for path in paths if os.path.lexists(path)), None)
-    values = scan(files, skip)
+    problems: list[str] | None = [] if skip else None
+    values = scan(files, problems)
+    if problems and not (values.ids or values.colors):
+        raise DataError(problems[0])
     table = table_of(root, values, names)
     return Classes(table, len(table.classes), [_say(root, values, table, names and names[0])])
 
 
 def _say(root: str, values: Values, table: ClassTable, file: str | None) -> str:
     """Return the line about the values of labels and the classes that they were taken for."""
-    if values.colors:
-        held = f"{len(values.colors)} colors"
-    else:
-        held = f"ids {listed([str(value) for value in sorted(values.ids)])}"
-    line = f"{root}: the labels hold {held}: classes "
+    line = f"{root}: the labels hold {values.listed()}: classes "
     line += listed([name.removeprefix("class ") for name in table.names])
     if any(label.train_id == IGNORE for label in table.labels):
         line += f"; {IGNORE} is void"
@@ -116,7 +115,7 @@ def choose_classes(
         data_list: value of --data-list; a folder pair is used only without a list.
         path: value of --classes.
         num_classes: value of --num-classes.
-        skip: whether to skip labels that can't be used (see `scan`).
+        skip: see `classes_of`.
 
     Raises:
         DataError: see `choose_table` and `classes_of`.

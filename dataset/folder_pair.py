@@ -29,10 +29,20 @@ LISTS = {TRAIN: "train.lst", VAL: "val.lst"}
 class FolderPair(NamedTuple):
     """The pictures of a data directory with images/ and labels/."""
 
+    root: str
     sides: dict[str, list[Pair]]  # training, validation, and labeled test pictures
-    notes: list[str]  # lines about what was taken for what
+    taken: str  # number of pictures, and where they and their labels are
+    division: str  # how they are divided
+    is_given: bool  # whether lists or folders divide them
+    left_out: list[str]  # lines about files that are left out
     skipped: list[str]  # hidden and system files
     problems: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """Return lines about what was taken for what."""
+        numbers = f"{len(self.sides[TRAIN])} for training, {len(self.sides[VAL])} for validation"
+        return [f"{self.root}: {self.taken}; {numbers} ({self.division})", *self.left_out]
 
 
 def is_pair(root: str) -> bool:
@@ -60,14 +70,10 @@ def find(root: str) -> FolderPair:
     pictures, labels = pictures_below(root, IMAGES), pictures_below(root, LABELS)
     pairing = pair_up(root, pictures, labels, (IMAGES, LABELS))
     pairs = layout.named(pairing.pairs)
-    sides, how, problems = _divide(root, pairs, {_side(path) for path in pictures.pictures})
+    sides, division, is_given, problems = _divide(root, pairs, {_side(path) for path in pictures.pictures})
     number = sum(len(sides[side]) for side in (TRAIN, VAL))
-    ending = os.path.splitext(pairs[0].label)[1]
-    notes = [
-        f"{root}: {number} pictures of {IMAGES}/ with their labels of {LABELS}/ "
-        f"(STEM{pairing.suffix}{ending}); {len(sides[TRAIN])} for training, {len(sides[VAL])} for "
-        f"validation ({how})"
-    ]
+    name = f"STEM{pairing.suffix}{os.path.splitext(pairs[0].label)[1]}"
+    taken = f"{number} pictures of {IMAGES}/ with their labels of {LABELS}/ ({name})"
     left_out = {
         "pictures have no label and are left out": [p for p in pairing.unlabeled if _side(p) != TEST],
         "pictures are in none of the folders train, val and test and are left out": [
@@ -75,10 +81,11 @@ def find(root: str) -> FolderPair:
         ],
         "other files are no pictures and are left out": [*pictures.others, *labels.others],
     }
-    notes += [
+    lines = [
         f"{root}: {len(paths)} {what}, the first is {paths[0]}" for what, paths in left_out.items() if paths
     ]
-    return FolderPair(sides, notes, [*pictures.skipped, *labels.skipped], [*pairing.problems, *problems])
+    skipped, problems = [*pictures.skipped, *labels.skipped], [*pairing.problems, *problems]
+    return FolderPair(root, sides, taken, division, is_given, lines, skipped, problems)
 
 
 def checked(root: str) -> FolderPair:
@@ -104,8 +111,8 @@ def check_side(root: str, name: str) -> None:
         )
 
 
-def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], FolderPair]:
-    """Return the pairs of a side, and the folder pair.
+def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], list[str], list[str]]:
+    """Return the pairs of a side, lines about what was taken for what, and the skipped files.
 
     Args:
         root: the data directory.
@@ -123,13 +130,13 @@ def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], Fo
                 f"--split {TEST}: {os.path.join(root, folder)} has no pictures; put those to predict there, "
                 "or name them with --data-list"
             )
-        note = f"{root}: {len(pairs)} pictures of {folder}/, without labels"
-        return pairs, FolderPair({TEST: pairs}, [note], [], [])
+        return pairs, [f"{root}: {len(pairs)} pictures of {folder}/, without labels"], []
     found = checked(root)
     pairs = found.sides[name]
     if not pairs:
         raise DataError(f"--split {name}: no picture of {root} for {name} has a label; add labels")
-    return pairs if labeled else [pair._replace(label="") for pair in pairs], found
+    pairs = pairs if labeled else [pair._replace(label="") for pair in pairs]
+    return pairs, found.notes, found.skipped
 
 
 def tests(root: str) -> list[Pair]:
@@ -144,16 +151,13 @@ def _of_lists(root: str, lists: dict[str, str]) -> FolderPair:
     train = {pair.image for pair in sides[TRAIN]}
     both = [pair.image for pair in sides[VAL] if pair.image in train]
     problems = [f"{lists[VAL]}: {image} is in {LISTS[TRAIN]} too; remove it from one list" for image in both]
-    note = (
-        f"{root}: {len(sides[TRAIN])} pictures for training ({LISTS[TRAIN]}), {len(sides[VAL])} for "
-        f"validation ({LISTS[VAL]})"
-    )
-    return FolderPair(sides, [note], [], problems)
+    taken = f"{len(sides[TRAIN]) + len(sides[VAL])} pictures"
+    return FolderPair(root, sides, taken, f"by {' and '.join(LISTS.values())}", True, [], [], problems)
 
 
 def _divide(
     root: str, pairs: Sequence[Pair], named: Set[str | None]
-) -> tuple[dict[str, list[Pair]], str, list[str]]:
+) -> tuple[dict[str, list[Pair]], str, bool, list[str]]:
     """Divide pairs into the sides.
 
     Args:
@@ -162,7 +166,7 @@ def _divide(
         named: the sides that the folders below images/ name.
 
     Returns:
-        The pairs of each side, how they were divided, and problems.
+        The pairs of each side, how they were divided, whether by folders, and problems.
     """
     sides: dict[str, list[Pair]] = {TRAIN: [], VAL: [], TEST: []}
     if named >= {TRAIN, VAL}:
@@ -171,17 +175,17 @@ def _divide(
                 sides[side].append(pair)
         empty = [side for side in (TRAIN, VAL) if not sides[side]]
         problems = [f"{root}: no picture for {side} has a label; add labels" for side in empty]
-        return sides, "by their folders", problems
+        return sides, "by their folders", True, problems
     sides[TEST] = [pair for pair in pairs if _side(pair.image) == TEST]
     pool = [pair for pair in pairs if _side(pair.image) != TEST]
     groups = split.groups_of([pair.image for pair in pool])
     if len(pool) < 2:
         what = f"{root}: only {len(pool)} picture for training and validation has a label; label at least 2"
-        return sides | {TRAIN: pool}, "", [what]
+        return sides | {TRAIN: pool}, "", False, [what]
     for pair, is_val in zip(pool, split.divide(groups), strict=True):
         sides[VAL if is_val else TRAIN].append(pair)
     each = "each picture is a group" if len(set(groups)) == len(pool) else "one group per folder"
-    return sides, f"seed {split.SEED}; {each}", []
+    return sides, f"seed {split.SEED}; {each}", False, []
 
 
 def _side(path: str) -> str | None:

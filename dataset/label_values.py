@@ -18,6 +18,8 @@ from utils.errors import DataError
 
 #: Name of the class of 0 in labels of 0 and 255, and of black.
 BACKGROUND = "background"
+#: Names of the background and of void, in any case. Those with underscores are labelme's.
+BACKGROUNDS, VOIDS = ("_background_", BACKGROUND), ("__ignore__", "ignore", "void")
 #: Maximum number of classes: labels have 8 bits, and 255 is void.
 MOST_CLASSES = 255
 #: Labels with 0, 255 and at least this number of ids, some of them close to 255, are masks with soft edges.
@@ -46,6 +48,11 @@ class Values:
             for value, path in more.items():
                 values.setdefault(value, path)
         self.palette = self.palette or other.palette
+
+    def listed(self) -> str:
+        """Return the ids, or the number of colors, as text."""
+        ids = f"ids {listed([str(value) for value in sorted(self.ids)])}" if self.ids else ""
+        return " and ".join(filter(None, [ids, f"{len(self.colors)} colors" if self.colors else ""]))
 
     def is_gray(self) -> bool:
         """Return whether there are color pictures, and all their colors are gray."""
@@ -95,22 +102,26 @@ def _not_a_label(path: str, what: str) -> DataError:
     )
 
 
-def scan(paths: Iterable[str], skip: bool = False) -> Values:
+def scan(
+    paths: Iterable[str],
+    problems: list[str] | None = None,
+    decode: Callable[[Encoded], np.ndarray] = decode_label,
+) -> Values:
     """Return the values that occur in label files.
 
     Args:
         paths: the files.
-        skip: whether to skip files that can't be used, for a command that reports them otherwise.
+        problems: list that gets a line for each file that can't be used; None to raise the first.
+        decode: decoder of the files.
 
     Raises:
-        DataError: a file can't be used (see `values_of`); with `skip`, only if none can.
+        DataError: a file can't be used (see `values_of`), and `problems` is None.
     """
     found = Values()
-    failure: DataError | None = None
 
     def look(path: str) -> Values | DataError:
         try:
-            return values_of(load(path))
+            return values_of(load(path), decode)
         except DataError as error:
             return error
 
@@ -118,13 +129,11 @@ def scan(paths: Iterable[str], skip: bool = False) -> Values:
         for looked in pool.map(look, paths):
             if isinstance(looked, Values):
                 found.add(looked)
-            elif skip:
-                failure = failure or looked
+            elif problems is not None:
+                problems.append(str(looked))
             else:
                 pool.shutdown(cancel_futures=True)
                 raise looked
-    if failure and not (found.ids or found.colors):
-        raise failure
     return found
 
 
@@ -198,10 +207,13 @@ def _of_ids(values: Values, names: tuple[str, Sequence[str]] | None) -> list[Lab
     palette = values.palette or []
     if set(ids) <= set(range(len(palette))) and len({palette[value] for value in ids}) == len(ids):
         colors = palette
-    labels = [
-        Label(given[value] if names else f"class {value}", value, number, "", False, colors[value])
-        for number, value in enumerate(ids)
-    ]
+    labels = []
+    number = 0
+    for value in ids:
+        name = given[value] if names else f"class {value}"
+        is_void = name.lower() in VOIDS
+        labels.append(Label(name, value, IGNORE if is_void else number, "", False, colors[value]))
+        number += not is_void
     return [*labels, Label("void", IGNORE, IGNORE, "", False, BLACK)] if IGNORE in present else labels
 
 
