@@ -87,12 +87,16 @@ def values_of(encoded: Encoded, decode: Callable[[Encoded], np.ndarray] = decode
     ids = occurring(pixels)[0].tolist()
     if wrong := [value for value in ids if not 0 <= value <= 255]:
         raise DataError(f"{path}: holds the id {wrong[0]}; number the classes 0 to {MOST_CLASSES - 1}")
-    palette = None
-    if encoded.header.mode == "P":
-        with Image.open(io.BytesIO(encoded.content)) as picture:
-            flat = picture.getpalette() or []
-        palette = [(flat[k], flat[k + 1], flat[k + 2]) for k in range(0, len(flat), 3)]
-    return Values(dict.fromkeys(ids, path), palette=palette)
+    return Values(dict.fromkeys(ids, path), palette=palette_of(encoded))
+
+
+def palette_of(encoded: Encoded) -> list[Color] | None:
+    """Return the RGB colors of a palette picture by index; None for other pictures."""
+    if encoded.header.mode != "P":
+        return None
+    with Image.open(io.BytesIO(encoded.content)) as picture:
+        flat = picture.getpalette() or []
+    return [(flat[k], flat[k + 1], flat[k + 2]) for k in range(0, len(flat), 3)]
 
 
 def _not_a_label(path: str, what: str) -> DataError:
