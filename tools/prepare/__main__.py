@@ -30,7 +30,7 @@ import os
 from dataset.split import SEED, SHARE, divide, groups_of
 from tools import common
 from tools.prepare import advice, formats
-from tools.prepare.classes import read_classes
+from tools.prepare.classes import problems_of, read_classes, similar_names
 from tools.prepare.source import Class, Found, Problems, Wanted
 from tools.prepare.writing import PARTS, TRAIN, VAL, Writer, check_out, new_folder
 from utils import args as flags
@@ -64,8 +64,8 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--group",
         metavar="PATTERN",
-        help="regular expression; pictures in whose paths it finds the same text stay on one side of the split (by "
-        "default, those of one folder)",
+        help="regular expression; pictures in whose paths it finds the same text stay on one side of the "
+        "split (by default, those of one folder)",
     )
     add(
         "--unlabeled",
@@ -125,13 +125,16 @@ def read(args: argparse.Namespace, wanted: Wanted) -> Found:
     else:
         name = args.format
     try:
-        return formats.reader(name)(args.source, wanted)
+        found = formats.reader(name)(args.source, wanted)
+        if problems := problems_of(args.source, found.classes):
+            raise Problems(args.source, problems)
     except Problems as error:
         if len(error.lines) > 1:
             print("\n".join(error.lines[:MOST_LINES]))
         if len(error.lines) > MOST_LINES:
             print(f"... and {len(error.lines) - MOST_LINES} more")
         raise
+    return found._replace(notes=[*found.notes, *similar_names(found.classes)])
 
 
 def with_colors(classes: tuple[Class, ...], given: list[Class]) -> tuple[Class, ...]:

@@ -148,12 +148,19 @@ def commands(out: str, counts: dict[str, Counts], name: str) -> list[tuple[str, 
 
 def as_command(words: Sequence[str]) -> str:
     r"""Return a command to copy into a shell; long lines are continued with \."""
-    lines = [""]
+    parts: list[str] = []
     for word in map(shlex.quote, words):
-        if lines[-1] and len(lines[-1]) + len(word) > WIDTH - 3:
+        if parts and parts[-1].startswith("--") and " " not in parts[-1] and not word.startswith("--"):
+            parts[-1] += f" {word}"  # keep a flag and its value together
+        else:
+            parts.append(word)
+    lines = parts[:1]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) > WIDTH - 3:
             lines[-1] += " \\"
-            lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1] else word
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}"
     return "\n".join(lines)
 
 

@@ -50,17 +50,25 @@ class Numbering(NamedTuple):
             return IGNORE
         return _background_of(self.classes) if is_background(label) else None
 
-    def problems(self, labels: Mapping[str, Sequence[str]]) -> list[str]:
+    def drawn(self, label: str) -> int:
+        """Return the train id of a label; 255 if it is unknown, which is a problem that ends the command."""
+        train_id = self.train_id(label)
+        return IGNORE if train_id is None else train_id
+
+    def problems(self, used: Iterable[tuple[str, str]]) -> list[str]:
         """Return a line for each label that has no class.
 
         Args:
-            labels: the files in which each label occurs.
+            used: the label and the file of each shape.
         """
+        unknown: dict[str, list[str]] = {}
+        for label, file in used:
+            if self.train_id(label) is None:
+                unknown.setdefault(label, []).append(file)
         return [
             f"{files[0]}: label {label!r} is unknown, it is not in {self.origin}"
             f"{in_files(files)}; correct the label or add it there"
-            for label, files in labels.items()
-            if self.train_id(label) is None
+            for label, files in unknown.items()
         ]
 
 

@@ -44,7 +44,11 @@ def recognize(source: str) -> tuple[str, str]:
     """
     found: dict[str, str] = {}
     for ending, of_file in ((".json", _format_of_json), (".xml", _format_of_xml)):
-        files = annotation_files(source, ending) if os.path.isdir(source) or source.endswith(ending) else []
+        files = (
+            annotation_files(source, ending)
+            if os.path.isdir(source) or source.lower().endswith(ending)
+            else []
+        )
         formats = [of_file(path) for path in files]
         for name in sorted({*formats} - {""}):
             number = formats.count(name)

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import base64
 import os
-from collections import defaultdict
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dataset.labels import IGNORE
 from dataset.pictures import Encoded, check_content, check_picture
 from tools.prepare.classes import (
     Numbering,
     cleaned,
     names_beside,
     number_classes,
-    problems_of,
     read_classes,
-    similar_names,
 )
 from tools.prepare.labelme_shapes import Shape, draw_shape, parse_shape, reach
 from tools.prepare.pictures import Finder, examine
@@ -35,11 +31,11 @@ from tools.prepare.reading import (
     by_x,
     count,
     folder_of,
+    progressing,
     read_json,
 )
 from tools.prepare.source import Class, Found, Problems, Scene, Wanted
 from utils.errors import DataError
-from utils.progress import Progress
 
 #: Endings that labelme's pictures may have next to their JSON, if imagePath is wrong.
 ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
@@ -59,8 +55,7 @@ def draw_page(size: tuple[int, int], shapes: list[Shape], numbering: Numbering) 
     """Return the train ids of a picture, uint8 [h, w]."""
     image = Image.new("L", size[::-1], numbering.fill)
     for shape in shapes:
-        train_id = numbering.train_id(shape.label)
-        draw_shape(image, shape, IGNORE if train_id is None else train_id)
+        draw_shape(image, shape, numbering.drawn(shape.label))
     return np.array(image)
 
 
@@ -75,12 +70,9 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
     if wanted.names is None and (beside := names_beside(source)):
         wanted = wanted._replace(**_of_file(beside, wanted, problems))
     pages = _read_pages(source, problems, notes)
-    files: dict[str, list[str]] = defaultdict(list)
-    for page in pages:
-        for shape in page.shapes:
-            files[cleaned(shape.label)].append(page.path)
-    numbering = number_classes([Class(name) for name in sorted(files)], wanted)
-    problems += numbering.problems(files)
+    labels = {cleaned(shape.label) for page in pages for shape in page.shapes}
+    numbering = number_classes(map(Class, sorted(labels)), wanted)
+    problems += numbering.problems((shape.label, page.path) for page in pages for shape in page.shapes)
     finder = Finder(folder_of(source), wanted.pictures)
     tally = Tally()
     scenes: list[Scene] = []
@@ -106,8 +98,6 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
             elif lies:
                 tally.add(lies, page.path)
         scenes.append(scene)
-    if not problems:
-        problems = problems_of(source, numbering.classes)
     if problems:
         raise Problems(source, problems)
     if empty := [page.path for page in pages if not page.shapes]:
@@ -118,7 +108,7 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
         notes.append(
             f"{count(unlabeled, 'picture')} without a JSON file, and left out; the first is {unlabeled[0]}"
         )
-    return Found(numbering.classes, scenes, [*notes, *tally.notes(), *similar_names(numbering.classes)])
+    return Found(numbering.classes, scenes, [*notes, *tally.notes()])
 
 
 def _of_file(path: str, wanted: Wanted, problems: list[str]) -> dict[str, Any]:
@@ -132,11 +122,9 @@ def _of_file(path: str, wanted: Wanted, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_pages(source: str, problems: list[str], notes: list[str]) -> list[Page]:
-    paths = annotation_files(source, ".json")
-    progress = Progress(len(paths), "file")
     pages: list[Page] = []
     others: list[str] = []
-    for number, path in enumerate(paths, 1):
+    for path in progressing(annotation_files(source, ".json")):
         try:
             content = read_json(path)
             if isinstance(content, dict) and "shapes" in content:
@@ -147,7 +135,6 @@ def _read_pages(source: str, problems: list[str], notes: list[str]) -> list[Page
             problems += error.lines
         except DataError as error:
             problems.append(str(error))
-        progress.show(number)
     if others:
         notes.append(f"{count(others, 'JSON file')} not of labelme, and left out; the first is {others[0]}")
     if not problems and not any(page.shapes for page in pages):

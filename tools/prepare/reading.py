@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,6 +14,7 @@ from dataset.layout import files_below
 from tools.prepare.classes import in_files
 from utils.errors import DataError
 from utils.files import read_input
+from utils.progress import Progress
 
 #: Largest absolute coordinate in pixels; pictures have up to 2^20 pixels per side.
 FARTHEST = 2.0**22
@@ -126,6 +127,15 @@ class Tally:
             if files:
                 notes.append(f"{count(files, 'shape')} {what}; the first is in {files[0]}{in_files(files)}")
         return notes
+
+
+def progressing(paths: Sequence[str]) -> Iterator[str]:
+    """Yield files, and report the progress if they are several."""
+    progress = Progress(len(paths), "file")
+    for number, path in enumerate(paths, 1):
+        yield path
+        if len(paths) > 1:
+            progress.show(number)
 
 
 def count(items: Sequence[object], noun: str) -> str:

@@ -55,7 +55,7 @@ class Found(NamedTuple):
 
 
 def own_split(scenes: Sequence[Scene], parts: Sequence[str | None]) -> Mapping[str, str] | None:
-    """Return the split of a source by name of the scene, if all scenes have a part, some of them train and val.
+    """Return the split of a source by name of the scene, if all scenes have a part, and both sides some.
 
     Args:
         scenes: the scenes.

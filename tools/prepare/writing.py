@@ -195,7 +195,7 @@ class Writer:
         return counts
 
     def _write_scene(self, name: str, scene: Scene) -> tuple[str, np.ndarray]:
-        """Write a picture and its label. Return the path of the picture below the folder, and the train ids."""
+        """Write a picture and its label. Return the path of the picture in the folder, and the train ids."""
         label = scene.draw()
         if label.dtype != np.uint8 or label.shape != scene.size:
             raise RunError(
