@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from dataset.label_values import BACKGROUNDS, VOIDS
 from dataset.labels import IGNORE, LONGEST_NAME, MOST_ROWS, MOST_TEXT, read_table
 from tools.prepare.source import BACKGROUND, Class, Wanted
 from utils.errors import DataError, UsageError
 from utils.files import read_input
 
-#: Names of the background and of void, in any case. Those with underscores are labelme's.
-BACKGROUNDS, VOIDS = ("_background_", "background"), ("__ignore__", "ignore", "void")
 #: Largest number of classes: a class table has one more row, for void.
 MOST_CLASSES = MOST_ROWS - 1
 
