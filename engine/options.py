@@ -152,8 +152,8 @@ class DataOptions(Options):
     data_dir: str = option(
         "",
         Flag(
-            "data set in the Cityscapes layout, folder with your images/ and labels/, or the folder that the paths "
-            "of --data-list are relative to",
+            "data set in the Cityscapes layout, folder with your images/ and labels/, or the folder that the "
+            "paths of --data-list are relative to",
             required=True,
             noted=True,
             shared=True,
