@@ -62,6 +62,7 @@ def recognize(source: str) -> tuple[str, str]:
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
+        found = {name: found[name] for name in FORMATS if name in found}
         raise DataError(
             f"{source}: has {' and '.join(found.values())}; choose with --from {' or --from '.join(found)}"
         )
