@@ -183,7 +183,7 @@ def write_coco(folder: Path, scenes: Sequence[Scene], kind: str = "polygons") ->
 
 
 def cvat_content(scenes: Sequence[Scene], masks: bool = False) -> ElementTree.Element:
-    """Return the root of a CVAT file, with polygons or masks; z_order is given, and shapes are in any order."""
+    """Return the root of a CVAT file, with polygons or masks in reverse order, and their z_order."""
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
     meta = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
@@ -194,12 +194,8 @@ def cvat_content(scenes: Sequence[Scene], masks: bool = False) -> ElementTree.El
         ElementTree.SubElement(label, "color").text = f"#{name.encode()[:3].hex()}"
     for number, scene in enumerate(scenes):
         height, width = scene.picture.shape[:2]
-        attributes = {
-            "id": str(number),
-            "name": f"{scene.name}.png",
-            "width": str(width),
-            "height": str(height),
-        }
+        attributes = {"id": str(number), "name": f"{scene.name}.png"}
+        attributes |= {"width": str(width), "height": str(height)}
         image = ElementTree.SubElement(root, "image", attributes)
         shapes = list(enumerate(zip(scene.shapes, scene.masks(), strict=True)))
         for order, ((label, points), (_, pixels)) in shapes[::-1]:

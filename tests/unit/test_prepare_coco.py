@@ -199,7 +199,7 @@ def test_shapes_of_less_than_a_pixel_are_left_out(tmp_path):
 
 
 def test_several_files_are_the_source_s_own_split(tmp_path):
-    """Files in folders named train, valid and test, as Roboflow writes them, with its unused first category."""
+    """Roboflow writes files in folders train, valid and test, with an unused first category."""
     scenes = make_scenes(6)
     for part, own in (("train", scenes[:3]), ("valid", scenes[3:5]), ("test", scenes[5:])):
         (tmp_path / part).mkdir()

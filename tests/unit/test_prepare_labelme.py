@@ -33,7 +33,7 @@ def parsed(kind, points, **others):
 
 @pytest.mark.parametrize("kind", ["polygon", *CORNERS])
 def test_shapes_are_those_of_labelme(kind):
-    """Compare shapes with float and whole coordinates, and beyond the picture, with labelme's own function."""
+    """Shapes with float and whole coordinates, also beyond the picture, are those of labelme's own function."""
     rng = np.random.default_rng(7)
     outside = 0
     for number in range(150):
