@@ -398,7 +398,8 @@ def no_label(path: str, mode: str, gray: bool = False, colors: bool = True) -> D
     """
     what, advice = f"a picture of mode {mode}", "name the file with the ids"
     if gray:
-        what, advice = f"a gray mask saved as {mode}", "save one channel of it as PNG"
+        what = f"a gray mask saved as {mode}"
+        advice = "save one channel of it as PNG, or convert the folder (python -m tools.prepare DIR OUT)"
     elif mode == "RGB" and not colors:
         advice += ", or give a table of its colors with --classes"
     return DataError(f"{path}: a label has one channel of ids, but this is {what}; {advice}")

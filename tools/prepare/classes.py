@@ -173,6 +173,7 @@ def read_classes(path: str, unlabeled_void: bool, flag: str = "--classes ") -> t
     if is_table:
         table = read_table(path)
         classes = [Class(label.name, label.color) for label in table.classes]
+        wanted = wanted._replace(table=table)
         train_ids = {cleaned(label.name): label.train_id for label in table.labels}
         if _background_of(classes) is None and not unlabeled_void:
             raise UsageError(

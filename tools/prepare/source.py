@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataset.labels import ClassTable
 from utils.errors import DataError
 
 #: Name of class 0, to which the pixels belong that no shape covers.
@@ -21,6 +22,7 @@ class Wanted(NamedTuple):
     unlabeled_void: bool = False  # whether pixels that no shape covers are void instead of background
     train_ids: Mapping[str, int] | None = None  # train id of each label in --classes, 255 for void
     origin: str = "--classes"  # flag or file that `names` come from, for error messages
+    table: ClassTable | None = None  # --classes, if it has ids and colors; the values of label pictures
 
 
 class Class(NamedTuple):
