@@ -9,14 +9,14 @@ import json
 import numpy as np
 import pytest
 from annotated import LABELS, coco_content, make_scenes, polygon, runs, write_coco, write_pictures
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
 from tools.prepare import regions
 from tools.prepare.coco import read_coco
 from tools.prepare.coco_file import part_of
 from tools.prepare.source import Problems, Wanted
 
+coco_mask = pytest.importorskip("pycocotools.mask")
+COCO = pytest.importorskip("pycocotools.coco").COCO
 SIZE = (48, 64)
 
 

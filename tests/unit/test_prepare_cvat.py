@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 from annotated import LABELS, cvat_content, make_scenes, polygon, runs, write_cvat, write_pictures
-from pycocotools import mask as coco_mask
 
 from tools.prepare.cvat import read_cvat
 from tools.prepare.source import Problems, Wanted
 
+coco_mask = pytest.importorskip("pycocotools.mask")
 SIZE = (48, 64)
 
 

@@ -33,7 +33,7 @@ def parsed(kind, points, **others):
 
 @pytest.mark.parametrize("kind", ["polygon", *CORNERS])
 def test_shapes_are_those_of_labelme(kind):
-    """Shapes with float and whole coordinates, also beyond the picture, are those of labelme's own function."""
+    """Coordinates may be fractions, and beyond the picture."""
     rng = np.random.default_rng(7)
     outside = 0
     for number in range(150):
