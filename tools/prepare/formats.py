@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 
 from tools.prepare.reading import annotation_files
 from tools.prepare.source import Found, Wanted
@@ -18,8 +17,8 @@ FORMATS = {
     "labelme": ("labelme", "read_labelme", "labelme JSON files"),
     "coco": ("coco", "read_coco", "COCO JSON files"),
     "cvat": ("cvat", "read_cvat", "XML files of CVAT for images 1.1"),
-    "voc": ("masks", "read_voc", "VOC folders"),
-    "pair": ("masks", "read_pair", "folders images/ and labels/"),
+    "voc": ("masks", "read_voc", "VOC folder"),
+    "pair": ("masks", "read_pair", "folder pair images/ and labels/"),
 }
 #: Number of bytes from the start and from the end of a file that are looked at.
 LOOKED_AT = 2**16
@@ -54,7 +53,7 @@ def recognize(source: str) -> tuple[str, str]:
             number = formats.count(name)
             what = FORMATS[name][2]
             found[name] = f"{number} {what}" if number > 1 else f"1 {what.replace('files', 'file', 1)}"
-    if os.path.isdir(source) and find_spec("tools.prepare.masks"):
+    if os.path.isdir(source):
         masks = import_module("tools.prepare.masks")
         for name, is_one in (("voc", masks.is_voc), ("pair", masks.is_pair)):
             if is_one(source):
@@ -62,6 +61,7 @@ def recognize(source: str) -> tuple[str, str]:
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
+        found = {name: found[name] for name in FORMATS if name in found}
         raise DataError(
             f"{source}: has {' and '.join(found.values())}; choose with --from {' or --from '.join(found)}"
         )

@@ -144,9 +144,7 @@ class Finder:
             if path.split(os.sep)[-len(parts) : -1] == parts[:-1]:
                 found.append(path)
         if len(found) > 1:
-            raise DataError(
-                f"{name}: may be {found[0]} or {found[1]}; give --images the folder of the pictures"
-            )
+            raise DataError(f"{name} may be {found[0]} or {found[1]}; give --images the right folder")
         return found[0] if found else None
 
     def all(self) -> list[str]:
@@ -170,7 +168,7 @@ class Finder:
             if relative.split(os.sep)[0] != os.pardir:
                 stem = os.path.splitext(relative)[0]
                 return stem.removeprefix("images" + os.sep) or stem
-        return os.path.join(folder, os.path.splitext(os.path.basename(picture))[0])
+        return os.path.normpath(os.path.join(folder, os.path.splitext(os.path.basename(picture))[0]))
 
     def scenes(self, pictures: Iterable[Listed], problems: list[str]) -> list[Scene]:
         """Find pictures that COCO or CVAT list, and compare their sizes.
