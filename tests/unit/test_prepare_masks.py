@@ -12,7 +12,7 @@ import pytest
 from conftest import status_of
 from PIL import Image
 
-from dataset import CSDataSet
+from dataset import CSDataSet, DataError
 from dataset.labels import read_table
 from tools.prepare.__main__ import main
 from tools.prepare.masks import PASCAL, is_pair, is_voc, read_pair, read_voc
@@ -218,6 +218,8 @@ class TestPair:
         Image.fromarray(pixels).save(tmp_path / "DIR/images/a/1.png", exif=exif)
         found = read_pair(str(tmp_path / "DIR"), Wanted())
         assert [scene.upright for scene in found.scenes] == [True, False, False, False]
+        with pytest.raises(DataError, match="a/1.png: 8x6 pixels, but .* has 6x8; .*python -m tools.prepare"):
+            [CSDataSet(str(tmp_path / "DIR"), split=split).check() for split in ("train", "val")]
         assert status_of(main, tmp_path / "DIR", tmp_path / "out") == 0
         turned = np.asarray(Image.open(tmp_path / "out/images/a/1.png"))
         assert np.array_equal(turned, np.rot90(pixels, -1))
