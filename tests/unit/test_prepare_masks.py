@@ -15,6 +15,7 @@ from PIL import Image
 from dataset import CSDataSet, DataError
 from dataset.labels import read_table
 from tools.prepare.__main__ import main
+from tools.prepare.classes import read_classes
 from tools.prepare.masks import PASCAL, is_pair, is_voc, read_pair, read_voc
 from tools.prepare.source import Found, Problems, Wanted
 
@@ -193,6 +194,13 @@ class TestPair:
             label = cv2.imread(str(tmp_path / f"out/labels/{name}.png"), cv2.IMREAD_UNCHANGED)
             assert label.tolist() == expected(1, 255, 0)[number]
 
+    def test_names_in_a_table_of_a_flag_may_be_equal(self, tmp_path: Path) -> None:
+        write(tmp_path / "DIR", mapped(4, 11, 9))
+        table = tmp_path / "t.tsv"
+        table.write_text(HEADER + "x\t9\t0\t1,1,1\nx\t4\t1\t2,2,2\nx\t11\t255\t0,0,0\n")
+        wanted, _ = read_classes(str(table), False)
+        assert drawn(read_pair(str(tmp_path / "DIR"), wanted)) == expected(1, 255, 0)
+
     def test_own_split(self, tmp_path: Path) -> None:
         write(tmp_path, mapped(0, 1, 2))
         for folder in ("images", "labels"):
@@ -223,6 +231,7 @@ class TestPair:
         assert status_of(main, tmp_path / "DIR", tmp_path / "out") == 0
         turned = np.asarray(Image.open(tmp_path / "out/images/a/1.png"))
         assert np.array_equal(turned, np.rot90(pixels, -1))
+        assert not any("orientation" in note for note in found.notes)
         # A square picture fits both ways, as the loader reads it.
         Image.fromarray(pixels[:6]).save(tmp_path / "DIR/images/a/1.png", exif=exif)
         Image.fromarray(classes_at(0)[:, :6]).save(tmp_path / "DIR/labels/a/1.png")
@@ -325,6 +334,12 @@ def jpeg(root: Path) -> None:
     save("labels/a/1.jpg", np.zeros(SIZE))(root)
 
 
+def color_of_two_classes(root: Path) -> None:
+    write(root, mapped(*COLORS))
+    rows = "a\t-\t0\t0,0,0\nb\t-\t1\t200,10,10\nc\t-\t2\t0,0,0\n"
+    (root / "classes.tsv").write_text(HEADER + rows)
+
+
 def gone(name: str) -> Callable[[Path], object]:
     return lambda root: (root / name).unlink()
 
@@ -361,6 +376,18 @@ PAIRS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "id without a row": (
         text("classes.tsv", HEADER + "a\t0\t0\t1,1,1\nb\t1\t1\t2,2,2\n"),
         [r"labels/a/1.png: holds the id 2, which is not in .*classes.tsv; correct"],
+    ),
+    "color of two classes": (
+        lambda root: (
+            write(root, mapped(*COLORS)),
+            (root / "classes.tsv").write_text(
+                HEADER + "a\t-\t0\t0,0,0\nb\t-\t1\t200,10,10\nc\t-\t2\t0,0,0\n"
+            ),
+        ),
+        [
+            r"holds the color 0,0,0, which two classes have in .*classes.tsv",
+            "color 10,200,10, which is not in",
+        ],
     ),
     "names are no text": (
         lambda root: (root / "classes.txt").write_bytes(b"\xff"),
