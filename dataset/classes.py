@@ -96,13 +96,12 @@ def classes_of(root: str, skip: bool = False) -> Classes:
 
 def _say(root: str, values: Values, table: ClassTable, file: str | None) -> str:
     """Return the line about the values of labels and the classes that they were taken for."""
-    line = f"{root}: the labels hold {values.listed()}: classes "
-    line += listed([name.removeprefix("class ") for name in table.names])
-    if any(label.train_id == IGNORE for label in table.labels):
-        line += f"; {IGNORE} is void"
-    return (
-        f"{line} ({f'named by {os.path.basename(file)}' if file else 'give --classes a table to name them'})"
-    )
+    names = table.names if file else [name.removeprefix("class ") for name in table.names]
+    line = f"{root}: the labels hold {values.listed()}: classes {listed(names)}"
+    if void := [str(label.id) for label in table.labels if label.train_id == IGNORE]:
+        line += f"; {listed(void)} {'is' if len(void) == 1 else 'are'} void"
+    how = f"named by {os.path.basename(file)}" if file else "give --classes a table to name them"
+    return f"{line} ({how})"
 
 
 def choose_classes(

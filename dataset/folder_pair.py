@@ -77,7 +77,7 @@ def find(root: str) -> FolderPair:
     left_out = {
         "pictures have no label and are left out": [p for p in pairing.unlabeled if _side(p) != TEST],
         "pictures are in none of the folders train, val and test and are left out": [
-            pair.image for pair in pairs if not any(pair in side for side in sides.values())
+            pair.image for pair in pairs if is_given and _side(pair.image) is None
         ],
         "other files are no pictures and are left out": [*pictures.others, *labels.others],
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from dataset.labels import IGNORE, MOST_NAMES, ClassTable, Label, occurring
+from dataset.labels import IGNORE, MOST_NAMES, MOST_ROWS, ClassTable, Label, occurring
 from dataset.layout import LABEL_TRAIN_IDS
 from dataset.pictures import Encoded, decode_label, load, no_label
 from utils.drawing.palette import make_palette
@@ -165,6 +165,10 @@ def table_of(source: str, values: Values, names: tuple[str, Sequence[str]] | Non
             list(values.colors.values())[-1], f"holds {len(labels)} colors together with the others"
         )
     if len({label.train_id for label in labels} - {IGNORE}) < 2:
+        if names:
+            raise DataError(
+                f"{names[0]}: names fewer than two classes, so nothing can be learned; name the background too"
+            )
         only = listed([*map(str, sorted(values.ids)), *map(_text, map(color_of, sorted(values.colors)))])
         raise DataError(
             f"{source}: the labels hold only {only}, so there are no two classes to tell apart; label a "
@@ -208,9 +212,11 @@ def _of_ids(values: Values, names: tuple[str, Sequence[str]] | None) -> list[Lab
         ids = list(range(max(ids, default=-1) + 1))
     flat = make_palette([BLACK])
     colors = [(flat[k], flat[k + 1], flat[k + 2]) for k in range(0, len(flat), 3)]
-    palette = values.palette or []
-    if set(ids) <= set(range(len(palette))) and len({palette[value] for value in ids}) == len(ids):
-        colors = palette
+    if values.palette and set(ids) <= set(range(len(values.palette))):
+        used = {values.palette[value] for value in ids}
+        # A palette of grays says no more than the ids.
+        if len(used) == len(ids) and any(len(set(color)) > 1 for color in used):
+            colors = values.palette
     labels = []
     number = 0
     for value in ids:
@@ -218,7 +224,9 @@ def _of_ids(values: Values, names: tuple[str, Sequence[str]] | None) -> list[Lab
         is_void = name.lower() in VOIDS
         labels.append(Label(name, value, IGNORE if is_void else number, "", False, colors[value]))
         number += not is_void
-    return [*labels, Label("void", IGNORE, IGNORE, "", False, BLACK)] if IGNORE in present else labels
+    if IGNORE in present and len(labels) < MOST_ROWS:  # 255 is void without a row too
+        labels.append(Label("void", IGNORE, IGNORE, "", False, BLACK))
+    return labels
 
 
 def _text(color: Color) -> str:

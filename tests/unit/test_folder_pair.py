@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataset import CSDataSet, DataError, check, folder_pair
 from dataset.classes import choose_classes, read_names
-from dataset.labels import CITYSCAPES
+from dataset.labels import CITYSCAPES, format_table
 from dataset.layout import Pair
 from dataset.pairing import pair_up, pictures_below
 from utils.args import exit_status
@@ -225,6 +225,32 @@ class TestClasses:
             picture.save(path)
         assert table(tmp_path).colors == tuple(colors) and table(tmp_path).label_ids().tolist() == [0, 1, 2]
 
+    def test_palette_of_grays(self, tmp_path: Path) -> None:
+        """Grays that are the ids would be hard to see."""
+        make(tmp_path, NAMES)
+        for path in (tmp_path / "labels").iterdir():
+            picture = Image.open(path).copy()
+            picture.putpalette([value for value in range(256) for _ in range(3)])
+            picture.save(path)
+        assert table(tmp_path).colors == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+
+    def test_255_classes(self, tmp_path: Path) -> None:
+        """The table of as many classes as possible can be read again."""
+        make(tmp_path, NAMES, "_L", mapped({0: 0, 1: 253, 2: 255}))
+        (tmp_path / "classes.txt").write_text("\n".join(f"n{number}" for number in range(255)))
+        found = table(tmp_path)
+        (tmp_path / "classes.tsv").write_text(format_table(found))
+        assert len(found.classes) == 255 and table(tmp_path).names == found.names
+
+    def test_void_by_name(self, tmp_path: Path) -> None:
+        make(tmp_path, NAMES, "_L", mapped({0: 0, 1: 1, 2: 2}))
+        (tmp_path / "classes.txt").write_text("class room\nVoid\nb")
+        data = CSDataSet(str(tmp_path))
+        assert [label[:3] for label in data.labels.table.labels] == [
+            ("class room", 0, 0), ("Void", 1, 255), ("b", 2, 1),
+        ]  # fmt: skip
+        assert data.taken[-1].endswith("classes class room and b; 1 is void (named by classes.txt)")
+
     def test_names_of_ids(self, pair: Path) -> None:
         (pair / "labels.txt").write_text("__ignore__\n_background_\r\n cat \ndog\nbird\n\n")
         data = CSDataSet(str(pair))
@@ -279,9 +305,11 @@ def renamed(old: str, new: str) -> Damage:
     return lambda root: os.rename(root / old, root / new)
 
 
-def only(values: Mapping[int, object]) -> Damage:
+def only(values: Mapping[int, object], names: str | None = None) -> Damage:
     def damage(root: Path) -> None:
         make(root, NAMES, "_L", mapped(values))
+        if names:
+            (root / names).write_text("a\n")
 
     return damage
 
@@ -390,6 +418,7 @@ BROKEN: dict[str, tuple[Damage, str]] = {
         text("classes.txt", "a\nb\n"),
         r"classes.txt: has 2 names, .*p0_L.png holds the id 2; name ev",
     ),
+    "one name": (only({0: 0, 1: 0, 2: 255}, "classes.txt"), r"classes.txt: names fewer than two classes, "),
     "a name twice": (text("classes.txt", "a\nb\na\n"), r"classes.txt: names 'a' twice"),
     "an empty name": (text("classes.txt", "a\n\nb\n"), r"classes.txt: the name of id 1 has 0 characters"),
     "names that are no text": (
