@@ -32,9 +32,7 @@ class Scene(NamedTuple):
 
     def masks(self) -> list[tuple[str, np.ndarray]]:
         """Return the labels and the pixels, bool [h, w], of the shapes, as labelme draws them."""
-        return [
-            (label, polygon_mask(self.picture.shape[:2], points)) for label, points in self.shapes
-        ]
+        return [(label, polygon_mask(self.picture.shape[:2], points)) for label, points in self.shapes]
 
     def label(self) -> np.ndarray:
         """Return the train ids, uint8 [h, w]: background, then LABELS; later shapes cover earlier ones."""
@@ -153,6 +151,8 @@ def coco_content(scenes: Sequence[Scene], kind: str = "polygons") -> dict[str, A
         scenes: the scenes.
         kind: polygons, counts (RLE as numbers, of a crowd) or text (compressed RLE).
     """
+    from pycocotools import mask as coco_mask
+
     images, annotations = [], []
     for number, scene in enumerate(scenes, 1):
         height, width = scene.picture.shape[:2]
@@ -162,9 +162,7 @@ def coco_content(scenes: Sequence[Scene], kind: str = "polygons") -> dict[str, A
             if kind == "counts":
                 segmentation = {"counts": runs(pixels.ravel(order="F")), "size": [height, width]}
             elif kind == "text":
-                from pycocotools import mask as coco_mask
-
-            rle = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
+                rle = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
                 segmentation = {"counts": rle["counts"].decode(), "size": [height, width]}
             annotations.append(
                 {
@@ -225,4 +223,32 @@ def cvat_content(scenes: Sequence[Scene], masks: bool = False) -> ElementTree.El
 def write_cvat(folder: Path, scenes: Sequence[Scene], masks: bool = False) -> Path:
     write_pictures(folder / "images", scenes)
     ElementTree.ElementTree(cvat_content(scenes, masks)).write(folder / "annotations.xml", "utf-8", True)
+    return folder
+
+
+def write_voc(folder: Path, scenes: Sequence[Scene]) -> Path:
+    """Write palette pictures, and a labelmap.txt as CVAT writes it."""
+    write_pictures(folder / "JPEGImages", scenes)
+    colors = {name: tuple(name.encode()[:3]) for name in LABELS}
+    lines = ["# label:color_rgb:parts:actions", "background:0,0,0::"]
+    lines += [f"{name}:{','.join(map(str, color))}::" for name, color in colors.items()]
+    (folder / "labelmap.txt").write_text("\n".join(lines) + "\n")
+    palette = [0, 0, 0, *(channel for color in colors.values() for channel in color)]
+    for scene in scenes:
+        picture = Image.fromarray(scene.label())
+        picture.putpalette(palette)
+        path = folder / "SegmentationClass" / f"{scene.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    return folder
+
+
+def write_pair(folder: Path, scenes: Sequence[Scene]) -> Path:
+    """Write images/, labels/ with ids, and the names of the ids."""
+    write_pictures(folder / "images", scenes)
+    (folder / "classes.txt").write_text("\n".join(("background", *LABELS)))
+    for scene in scenes:
+        path = folder / "labels" / f"{scene.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.label()).save(path)
     return folder
