@@ -71,7 +71,7 @@ def labelme_shape() -> Any:
 
 def polygon_mask(size: tuple[int, ...], points: Sequence[Sequence[float]]) -> np.ndarray:
     """Return the pixels of a polygon, bool [h, w], as labelme draws it."""
-    image = Image.new("1", size[::-1])
+    image = Image.new("1", (size[1], size[0]))
     ImageDraw.Draw(image).polygon([(x, y) for x, y in points], fill=1, outline=1)
     return np.array(image)
 
@@ -117,7 +117,13 @@ def labelme_page(scene: Scene, masks: bool = False) -> dict[str, Any]:
     """Return the content of labelme's file of a scene: polygons, or masks of their pixels."""
     shapes: list[dict[str, Any]] = []
     for (label, points), (_, pixels) in zip(scene.shapes, scene.masks(), strict=True):
-        shape = {"label": label, "points": points, "group_id": None, "shape_type": "polygon", "flags": {}}
+        shape: dict[str, Any] = {
+            "label": label,
+            "points": points,
+            "group_id": None,
+            "shape_type": "polygon",
+            "flags": {},
+        }
         if masks:
             rows, columns = np.nonzero(pixels)
             low, high = (columns.min(), rows.min()), (columns.max(), rows.max())
@@ -153,7 +159,8 @@ def coco_content(scenes: Sequence[Scene], kind: str = "polygons") -> dict[str, A
     """
     from pycocotools import mask as coco_mask
 
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes, 1):
         height, width = scene.picture.shape[:2]
         images.append({"id": number, "file_name": f"{scene.name}.png", "height": height, "width": width})
@@ -196,9 +203,9 @@ def cvat_content(scenes: Sequence[Scene], masks: bool = False) -> ElementTree.El
     meta = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
     labels = ElementTree.SubElement(meta, "labels")
     for name in LABELS:
-        label = ElementTree.SubElement(labels, "label")
-        ElementTree.SubElement(label, "name").text = name
-        ElementTree.SubElement(label, "color").text = f"#{name.encode()[:3].hex()}"
+        element = ElementTree.SubElement(labels, "label")
+        ElementTree.SubElement(element, "name").text = name
+        ElementTree.SubElement(element, "color").text = f"#{name.encode()[:3].hex()}"
     for number, scene in enumerate(scenes):
         height, width = scene.picture.shape[:2]
         attributes = {"id": str(number), "name": f"{scene.name}.png"}
@@ -206,7 +213,12 @@ def cvat_content(scenes: Sequence[Scene], masks: bool = False) -> ElementTree.El
         image = ElementTree.SubElement(root, "image", attributes)
         shapes = list(enumerate(zip(scene.shapes, scene.masks(), strict=True)))
         for order, ((label, points), (_, pixels)) in shapes[::-1]:
-            common = {"label": label, "occluded": "0", "source": "manual", "z_order": str(order)}
+            common: dict[str, str] = {
+                "label": label,
+                "occluded": "0",
+                "source": "manual",
+                "z_order": str(order),
+            }
             if masks:
                 rows, columns = np.nonzero(pixels)
                 top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1

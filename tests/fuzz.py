@@ -715,8 +715,10 @@ def damaged_annotations(draw: st.DrawFn) -> tuple[str, bytes]:
     root = annotated.cvat_content(scenes, kind == "cvat masks")
     for _ in range(draw(st.integers(1, 3))):
         element = draw(st.sampled_from(list(root.iter())))
-        odd = st.sampled_from(NUMBERS) | st.text(st.characters(categories=["L", "N", "P"]), max_size=8)
-        if element.attrib and draw(st.booleans()):
+        odd: st.SearchStrategy[str] = st.sampled_from(NUMBERS) | st.text(
+            st.characters(categories=["L", "N", "P"]), max_size=8
+        )
+        if draw(st.booleans()) and element.attrib:
             element.set(draw(st.sampled_from(sorted(element.attrib))), draw(odd))
         elif draw(st.booleans()):
             element.text = draw(odd)
