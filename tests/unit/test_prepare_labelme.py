@@ -96,6 +96,10 @@ SQUARE = [[1, 1], [9, 1], [9, 9]]
         ({"label": 3, "points": SQUARE}, "has no label"),
         ({"label": "a", "points": SQUARE[:2]}, "a polygon of 2 points, which should be 3 or more"),
         ({"label": "a", "points": SQUARE, "shape_type": "circle"}, "a circle of 3 points, which should be 2"),
+        (
+            {"label": "a", "points": [[0, 0], [1e6, 0]], "shape_type": "circle"},
+            "a radius above 131072 pixels",
+        ),
         ({"label": "a", "points": SQUARE, "shape_type": "points"}, "the shape_type 'points'"),
         ({"label": "a", "points": SQUARE, "shape_type": ["polygon"]}, "the shape_type"),
         ({"label": "a", "points": None}, "not pairs of finite numbers"),
