@@ -76,6 +76,7 @@ def test_masks_lie_at_the_whole_part_of_their_corner(left, top):
 def test_how_shapes_lie_in_the_picture():
     assert reach(parsed("polygon", [(0, 0), (56, 0), (56, 40)]), SIZE) is None
     assert reach(parsed("polygon", [(0, 0), (70, 0), (56, 30)]), SIZE) == "clipped"
+    assert reach(parsed("polygon", [(-5, 0), (20, 0), (20, 30)]), SIZE) == "clipped"
     assert reach(parsed("circle", [(20, 20), (20, 30)]), SIZE) is None
     assert reach(parsed("circle", [(20, 20), (20, 45)]), SIZE) == "clipped"
     assert reach(parsed("point", [(58, 20)]), SIZE) == "clipped"
