@@ -421,9 +421,12 @@ def check_size(path: str, picture: Header | Encoded, other: str, expected: Heade
     """
     sizes = [f"{each.width}x{each.height}" for each in (picture, expected)]
     if sizes[0] != sizes[1]:
-        raise DataError(
-            f"{path}: {sizes[0]} pixels, but {other} has {sizes[1]}; use files that belong together"
-        )
+        advice = "use files that belong together"
+        if (picture.width, picture.height) == (expected.height, expected.width):
+            advice += (
+                ", or turn the picture upright, as a camera's orientation tag asks (python -m tools.prepare)"
+            )
+        raise DataError(f"{path}: {sizes[0]} pixels, but {other} has {sizes[1]}; {advice}")
 
 
 def _decode_png(encoded: Encoded, color_type: int, rows: int | None) -> np.ndarray | None:

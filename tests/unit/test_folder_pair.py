@@ -80,6 +80,12 @@ class TestPairing:
                 (name, name + suffix) for name in names
             }
 
+    def test_the_longest_name_wins(self, tmp_path: Path) -> None:
+        make(tmp_path, ["x", "x_a"])
+        shutil.rmtree(tmp_path / "labels")
+        save(tmp_path / "labels/x_a_m.png", classes_at(0))
+        assert self.of(tmp_path) == [("images/x_a.jpg", "labels/x_a_m.png")]
+
     def test_a_number_is_no_suffix(self, tmp_path: Path) -> None:
         make(tmp_path, ["1", "2"])
         shutil.rmtree(tmp_path / "labels")
@@ -249,6 +255,11 @@ class TestClasses:
         root = make(tmp_path / "b", NAMES, "_labelTrainIds", values=mapped({0: 0, 1: 4, 2: 255}))
         data = CSDataSet(str(root), crop_size=None)
         assert data.num_classes == 5 and set(np.unique(data.picture(0, False).label)) == {0, 4, 255}
+
+    def test_255_in_train_ids_is_void(self, tmp_path: Path) -> None:
+        make(tmp_path, NAMES, "_labelTrainIds", values=mapped({0: 0, 1: 255, 2: 255}))
+        with pytest.raises(DataError, match="hold only 0 and 255, so there are no two classes"):
+            CSDataSet(str(tmp_path))
 
     def test_digest_has_the_table(self, pair: Path) -> None:
         before = CSDataSet(str(pair)).digest()

@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from dataset.label_values import BACKGROUNDS, VOIDS
 from dataset.labels import IGNORE, LONGEST_NAME, MOST_ROWS, MOST_TEXT, read_table
 from tools.prepare.source import BACKGROUND, Class, Wanted
 from utils.errors import DataError, UsageError
 from utils.files import read_input
 
-#: Names of the background and of void, in any case. Those with underscores are labelme's.
-BACKGROUNDS, VOIDS = ("_background_", "background"), ("__ignore__", "ignore", "void")
 #: Largest number of classes: a class table has one more row, for void.
 MOST_CLASSES = MOST_ROWS - 1
 
@@ -87,6 +86,9 @@ def number_classes(labels: Iterable[Class], wanted: Wanted) -> Numbering:
     Args:
         labels: the labels of the source with their colors, in the order in which classes get train ids.
         wanted: the flags.
+
+    Raises:
+        UsageError: the class table of --classes has no background.
     """
     if wanted.names is not None:
         classes = tuple(map(Class, wanted.names))
@@ -102,6 +104,11 @@ def number_classes(labels: Iterable[Class], wanted: Wanted) -> Numbering:
         classes = (*filter(None, [background]), *found.values())
         train_ids = {each.name: number for number, each in enumerate(classes)}
     background_id = _background_of(classes)
+    if background_id is None and wanted.table is not None and not wanted.unlabeled_void:
+        raise UsageError(
+            f"{wanted.origin}: has no class named background, for the pixels that no shape covers; add its "
+            "row, or give --unlabeled void"
+        )
     fill = IGNORE if wanted.unlabeled_void or background_id is None else background_id
     return Numbering(classes, train_ids, fill, wanted.origin)
 
@@ -148,7 +155,7 @@ def read_classes(path: str, unlabeled_void: bool, flag: str = "--classes ") -> t
     """Read the classes of a class table, or of a text file with one name in each line.
 
     If a text file has no background, it becomes class 0, unless `unlabeled_void`. In a class table it must
-    be a row.
+    be a row, unless the source has label pictures.
 
     Args:
         path: the file.
@@ -160,7 +167,6 @@ def read_classes(path: str, unlabeled_void: bool, flag: str = "--classes ") -> t
 
     Raises:
         DataError: the file is unreadable or invalid.
-        UsageError: the table has no background.
     """
     try:
         text = read_input(path, MOST_TEXT).decode("utf-8-sig")
@@ -175,11 +181,6 @@ def read_classes(path: str, unlabeled_void: bool, flag: str = "--classes ") -> t
         classes = [Class(label.name, label.color) for label in table.classes]
         wanted = wanted._replace(table=table)
         train_ids = {cleaned(label.name): label.train_id for label in table.labels}
-        if _background_of(classes) is None and not unlabeled_void:
-            raise UsageError(
-                f"{flag}{path}: has no class named background, for the pixels that no shape covers; add its "
-                "row, or give --unlabeled void"
-            )
     else:
         found = [cleaned(line) for line in lines if not is_void(cleaned(line))]
         found = [BACKGROUND if is_background(name) else name for name in found]

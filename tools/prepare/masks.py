@@ -129,7 +129,7 @@ def _given_of_pair(source: str) -> Given:
     path = os.path.join(source, TABLE)
     if os.path.lexists(path):
         return Given(read_table(path), origin=path)
-    return _names_of(source, NAMES) or Given(origin="the labels")
+    return _names_of(source, NAMES) or Given()
 
 
 def _given_of_voc(source: str) -> Given:
@@ -146,7 +146,7 @@ def _given_of_voc(source: str) -> Given:
     if os.path.isdir(annotations) and os.path.isdir(os.path.join(source, PARTS)):
         origin = "the classes of Pascal VOC"
         return Given(names=(origin, PASCAL), origin=origin)
-    return Given(origin="the labels", zero_is_background=True)
+    return Given(zero_is_background=True)
 
 
 def _names_of(source: str, files: Sequence[str]) -> Given | None:
@@ -183,7 +183,8 @@ def _read(
     if problems:
         raise Problems(source, problems)
     meaning = Meaning(by_id, by_color, given.decoder, is_gray)
-    notes.append(f"the labels hold {values.listed()}; the classes are those of {origin}")
+    how = f"the classes are those of {origin}" if origin else "each is a class"
+    notes.append(f"the labels hold {values.listed()}; {how}{' or void' if IGNORE in values.ids else ''}")
     if is_gray:
         notes.append("the labels are gray pictures of several channels, whose values are ids")
     if turned:
