@@ -32,9 +32,7 @@ class Scene(NamedTuple):
 
     def masks(self) -> list[tuple[str, np.ndarray]]:
         """Return the labels and the pixels, bool [h, w], of the shapes, as labelme draws them."""
-        return [
-            (label, polygon_mask(self.picture.shape[:2], points)) for label, points in self.shapes
-        ]
+        return [(label, polygon_mask(self.picture.shape[:2], points)) for label, points in self.shapes]
 
     def label(self) -> np.ndarray:
         """Return the train ids, uint8 [h, w]: background, then LABELS; later shapes cover earlier ones."""
@@ -73,7 +71,7 @@ def labelme_shape() -> Any:
 
 def polygon_mask(size: tuple[int, ...], points: Sequence[Sequence[float]]) -> np.ndarray:
     """Return the pixels of a polygon, bool [h, w], as labelme draws it."""
-    image = Image.new("1", size[::-1])
+    image = Image.new("1", (size[1], size[0]))
     ImageDraw.Draw(image).polygon([(x, y) for x, y in points], fill=1, outline=1)
     return np.array(image)
 
@@ -119,7 +117,13 @@ def labelme_page(scene: Scene, masks: bool = False) -> dict[str, Any]:
     """Return the content of labelme's file of a scene: polygons, or masks of their pixels."""
     shapes: list[dict[str, Any]] = []
     for (label, points), (_, pixels) in zip(scene.shapes, scene.masks(), strict=True):
-        shape = {"label": label, "points": points, "group_id": None, "shape_type": "polygon", "flags": {}}
+        shape: dict[str, Any] = {
+            "label": label,
+            "points": points,
+            "group_id": None,
+            "shape_type": "polygon",
+            "flags": {},
+        }
         if masks:
             rows, columns = np.nonzero(pixels)
             low, high = (columns.min(), rows.min()), (columns.max(), rows.max())
@@ -153,7 +157,10 @@ def coco_content(scenes: Sequence[Scene], kind: str = "polygons") -> dict[str, A
         scenes: the scenes.
         kind: polygons, counts (RLE as numbers, of a crowd) or text (compressed RLE).
     """
-    images, annotations = [], []
+    from pycocotools import mask as coco_mask
+
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes, 1):
         height, width = scene.picture.shape[:2]
         images.append({"id": number, "file_name": f"{scene.name}.png", "height": height, "width": width})
@@ -162,9 +169,7 @@ def coco_content(scenes: Sequence[Scene], kind: str = "polygons") -> dict[str, A
             if kind == "counts":
                 segmentation = {"counts": runs(pixels.ravel(order="F")), "size": [height, width]}
             elif kind == "text":
-                from pycocotools import mask as coco_mask
-
-            rle = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
+                rle = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
                 segmentation = {"counts": rle["counts"].decode(), "size": [height, width]}
             annotations.append(
                 {
@@ -198,9 +203,9 @@ def cvat_content(scenes: Sequence[Scene], masks: bool = False) -> ElementTree.El
     meta = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
     labels = ElementTree.SubElement(meta, "labels")
     for name in LABELS:
-        label = ElementTree.SubElement(labels, "label")
-        ElementTree.SubElement(label, "name").text = name
-        ElementTree.SubElement(label, "color").text = f"#{name.encode()[:3].hex()}"
+        element = ElementTree.SubElement(labels, "label")
+        ElementTree.SubElement(element, "name").text = name
+        ElementTree.SubElement(element, "color").text = f"#{name.encode()[:3].hex()}"
     for number, scene in enumerate(scenes):
         height, width = scene.picture.shape[:2]
         attributes = {"id": str(number), "name": f"{scene.name}.png"}
@@ -208,7 +213,12 @@ def cvat_content(scenes: Sequence[Scene], masks: bool = False) -> ElementTree.El
         image = ElementTree.SubElement(root, "image", attributes)
         shapes = list(enumerate(zip(scene.shapes, scene.masks(), strict=True)))
         for order, ((label, points), (_, pixels)) in shapes[::-1]:
-            common = {"label": label, "occluded": "0", "source": "manual", "z_order": str(order)}
+            common: dict[str, str] = {
+                "label": label,
+                "occluded": "0",
+                "source": "manual",
+                "z_order": str(order),
+            }
             if masks:
                 rows, columns = np.nonzero(pixels)
                 top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
@@ -225,4 +235,32 @@ def cvat_content(scenes: Sequence[Scene], masks: bool = False) -> ElementTree.El
 def write_cvat(folder: Path, scenes: Sequence[Scene], masks: bool = False) -> Path:
     write_pictures(folder / "images", scenes)
     ElementTree.ElementTree(cvat_content(scenes, masks)).write(folder / "annotations.xml", "utf-8", True)
+    return folder
+
+
+def write_voc(folder: Path, scenes: Sequence[Scene]) -> Path:
+    """Write palette pictures, and a labelmap.txt as CVAT writes it."""
+    write_pictures(folder / "JPEGImages", scenes)
+    colors = {name: tuple(name.encode()[:3]) for name in LABELS}
+    lines = ["# label:color_rgb:parts:actions", "background:0,0,0::"]
+    lines += [f"{name}:{','.join(map(str, color))}::" for name, color in colors.items()]
+    (folder / "labelmap.txt").write_text("\n".join(lines) + "\n")
+    palette = [0, 0, 0, *(channel for color in colors.values() for channel in color)]
+    for scene in scenes:
+        picture = Image.fromarray(scene.label())
+        picture.putpalette(palette)
+        path = folder / "SegmentationClass" / f"{scene.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    return folder
+
+
+def write_pair(folder: Path, scenes: Sequence[Scene]) -> Path:
+    """Write images/, labels/ with ids, and the names of the ids."""
+    write_pictures(folder / "images", scenes)
+    (folder / "classes.txt").write_text("\n".join(("background", *LABELS)))
+    for scene in scenes:
+        path = folder / "labels" / f"{scene.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.label()).save(path)
     return folder

@@ -104,7 +104,7 @@ SQUARE = [1, 1, 9, 1, 9, 9]
         ({"segmentation": [[*SQUARE, 1e9, 2]]}, "a polygon that is not a list of finite numbers"),
         ({"segmentation": [[0, 0, *([4e6, 0, 0, 1] * 3)]]}, "longer than 4 million pixels"),
         ({"segmentation": [[100, 1, 109, 1, 109, 9]]}, "is outside of 00.png (64x48 pixels)"),
-        ({"segmentation": [[-100, 1, -1, 1, 0, 9]]}, "is outside of 00.png"),
+        ({"segmentation": [[-100, 1, -1, 1, -0.5, 9]]}, "is outside of 00.png"),
         ({"segmentation": "SQUARE"}, "neither polygons nor RLE"),
         ({"segmentation": {**RLE, "size": [64, 48]}}, "an RLE of 48x64, but its picture has 64x48"),
         ({"segmentation": {**RLE, "size": None}}, "an RLE of no valid size"),

@@ -76,6 +76,7 @@ def test_masks_lie_at_the_whole_part_of_their_corner(left, top):
 def test_how_shapes_lie_in_the_picture():
     assert reach(parsed("polygon", [(0, 0), (56, 0), (56, 40)]), SIZE) is None
     assert reach(parsed("polygon", [(0, 0), (70, 0), (56, 30)]), SIZE) == "clipped"
+    assert reach(parsed("polygon", [(-5, 0), (20, 0), (20, 30)]), SIZE) == "clipped"
     assert reach(parsed("circle", [(20, 20), (20, 30)]), SIZE) is None
     assert reach(parsed("circle", [(20, 20), (20, 45)]), SIZE) == "clipped"
     assert reach(parsed("point", [(58, 20)]), SIZE) == "clipped"
@@ -96,6 +97,10 @@ SQUARE = [[1, 1], [9, 1], [9, 9]]
         ({"label": 3, "points": SQUARE}, "has no label"),
         ({"label": "a", "points": SQUARE[:2]}, "a polygon of 2 points, which should be 3 or more"),
         ({"label": "a", "points": SQUARE, "shape_type": "circle"}, "a circle of 3 points, which should be 2"),
+        (
+            {"label": "a", "points": [[0, 0], [1e6, 0]], "shape_type": "circle"},
+            "a radius above 131072 pixels",
+        ),
         ({"label": "a", "points": SQUARE, "shape_type": "points"}, "the shape_type 'points'"),
         ({"label": "a", "points": SQUARE, "shape_type": ["polygon"]}, "the shape_type"),
         ({"label": "a", "points": None}, "not pairs of finite numbers"),

@@ -77,6 +77,8 @@ def test_out_is_new_or_empty(tmp_path):
         check_out(str(tmp_path / "file"), str(tmp_path))
     with pytest.raises(UsageError, match="is not empty"):
         check_out(str(tmp_path), str(tmp_path / "x"))
+    with pytest.raises(UsageError, match="can't be created in .*file"):
+        check_out(str(tmp_path / "file/x/y"), str(tmp_path))
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(UsageError, match="can't be read"):
         check_out(str(tmp_path / "dangling"), str(tmp_path))

@@ -34,6 +34,8 @@ POINTS: dict[str, tuple[int, float]] = {
 }
 #: Width of lines and radius of points, in pixels.
 LINE_WIDTH, POINT_RADIUS = 10, 5
+#: Largest radius of a circle in pixels; Pillow draws much larger ones in minutes.
+LARGEST_RADIUS = 2**17
 
 
 class Shape(NamedTuple):
@@ -99,6 +101,10 @@ def parse_shape(content: dict[str, Any]) -> Shape:
         should = f"{least} or more" if most > least else least
         raise ValueError(
             f"is a {kind} of {len(points)} points, which should be {should}; draw it again or delete it"
+        )
+    if kind == "circle" and math.dist(*points) > LARGEST_RADIUS:
+        raise ValueError(
+            f"is a circle with a radius above {LARGEST_RADIUS} pixels; draw it again or delete it"
         )
     shape = Shape(label, kind, points, None)
     return shape if kind != "mask" else shape._replace(mask=_mask(content.get("mask"), points))

@@ -71,7 +71,7 @@ def where_in(points: np.ndarray, size: tuple[int, int]) -> str | None:
         size: height and width of the picture.
     """
     low, high, end = points.min(0), points.max(0), (size[1], size[0])
-    if (high <= 0).any() or (low >= end).any():
+    if (high < 0).any() or (low > end).any():
         return "outside"
     return None if (low >= 0).all() and (high <= end).all() else "clipped"
 

@@ -52,7 +52,7 @@ class Counts:
 
 
 def check_out(out: str, source: str) -> None:
-    """Raise UsageError if `out` is neither missing nor an empty folder, or if it is the source."""
+    """Raise UsageError if `out` is not new or an empty folder, can't be created, or is the source."""
     try:
         if os.path.lexists(out) and os.listdir(out):
             raise UsageError(f"{out}: is not empty; name a new folder")
@@ -62,6 +62,11 @@ def check_out(out: str, source: str) -> None:
         raise UsageError(f"{out}: can't be read ({error.strerror}); name a new folder") from error
     if os.path.realpath(out) == os.path.realpath(source):
         raise UsageError(f"{out}: is also SOURCE; name a new folder")
+    folder = os.path.dirname(os.path.realpath(out))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{out}: can't be created in {folder}; name another folder")
 
 
 @contextlib.contextmanager
