@@ -167,7 +167,8 @@ def table_of(source: str, values: Values, names: tuple[str, Sequence[str]] | Non
     if len({label.train_id for label in labels} - {IGNORE}) < 2:
         if names:
             raise DataError(
-                f"{names[0]}: names fewer than two classes, so nothing can be learned; name the background too"
+                f"{names[0]}: names fewer than two classes, so nothing can be learned; name the "
+                "background too"
             )
         only = listed([*map(str, sorted(values.ids)), *map(_text, map(color_of, sorted(values.colors)))])
         raise DataError(
