@@ -122,7 +122,7 @@ def check(options: EvaluateOptions, table: ClassTable | None, device: torch.devi
         print("no --restore-from: evaluating random weights", flush=True)
     dataset = make_dataset(options, table)
     missing = dataset.missing_for_instances()
-    print(dataset.check(instances=missing is None), flush=True)
+    print(*dataset.taken, dataset.check(instances=missing is None), sep="\n", flush=True)
     if missing:
         print(f"averageScoreInstClasses and averageScoreInstCategories are omitted: {missing}", flush=True)
     if options.split == TEST:

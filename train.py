@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from functools import partial
 from typing import cast
@@ -19,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from dataset import IMG_MEAN, CSDataSet, cache
-from dataset.labels import ClassTable, choose_table
+from dataset.classes import Classes, choose_classes
+from dataset.labels import ClassTable, format_table
 from engine.data.loader import Loading, train_batches
 from engine.options import TrainOptions, add_flags
 from engine.randomness import seed_of, set_deterministic
 from engine.runtime import apex, distributed, signals
 from engine.training import checkpoint
 from engine.training.ema import WeightAverage
-from engine.training.run import Parts, Run, exclusive
+from engine.training.run import Data, Parts, Run, exclusive
 from engine.training.schedule import poly_lr, set_learning_rate
 from engine.training.step import Stepper
 from loss import CriterionDSN, CriterionOhemDSN
@@ -39,6 +41,7 @@ from networks.variants import DEPTHS, options_of
 from utils import args as flags
 from utils.drawing.attention_figure import draw_attention
 from utils.drawing.palette import colored, make_palette
+from utils.errors import UsageError
 from utils.files import check_outputs, check_writable
 from utils.resources import check_fits
 
@@ -54,17 +57,18 @@ def main() -> int:
     """Parse the flags, check them, and train; return the exit status."""
     args = get_parser().parse_args()
     with distributed.reported_once():
-        table, args.num_classes = choose_table(args.classes, args.num_classes)
+        classes = choose_classes(args.data_dir, args.data_list, args.classes, args.num_classes)
+        args.num_classes = classes.number
         options = TrainOptions.of(args)
         devices = distributed.choose_devices(options.gpu, options.nproc)
     return distributed.run(
         devices,
-        check=lambda: check(options, table, distributed.processes(devices), devices[0]),
-        body=lambda world: train(options, table, world),
+        check=lambda: check(options, classes, distributed.processes(devices), devices[0]),
+        body=lambda world: train(options, classes.table, world),
     )
 
 
-def check(options: TrainOptions, table: ClassTable | None, processes: int, device: torch.device) -> None:
+def check(options: TrainOptions, classes: Classes, processes: int, device: torch.device) -> None:
     """Check everything that can be known before the first step.
 
     Raises:
@@ -87,13 +91,21 @@ def check(options: TrainOptions, table: ClassTable | None, processes: int, devic
     if device.type == "cpu":
         pictures = options.batch_size // (processes * options.grad_accum)
         check_fits("--batch-size, --input-size", pictures * math.prod(options.input_size))
-    dataset = make_dataset(options, table)
-    print(dataset.check(), flush=True)
+    dataset = make_dataset(options, classes.table)
+    print(*dataset.taken, *classes.notes, dataset.check(), sep="\n", flush=True)
     inputs = [options.restore_from, options.data_list, options.val_list, options.classes, *dataset.files()]
-    if val_dataset := make_val_dataset(options, table):
+    if val_dataset := make_val_dataset(options, classes.table):
         print(val_dataset.check(), flush=True)
         inputs += val_dataset.files()
-    outputs = checkpoint.replaced(options.snapshot_dir, options.num_steps, options.save_pred_every)
+    table = own_table(options, classes.table)
+    if table is not None and os.path.realpath(options.snapshot_dir) == os.path.realpath(options.data_dir):
+        raise UsageError(
+            f"--snapshot-dir {options.snapshot_dir}: is also --data-dir, whose class table the run would "
+            "replace; name another folder"
+        )
+    outputs = checkpoint.replaced(
+        options.snapshot_dir, options.num_steps, options.save_pred_every, table is not None
+    )
     check_outputs(f"--snapshot-dir {options.snapshot_dir}", outputs, inputs)
     check_writable("--snapshot-dir", options.snapshot_dir)
     if place := cache_place(options):
@@ -124,7 +136,8 @@ def train(options: TrainOptions, table: ClassTable | None, world: distributed.Wo
         parts = Parts(model, optimizer, stepper.scaler, average)
         recipe = options.recipe() | {"data": dataset.digest()}
         draw = partial(draw_sample, model, make_palette(dataset.labels.colors()))
-        with Run(options, world, stop, parts, recipe, make_val_dataset(options, table), draw) as run:
+        data = Data(make_val_dataset(options, table), draw, own_table(options, table))
+        with Run(options, world, stop, parts, recipe, data) as run:
             loading = Loading(options.batch_size, options.num_workers)
             batches = train_batches(dataset, seed, run.remaining, world, loading, options.memory_format)
             for step, batch in run.steps(batches):
@@ -134,6 +147,11 @@ def train(options: TrainOptions, table: ClassTable | None, world: distributed.Wo
                 if average is not None:
                     average.update(step)
                 run.record(step, batch, result)  # log, snapshot, state, validation: what is due
+
+
+def own_table(options: TrainOptions, table: ClassTable | None) -> str | None:
+    """Return the text of the class table that the run writes; None if a flag gives the classes."""
+    return None if table is None or options.classes is not None else format_table(table)
 
 
 def make_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataSet:

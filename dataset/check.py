@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset import layout
+from dataset import folder_pair, layout
 from dataset.class_chart import draw_chart
+from dataset.classes import choose_classes
 from dataset.inspection import has_ids, look_at_all
-from dataset.labels import IGNORE, Counts, LabelReader, choose_table
+from dataset.labels import IGNORE, Counts, LabelReader
 from dataset.layout import Pair, instances_of
 from utils import args as flags
 from utils.errors import DataError, RunError, UsageError
@@ -154,6 +155,8 @@ def find(args: argparse.Namespace) -> list[Found]:
         if not os.path.isdir(root):
             layout.check_root(root)
         return [Found(args.data_list, layout.read_list(root, args.data_list), [], [], {})]
+    if folder_pair.is_pair(root):
+        return find_sides(root, list(dict.fromkeys(args.split or ())))
     for name in args.split or ():
         layout.check_split(name)
     layout.check_root(root)
@@ -165,6 +168,30 @@ def find(args: argparse.Namespace) -> list[Found]:
             f"{root}: leftImg8bit has no folder train, val or test; unpack leftImg8bit_trainvaltest.zip again"
         )
     return [find_split(root, name, args.partial) for name in names]
+
+
+def find_sides(root: str, names: Sequence[str]) -> list[Found]:
+    """Find the pairs of the sides of a folder pair, and problems with their names.
+
+    Args:
+        root: the data directory.
+        names: the sides; empty for all that have pictures.
+
+    Raises:
+        DataError: a name is not that of a side, or no pairs can be found.
+    """
+    for name in names:
+        folder_pair.check_side(root, name)
+    found = folder_pair.find(root)
+    print(*found.notes, sep="\n", flush=True)
+    if not found.sides[folder_pair.TEST]:
+        found.sides[folder_pair.TEST] = folder_pair.tests(root)
+    names = names or [name for name, pairs in found.sides.items() if pairs]
+    notes = [layout.say_skipped(found.skipped)] if found.skipped else []
+    return [
+        Found(name, found.sides[name], [] if number else found.problems, [] if number else notes, {})
+        for number, name in enumerate(names)
+    ]
 
 
 def find_split(root: str, name: str, partial: bool) -> Found:
@@ -286,13 +313,14 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "root",
         metavar="CS",
-        help="folder with leftImg8bit and gtFine, or the folder of the paths in --data-list",
+        help="folder with leftImg8bit and gtFine, or with images and labels, or that of the paths in "
+        "--data-list",
     )
     add(
         "--split",
         action="append",
         metavar="S",
-        help="folder below leftImg8bit; can be repeated; default: all",
+        help="folder below leftImg8bit, or train, val or test; can be repeated; default: all",
     )
     add("--data-list", metavar="L", help="file of 'image<TAB>label' lines, used instead of the folders")
     add("--classes", metavar="TABLE", help="class table of another data set (docs/own_data.md)")
@@ -325,8 +353,9 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = get_parser().parse_args(argv)
-    table, num_classes = choose_table(args.classes, args.num_classes)
-    labels = LabelReader(table, args.ignore_label, num_classes)
+    classes = choose_classes(args.root, args.data_list, args.classes, args.num_classes, skip=True)
+    print("\n".join(classes.notes), end="\n" if classes.notes else "", flush=True)
+    labels = LabelReader(classes.table, args.ignore_label, classes.number)
     splits: list[Split] = []
     found = find(args)
     check_written(args, found)

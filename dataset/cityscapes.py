@@ -1,4 +1,4 @@
-"""The data set of pictures and labels, found by a list or in the Cityscapes layout.
+"""The data set of pictures and labels, found by a list, in the Cityscapes layout or in a folder pair.
 
 A train id is the class index that the network is trained with. Void pixels are neither trained nor scored.
 
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import layout, transforms
+from dataset import folder_pair, layout, transforms
 from dataset.cache import PictureCache, on_disk
+from dataset.classes import CLASS_FILES, classes_of
 from dataset.labels import IGNORE, ClassTable, Counts, LabelReader
 from dataset.layout import LABEL_IDS, Pair, instances_of
 from dataset.pictures import (
@@ -67,11 +68,12 @@ class Picture(NamedTuple):
 
 
 class CSDataSet(Dataset):
-    """Pictures with labels, in the Cityscapes layout or given by a list.
+    """Pictures with labels, in the Cityscapes layout, in a folder pair (see there), or given by a list.
 
     Labels named `*_labelTrainIds.png` hold train ids. Other labels are converted with `table` if it is given,
     by their ids or, for color pictures, by their colors. Without a table, labels named `*_labelIds.png` are
-    converted with the table of Cityscapes, and all others hold train ids.
+    converted with the table of Cityscapes, and all others hold train ids. For a folder pair without `table`
+    and `num_classes`, the table is made from the values of its labels (`dataset.classes.classes_of`).
 
     An item is a tuple of image (float32 [3, h, w], BGR minus mean), label (train ids, int64 [h, w]), size
     (height, width, 3) of the picture on disk, and name. The augmentation is drawn from torch's random state.
@@ -79,8 +81,8 @@ class CSDataSet(Dataset):
 
     Args:
         root: the data directory.
-        list_path: file of `image<TAB>label` lines relative to `root`; None finds the pairs of `split` in the
-            Cityscapes layout.
+        list_path: file of `image<TAB>label` lines relative to `root`; None finds the pairs of `split` in
+            `root`.
         crop_size: (height, width) of the samples; None for whole pictures.
         mean: BGR mean to subtract.
         scale: whether to scale randomly by 0.7 to 2.1.
@@ -88,13 +90,14 @@ class CSDataSet(Dataset):
         ignore_label: label of void pixels and padding.
         num_classes: number of classes; None for that of the table. Larger train ids, other than
             `ignore_label`, are an error.
-        split: "train", "val" or another folder below leftImg8bit, used without a list.
+        split: "train", "val" or another folder below leftImg8bit, or a side of a folder pair; used without a
+            list.
         table: meaning of the values of the label pictures.
         labeled: whether there are labels; without them only `picture` and `check` can be called.
         cache: cache for decoded pictures, with a plan for `sizes()`.
 
     Raises:
-        DataError: see `layout.read_list` and `layout.discover`.
+        DataError: see `layout.read_list`, `layout.discover`, `folder_pair.discover` and `classes_of`.
     """
 
     def __init__(  # noqa: PLR0913
@@ -113,15 +116,24 @@ class CSDataSet(Dataset):
         cache: PictureCache | None = None,
     ):
         self.skipped: list[str] = []
-        if list_path is None:
-            found = layout.discover(root, split, labeled)
-            self.pairs, self.skipped = found.pairs, found.skipped
-        else:
+        self.taken: list[str] = []  # lines about what was taken for what in a folder pair
+        self.described: list[str] = []  # possible files of lists and classes in a folder pair
+        if list_path is not None:
             if not os.path.isdir(root):
                 layout.check_root(root)
-            self.pairs = layout.read_list(root, list_path, labeled)
+            self.pairs, self.source = layout.read_list(root, list_path, labeled), list_path
+        elif folder_pair.is_pair(root):
+            self.pairs, self.taken, self.skipped = folder_pair.discover(root, split, labeled)
+            self.source = f"{os.path.join(root, folder_pair.IMAGES)} ({split})"
+            self.described = [*folder_pair.LISTS.values(), *CLASS_FILES]
+            if table is None and num_classes is None and labeled:
+                table, num_classes, notes = classes_of(root)
+                self.taken = self.taken + notes
+        else:
+            found = layout.discover(root, split, labeled)
+            self.pairs, self.skipped = found.pairs, found.skipped
+            self.source = os.path.join(root, "leftImg8bit", split)
         self.root = root
-        self.source = os.path.join(root, "leftImg8bit", split) if list_path is None else list_path
         self.crop_size = crop_size
         self.mean = np.asarray(mean)
         self.scale = scale
@@ -196,10 +208,13 @@ class CSDataSet(Dataset):
         )
 
     def files(self) -> list[str]:
-        """Return the paths of all pictures, labels and possible instanceIds files."""
+        """Return the paths of all pictures and labels, and possible ones of instances, classes and lists."""
         labels = [pair.label for pair in self.pairs if pair.label]
         instances = [instances_of(label) for label in labels if label.endswith(LABEL_IDS)]
-        return [self.path(file) for file in (*(pair.image for pair in self.pairs), *labels, *instances)]
+        return [
+            self.path(file)
+            for file in (*(pair.image for pair in self.pairs), *labels, *instances, *self.described)
+        ]
 
     def has_instances(self) -> bool:
         """Return whether every label is a labelIds file that has an instanceIds file."""

@@ -163,7 +163,7 @@ class Counts:
         self.values += other.values
 
 
-def _occurring(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def occurring(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the values that occur in an integer array [h, w], and their counts."""
     if pixels.dtype != np.uint8:
         return np.unique(pixels, return_counts=True)
@@ -248,10 +248,10 @@ class LabelReader:
         path, values = encoded.path, decode_label(encoded)
         counts = Counts()
         if values.ndim == 3:
-            present, pixels = _occurring(self.train_ids(path, values))
+            present, pixels = occurring(self.train_ids(path, values))
             counts.train_ids[present] = pixels
         else:
-            present, pixels = _occurring(values)
+            present, pixels = occurring(values)
             np.add.at(counts.train_ids, self._look_up(path, present)[present], pixels)
             counts.values[present] = pixels
         return counts
@@ -267,7 +267,7 @@ class LabelReader:
             if not self.may_be_colors(path):
                 raise no_label(path, "RGB", is_gray(values), colors=False)
             return self._of_colors(path, values)
-        look_up = self._look_up(path, _occurring(values)[0])
+        look_up = self._look_up(path, occurring(values)[0])
         return cv2.LUT(values.astype(np.uint8, copy=False), look_up.astype(np.uint8))
 
     def _look_up(self, path: str, present: np.ndarray) -> np.ndarray:
@@ -397,6 +397,26 @@ def read_table(path: str) -> ClassTable:
         return ClassTable(labels)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def format_table(table: ClassTable) -> str:
+    """Return the text of a class table file, which `read_table` reads.
+
+    The name is the last column, so that the columns align and a name may start with #.
+
+    Raises:
+        ValueError: a name is empty, too long or holds a NUL character.
+    """
+    lines = ["id\ttrain_id\tcolor\tname"]
+    for label in table.labels:
+        name = " ".join(label.name.split())  # tabs and line breaks would end the cell
+        if not 0 < len(name) <= LONGEST_NAME or "\0" in name:
+            raise ValueError(
+                f"the class name {name[:40]!r} can't be written; give one of 1 to {LONGEST_NAME} characters"
+            )
+        number = "-" if label.id < 0 else str(label.id)
+        lines.append(f"{number}\t{label.train_id}\t{','.join(map(str, label.color))}\t{name}")
+    return "\n".join(lines) + "\n"
 
 
 def choose_table(path: str | None, num_classes: int | None) -> tuple[ClassTable | None, int]:

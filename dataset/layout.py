@@ -96,7 +96,7 @@ def read_list(root: str, list_path: str, labeled: bool = True) -> list[Pair]:
         pairs.append((columns[0], columns[1] if labeled else ""))
     if not pairs:
         raise DataError(f"{list_path}: the list is empty; check --data-list")
-    return _named(pairs)
+    return named(pairs)
 
 
 def _clipped(text: str, most: int = 200) -> str:
@@ -128,10 +128,12 @@ def check_root(root: str) -> None:
                 raise DataError(
                     f"{root}: {problem}, but its folder {name} has one; name {os.path.join(root, name)}"
                 )
+        problem += ", and no folders images and labels"
     raise DataError(
         f"{root}: {problem}; give --data-dir the folder in which leftImg8bit_trainvaltest.zip and "
         "gtFine_trainvaltest.zip were unpacked (csDownload of the package cityscapesscripts downloads both, "
-        "python -m dataset.check checks them), or the folder of the paths in --data-list"
+        "python -m dataset.check checks them), a folder with your own pictures in images and their labels in "
+        "labels (docs/own_data.md), or the folder of the paths in --data-list"
     )
 
 
@@ -170,7 +172,7 @@ def scan(root: str, split: str, labeled: bool = True) -> Found:
     """
     check_split(split)
     pairs, without_label, strays = [], [], []
-    files, skipped = _files(root, os.path.join("leftImg8bit", split))
+    files, skipped = files_below(root, os.path.join("leftImg8bit", split))
     for city, file in files:
         stem, extension = os.path.splitext(file)
         if extension.lower() not in PICTURE_ENDINGS:
@@ -191,13 +193,13 @@ def scan(root: str, split: str, labeled: bool = True) -> Found:
     if labeled:
         expected = {label for _, label in pairs}
         expected |= {label.removesuffix(LABEL_IDS) + LABEL_TRAIN_IDS for label in expected}
-        files, more = _files(root, os.path.join("gtFine", split))
+        files, more = files_below(root, os.path.join("gtFine", split))
         skipped += more
         for city, file in files:
             label = os.path.join("gtFine", split, city, file)
             if file.endswith((LABEL_IDS, LABEL_TRAIN_IDS)) and label not in expected:
                 without_picture.append(label)
-    return Found(_named(pairs), _named(without_label), without_picture, strays, skipped)
+    return Found(named(pairs), named(without_label), without_picture, strays, skipped)
 
 
 def discover(root: str, split: str, labeled: bool = True) -> Found:
@@ -242,7 +244,7 @@ def _see_check(root: str) -> str:
     return f" (python -m dataset.check {root} lists them all)"
 
 
-def _files(root: str, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
+def files_below(root: str, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
     """List the files below `folder`, a path relative to `root`. Links to folders are followed.
 
     Returns:
@@ -280,7 +282,7 @@ def _files(root: str, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
     return found, skipped
 
 
-def _named(pairs: Sequence[tuple[str, str]]) -> list[Pair]:
+def named(pairs: Sequence[tuple[str, str]]) -> list[Pair]:
     """Name each pair after its picture; if names are not unique, after the whole path of the picture."""
     stems = [os.path.splitext(os.path.basename(image))[0].removesuffix(PICTURE) for image, _ in pairs]
     if len(set(stems)) < len(set(pairs)):

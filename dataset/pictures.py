@@ -132,6 +132,11 @@ def load(path: str) -> Encoded:
         raise
     except (OSError, ValueError) as error:
         raise _unopened(path, error) from error
+    return check_content(path, content)
+
+
+def check_content(path: str, content: bytes) -> Encoded:
+    """Check the content of a picture file without decoding it; see `load` for the errors."""
     if content.startswith(PNG_SIGNATURE) and not _png_is_whole(content):
         raise DataError(f"{path}: damaged or truncated picture; copy it again")
     if _lacks_end(content[:8], content[-TAIL:]):
@@ -393,7 +398,8 @@ def no_label(path: str, mode: str, gray: bool = False, colors: bool = True) -> D
     """
     what, advice = f"a picture of mode {mode}", "name the file with the ids"
     if gray:
-        what, advice = f"a gray mask saved as {mode}", "save one channel of it as PNG"
+        what = f"a gray mask saved as {mode}"
+        advice = "save one channel of it as PNG, or convert the folder (python -m tools.prepare DIR OUT)"
     elif mode == "RGB" and not colors:
         advice += ", or give a table of its colors with --classes"
     return DataError(f"{path}: a label has one channel of ids, but this is {what}; {advice}")
@@ -415,9 +421,12 @@ def check_size(path: str, picture: Header | Encoded, other: str, expected: Heade
     """
     sizes = [f"{each.width}x{each.height}" for each in (picture, expected)]
     if sizes[0] != sizes[1]:
-        raise DataError(
-            f"{path}: {sizes[0]} pixels, but {other} has {sizes[1]}; use files that belong together"
-        )
+        advice = "use files that belong together"
+        if (picture.width, picture.height) == (expected.height, expected.width):
+            advice += (
+                ", or turn the picture upright, as a camera's orientation tag asks (python -m tools.prepare)"
+            )
+        raise DataError(f"{path}: {sizes[0]} pixels, but {other} has {sizes[1]}; {advice}")
 
 
 def _decode_png(encoded: Encoded, color_type: int, rows: int | None) -> np.ndarray | None:

@@ -152,14 +152,15 @@ class DataOptions(Options):
     data_dir: str = option(
         "",
         Flag(
-            "data set in the Cityscapes layout, or the folder that the paths of --data-list are relative to",
+            "data set in the Cityscapes layout, folder with your images/ and labels/, or the folder that the "
+            "paths of --data-list are relative to",
             required=True,
             noted=True,
             shared=True,
         ),
     )
     data_list: str | None = option(
-        None, Flag("file of 'image<TAB>label' lines; by default the split of the layout", noted=True)
+        None, Flag("file of 'image<TAB>label' lines; by default the split of the data set", noted=True)
     )
     ignore_label: int = option(
         255, Flag("train id of void pixels", flags.label, recipe=True, noted=True, shared=True)
@@ -378,7 +379,7 @@ class RunOptions(Options):
         ),
     )
     val_list: str | None = option(
-        None, Flag("like --data-list, for the validation; by default the val split of the layout")
+        None, Flag("like --data-list, for the validation; by default the val split of the data set")
     )
     print_frequency: int = option(
         50, Flag("steps between lines of the log", flags.positive_int, metavar="STEPS")
@@ -507,7 +508,7 @@ class EvaluateOptions(PredictionOptions, CheckpointOptions, ProcessOptions, Clas
     title = "evaluation"
     split: str = option(
         "val",
-        Flag("split of the layout; test has no labels and gives an archive to submit", noted=True),
+        Flag("split of the data set; test has no labels and gives an archive to submit", noted=True),
     )
     batch_size: int = option(1, Flag("pictures of equal size to predict together, per process", flags.batch))
     tile_batch: int | None = option(

@@ -34,9 +34,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from xml.etree import ElementTree
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # run as a script, outside pytest
 
+import annotated  # noqa: E402
 import cv2  # noqa: E402
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
@@ -56,6 +58,7 @@ from networks import Seg_Model  # noqa: E402
 from networks.variants import DEPTHS  # noqa: E402
 from networks.weights import match_weights, read_state_dict  # noqa: E402
 from tools import attention, convert, export, predict, profile, report, seeds  # noqa: E402
+from tools.prepare import __main__ as prepare  # noqa: E402
 from utils.args import exit_status  # noqa: E402
 from utils.errors import InputError, RunError  # noqa: E402
 
@@ -79,6 +82,7 @@ class Ground:
         folder: all of it.
         pair: the relative paths of a picture and its label.
         data, run: the data set, and a run of one step with its evaluation.
+        labeled: pictures with files of labelme.
         checkpoint: the run's weights.
         odd: paths that are given for files and folders of any kind.
     """
@@ -91,6 +95,7 @@ class Ground:
             for number in range(count):
                 image, label = write_pair(self.data, split, number, (33, 49))
         self.pair = image, label
+        self.labeled = annotated.write_labelme(folder / "labeled", annotated.make_scenes(3))
         (folder / "pairs.lst").write_text(f"{image}\t{label}\n")
         (folder / "classes.tsv").write_text(
             "name\tid\ttrain_id\tcolor\nleft\t0\t0\t0,0,0\nright\t1\t1\t255,0,0\nvoid\t2\t255\t9,9,9\n"
@@ -216,8 +221,8 @@ def call(name: str, main: Callable[[], int | None], arguments: list[str]) -> End
     return Ended(status, output.getvalue(), errors.getvalue())
 
 
-def check_command(name: str, main: Callable[[], int | None], arguments: list[str]) -> None:
-    """Run a command and check that it ends as every command has to."""
+def check_command(name: str, main: Callable[[], int | None], arguments: list[str]) -> int:
+    """Run a command, check that it ends as every command has to, and return its exit status."""
     with shallow_network(), time_limit(LIMIT):
         ended = call(name, main, arguments)
     assert ended.status in (0, 1, 2), f"status {ended.status}"
@@ -229,6 +234,7 @@ def check_command(name: str, main: Callable[[], int | None], arguments: list[str
     now = ground().contents()
     missing = [names for digest, names in ground().before.items() if len(now.get(digest, ())) < len(names)]
     assert not missing, f"changed or deleted: one of each of {missing}"
+    return ended.status
 
 
 # Flags
@@ -360,6 +366,7 @@ COMMANDS = (
         lambda _, out: ["--gpu", "cpu", "--input-size", "33,33", "--backbone", "resnet50", "--rounds", "0"],
     ),
     Command("seeds.py", seeds, lambda g, out: [f"{out}/seeds", "--seeds", "0"]),
+    Command("prepare.py", prepare, lambda g, out: [str(g.labeled), f"{out}/prepared"]),
 )
 
 
@@ -693,6 +700,55 @@ def report_body(drawn: tuple[str, bytes]) -> None:
         assert Path(folder, name).read_bytes() == content
 
 
+# Annotation files
+
+
+@st.composite
+def damaged_annotations(draw: st.DrawFn) -> tuple[str, bytes]:
+    """Draw a file of labelme, COCO or CVAT with values replaced or removed, and its name."""
+    scenes = annotated.make_scenes(3)
+    kind = draw(st.sampled_from(["labelme", "masks", "polygons", "counts", "text", "cvat", "cvat masks"]))
+    if kind in ("labelme", "masks"):
+        return "00.json", draw(damaged_json(annotated.labelme_page(scenes[0], kind == "masks")))
+    if not kind.startswith("cvat"):
+        return "coco.json", draw(damaged_json(annotated.coco_content(scenes, kind)))
+    root = annotated.cvat_content(scenes, kind == "cvat masks")
+    for _ in range(draw(st.integers(1, 3))):
+        element = draw(st.sampled_from(list(root.iter())))
+        odd: st.SearchStrategy[str] = st.sampled_from(NUMBERS) | st.text(
+            st.characters(categories=["L", "N", "P"]), max_size=8
+        )
+        if draw(st.booleans()) and element.attrib:
+            element.set(draw(st.sampled_from(sorted(element.attrib))), draw(odd))
+        elif draw(st.booleans()):
+            element.text = draw(odd)
+        else:
+            element.clear()
+    content = ElementTree.tostring(root)
+    if draw(st.booleans()):
+        at = draw(st.integers(0, len(content)))
+        content = content[:at] + draw(st.binary(max_size=3)) + content[at + draw(st.integers(0, 20)) :]
+    return "cvat.xml", content
+
+
+def annotation_body(drawn: tuple[str, bytes]) -> None:
+    """Check that a damaged file is refused without a result, or gives a whole one."""
+    name, content = drawn
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "source"), Path(folder, "out")
+        shutil.copytree(ground().labeled, source)
+        if not name.startswith("00"):
+            for path in source.glob("*.json"):
+                path.unlink()
+        (source / name).write_bytes(content)
+        status = check_command("prepare.py", prepare.main, [str(source), str(out)])
+        assert sorted(os.listdir(folder)) == (["source"] if status else ["out", "source"])
+        if status == 0:
+            table = read_table(str(out / "classes.tsv"))
+            data = [CSDataSet(str(out), str(out / f"{part}.lst"), table=table) for part in ("train", "val")]
+            assert sum(map(len, data)) >= 2
+
+
 # The states of a run
 
 STATES = (1, 2)
@@ -779,6 +835,7 @@ def targets() -> dict[str, Target]:
         "checkpoint bytes": lambda: (st.lists(byte, min_size=1, max_size=8), checkpoint_bytes_body),
         "states": lambda: (damaged_states(), state_body),
         "run files": lambda: (damaged_runs(), report_body),
+        "annotations": lambda: (damaged_annotations(), annotation_body),
     }
 
 

@@ -20,7 +20,7 @@ ALLOWED["networks"] = {"utils", "cc_attention"}
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 COMMANDS = [
     *(ROOT / name for name in ("train.py", "evaluate.py", "segmenter.py", "hubconf.py", "setup.py")),
-    *sorted(path for name in ("tools", "examples") for path in (ROOT / name).glob("*.py")),
+    *sorted(path for name in ("tools", "examples") for path in (ROOT / name).rglob("*.py")),
 ]
 
 

@@ -172,7 +172,7 @@ ccnet_setup() {
         ccnet_install_decoder
         if [ "${CCNET_DEV:-0}" = 1 ]; then
             ccnet_install dev -r requirements.txt -r requirements-dev.txt
-            ccnet_install scores --no-deps cityscapesscripts
+            ccnet_install scores --no-deps cityscapesscripts labelme
         fi
     fi
     ccnet_build

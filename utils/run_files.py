@@ -16,6 +16,8 @@ from utils.files import read_input
 #: Files with the flags of a training run, the machines that it ran on, its log, and the scores of an
 #: evaluation.
 ARGUMENTS, ENVIRONMENT, LOG, RESULT = "args.json", "environment.json", "log.jsonl", "result.txt"
+#: File with the class table of a run whose flags do not give one.
+CLASSES = "classes.tsv"
 #: Maximum nesting depth of lists and objects; our files have three levels.
 DEEPEST = 16
 #: Maximum absolute value of a number: above the range of float32, but its double is still finite.

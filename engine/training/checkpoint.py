@@ -27,6 +27,7 @@ from torch import Tensor
 
 from utils.errors import RunError, UsageError
 from utils.files import kind_of, open_input, put_aside, replacing, temporary_name, write_file, writing
+from utils.run_files import CLASSES
 
 #: Files and folders of a run, except states and the snapshots that are named by their step.
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
@@ -277,13 +278,17 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def check_run_files(directory: str) -> None:
+def check_run_files(directory: str, own_table: bool = False) -> None:
     """Check that the files of the run are regular files, and that tensorboard is a folder.
+
+    Args:
+        directory: folder of the run.
+        own_table: whether the run writes its class table.
 
     Raises:
         UsageError: a path is of another kind, such as a FIFO or a broken link.
     """
-    for name in RUN_FILES:
+    for name in _run_files(own_table):
         path = os.path.join(directory, name)
         is_right, wanted = (os.path.isdir, "folder") if name == "tensorboard" else (os.path.isfile, "file")
         if os.path.lexists(path) and not is_right(path):
@@ -423,16 +428,17 @@ def _check_scale(own: Mapping[str, float], saved: Any) -> None:
             raise _Misfit(f"{name} of its loss scale is not a finite non-negative number")
 
 
-def replaced(directory: str, steps: int, interval: int) -> list[str]:
+def replaced(directory: str, steps: int, interval: int, own_table: bool = False) -> list[str]:
     """Return the existing files of `directory` that a run would replace or move away.
 
     Args:
         directory: folder of the run.
         steps: number of steps of the run.
         interval: number of steps between snapshots.
+        own_table: whether the run writes its class table.
     """
     folder = glob.escape(directory)
-    found = [path for name in RUN_FILES for path in glob.glob(os.path.join(folder, name))]
+    found = [path for name in _run_files(own_table) for path in glob.glob(os.path.join(folder, name))]
     found += glob.glob(os.path.join(folder, "state_*"))
     for path in glob.glob(snapshot_path(folder, "*")):
         match = re.search(r"_(\d+)(_ema)?\.pth$", path)
@@ -442,14 +448,24 @@ def replaced(directory: str, steps: int, interval: int) -> list[str]:
     return [path for path in found if not os.path.isdir(path)]
 
 
-def set_aside(directory: str) -> str | None:
+def _run_files(own_table: bool) -> tuple[str, ...]:
+    """Return the names of the files of a run, with that of its class table if the run writes it."""
+    return (*RUN_FILES, CLASSES) if own_table else RUN_FILES
+
+
+def set_aside(directory: str, own_table: bool = False) -> str | None:
     """Move the states and the log of an earlier run to a new subfolder.
+
+    Args:
+        directory: folder of the run.
+        own_table: whether the run writes its class table, so that an earlier one is moved too.
 
     Returns:
         The path of the subfolder; None if there is nothing to move.
     """
     found = glob.glob(os.path.join(glob.escape(directory), "state_*"))
-    found += [path for name in RUN_FILES if os.path.lexists(path := os.path.join(directory, name))]
+    names = _run_files(own_table)
+    found += [path for name in names if os.path.lexists(path := os.path.join(directory, name))]
     if not found:
         return None
     number = 1
@@ -463,7 +479,7 @@ def set_aside(directory: str) -> str | None:
 
 def remove_leftovers(directory: str) -> None:
     """Delete partly written files of a killed run. The directory must be `locked`."""
-    for name in ("state_*", "CS_scenes_*", *RUN_FILES):
+    for name in ("state_*", "CS_scenes_*", *_run_files(own_table=True)):
         for path in glob.glob(temporary_name(os.path.join(glob.escape(directory), name), "*")):
             if os.path.isfile(path):
                 os.unlink(path)

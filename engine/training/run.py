@@ -32,6 +32,7 @@ from engine.training.step import Diverged, StepResult
 from utils.environment import commit, machine
 from utils.errors import RunError, UsageError
 from utils.files import put_aside, read_input, unwritable, write_file
+from utils.run_files import ARGUMENTS, CLASSES
 
 #: Function that draws a sample: (image [3, h, w], label [h, w], logits [C, H, W]) -> pictures by name, uint8
 #: [h, w, 3] RGB.
@@ -49,6 +50,21 @@ class Parts(NamedTuple):
     def present(self) -> dict[str, Any]:
         """Return the objects that the run has, by name."""
         return {name: part for name, part in self._asdict().items() if part is not None}
+
+
+class Data(NamedTuple):
+    """What a run gets of its data set, besides the batches.
+
+    Attributes:
+        validation: pictures to validate on; None if --val-every is 0.
+        draw: function that draws a sample for TensorBoard.
+        class_table: content of classes.tsv, for a run whose flags do not give a class table but whose data
+            set has one; None otherwise.
+    """
+
+    validation: PictureSource | None
+    draw: Draw
+    class_table: str | None = None
 
 
 @contextlib.contextmanager
@@ -85,8 +101,7 @@ class Run:
         parts: objects that are saved in a state and restored from a state.
         recipe: values that determine how the weights change in a step (see engine/options.py), and a digest
             of the data. A resumed run must have the same recipe.
-        validation_source: pictures to validate on; None if --val-every is 0.
-        draw: function that draws a sample for TensorBoard.
+        data: what the run gets of its data set, besides the batches.
     """
 
     def __init__(
@@ -96,8 +111,7 @@ class Run:
         stop: StopRequest,
         parts: Parts,
         recipe: Mapping[str, Any],
-        validation_source: PictureSource | None,
-        draw: Draw,
+        data: Data,
     ):
         self.options = options
         self.directory = options.snapshot_dir
@@ -105,8 +119,7 @@ class Run:
         self.stop = stop
         self.parts = parts
         self.recipe = recipe
-        self.validation_source = validation_source
-        self.draw = draw
+        self.data = data
         self.start = options.start_iters  # steps done before
         self.state: State | None = None  # the newest saved state
         self.validation = Validation()
@@ -142,6 +155,11 @@ class Run:
             # Every process raises Diverged, before the step changes the weights.
             if isinstance(error, Diverged):
                 self._end(error)
+
+    @property
+    def _own_table(self) -> bool:
+        """Whether the run writes its class table."""
+        return self.data.class_table is not None
 
     @property
     def remaining(self) -> range:
@@ -218,7 +236,7 @@ class Run:
         state = self.world.gather(found[0] if found else None)[0]
         if state is None:
             return
-        self.world.on_main(lambda: checkpoint.check_run_files(self.directory))
+        self.world.on_main(lambda: checkpoint.check_run_files(self.directory, self._own_table))
         if unseen := self.world.first(None if os.path.exists(state.path) else state.path):
             raise UsageError(f"--snapshot-dir: {unseen} is not on every machine; share the directory")
         if not self.options.change_recipe:
@@ -241,10 +259,15 @@ class Run:
     def _open_log(self) -> RunLog:
         if self.state is not None:
             self._say(f"{self.state.path}: continuing after step {self.start}")
-        elif earlier := checkpoint.set_aside(self.directory):
+        elif earlier := checkpoint.set_aside(self.directory, self._own_table):
             self._say(f"{self.directory}: states and log of an earlier run are now in {earlier}")
         checkpoint.remove_leftovers(self.directory)
-        write_file(os.path.join(self.directory, "args.json"), json.dumps(vars(self.options), indent=2))
+        arguments = dict(vars(self.options))
+        if self.data.class_table is not None:
+            # The commands that read a checkpoint find the table by args.json.
+            arguments["classes"] = os.path.join(self.directory, CLASSES)
+            write_file(arguments["classes"], self.data.class_table)
+        write_file(os.path.join(self.directory, ARGUMENTS), json.dumps(arguments, indent=2))
         self._note_environment()
         self.log = RunLog(self.directory, self.start, self.options.num_steps, self.options.batch_size)
         return self.log
@@ -339,7 +362,7 @@ class Run:
 
         def show() -> None:
             with _in_evaluation_mode(self.parts.model):
-                pictures = self.draw(batch.images[-1], batch.labels[-1], result.outputs[0][-1])
+                pictures = self.data.draw(batch.images[-1], batch.labels[-1], result.outputs[0][-1])
             for name, picture in pictures.items():
                 self.log.picture(step, name, picture)
 
@@ -347,7 +370,7 @@ class Run:
 
     def _validate(self, step: int) -> None:
         """Validate after `step`, whose state is saved, and save the weights if their score is the best."""
-        assert self.state is not None and self.validation_source is not None
+        assert self.state is not None and self.data.validation is not None
         model, options = self.parts.model, self.options
         average = contextlib.nullcontext() if self.parts.average is None else self.parts.average.in_model()
         with average, _in_evaluation_mode(model):
@@ -355,7 +378,7 @@ class Run:
                 lambda images: predict_classes(
                     model, images, [1.0], False, options.input_size, options.num_classes
                 ),
-                self.validation_source,
+                self.data.validation,
                 self.world,
                 Loading(workers=options.num_workers),
                 interrupted=lambda: self._stopped(step),

@@ -17,7 +17,7 @@ from engine.runtime.signals import StopRequest
 from engine.training import checkpoint
 from engine.training.checkpoint import State, Validation
 from engine.training.ema import WeightAverage
-from engine.training.run import Parts, Run
+from engine.training.run import Data, Parts, Run
 from utils.errors import RunError, UsageError
 from utils.files import replacing, temporary_name
 
@@ -500,7 +500,7 @@ def test_no_process_goes_on_with_a_state_that_another_can_t_load(tmp_path, parts
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     world = OtherFails(0, 1, torch.device("cpu"))
     all_parts = Parts(parts["model"], parts["optimizer"], scaler)
-    run = Run(options, world, StopRequest(), all_parts, RECIPE, None, lambda *_: {})
+    run = Run(options, world, StopRequest(), all_parts, RECIPE, Data(None, lambda *_: {}))
     before = files_of(tmp_path)
     with pytest.raises(UsageError, match="another process"), run:
         pass

@@ -16,8 +16,9 @@ from dataset.labels import (
     Counts,
     Label,
     LabelReader,
-    _occurring,
     choose_table,
+    format_table,
+    occurring,
     read_table,
 )
 from dataset.pictures import load
@@ -77,6 +78,21 @@ def test_wrong_table_is_one_line_that_names_the_file(tmp_path, text, words):
         read_table(str(path))
     assert str(error.value).startswith(str(path)) and words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_written_table_is_read_again_as_it_is(tmp_path):
+    labels = [
+        Label("# a  tree", 7, 1, "", False, (1, 2, 3)),
+        Label("ä\tb\r\nc", -1, 0, "", False, (255, 0, 0)),
+        Label("void", 255, 255, "", False, (0, 0, 0)),
+    ]
+    path = tmp_path / "classes.tsv"
+    path.write_text(format_table(ClassTable(labels)), encoding="utf-8")
+    expected = [labels[0]._replace(name="# a tree"), labels[1]._replace(name="ä b c"), labels[2]]
+    assert read_table(str(path)).labels == tuple(expected)
+    for name in ("", "  ", "a" * 201, "a\0"):
+        with pytest.raises(ValueError, match="class name"):
+            format_table(ClassTable([labels[0]._replace(name=name, train_id=0)]))
 
 
 def test_missing_or_binary_table(tmp_path):
@@ -194,7 +210,7 @@ def test_labels_of_void_alone_are_refused(tmp_path):
 
 
 def test_counts_are_exact_beyond_what_float32_counts():
-    present, pixels = _occurring(np.zeros((4097, 4096 * 2 + 1), np.uint8))
+    present, pixels = occurring(np.zeros((4097, 4096 * 2 + 1), np.uint8))
     assert present.tolist() == [0] and pixels.tolist() == [4097 * 8193]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from dataset.labels import ClassTable
+from utils.errors import DataError
 
 #: Name of class 0, to which the pixels belong that no shape covers.
 BACKGROUND = "background"
@@ -17,6 +20,9 @@ class Wanted(NamedTuple):
     pictures: str | None = None  # folder of the pictures; None to look for it
     names: tuple[str, ...] | None = None  # class names in the order of their train ids; None for the source's
     unlabeled_void: bool = False  # whether pixels that no shape covers are void instead of background
+    train_ids: Mapping[str, int] | None = None  # train id of each label in --classes, 255 for void
+    origin: str = "--classes"  # flag or file that `names` come from, for error messages
+    table: ClassTable | None = None  # --classes, if it has ids and colors; the values of label pictures
 
 
 class Class(NamedTuple):
@@ -34,7 +40,7 @@ class Scene(NamedTuple):
     size: tuple[int, int]  # height and width of the label picture
     draw: Callable[[], np.ndarray]  # returns the train ids, uint8 [h, w], 255 for void
     upright: bool = False  # whether the labels belong to the picture turned by its orientation tag
-    content: bytes | None = None  # the picture itself, if it is stored in an annotation file
+    content: Callable[[], bytes] | None = None  # returns the picture, if an annotation file holds it
 
 
 class Found(NamedTuple):
@@ -43,4 +49,34 @@ class Found(NamedTuple):
     classes: tuple[Class, ...]  # in the order of their train ids
     scenes: list[Scene]
     notes: list[str]  # lines about what was recognized and what is left out
-    parts: Mapping[str, str] | None = None  # "train" or "val" by name of the scene, if the source has a split
+    parts: Mapping[str, str] | None = (
+        None  # train, val or test by name of the scene, if the source has a split
+    )
+
+
+def own_split(scenes: Sequence[Scene], parts: Sequence[str | None]) -> Mapping[str, str] | None:
+    """Return the split of a source by name of the scene, if all scenes have a part, and both sides some.
+
+    Args:
+        scenes: the scenes.
+        parts: train, val or test for each; None if the source does not tell.
+    """
+    if not {"train", "val"} <= {*parts} <= {"train", "val", "test"}:
+        return None
+    return {scene.name: part for scene, part in zip(scenes, parts, strict=True) if part}
+
+
+class Problems(DataError):
+    """All problems of a source that can't be prepared.
+
+    Args:
+        source: file or folder that was read.
+        lines: the problems, at least one; each line names the file, what is wrong and what to do.
+    """
+
+    def __init__(self, source: str, lines: Sequence[str]):
+        first = lines[0]
+        super().__init__(
+            first if len(lines) == 1 else f"{source}: {len(lines)} problems, the first is {first}"
+        )
+        self.lines = list(lines)

@@ -1,0 +1,124 @@
+"""The classes of a data set, from flags, or from the files and the labels of a folder pair."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+from dataset import folder_pair
+from dataset.label_values import BACKGROUND, BACKGROUNDS, MOST_CLASSES, Values, listed, scan, table_of
+from dataset.labels import CITYSCAPES, IGNORE, LONGEST_NAME, MOST_TEXT, ClassTable, choose_table
+from dataset.layout import LABEL_IDS
+from utils.errors import DataError
+from utils.files import read_input
+
+#: Class table of a folder pair, and files with its class names in the order of their ids.
+TABLE, NAMES = "classes.tsv", ("classes.txt", "labels.txt")
+CLASS_FILES = (TABLE, *NAMES)
+#: labelme's name of void pixels; its line is not counted if it is the first.
+VOID = "__ignore__"
+
+
+class Classes(NamedTuple):
+    """The classes of a command."""
+
+    table: ClassTable | None  # None for the classes of Cityscapes, or for train ids
+    number: int
+    notes: list[str]  # lines about where the classes are from, if no flag tells them
+
+
+def read_names(path: str) -> list[str]:
+    """Return the class names of a text file: one name a line, in the order of the ids from 0.
+
+    labelme's first line __ignore__ is left out, since it has no id, and _background_ becomes "background".
+
+    Raises:
+        DataError: the file is unreadable, a line is empty or too long, or a name is there twice.
+    """
+    try:
+        text = read_input(path, MOST_TEXT).decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("not text in UTF-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: not a readable list of class names ({why}); fix or remove it") from error
+    lines = [" ".join(line.split()) for line in re.split(r"\r\n|\r|\n", text.rstrip())]
+    if lines[0] == VOID:
+        lines = lines[1:]
+    names = [BACKGROUND if line.lower() in BACKGROUNDS else line for line in lines]
+    for number, name in enumerate(names):
+        if not 0 < len(name) <= LONGEST_NAME:
+            raise DataError(
+                f"{path}: the name of id {number} has {len(name)} characters; write one name a line, of 1 to "
+                f"{LONGEST_NAME} characters"
+            )
+        if name in names[:number]:
+            raise DataError(f"{path}: names {name!r} twice; give each id a name of its own")
+    if len(names) > MOST_CLASSES:
+        raise DataError(f"{path}: has {len(names)} names; give at most {MOST_CLASSES}")
+    return names
+
+
+def classes_of(root: str, skip: bool = False) -> Classes:
+    """Return the classes of a folder pair.
+
+    They are those of classes.tsv if it exists. Otherwise all labels for training and validation are read
+    (see `table_of`), and classes.txt or labels.txt names their ids. Labels named *_labelIds.png have the
+    classes of Cityscapes.
+
+    Args:
+        root: the data directory.
+        skip: whether to skip labels that can't be used, for a command that reports them otherwise.
+
+    Raises:
+        DataError: a file can't be used, or the values do not tell the classes.
+    """
+    path = os.path.join(root, TABLE)
+    if os.path.lexists(path):
+        table, number = choose_table(path, None)
+        assert table is not None
+        return Classes(table, number, [f"{root}: {number} classes by {TABLE}: {listed(table.names)}"])
+    found = folder_pair.find(root) if skip else folder_pair.checked(root)
+    files = [os.path.join(root, pair.label) for side in ("train", "val") for pair in found.sides[side]]
+    if files and all(file.endswith(LABEL_IDS) for file in files):
+        number = len(CITYSCAPES.classes)
+        return Classes(None, number, [f"{root}: labels named *{LABEL_IDS} have the classes of Cityscapes"])
+    paths = (os.path.join(root, name) for name in NAMES)
+    names = next(((path, read_names(path)) for path in paths if os.path.lexists(path)), None)
+    problems: list[str] | None = [] if skip else None
+    values = scan(files, problems)
+    if problems and not (values.ids or values.colors):
+        raise DataError(problems[0])
+    table = table_of(root, values, names)
+    return Classes(table, len(table.classes), [_say(root, values, table, names and names[0])])
+
+
+def _say(root: str, values: Values, table: ClassTable, file: str | None) -> str:
+    """Return the line about the values of labels and the classes that they were taken for."""
+    names = table.names if file else [name.removeprefix("class ") for name in table.names]
+    line = f"{root}: the labels hold {values.listed()}: classes {listed(names)}"
+    if void := [str(label.id) for label in table.labels if label.train_id == IGNORE]:
+        line += f"; {listed(void)} {'is' if len(void) == 1 else 'are'} void"
+    how = f"named by {os.path.basename(file)}" if file else "give --classes a table to name them"
+    return f"{line} ({how})"
+
+
+def choose_classes(
+    root: str, data_list: str | None, path: str | None, num_classes: int | None, skip: bool = False
+) -> Classes:
+    """Return the classes that the flags give, or else those of a folder pair.
+
+    Args:
+        root: value of --data-dir.
+        data_list: value of --data-list; a folder pair is used only without a list.
+        path: value of --classes.
+        num_classes: value of --num-classes.
+        skip: see `classes_of`.
+
+    Raises:
+        DataError: see `choose_table` and `classes_of`.
+    """
+    if path is None and num_classes is None and data_list is None and folder_pair.is_pair(root):
+        return classes_of(root, skip)
+    return Classes(*choose_table(path, num_classes), [])

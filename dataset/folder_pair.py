@@ -1,0 +1,194 @@
+"""Pictures of one's own in two folders: images/ with the pictures, and labels/ with a label picture for each.
+
+A label belongs to the picture with the same path below its folder, except for the ending and one suffix that
+all labels have, such as images/a/1.jpg and labels/a/1_mask.png.
+
+The pictures are divided into training and validation by the files train.lst and val.lst, or by the folders
+train and val below images/, or else at random (dataset.split).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence, Set
+from typing import NamedTuple
+
+from dataset import layout, split
+from dataset.layout import Pair
+from dataset.pairing import pair_up, pictures_below
+from utils.errors import DataError
+
+IMAGES, LABELS = "images", "labels"
+TRAIN, VAL, TEST = "train", "val", "test"
+#: Names of the folders of a side below images/.
+SIDES = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+#: Lists of the two sides, as tools.prepare writes them.
+LISTS = {TRAIN: "train.lst", VAL: "val.lst"}
+
+
+class FolderPair(NamedTuple):
+    """The pictures of a data directory with images/ and labels/."""
+
+    root: str
+    sides: dict[str, list[Pair]]  # training, validation, and labeled test pictures
+    taken: str  # number of pictures, and where they and their labels are
+    division: str  # how they are divided
+    is_given: bool  # whether lists or folders divide them
+    left_out: list[str]  # lines about files that are left out
+    skipped: list[str]  # hidden and system files
+    problems: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """Return lines about what was taken for what."""
+        numbers = f"{len(self.sides[TRAIN])} for training, {len(self.sides[VAL])} for validation"
+        return [f"{self.root}: {self.taken}; {numbers} ({self.division})", *self.left_out]
+
+
+def is_pair(root: str) -> bool:
+    """Return whether a data directory is a folder pair; a Cityscapes layout is none."""
+    return os.path.isdir(os.path.join(root, IMAGES)) and not os.path.lexists(
+        os.path.join(root, "leftImg8bit")
+    )
+
+
+def find(root: str) -> FolderPair:
+    """Return the pictures of a folder pair, and what is wrong with their names.
+
+    Raises:
+        DataError: a folder or list can't be read or is empty, or no label fits a picture.
+    """
+    lists = {side: os.path.join(root, name) for side, name in LISTS.items()}
+    there = [path for path in lists.values() if os.path.lexists(path)]
+    if there:
+        if len(there) < len(lists):
+            raise DataError(
+                f"{there[0]}: {' and '.join(LISTS.values())} divide the pictures together; write both, or "
+                "remove this one to divide them at random"
+            )
+        return _of_lists(root, lists)
+    pictures, labels = pictures_below(root, IMAGES), pictures_below(root, LABELS)
+    pairing = pair_up(root, pictures, labels, (IMAGES, LABELS))
+    pairs = layout.named(pairing.pairs)
+    sides, division, is_given, problems = _divide(root, pairs, {_side(path) for path in pictures.pictures})
+    number = sum(len(sides[side]) for side in (TRAIN, VAL))
+    name = f"STEM{pairing.suffix}{os.path.splitext(pairs[0].label)[1]}"
+    taken = f"{number} pictures of {IMAGES}/ with their labels of {LABELS}/ ({name})"
+    left_out = {
+        "pictures have no label and are left out": [p for p in pairing.unlabeled if _side(p) != TEST],
+        "pictures are in none of the folders train, val and test and are left out": [
+            pair.image for pair in pairs if is_given and _side(pair.image) is None
+        ],
+        "other files are no pictures and are left out": [*pictures.others, *labels.others],
+    }
+    lines = [
+        f"{root}: {len(paths)} {what}, the first is {paths[0]}" for what, paths in left_out.items() if paths
+    ]
+    skipped, problems = [*pictures.skipped, *labels.skipped], [*pairing.problems, *problems]
+    return FolderPair(root, sides, taken, division, is_given, lines, skipped, problems)
+
+
+def checked(root: str) -> FolderPair:
+    """Return the pictures of a folder pair.
+
+    Raises:
+        DataError: there is a problem (see `find`); the message names the first one.
+    """
+    found = find(root)
+    if found.problems:
+        number = len(found.problems)
+        others = f" (python -m dataset.check {root} lists all {number} problems)" if number > 1 else ""
+        raise DataError(found.problems[0] + others)
+    return found
+
+
+def check_side(root: str, name: str) -> None:
+    """Raise DataError unless `name` is the name of a side."""
+    if name not in (TRAIN, VAL, TEST):
+        raise DataError(
+            f"--split {name}: {root} has {IMAGES} and {LABELS}, divided into {TRAIN}, {VAL} and {TEST}; give "
+            "one of them"
+        )
+
+
+def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], list[str], list[str]]:
+    """Return the pairs of a side, lines about what was taken for what, and the skipped files.
+
+    Args:
+        root: the data directory.
+        name: "train", "val" or "test".
+        labeled: whether labels are needed; otherwise "test" has all pictures of images/test.
+
+    Raises:
+        DataError: there is no such side, it is empty, or a name of a file is wrong.
+    """
+    check_side(root, name)
+    if name == TEST and not labeled:
+        folder, pairs = os.path.join(IMAGES, TEST), tests(root)
+        if not pairs:
+            raise DataError(
+                f"--split {TEST}: {os.path.join(root, folder)} has no pictures; put those to predict there, "
+                "or name them with --data-list"
+            )
+        return pairs, [f"{root}: {len(pairs)} pictures of {folder}/, without labels"], []
+    found = checked(root)
+    pairs = found.sides[name]
+    if not pairs:
+        raise DataError(f"--split {name}: no picture of {root} for {name} has a label; add labels")
+    pairs = pairs if labeled else [pair._replace(label="") for pair in pairs]
+    return pairs, found.notes, found.skipped
+
+
+def tests(root: str) -> list[Pair]:
+    """Return the pictures of images/test, without labels."""
+    listing = pictures_below(root, os.path.join(IMAGES, TEST))
+    return layout.named([(path, "") for path in listing.pictures])
+
+
+def _of_lists(root: str, lists: dict[str, str]) -> FolderPair:
+    """Return the pictures of the lists in the data directory."""
+    sides = {side: layout.read_list(root, path) for side, path in lists.items()} | {TEST: []}
+    train = {pair.image for pair in sides[TRAIN]}
+    both = [pair.image for pair in sides[VAL] if pair.image in train]
+    problems = [f"{lists[VAL]}: {image} is in {LISTS[TRAIN]} too; remove it from one list" for image in both]
+    taken = f"{len(sides[TRAIN]) + len(sides[VAL])} pictures"
+    return FolderPair(root, sides, taken, f"by {' and '.join(LISTS.values())}", True, [], [], problems)
+
+
+def _divide(
+    root: str, pairs: Sequence[Pair], named: Set[str | None]
+) -> tuple[dict[str, list[Pair]], str, bool, list[str]]:
+    """Divide pairs into the sides.
+
+    Args:
+        root: the data directory, for messages.
+        pairs: all pairs.
+        named: the sides that the folders below images/ name.
+
+    Returns:
+        The pairs of each side, how they were divided, whether by folders, and problems.
+    """
+    sides: dict[str, list[Pair]] = {TRAIN: [], VAL: [], TEST: []}
+    if named >= {TRAIN, VAL}:
+        for pair in pairs:
+            if side := _side(pair.image):
+                sides[side].append(pair)
+        empty = [side for side in (TRAIN, VAL) if not sides[side]]
+        problems = [f"{root}: no picture for {side} has a label; add labels" for side in empty]
+        return sides, "by their folders", True, problems
+    sides[TEST] = [pair for pair in pairs if _side(pair.image) == TEST]
+    pool = [pair for pair in pairs if _side(pair.image) != TEST]
+    groups = split.groups_of([pair.image for pair in pool])
+    if len(pool) < 2:
+        what = f"{root}: only {len(pool)} picture for training and validation has a label; label at least 2"
+        return sides | {TRAIN: pool}, "", False, [what]
+    for pair, is_val in zip(pool, split.divide(groups), strict=True):
+        sides[VAL if is_val else TRAIN].append(pair)
+    each = "each picture is a group" if len(set(groups)) == len(pool) else "one group per folder"
+    return sides, f"seed {split.SEED}; {each}", False, []
+
+
+def _side(path: str) -> str | None:
+    """Return the side that the first folder below images/ or labels/ names; None if it names none."""
+    parts = path.split(os.sep)
+    return SIDES.get(parts[1]) if len(parts) > 2 else None

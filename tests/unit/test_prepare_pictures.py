@@ -1,0 +1,101 @@
+"""tools.prepare.pictures and formats: orientation tags, the search for pictures, recognized formats."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import cv2
+import numpy as np
+import pytest
+from annotated import make_scenes, write_coco, write_cvat, write_labelme
+from PIL import Image, ImageOps
+
+from dataset.pictures import decode_image, load
+from tools.prepare import formats
+from tools.prepare.pictures import Finder, examine, turned_upright
+from utils.errors import DataError
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turning_is_that_of_pillow(tmp_path, orientation, kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "a"
+    options = {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(pixels).save(path, format=kind, exif=exif, **options)
+    found = examine(str(path))
+    assert found.orientation == orientation and found.stored == (3, 5)
+    with Image.open(path) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    assert found.upright == expected.shape[:2]
+    turned = turned_upright(decode_image(load(str(path))), orientation)[..., ::-1]
+    np.testing.assert_allclose(turned.astype(int), expected, atol=2 if kind == "JPEG" else 0)
+
+
+def test_pictures_that_cannot_be_used(tmp_path):
+    path = tmp_path / "a.tif"
+    picture = Image.fromarray(np.zeros((30, 50, 3), np.uint8))
+    picture.save(path, tiffinfo={274: 6})
+    with pytest.raises(DataError, match="stored turned or mirrored"):
+        examine(str(path))
+    picture.save(path, format="ICO")
+    with pytest.raises(DataError, match="ICO is not supported"):
+        examine(str(path))
+    content = io.BytesIO()
+    picture.save(content, format="JPEG")
+    path.write_bytes(content.getvalue()[:-9])
+    with pytest.raises(DataError, match="truncated"):
+        examine(str(path))
+    exif = Image.Exif()
+    exif[274] = 99
+    picture.save(path, format="PNG", exif=exif)
+    assert examine(str(path)).orientation == 1
+
+
+def test_names_of_scenes(tmp_path):
+    """A name is the path below the folder of the pictures, or else of the source, without images/."""
+    finder = Finder(str(tmp_path / "source"), str(tmp_path / "pictures"))
+    for picture, name in (
+        ("pictures/x/1.png", "x/1"),
+        ("source/y/2.b.jpg", "y/2.b"),
+        ("source/images/z/3.png", "z/3"),
+        ("elsewhere/4.png", "inner/4"),
+    ):
+        assert finder.name_of(str(tmp_path / picture), "inner") == name
+
+
+def test_formats_are_recognized_by_content(tmp_path):
+    scenes = make_scenes(2)
+    for write, name, words in (
+        (write_labelme, "labelme", "2 labelme JSON files"),
+        (write_coco, "coco", "1 COCO JSON file"),
+        (write_cvat, "cvat", "1 XML file of CVAT"),
+    ):
+        found, what = formats.recognize(str(write(tmp_path / name, scenes)))
+        assert found == name and what.startswith(words)
+    assert formats.recognize(str(tmp_path / "labelme/00.json"))[0] == "labelme"
+    assert formats.recognize(str(tmp_path / "coco/annotations.json"))[0] == "coco"
+    with pytest.raises(
+        DataError, match="2 labelme JSON files and 1 COCO JSON file and .*choose with --from labelme"
+    ):
+        formats.recognize(str(tmp_path))
+    # A labelme file that is cut off, or whose picture comes first, is still recognized.
+    path = tmp_path / "labelme/00.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"imageData": "A" * 300_000, **content}))
+    assert formats.recognize(str(path))[0] == "labelme"
+    path.write_text(json.dumps(content)[:400] + '"shapes": [], "imagePath": "')
+    assert formats.recognize(str(path))[0] == "labelme"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "nothing", '{"shapes": 1}', '{"a": "images annotations"}'])
+def test_other_files_are_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "a.xml").write_text("<annotation><object/></annotation>")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((2, 2, 3), np.uint8))
+    for source in (tmp_path, tmp_path / "a.json", tmp_path / "a.xml", tmp_path / "a.png"):
+        with pytest.raises(DataError, match=r"no labels of a known format; accepted are labelme JSON files"):
+            formats.recognize(str(source))

@@ -1,0 +1,129 @@
+"""Folders with pictures and label pictures: which belong together, their sizes, and their split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from dataset import folder_pair
+from dataset.folder_pair import IMAGES
+from dataset.layout import say_skipped
+from dataset.pairing import Listing, pair_up, pictures_below
+from dataset.pictures import read_header
+from tools.prepare.pictures import examine
+from tools.prepare.reading import by_x, count
+from utils.errors import DataError
+from utils.files import read_input
+
+#: Folder with the lists of the parts of a VOC data set.
+PARTS = os.path.join("ImageSets", "Segmentation")
+
+
+class Mask(NamedTuple):
+    """A picture and its label picture."""
+
+    name: str
+    picture: str
+    label: str
+    part: str | None = None  # train, val or test, if the source tells
+
+
+def of_folder_pair(source: str) -> tuple[list[Mask], list[str], list[str]]:
+    """Return the masks of a folder pair, notes and problems."""
+    found = folder_pair.find(source)
+    sides = found.sides if found.is_given else {side: found.sides[side] for side in ("train", "val")}
+    masks = []
+    for side, pairs in sides.items():
+        for pair in pairs:
+            name = os.path.splitext(os.path.normpath(pair.image))[0].removeprefix(IMAGES + os.sep)
+            picture, label = (os.path.join(source, path) for path in (pair.image, pair.label))
+            masks.append(Mask(name, picture, label, side if found.is_given else None))
+    notes = [found.taken, *(line.removeprefix(f"{source}: ") for line in found.left_out)]
+    if not found.is_given and (tests := found.sides["test"]):
+        notes.append(f"{count(tests, 'picture')} in {IMAGES}/test, and left out")
+    if found.skipped:
+        notes.append(say_skipped(found.skipped))
+    return sorted(masks), notes, found.problems
+
+
+def of_folders(source: str, pictures: str, labels: str) -> tuple[list[Mask], list[str], list[str]]:
+    """Return the masks of two folders, notes and problems."""
+    listings: tuple[Listing, Listing] = pictures_below(source, pictures), pictures_below(source, labels)
+    found = pair_up(source, *listings, (pictures, labels))
+    masks = [
+        Mask(
+            os.path.splitext(os.path.relpath(picture, pictures))[0],
+            os.path.join(source, picture),
+            os.path.join(source, label),
+        )
+        for picture, label in found.pairs
+    ]
+    notes = [f"{count(masks, 'picture').rsplit(' ', 1)[0]} of {pictures} with their labels of {labels}"]
+    if found.unlabeled:
+        first = f"; the first is {found.unlabeled[0]}"
+        notes.append(f"{count(found.unlabeled, 'picture')} without a label, and left out{first}")
+    return sorted(masks), notes, found.problems
+
+
+def with_parts(source: str, masks: Sequence[Mask], notes: list[str], problems: list[str]) -> list[Mask]:
+    """Return the masks with their parts in the lists of VOC, without those in no list."""
+    paths = {part: os.path.join(source, PARTS, f"{part}.txt") for part in ("train", "val")}
+    if not all(os.path.isfile(path) for path in paths.values()):
+        return list(masks)
+    part_of: dict[str, str] = {}
+    names = {mask.name for mask in masks}
+    for part, path in paths.items():
+        try:
+            lines = read_input(path).decode("utf-8", "surrogateescape").splitlines()
+        except OSError as error:
+            problems.append(f"{path}: can't be read ({error.strerror or error}); check the file")
+            continue
+        for number, line in enumerate(lines, 1):
+            if not (name := line.strip()):
+                continue
+            if name not in names:
+                problems.append(
+                    f"{path}:{number}: {name[:80]} has no label picture; add it or remove the line"
+                )
+            elif part_of.setdefault(name, part) != part:
+                problems.append(f"{path}:{number}: {name} is in train.txt too; remove it from one list")
+    left = [mask.name for mask in masks if mask.name not in part_of]
+    if left:
+        notes.append(f"{count(left, 'picture')} in neither list, and left out; the first is {left[0]}")
+    return [mask._replace(part=part_of[mask.name]) for mask in masks if mask.name in part_of]
+
+
+def check_sizes(
+    masks: Sequence[Mask], problems: list[str]
+) -> tuple[list[tuple[tuple[int, int], bool]], list[str]]:
+    """Check that pictures and labels have the same size, as stored or upright.
+
+    Returns:
+        (height, width) of each label, with whether it fits the upright picture only; and the pictures with an
+        orientation tag whose labels fit them as stored.
+    """
+    sizes, turned = [], []
+
+    def look(mask: Mask) -> tuple[tuple[int, int], bool, bool] | str:
+        try:
+            picture, label = examine(mask.picture), read_header(mask.label)
+        except DataError as error:
+            return str(error)
+        size = label.height, label.width
+        if size not in (picture.stored, picture.upright):
+            what = f"{by_x(size)} pixels, but {mask.picture} has {by_x(picture.stored)}"
+            return f"{mask.label}: {what}; use files that belong together"
+        return size, size != picture.stored, picture.orientation != 1
+
+    with ThreadPoolExecutor(8) as pool:
+        for mask, looked in zip(masks, pool.map(look, masks), strict=True):
+            if not isinstance(looked, str):
+                size, upright, is_tagged = looked
+                sizes.append((size, upright))
+                if is_tagged and not upright:
+                    turned.append(mask.picture)
+            elif not any(problem.startswith(f"{mask.label}: ") for problem in problems):
+                problems.append(looked)  # else the label can't be read, which is said already
+    return sizes, turned

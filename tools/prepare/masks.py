@@ -1,0 +1,227 @@
+"""Readers of label pictures: folders of VOC, and folders with images/ and labels/.
+
+The values of label pictures (ids, or colors) are classes. A class table, a labelmap.txt or a list of names
+says which; otherwise each value is a class, as in dataset/label_values.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from dataset import folder_pair
+from dataset.classes import NAMES, TABLE, read_names
+from dataset.folder_pair import IMAGES, LABELS
+from dataset.label_values import Values, scan, table_of
+from dataset.labels import CITYSCAPES, IGNORE, ClassTable, read_table
+from dataset.layout import LABEL_IDS
+from dataset.pairing import pictures_below
+from tools.prepare.classes import is_background, problems_of
+from tools.prepare.labelmap import read_labelmap
+from tools.prepare.mask_files import PARTS, Mask, check_sizes, of_folder_pair, of_folders, with_parts
+from tools.prepare.mask_values import (
+    Decoder,
+    Meaning,
+    key_of,
+    look_up_tables,
+    number_rows,
+    unknown_values,
+    without_gray_colors,
+)
+from tools.prepare.reading import count
+from tools.prepare.source import BACKGROUND, Found, Problems, Scene, Wanted, own_split
+from utils.errors import DataError
+
+#: Folders of a VOC data set: pictures, and label pictures (the first one that exists).
+PICTURES, MASKS = "JPEGImages", ("SegmentationClassPNG", "SegmentationClass")
+#: Files with class names of a VOC data set, in the order of their ids.
+VOC_NAMES = ("class_names.txt", *NAMES)
+PASCAL = (
+    BACKGROUND, "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
+
+
+class Given(NamedTuple):
+    """What a source says about the values of its label pictures."""
+
+    table: ClassTable | None = None
+    names: tuple[str, Sequence[str]] | None = None  # file of the class names by id, and the names
+    origin: str = ""  # where the table or the names are from
+    zero_is_background: bool = False  # whether the class of id 0 is the background, if nothing names it
+    decoder: Decoder = Decoder()
+
+
+def is_pair(source: str) -> bool:
+    """Return whether a folder has pictures below images/ and label pictures below labels/."""
+    return folder_pair.is_pair(source) and all(
+        pictures_below(source, folder).pictures for folder in (IMAGES, LABELS)
+    )
+
+
+def is_voc(source: str) -> bool:
+    """Return whether a folder has pictures and label pictures of VOC."""
+    return os.path.isdir(os.path.join(source, PICTURES)) and _masks_of(source) is not None
+
+
+def _masks_of(source: str) -> str | None:
+    """Return the folder of the label pictures of a VOC folder; None if there is none."""
+    for folder in MASKS:
+        if os.path.isdir(os.path.join(source, folder)) and pictures_below(source, folder).pictures:
+            return folder
+    return None
+
+
+def read_pair(source: str, wanted: Wanted) -> Found:
+    """Read a folder with pictures in images/ and label pictures in labels/ (see dataset.folder_pair).
+
+    Label pictures may be those that train.py reads, or gray pictures saved with several channels.
+
+    Args:
+        source: the folder; with `wanted.pictures`, it may hold the labels itself.
+        wanted: the flags.
+
+    Raises:
+        Problems: a file can't be used, or the classes are unknown.
+    """
+    try:
+        if wanted.pictures is None:
+            masks, notes, problems = of_folder_pair(source)
+        else:
+            labels = LABELS if os.path.isdir(os.path.join(source, LABELS)) else os.curdir
+            masks, notes, problems = of_folders(source, os.path.abspath(wanted.pictures), labels)
+        return _read(source, masks, _given_of_pair(source), wanted, notes, problems)
+    except Problems:
+        raise
+    except DataError as error:
+        raise Problems(source, [str(error)]) from error
+
+
+def read_voc(source: str, wanted: Wanted) -> Found:
+    """Read a folder of VOC: JPEGImages, and SegmentationClass or SegmentationClassPNG.
+
+    The classes are those of labelmap.txt, class_names.txt, classes.txt or labels.txt. Without these files,
+    they are the 21 of Pascal VOC in its own folder, and otherwise the values of the labels. The lists
+    train.txt and val.txt in ImageSets/Segmentation are the split.
+
+    Raises:
+        Problems: a file can't be used, or the classes are unknown.
+    """
+    try:
+        folder = _masks_of(source)
+        if folder is None:
+            raise DataError(f"{source}: has no label pictures in {' or '.join(MASKS)}; export them as PNG")
+        pictures = PICTURES if wanted.pictures is None else os.path.abspath(wanted.pictures)
+        masks, notes, problems = of_folders(source, pictures, folder)
+        masks = with_parts(source, masks, notes, problems)
+        return _read(source, masks, _given_of_voc(source), wanted, notes, problems)
+    except Problems:
+        raise
+    except DataError as error:
+        raise Problems(source, [str(error)]) from error
+
+
+def _given_of_pair(source: str) -> Given:
+    """Return what a folder pair says about its values: classes.tsv, or a list of names."""
+    path = os.path.join(source, TABLE)
+    if os.path.lexists(path):
+        return Given(read_table(path), origin=path)
+    return _names_of(source, NAMES) or Given()
+
+
+def _given_of_voc(source: str) -> Given:
+    """Return what a VOC folder says about its values."""
+    path = os.path.join(source, "labelmap.txt")
+    if os.path.lexists(path):
+        table = read_labelmap(path)
+        ids = {key_of(label.color): label.id for label in table.labels if label.id >= 0}
+        ids |= {key_of(label.color): IGNORE for label in table.labels if label.id < 0}
+        return Given(table, origin=path, decoder=Decoder(ids, path))
+    if found := _names_of(source, VOC_NAMES):
+        return found
+    annotations = os.path.join(source, "Annotations")
+    if os.path.isdir(annotations) and os.path.isdir(os.path.join(source, PARTS)):
+        origin = "the classes of Pascal VOC"
+        return Given(names=(origin, PASCAL), origin=origin)
+    return Given(zero_is_background=True)
+
+
+def _names_of(source: str, files: Sequence[str]) -> Given | None:
+    """Return the class names of the first file that exists; None if there is none."""
+    path = next((path for file in files if os.path.lexists(path := os.path.join(source, file))), None)
+    return None if path is None else Given(names=(path, read_names(path)), origin=path)
+
+
+def _read(
+    source: str, masks: Sequence[Mask], given: Given, wanted: Wanted, notes: list[str], problems: list[str]
+) -> Found:
+    """Check all files, and return the classes and scenes.
+
+    Raises:
+        DataError: a file can't be used, or the classes are unknown.
+    """
+    values = scan([mask.label for mask in masks], problems, given.decoder)
+    sizes, turned = check_sizes(masks, problems)
+    if problems:
+        raise Problems(source, problems)
+    if wanted.table is not None:
+        given = given._replace(table=wanted.table, names=None, origin=wanted.origin)
+    elif (
+        given.names is None and given.table is None and all(mask.label.endswith(LABEL_IDS) for mask in masks)
+    ):
+        given = given._replace(table=CITYSCAPES, origin="Cityscapes")
+    values, is_gray = without_gray_colors(values, given.table)
+    table, is_named = _table_for(source, values, given, wanted)
+    classes, train_ids, problem = number_rows(table, is_named, wanted)
+    by_id, by_color = look_up_tables(table, train_ids)
+    origin = given.origin if wanted.names is None else wanted.origin
+    problems += [f"{source}: {problem}"] if problem else unknown_values(values, by_id, by_color, origin)
+    problems += problems_of(source, classes)
+    if problems:
+        raise Problems(source, problems)
+    meaning = Meaning(by_id, by_color, given.decoder, is_gray)
+    how = f"the classes are those of {origin}" if origin else "each is a class"
+    notes.append(f"the labels hold {values.listed()}; {how}{' or void' if IGNORE in values.ids else ''}")
+    if is_gray:
+        notes.append("the labels are gray pictures of several channels, whose values are ids")
+    if turned:
+        notes.append(
+            f"{count(turned, 'picture')} turned by an orientation tag, but fit their labels as stored; the "
+            f"first is {turned[0]}"
+        )
+    scenes = [
+        Scene(mask.name, mask.picture, size, partial(meaning.read, mask.label), upright)
+        for mask, (size, upright) in zip(masks, sizes, strict=True)
+    ]
+    return Found(classes, scenes, notes, own_split(scenes, [mask.part for mask in masks]))
+
+
+def _table_for(source: str, values: Values, given: Given, wanted: Wanted) -> tuple[ClassTable, bool]:
+    """Return the class table of the values, and whether the source names its classes.
+
+    Raises:
+        DataError: the values do not tell the classes, or the names of --classes do not fit them.
+    """
+    if given.table is not None:
+        return given.table, wanted.table is None
+    if given.names is None and wanted.names is not None:
+        names = wanted.names
+        if not any(map(is_background, names)):
+            names = (BACKGROUND, *names)
+        ids = values.ids.keys() - {IGNORE}
+        is_black_and_white = set(values.ids) == {0, IGNORE} and len(names) == 2
+        if ids and not is_black_and_white and max(ids) != len(names) - 1:
+            raise DataError(
+                f"{wanted.origin}: has {len(names)} names with the background, for the ids 0 to "
+                f"{len(names) - 1}, but the labels of {source} hold {values.listed()}; give a class table "
+                "with the id of each name (docs/own_data.md)"
+            )
+        return table_of(source, values, (wanted.origin, names)), False
+    table = table_of(source, values, given.names)
+    if given.zero_is_background:
+        rows = [row._replace(name=BACKGROUND) if row.id == 0 else row for row in table.labels]
+        table = ClassTable(rows)
+    return table, given.names is not None
