@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dataset import IMG_MEAN, CSDataSet, cache
 from dataset.classes import Classes, choose_classes
-from dataset.labels import ClassTable, format_table
+from dataset.labels import ClassTable
 from engine.data.loader import Loading, train_batches
 from engine.options import TrainOptions, add_flags
 from engine.randomness import seed_of, set_deterministic
@@ -64,7 +64,7 @@ def main() -> int:
     return distributed.run(
         devices,
         check=lambda: check(options, classes, distributed.processes(devices), devices[0]),
-        body=lambda world: train(options, classes.table, world),
+        body=lambda world: train(options, classes, world),
     )
 
 
@@ -97,15 +97,15 @@ def check(options: TrainOptions, classes: Classes, processes: int, device: torch
     if val_dataset := make_val_dataset(options, classes.table):
         print(val_dataset.check(), flush=True)
         inputs += val_dataset.files()
-    table = own_table(options, classes.table)
-    if table is not None and os.path.realpath(options.snapshot_dir) == os.path.realpath(options.data_dir):
+    if classes.own is not None and os.path.realpath(options.snapshot_dir) == os.path.realpath(
+        options.data_dir
+    ):
         raise UsageError(
             f"--snapshot-dir {options.snapshot_dir}: is also --data-dir, whose class table the run would "
             "replace; name another folder"
         )
-    outputs = checkpoint.replaced(
-        options.snapshot_dir, options.num_steps, options.save_pred_every, table is not None
-    )
+    steps, interval = options.num_steps, options.save_pred_every
+    outputs = checkpoint.replaced(options.snapshot_dir, steps, interval, classes.own is not None)
     check_outputs(f"--snapshot-dir {options.snapshot_dir}", outputs, inputs)
     check_writable("--snapshot-dir", options.snapshot_dir)
     if place := cache_place(options):
@@ -114,14 +114,13 @@ def check(options: TrainOptions, classes: Classes, processes: int, device: torch
         print(cache.check(place, dataset), flush=True)
 
 
-def train(options: TrainOptions, table: ClassTable | None, world: distributed.World) -> None:
+def train(options: TrainOptions, classes: Classes, world: distributed.World) -> None:
     """Train on this process's share of each batch; rank 0 writes the log, states and snapshots."""
     with signals.stop_request() as stop, exclusive(options.snapshot_dir, world):
         set_deterministic(options.deterministic)
-        dataset = make_dataset(options, table)
+        dataset = make_dataset(options, classes.table)
         if place := cache_place(options):
             dataset.cache = cache.open_shared(place, dataset, world)
-
         seed = options.random_seed
         torch.manual_seed(seed_of(seed))
         model = make_start(options).to(world.device).to(memory_format=options.memory_format)
@@ -136,7 +135,7 @@ def train(options: TrainOptions, table: ClassTable | None, world: distributed.Wo
         parts = Parts(model, optimizer, stepper.scaler, average)
         recipe = options.recipe() | {"data": dataset.digest()}
         draw = partial(draw_sample, model, make_palette(dataset.labels.colors()))
-        data = Data(make_val_dataset(options, table), draw, own_table(options, table))
+        data = Data(make_val_dataset(options, classes.table), draw, classes.own)
         with Run(options, world, stop, parts, recipe, data) as run:
             loading = Loading(options.batch_size, options.num_workers)
             batches = train_batches(dataset, seed, run.remaining, world, loading, options.memory_format)
@@ -149,41 +148,25 @@ def train(options: TrainOptions, table: ClassTable | None, world: distributed.Wo
                 run.record(step, batch, result)  # log, snapshot, state, validation: what is due
 
 
-def own_table(options: TrainOptions, table: ClassTable | None) -> str | None:
-    """Return the text of the class table that the run writes; None if a flag gives the classes."""
-    return None if table is None or options.classes is not None else format_table(table)
-
-
-def make_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataSet:
-    """Return the training data set."""
+def make_dataset(options: TrainOptions, table: ClassTable | None, split: str = "train") -> CSDataSet:
+    """Return the data set for training or, whole and without augmentation, the one for validation."""
+    train = split == "train"
     return CSDataSet(
         options.data_dir,
-        options.data_list,
-        options.input_size,
-        scale=options.random_scale,
-        mirror=options.random_mirror,
+        options.data_list if train else options.val_list,
+        options.input_size if train else None,
+        scale=train and options.random_scale,
+        mirror=train and options.random_mirror,
         ignore_label=options.ignore_label,
         num_classes=options.num_classes,
-        split="train",
+        split=split,
         table=table,
     )
 
 
 def make_val_dataset(options: TrainOptions, table: ClassTable | None) -> CSDataSet | None:
     """Return the validation data set; None if --val-every is 0."""
-    if not options.val_every:
-        return None
-    return CSDataSet(
-        options.data_dir,
-        options.val_list,
-        crop_size=None,
-        scale=False,
-        mirror=False,
-        ignore_label=options.ignore_label,
-        num_classes=options.num_classes,
-        split="val",
-        table=table,
-    )
+    return make_dataset(options, table, "val") if options.val_every else None
 
 
 def cache_place(options: TrainOptions) -> cache.Place | None:

@@ -127,8 +127,9 @@ class CSDataSet(Dataset):
             self.source = f"{os.path.join(root, folder_pair.IMAGES)} ({split})"
             self.described = [*folder_pair.LISTS.values(), *CLASS_FILES]
             if table is None and num_classes is None and labeled:
-                table, num_classes, notes = classes_of(root)
-                self.taken = self.taken + notes
+                classes = classes_of(root)
+                table, num_classes = classes.table, classes.number
+                self.taken = self.taken + classes.notes
         else:
             found = layout.discover(root, split, labeled)
             self.pairs, self.skipped = found.pairs, found.skipped

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dataset import folder_pair
 from dataset.label_values import BACKGROUND, BACKGROUNDS, MOST_CLASSES, Values, listed, scan, table_of
-from dataset.labels import CITYSCAPES, IGNORE, LONGEST_NAME, MOST_TEXT, ClassTable, choose_table
+from dataset.labels import CITYSCAPES, IGNORE, LONGEST_NAME, MOST_TEXT, ClassTable, choose_table, format_table
 from dataset.layout import LABEL_IDS
 from utils.errors import DataError
 from utils.files import read_input
@@ -26,6 +26,7 @@ class Classes(NamedTuple):
     table: ClassTable | None  # None for the classes of Cityscapes, or for train ids
     number: int
     notes: list[str]  # lines about where the classes are from, if no flag tells them
+    own: str | None = None  # the table as text, if no flag gives it: a run of train.py keeps it
 
 
 def read_names(path: str) -> list[str]:
@@ -120,5 +121,6 @@ def choose_classes(
         DataError: see `choose_table` and `classes_of`.
     """
     if path is None and num_classes is None and data_list is None and folder_pair.is_pair(root):
-        return classes_of(root, skip)
+        found = classes_of(root, skip)
+        return found._replace(own=format_table(found.table)) if found.table else found
     return Classes(*choose_table(path, num_classes), [])
