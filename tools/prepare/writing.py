@@ -81,8 +81,8 @@ def new_folder(out: str) -> Iterator[str]:
     target = os.path.realpath(out)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     temporary = temporary_name(target, os.getpid())
+    os.mkdir(temporary)
     try:
-        os.mkdir(temporary)
         yield temporary
         os.rename(temporary, target)
     except BaseException:
