@@ -50,7 +50,7 @@ from PIL import Image  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from dataset import CSDataSet, check, pictures  # noqa: E402
+from dataset import CSDataSet, DataError, check, pictures  # noqa: E402
 from dataset.labels import LabelReader, read_table  # noqa: E402
 from dataset.mini import __main__ as mini  # noqa: E402
 from engine.training import checkpoint  # noqa: E402
@@ -83,6 +83,7 @@ class Ground:
         pair: the relative paths of a picture and its label.
         data, run: the data set, and a run of one step with its evaluation.
         labeled: pictures with files of labelme.
+        masks: folders with label pictures, by their kind.
         checkpoint: the run's weights.
         odd: paths that are given for files and folders of any kind.
     """
@@ -95,7 +96,12 @@ class Ground:
             for number in range(count):
                 image, label = write_pair(self.data, split, number, (33, 49))
         self.pair = image, label
-        self.labeled = annotated.write_labelme(folder / "labeled", annotated.make_scenes(3))
+        scenes = annotated.make_scenes(3)
+        self.labeled = annotated.write_labelme(folder / "labeled", scenes)
+        self.masks = {
+            "voc": annotated.write_voc(folder / "voc", scenes),
+            "pair": annotated.write_pair(folder / "two", scenes),
+        }
         (folder / "pairs.lst").write_text(f"{image}\t{label}\n")
         (folder / "classes.tsv").write_text(
             "name\tid\ttrain_id\tcolor\nleft\t0\t0\t0,0,0\nright\t1\t1\t255,0,0\nvoid\t2\t255\t9,9,9\n"
@@ -749,6 +755,58 @@ def annotation_body(drawn: tuple[str, bytes]) -> None:
             assert sum(map(len, data)) >= 2
 
 
+# Folders with label pictures
+
+#: Files of a folder that may be damaged, by its kind.
+OF_FOLDERS = {
+    "voc": ("labelmap.txt", "class_names.txt", "SegmentationClass/00.png", "JPEGImages/00.png"),
+    "pair": ("classes.txt", "classes.tsv", "train.lst", "val.lst", "labels/00.png", "images/00.png"),
+}
+
+
+@st.composite
+def damaged_folders(draw: st.DrawFn) -> tuple[str, str, bytes]:
+    """Draw the kind of a folder with label pictures, a file in it, and the damaged content of the file."""
+    kind = draw(st.sampled_from(sorted(OF_FOLDERS)))
+    name = draw(st.sampled_from(OF_FOLDERS[kind]))
+    path = ground().masks[kind] / name
+    content = path.read_bytes() if path.exists() else b""
+    if name.endswith((".lst", ".tsv")):
+        rows = [f"images/{stem}.png\tlabels/{stem}.png" for stem in ("00", "01")]
+        if name == "classes.tsv":
+            rows = ["name\tid\ttrain_id\tcolor", *(f"{k}\t{k}\t{k}\t{k},9,9" for k in range(4))]
+        content = "\n".join(rows).encode()
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(content)))
+        content = content[:at] + draw(st.binary(max_size=3)) + content[at + draw(st.integers(0, 20)) :]
+    return kind, name, content
+
+
+def folder_body(drawn: tuple[str, str, bytes]) -> None:
+    """Check that a damaged folder is refused without a result, or has the same labels in each way of use."""
+    kind, name, content = drawn
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "source"), Path(folder, "out")
+        shutil.copytree(ground().masks[kind], source)
+        if name.endswith(".lst"):
+            for each in ("train.lst", "val.lst"):
+                (source / each).write_text("images/02.png\tlabels/02.png\n")
+        (source / name).write_bytes(content)
+        status = check_command("prepare.py", prepare.main, [str(source), str(out)])
+        assert sorted(os.listdir(folder)) == (["source"] if status else ["out", "source"])
+        if kind == "voc":
+            return
+        try:
+            data = [CSDataSet(str(source), split=split) for split in ("train", "val")]
+            labels = [each.picture(k, False).label for each in data for k in range(len(each))]
+        except DataError as error:
+            assert "\n" not in str(error)
+            return
+        assert status == 0 and sum(map(len, data)) == len(labels)
+        prepared = [CSDataSet(str(out), split=split) for split in ("train", "val")]
+        assert [each.labels.names() for each in prepared] == [each.labels.names() for each in data]
+
+
 # The states of a run
 
 STATES = (1, 2)
@@ -836,6 +894,7 @@ def targets() -> dict[str, Target]:
         "states": lambda: (damaged_states(), state_body),
         "run files": lambda: (damaged_runs(), report_body),
         "annotations": lambda: (damaged_annotations(), annotation_body),
+        "folders": lambda: (damaged_folders(), folder_body),
     }
 
 

@@ -93,6 +93,7 @@ def trained_resnet(tmp_path_factory):
         "tools.convert",
         "tools.export",
         "tools.predict",
+        "tools.prepare",
         "tools.profile",
         "tools.report",
         "tools.seeds",

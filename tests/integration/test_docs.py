@@ -54,6 +54,8 @@ def test_named_files_exist(page: Path) -> None:
 def options_of(module: str) -> set[str] | None:
     """Return the flags of a command, or None if its module has no parser."""
     found = importlib.import_module(module)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{module}.__main__")
     if hasattr(found, "get_parser"):
         return set(found.get_parser()._option_string_actions)
     return None
@@ -113,7 +115,7 @@ def test_python_in_them_runs(
 
 
 def test_the_parsers_that_are_asked_are_there() -> None:
-    for module in ("train", "evaluate", "tools.predict", "tools.attention", "tools.report", "tools.seeds"):
+    for module in ("train", "evaluate", "tools.predict", "tools.attention", "tools.report", "tools.prepare"):
         options = options_of(module)
         assert options is not None and "--help" in options
     assert isinstance(importlib.import_module("train").get_parser(), argparse.ArgumentParser)

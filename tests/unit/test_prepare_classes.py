@@ -34,7 +34,7 @@ def test_unlabeled_void():
 
 def test_a_text_file_gives_names_in_order(tmp_path):
     path = tmp_path / "labels.txt"
-    path.write_text("__ignore__\n_background_\n\nb\r\na  c\n")
+    path.write_text("__ignore__\n_background_\nb\r\na  c\n")
     wanted, classes = read_classes(str(path), False)
     assert wanted.names == ("background", "b", "a c") == tuple(each.name for each in classes)
     found = number_classes([], wanted)
@@ -72,9 +72,10 @@ def test_a_table_unites_labels(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        (b"a\nb\na", "'a' in two lines"),
-        (b"background\n_background_\n", "'background' in two lines"),
-        (b"\xff\xfe", "not a readable text file"),
+        (b"a\nb\na", "names 'a' twice"),
+        (b"background\n_background_\n", "names 'background' twice"),
+        (b"a\n\nb", "the name of id 1 has 0 characters"),
+        (b"\xff\xfe", "not a readable list of class names"),
         (b"void\n", "fewer than two classes"),
         (b"a\n" + b"b" * 201, "has 201 characters"),
         (b"name\tid\n", "has no column train_id, color"),

@@ -143,6 +143,16 @@ def test_wrong_annotations_are_named(tmp_path, changes, words):
         ),
         ("categories", [{"id": "1", "name": "a"}], "category 1 has no whole number as id"),
         ("images", [{"id": 1, "file_name": "00.png", "height": 0, "width": 64}], "image 1 has no valid id"),
+        (
+            "images",
+            [{"id": 1, "file_name": "00.png", "height": 2**20, "width": 2**20}],
+            "image 1 has no valid id",
+        ),
+        (
+            "images",
+            [{"id": 1, "file_name": "00.png", "height": True, "width": 64}],
+            "image 1 has no valid id",
+        ),
         ("images", [{"id": [], "file_name": "00.png", "height": 48, "width": 64}], "image 1 has no valid id"),
     ],
 )

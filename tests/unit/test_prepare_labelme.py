@@ -161,6 +161,7 @@ def one_problem(tmp_path, **options) -> str:
         ({"imagePath": "..\\00.png"}, None),
         ({"imagePath": ""}, None),
         ({"imageHeight": None, "imageWidth": None}, None),
+        ({"imageHeight": 48.0, "imageWidth": 64.0}, None),
         ({"imageHeight": 49}, "is for a picture of 64x49 pixels, but"),
         ({"imageHeight": "48"}, "imageHeight and imageWidth are not whole numbers"),
         ({"imagePath": None}, "imagePath or imageData is not text"),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from dataset.classes import read_names
 from dataset.label_values import BACKGROUNDS, VOIDS
 from dataset.labels import IGNORE, LONGEST_NAME, MOST_ROWS, MOST_TEXT, read_table
 from tools.prepare.source import BACKGROUND, Class, Wanted
 from utils.errors import DataError, UsageError
-from utils.files import read_input
+from utils.files import open_input
 
 #: Largest number of classes: a class table has one more row, for void.
 MOST_CLASSES = MOST_ROWS - 1
@@ -168,24 +168,14 @@ def read_classes(path: str, unlabeled_void: bool, flag: str = "--classes ") -> t
     Raises:
         DataError: the file is unreadable or invalid.
     """
-    try:
-        text = read_input(path, MOST_TEXT).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"{flag}{path}: not a readable text file ({why}); name another file") from error
-    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     wanted = Wanted(unlabeled_void=unlabeled_void, origin=f"{flag}{path}")
-    is_table = path.endswith(".tsv") or any("\t" in line for line in lines[:1])
-    if is_table:
+    if _is_table(path):
         table = read_table(path)
         classes = [Class(label.name, label.color) for label in table.classes]
         wanted = wanted._replace(table=table)
         train_ids = {cleaned(label.name): label.train_id for label in table.labels}
     else:
-        found = [cleaned(line) for line in lines if not is_void(cleaned(line))]
-        found = [BACKGROUND if is_background(name) else name for name in found]
-        if twice := next((name for name in found if found.count(name) > 1), None):
-            raise DataError(f"{flag}{path}: has {twice!r} in two lines; remove one")
+        found = [name for name in read_names(path) if not is_void(name)]
         if BACKGROUND not in found and not unlabeled_void:
             found.insert(0, BACKGROUND)
         classes = [Class(name) for name in found]
@@ -194,6 +184,15 @@ def read_classes(path: str, unlabeled_void: bool, flag: str = "--classes ") -> t
         raise DataError(problems[0])
     names = [each.name for each in classes]
     return wanted._replace(names=tuple(names), train_ids=train_ids), classes
+
+
+def _is_table(path: str) -> bool:
+    """Return whether a file is a class table rather than a list of names; False if it can't be read."""
+    try:
+        with open_input(path) as file:
+            return path.endswith(".tsv") or b"\t" in file.readline(MOST_TEXT)
+    except OSError:
+        return False
 
 
 def names_beside(source: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dataset.layout import files_below
+from dataset.pictures import LONGEST_SIDE, MOST_PIXELS
 from tools.prepare.classes import in_files
 from utils.errors import DataError
 from utils.files import read_input
@@ -94,11 +95,14 @@ def as_dicts(values: object) -> list[dict[str, Any]] | None:
 
 
 def as_size(height: object, width: object) -> tuple[int, int] | None:
-    """Return the size of a picture in an annotation file; None unless both are positive whole numbers."""
-    for side in (height, width):
-        if type(side) is not int or not 0 < side <= FARTHEST:
-            return None
-    return height, width  # type: ignore[return-value]
+    """Return the size of a picture in an annotation file; None if a side is no whole number, or too large."""
+    sides = [
+        int(side)
+        for side in (height, width)
+        if isinstance(side, (int, float)) and not isinstance(side, bool)
+        if 0 < side <= LONGEST_SIDE and side == int(side)
+    ]
+    return (sides[0], sides[1]) if len(sides) == 2 and sides[0] * sides[1] <= MOST_PIXELS else None
 
 
 def by_x(size: Sequence[int]) -> str:

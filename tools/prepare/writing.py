@@ -44,7 +44,9 @@ class Counts:
 
     def add(self, label: np.ndarray) -> None:
         """Count a label, uint8 [h, w]."""
-        pixels = np.bincount(label.ravel(), minlength=256)
+        # Part by part, because bincount needs 8 bytes for each pixel.
+        parts = np.array_split(label, label.size // 2**24 + 1)
+        pixels = np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], 0)
         self.pictures += 1
         self.sizes[label.shape[0], label.shape[1]] += 1
         self.pixels += pixels
@@ -79,8 +81,8 @@ def new_folder(out: str) -> Iterator[str]:
     target = os.path.realpath(out)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     temporary = temporary_name(target, os.getpid())
+    os.mkdir(temporary)
     try:
-        os.mkdir(temporary)
         yield temporary
         os.rename(temporary, target)
     except BaseException:
