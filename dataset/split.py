@@ -42,6 +42,19 @@ def groups_of(pictures: Sequence[str], pattern: str | None = None) -> list[str]:
     return groups
 
 
+def series_of(pictures: Sequence[str]) -> dict[str, int]:
+    """Return the series that numbered pictures may be, such as the frames of a video, with their lengths.
+
+    Pictures are a series if their paths differ only in their last number. The result is empty if every
+    picture, or no picture, is in one series.
+
+    Args:
+        pictures: paths relative to the folder of the pictures.
+    """
+    series = Counter(re.sub(r"\d+(?=\D*$)", "", os.path.splitext(picture)[0]) for picture in pictures)
+    return dict(series) if 1 < len(series) <= len(pictures) // 2 else {}
+
+
 def divide(groups: Sequence[str], share: float = SHARE, seed: int = SEED) -> list[bool]:
     """Return for each picture whether it is for validation.
 

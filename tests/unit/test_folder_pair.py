@@ -270,8 +270,8 @@ class TestClasses:
         assert CSDataSet(str(pair)).taken[-1] == f"{pair}: 2 classes by classes.tsv: a and b"
 
     def test_flags_go_first(self, pair: Path) -> None:
-        assert choose_classes(str(pair), None, None, 7) == (None, 7, [])
-        assert choose_classes(str(pair), "list", None, None) == (None, 19, [])
+        assert choose_classes(str(pair), None, None, 7) == (None, 7, [], None)
+        assert choose_classes(str(pair), "list", None, None) == (None, 19, [], None)
         assert CSDataSet(str(pair), num_classes=3).labels.table is None
 
     def test_names_of_cityscapes_files(self, tmp_path: Path) -> None:

@@ -208,4 +208,4 @@ def test_commands_can_be_copied():
         if words[1] == "train.py":
             options = TrainOptions.of(args)
             options.check(1, "cpu")
-            assert options.val_list == f"{out}/val.lst" and options.classes == f"{out}/classes.tsv"
+            assert options.data_dir == out and options.val_every

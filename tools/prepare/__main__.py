@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from dataset.split import SEED, SHARE, divide, groups_of
+from dataset.split import SEED, SHARE, divide, groups_of, series_of
 from tools import common
 from tools.prepare import advice, formats
 from tools.prepare.classes import problems_of, read_classes, similar_names
@@ -38,8 +38,8 @@ from utils.errors import UsageError
 
 #: Maximum number of printed problems and notes.
 MOST_LINES, MOST_NOTES = 20, 20
-#: Maximum number of classes named in one line.
-MOST_NAMES = 12
+#: Maximum numbers of classes, and of series of pictures, named in one line.
+MOST_NAMES, MOST_SERIES = 12, 3
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -160,6 +160,12 @@ def split_of(args: argparse.Namespace, found: Found) -> tuple[list[str], str]:
     parts = [VAL if is_val else TRAIN for is_val in divide(groups, share, seed)]
     number = len(set(groups))
     grouped = "" if number == len(groups) else f" in {number} groups"
+    if number == len(groups) and args.group is None and (series := series_of(names)):
+        examples = ", ".join(list(series)[:MOST_SERIES])
+        found.notes.append(
+            f"each picture is a group of its own; if those of a series ({examples}, ...) show one scene, "
+            r"give --group '^(.*?)\d+\D*$'"
+        )
     return parts, f"split by seed {seed}{grouped}"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dataset.labels import IGNORE
 from tools.prepare.source import Class
-from tools.prepare.writing import CLASSES, IMAGES, TRAIN, VAL, Counts
+from tools.prepare.writing import IMAGES, TRAIN, VAL, Counts
 
 #: Largest crop: that of the Cityscapes recipe.
 LARGEST_CROP, SMALLEST_CROP = 769, 9
@@ -120,23 +120,21 @@ def commands(out: str, counts: dict[str, Counts], name: str) -> list[tuple[str, 
         name: name for the folders of results.
     """
     crop, steps = crop_of(counts[TRAIN]), steps_of(counts[TRAIN].pictures)
-    data = ["--data-dir", out, "--data-list", os.path.join(out, f"{TRAIN}.lst")]
-    data += ["--classes", os.path.join(out, CLASSES)]
-    validation = ["--val-list", os.path.join(out, f"{VAL}.lst"), "--val-every"]
+    data = ["--data-dir", out]  # with its lists and its class table
     augmented = ["--random-mirror", "--random-scale"]
     snapshots = os.path.join("snapshots", name)
     size = f"{crop[0]},{crop[1]}"
     train = ["python", "train.py", *data, "--input-size", size, "--batch-size", str(BATCH)]
-    train += ["--num-steps", str(steps), *augmented, *validation, str(steps // 10)]
+    train += ["--num-steps", str(steps), *augmented, "--val-every", str(steps // 10)]
     train += ["--restore-from", "torchvision", "--snapshot-dir", snapshots]
     best = ["--restore-from", os.path.join(snapshots, "CS_scenes_best.pth")]
     largest = max(h * w for each in counts.values() for h, w in each.sizes)
     whole = ["--whole"] if largest <= LARGEST_WHOLE else ["--input-size", size]
-    evaluate = ["python", "evaluate.py", "--data-dir", out, "--data-list", os.path.join(out, f"{VAL}.lst")]
+    evaluate = ["python", "evaluate.py", *data]
     predict = ["python", "-m", "tools.predict", os.path.join(out, IMAGES), *best, *whole]
     small = ",".join(str(min(side, 129)) for side in crop)
     quick = ["python", "train.py", *data, "--input-size", small, "--batch-size", "2", "--num-steps", "20"]
-    quick += ["--gpu", "cpu", "--backbone", "resnet50", "--num-workers", "0", *validation, "20"]
+    quick += ["--gpu", "cpu", "--backbone", "resnet50", "--num-workers", "0", "--val-every", "20"]
     quick += ["--snapshot-dir", f"{snapshots}-try"]
     return [
         ("train, from ImageNet weights", train),
