@@ -117,6 +117,7 @@ class TestPair:
         draw, ending, classes, train_ids = VALUES[name]
         found = read_pair(str(write(tmp_path, draw, ending=ending)), Wanted())
         assert names(found) == classes and drawn(found) == expected(*train_ids)
+        assert ("255 is void" in found.notes[1]) == (255 in train_ids)
         assert found.parts is None and is_pair(str(tmp_path)) and not is_voc(str(tmp_path))
 
     @pytest.mark.parametrize(
@@ -201,6 +202,28 @@ class TestPair:
         wanted, _ = read_classes(str(table), False)
         assert drawn(read_pair(str(tmp_path / "DIR"), wanted)) == expected(1, 255, 0)
 
+    @pytest.mark.parametrize(
+        "suffix, train_ids", [("_labelTrainIds", (1, 255, 0)), ("_labelIds", (0, 255, 1))]
+    )
+    def test_names_of_files_mean_the_same_as_in_training(
+        self, tmp_path: Path, suffix: str, train_ids: tuple[int, ...]
+    ) -> None:
+        """Files *_labelTrainIds.png hold train ids, also if a table has other ids."""
+        write(tmp_path, mapped(1, 255, 0), ending=f"{suffix}.png")
+        (tmp_path / "classes.tsv").write_text(HEADER + "a\t1\t0\t1,1,1\nb\t0\t1\t2,2,2\n")
+        assert drawn(read_pair(str(tmp_path), Wanted())) == expected(*train_ids)
+        for split in ("train", "val"):
+            data = CSDataSet(str(tmp_path), split=split)
+            for index, pair in enumerate(data.pairs):
+                number = NAMES.index(pair.image[len("images/") : -len(".png")])
+                label = data.picture(index, instances=False).label
+                assert label.tolist() == expected(*train_ids)[number]
+
+    def test_files_of_cityscapes(self, tmp_path: Path) -> None:
+        write(tmp_path, mapped(7, 0, 8), ending="_labelIds.png")
+        found = read_pair(str(tmp_path), Wanted())
+        assert len(found.classes) == 19 and drawn(found) == expected(0, 255, 1)
+
     def test_own_split(self, tmp_path: Path) -> None:
         write(tmp_path, mapped(0, 1, 2))
         for folder in ("images", "labels"):
@@ -266,6 +289,15 @@ class TestVoc:
         write(tmp_path, mapped(COLORS[0], COLORS[1], COLORS[2]), VOC)
         found = read_voc(str(tmp_path), Wanted())
         assert names(found) == ["background", "cat", "dog"] and drawn(found) == expected(0, 2, 255)
+
+    def test_a_table_of_a_flag_goes_before_labelmap(self, tmp_path: Path) -> None:
+        (tmp_path / "labelmap.txt").write_text(LABELMAP)
+        write(tmp_path, palette(COLORS, 0, 1, 2), VOC)
+        table = tmp_path / "t.tsv"
+        table.write_text(HEADER + "x\t2\t0\t9,9,9\ny\t1\t1\t8,8,8\nz\t0\t255\t0,0,0\n")
+        wanted, _ = read_classes(str(table), False)
+        found = read_voc(str(tmp_path), wanted)
+        assert names(found) == ["x", "y"] and drawn(found) == expected(255, 1, 0)
 
     def test_export_of_labelme(self, tmp_path: Path) -> None:
         write(tmp_path, palette(COLORS, 0, 1, 2), ("JPEGImages", "SegmentationClassPNG"))

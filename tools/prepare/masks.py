@@ -16,7 +16,7 @@ from dataset.classes import NAMES, TABLE, read_names
 from dataset.folder_pair import IMAGES, LABELS
 from dataset.label_values import Values, scan, table_of
 from dataset.labels import CITYSCAPES, IGNORE, ClassTable, read_table
-from dataset.layout import LABEL_IDS
+from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
 from dataset.pairing import pictures_below
 from tools.prepare.classes import is_background, problems_of
 from tools.prepare.labelmap import read_labelmap
@@ -163,16 +163,12 @@ def _read(
     Raises:
         DataError: a file can't be used, or the classes are unknown.
     """
-    values = scan([mask.label for mask in masks], problems, given.decoder)
+    labels = [mask.label for mask in masks]
+    given = _with_table(given, wanted, labels)
+    values = scan(labels, problems, given.decoder)
     sizes, turned = check_sizes(masks, problems)
     if problems:
         raise Problems(source, problems)
-    if wanted.table is not None:
-        given = given._replace(table=wanted.table, names=None, origin=wanted.origin)
-    elif (
-        given.names is None and given.table is None and all(mask.label.endswith(LABEL_IDS) for mask in masks)
-    ):
-        given = given._replace(table=CITYSCAPES, origin="Cityscapes")
     values, is_gray = without_gray_colors(values, given.table)
     table, is_named = _table_for(source, values, given, wanted)
     classes, train_ids, problem = number_rows(table, is_named, wanted)
@@ -184,7 +180,8 @@ def _read(
         raise Problems(source, problems)
     meaning = Meaning(by_id, by_color, given.decoder, is_gray)
     how = f"the classes are those of {origin}" if origin else "each is a class"
-    notes.append(f"the labels hold {values.listed()}; {how}{' or void' if IGNORE in values.ids else ''}")
+    void = f"; {IGNORE} is void" if IGNORE in values.ids and by_id[IGNORE] == IGNORE else ""
+    notes.append(f"the labels hold {values.listed()}; {how}{void}")
     if is_gray:
         notes.append("the labels are gray pictures of several channels, whose values are ids")
     if turned:
@@ -197,6 +194,18 @@ def _read(
         for mask, (size, upright) in zip(masks, sizes, strict=True)
     ]
     return Found(classes, scenes, notes, own_split(scenes, [mask.part for mask in masks]))
+
+
+def _with_table(given: Given, wanted: Wanted, labels: Sequence[str]) -> Given:
+    """Return what the source says, with the class table of the flags or of the names of the label files."""
+    if wanted.table is not None:
+        given = Given(wanted.table, origin=wanted.origin)
+    elif given.names is None and given.table is None and all(label.endswith(LABEL_IDS) for label in labels):
+        given = given._replace(table=CITYSCAPES, origin="Cityscapes")
+    if given.table is not None and labels and all(label.endswith(LABEL_TRAIN_IDS) for label in labels):
+        rows = [row._replace(id=row.train_id) for row in given.table.classes]
+        given = given._replace(table=ClassTable(rows))
+    return given
 
 
 def _table_for(source: str, values: Values, given: Given, wanted: Wanted) -> tuple[ClassTable, bool]:
