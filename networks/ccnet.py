@@ -58,7 +58,7 @@ class Seg_Model(ResNet):  # noqa: N801
         self.head = RCCAHead(
             2048, num_classes, recurrence, dropout=dropout, backend=abn, activation=activation
         )
-        self.dsn = nn.Sequential(
+        self.dsn: nn.Sequential | None = nn.Sequential(  # None in a copy for inference
             nn.Conv2d(1024, dsn_channels, 3, padding=1),
             ABN(dsn_channels, activation, abn),
             ChannelDropout(dsn_channels, dropout),
@@ -77,10 +77,12 @@ class Seg_Model(ResNet):  # noqa: N801
 
         Returns:
             [logits, dsn_logits] of the main head and the auxiliary head, each [N, num_classes, H, W] at 1/8
-            of the input size. If `labels` and a criterion were given, the loss.
+            of the input size; [logits] without the auxiliary head (`networks.fold_batch_norm`). If `labels` and a criterion were given, the loss.
         """
         layer3, layer4 = self.features(images)
-        outputs = [self.head(layer4), self.dsn(layer3)]
+        outputs = [self.head(layer4)]
+        if self.dsn is not None:
+            outputs.append(self.dsn(layer3))
         if self.criterion is not None and labels is not None:
             return self.criterion(outputs, labels)
         return outputs
