@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dataset import CSDataSet
-from dataset.labels import CITYSCAPES, LABELS, ClassTable, choose_table, table_of_rows
+from dataset.classes import choose_classes, classes_of_checkpoint
+from dataset.folder_pair import is_pair
+from dataset.labels import CITYSCAPES, LABELS, ClassTable
 from engine.data.loader import Loading
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result, evaluate
@@ -87,19 +89,22 @@ def resolve(
             f"{args_file(args.restore_from)}: names the class table {found.classes}, which does not "
             "exist; give --classes"
         )
-    if recorded.labels is not None:  # in the checkpoint
-        table = table_of_rows(args.restore_from, recorded.labels)
+    if weights is not None and (recorded.labels is not None or found.classes is not None):
+        table = classes_of_checkpoint(args.restore_from, recorded.labels, found.classes, found.num_classes)
         num_classes = len((table or CITYSCAPES).classes)
     else:
-        table, num_classes = choose_table(
-            found.classes, given["num_classes"] if found.classes else found.num_classes
+        # If nothing is recorded about the run, the labels of a folder pair tell the classes.
+        unknown = weights is not None and not recorded.run and given["num_classes"] is None
+        pair = unknown and args.data_list is None and is_pair(args.data_dir)
+        classes = choose_classes(
+            args.data_dir, args.data_list, found.classes, None if pair else found.num_classes
         )
-    if found.num_classes not in (None, num_classes):
-        where = f"--classes {found.classes}" if found.classes else f"{args.restore_from}: its class table"
-        raise UsageError(
-            f"{where}: has {num_classes} classes, but the network has {found.num_classes}; give the table "
-            "that it was trained with as --classes"
-        )
+        table, num_classes = classes.table, classes.number
+        if found.num_classes not in (None, num_classes):
+            raise UsageError(
+                f"--data-dir {args.data_dir}: has labels of {num_classes} classes, but the network has "
+                f"{found.num_classes}; give the table that it was trained with as --classes"
+            )
     vars(args).update(found._replace(num_classes=num_classes)._asdict())
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"

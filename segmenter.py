@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dataset import IMG_MEAN
-from dataset.labels import ClassTable, LabelReader, choose_table, table_of_rows
+from dataset.classes import classes_of_checkpoint
+from dataset.labels import NUM_CLASSES, ClassTable, LabelReader, choose_table
 from dataset.pictures import decode_upright, load
 from engine.data.transfer import subtract_mean
 from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
@@ -146,14 +147,14 @@ class Segmenter:
                 f"--model {found.model}: the tools open checkpoints of ccnet only; use evaluate.py"
             )
         table, classes = _table(path, recorded, flags.get("classes"), say)
-        found = found._replace(classes=classes, num_classes=found.num_classes or _number(table))
-        assert found.num_classes is not None
+        number = found.num_classes or (NUM_CLASSES if table is None else len(table.classes))
+        found = found._replace(classes=classes, num_classes=number)
         model = MODELS[found.model](
-            found.num_classes, recurrence=found.recurrence, backbone=found.backbone, **options_of(state)
+            number, recurrence=found.recurrence, backbone=found.backbone, **options_of(state)
         )
         if path is not None:
             load_weights(model, path, complete=True, state=state)
-        labels = LabelReader(table, num_classes=found.num_classes)
+        labels = LabelReader(table, num_classes=number)
         segmenter = cls(cast(Seg_Model, model), found, labels, device, amp)
         segmenter.path, segmenter.run = path, recorded.run
         if path is not None:
@@ -325,11 +326,6 @@ def _device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _number(table: ClassTable | None) -> int:
-    """Return the number of classes of a network with random weights."""
-    return choose_table(None, None)[1] if table is None else len(table.classes)
-
-
 def _table(
     path: str | None, recorded: OfRun, asked: str | None, say: Callable[[str], object]
 ) -> tuple[ClassTable | None, str | None]:
@@ -344,27 +340,12 @@ def _table(
     Raises:
         InputError: the table is invalid, or `asked` has another number of classes than the network.
     """
-    found = recorded.description
-    if recorded.labels is not None:
-        table = table_of_rows(str(path), recorded.labels)
-        number = _number(table)
-        if number != found.num_classes:
-            raise UsageError(
-                f"{path}: its class table has {number} classes, but its weights have {found.num_classes}; "
-                "give --classes"
-            )
-        return table, None
-    if found.classes != asked and not _fits(found):
+    found, path = recorded.description, str(path)
+    if recorded.labels is None and found.classes != asked and not _fits(found):
         # Do not guess: wrong names and colors of classes would go unnoticed.
         say(f"{found.classes}: the class table of the run is missing or has changed; give --classes")
         return None, None
-    table, _ = choose_table(found.classes, None)
-    if table is not None and found.num_classes not in (None, len(table.classes)):
-        raise UsageError(
-            f"--classes {found.classes}: has {len(table.classes)} classes, but {path} has "
-            f"{found.num_classes}; give the table that it was trained with"
-        )
-    return table, found.classes
+    return classes_of_checkpoint(path, recorded.labels, found.classes, found.num_classes), found.classes
 
 
 def _fits(found: Description) -> bool:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from dataset import folder_pair
 from dataset.label_values import BACKGROUND, BACKGROUNDS, MOST_CLASSES, Values, listed, scan, table_of
-from dataset.labels import CITYSCAPES, IGNORE, LONGEST_NAME, MOST_TEXT, ClassTable, choose_table, format_table
+from dataset.labels import (
+    CITYSCAPES,
+    IGNORE,
+    LONGEST_NAME,
+    MOST_TEXT,
+    ClassTable,
+    choose_table,
+    format_table,
+    table_of_rows,
+)
 from dataset.layout import LABEL_IDS
 from utils.errors import DataError
 from utils.files import read_input
@@ -124,3 +134,30 @@ def choose_classes(
         found = classes_of(root, skip)
         return found._replace(own=format_table(found.table)) if found.table else found
     return Classes(*choose_table(path, num_classes), [])
+
+
+def classes_of_checkpoint(
+    checkpoint: str, rows: Sequence[Any] | None, path: str | None, number: int | None
+) -> ClassTable | None:
+    """Return the class table of a network; None for the classes of Cityscapes, or for train ids.
+
+    Args:
+        checkpoint: path of the checkpoint, for messages.
+        rows: rows of the class table that the checkpoint itself has, used before `path`; None if it has none.
+        path: path of a class table, or None.
+        number: number of classes of the network; None if it is that of the table.
+
+    Raises:
+        DataError: the table is invalid, or has another number of classes.
+    """
+    if rows is None and path is None:
+        return None
+    table = choose_table(path, None)[0] if rows is None else table_of_rows(checkpoint, rows)
+    known = len((table or CITYSCAPES).classes)
+    if number not in (None, known):
+        where = f"--classes {path}:" if rows is None else f"{checkpoint}: its class table"
+        raise DataError(
+            f"{where} has {known} classes, but the network of {checkpoint} has {number}; give the table that "
+            "it was trained with as --classes"
+        )
+    return table

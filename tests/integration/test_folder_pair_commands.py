@@ -92,6 +92,20 @@ def test_black_and_white_masks_have_two_classes(tmp_path: Path) -> None:
     assert "background" in said and "object" in said
 
 
+def test_a_checkpoint_alone_takes_the_classes_of_the_labels(tmp_path: Path) -> None:
+    """Without args.json, 255 of a black-and-white mask would be void, and every pixel of class 0."""
+    pair = make(tmp_path / "DIR", [0, 255])
+    snapshot, _ = trained(pair)
+    alone = tmp_path / "alone.pth"
+    shutil.copy(snapshot, alone)
+    flags = ["--data-dir", pair, *TINY, "--restore-from", alone, "--whole"]
+    assert "object" in done(EVALUATE_PY, *flags)
+    other = make(tmp_path / "OTHER", [0, 1, 2])
+    result = run(EVALUATE_PY, *flags, "--data-dir", other)
+    assert result.returncode == 2
+    assert f"{alone}: has 2 classes, the network 3" in last_line(result.stderr)
+
+
 def test_resume_has_the_same_recipe_unless_the_classes_change(pair: Path) -> None:
     snapshot, _ = trained(pair)
     before = (snapshot.parent / "classes.tsv").read_bytes()

@@ -202,6 +202,22 @@ class TestPair:
         wanted, _ = read_classes(str(table), False)
         assert drawn(read_pair(str(tmp_path / "DIR"), wanted)) == expected(1, 255, 0)
 
+    @pytest.mark.parametrize("picture", ["a/{}", "{}", "s{}/x"])
+    def test_the_split_is_that_of_training(self, tmp_path: Path, picture: str) -> None:
+        """By default, the same pictures are for validation with and without preparation."""
+        for number in range(11):
+            for folder, pixels in (
+                ("images", np.zeros((*SIZE, 3), np.uint8)),
+                ("labels", classes_at(number)),
+            ):
+                path = tmp_path / "DIR" / folder / f"{picture.format(number)}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+        assert status_of(main, tmp_path / "DIR", tmp_path / "out") == 0
+        for split in ("train", "val"):
+            pairs = [CSDataSet(str(tmp_path / name), split=split).pairs for name in ("DIR", "out")]
+            assert sorted(pairs[0]) == sorted(pairs[1]) and pairs[0]
+
     @pytest.mark.parametrize(
         "suffix, train_ids", [("_labelTrainIds", (1, 255, 0)), ("_labelIds", (0, 255, 1))]
     )
