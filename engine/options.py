@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
-from engine.training.step import PRECISIONS
+from engine.acceleration import AUTO, PRECISIONS
 from utils import args as flags
 from utils.errors import UsageError
 
@@ -489,6 +489,26 @@ class AveragingOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InferenceOptions(Options):
+    """Options for the precision and the implementation of a prediction."""
+
+    title = "speed"
+    amp: str | None = option(
+        None,
+        Flag(
+            "mixed precision; auto: bf16 if the device has fast products of it; float32 by default",
+            choices=(AUTO, *sorted(PRECISIONS)),
+            noted=True,
+        ),
+    )
+    channels_last: bool = option(
+        False,
+        Flag("store tensors as [N, h, w, C], the layout that tensor cores and CPUs use", noted=True),
+    )
+    compile: bool = option(False, Flag("compile the network with torch.compile", noted=True))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictionOptions(AveragingOptions):
     """Options for predicting a picture, whole or by tiles."""
 
@@ -502,7 +522,9 @@ class PredictionOptions(AveragingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(PredictionOptions, CheckpointOptions, ProcessOptions, ClassOptions, DataOptions):
+class EvaluateOptions(
+    PredictionOptions, InferenceOptions, CheckpointOptions, ProcessOptions, ClassOptions, DataOptions
+):
     """All options of evaluate.py."""
 
     title = "evaluation"

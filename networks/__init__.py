@@ -5,6 +5,7 @@ from __future__ import annotations
 from networks.abn import ABN, synchronize, train_mode
 from networks.ccnet import Seg_Model
 from networks.dropout import ChannelDropout
+from networks.folding import fold_batch_norm
 from networks.models import MODELS
 from networks.weights import load_weights, match_weights
 from utils.errors import CheckpointError
@@ -15,6 +16,7 @@ __all__ = [
     "ChannelDropout",
     "CheckpointError",
     "Seg_Model",
+    "fold_batch_norm",
     "load_weights",
     "match_weights",
     "synchronize",

@@ -6,55 +6,63 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from networks.abn import ABN
-from networks.ccnet import Seg_Model
-from networks.convert import convolution_before
-
-#: Modules that compute the activations of ABN. They overwrite the output of the convolution.
-ACTIVATIONS = {
-    "identity": nn.Identity,
-    "relu": lambda: nn.ReLU(inplace=True),
-    "leaky_relu": lambda: nn.LeakyReLU(ABN.slope, inplace=True),
-}
 
 
 @torch.no_grad()
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Return a copy of a network for inference, with activated batch norm folded into the convolutions.
+    """Return a copy of a network for inference, with each activated batch norm folded into its convolution.
 
-    The copy gives the same logits up to rounding: conv(x) becomes the normalized value directly, and the
-    activation remains. The auxiliary head of CCNet is left out, so the copy returns [logits]. Its state dict
-    has other entries than a checkpoint.
+    The activations remain. The logits are the same up to rounding. The auxiliary head is left out: the copy
+    returns [logits]. Its state dict has other entries than a checkpoint, so do not save it as one.
 
     Args:
-        model: network whose modules are named as in CCNet: bn1 follows conv1, and an ABN in a sequence
-            follows its convolution. It is not changed.
+        model: CCNet, or a network in which each `ABN` directly follows its convolution in the order of the
+            submodules. An ABN that does not is kept. The network is not changed.
 
     Returns:
         The copy, in evaluation mode.
     """
-    if isinstance(model, Seg_Model):
-        dsn, model.dsn = model.dsn, None  # not copied
-        try:
-            folded = copy.deepcopy(model)
-        finally:
-            model.dsn = dsn
-    else:
+    auxiliary = getattr(model, "dsn", None)
+    if auxiliary is not None:
+        model.dsn = None  # not copied
+    try:
         folded = copy.deepcopy(model)
-    folded.eval()
-    for name, norm in list(folded.named_modules()):
-        if not isinstance(norm, ABN):
-            continue
-        convolution = folded.get_submodule(convolution_before(name))
-        if not isinstance(convolution, nn.Conv2d) or len(norm.weight) != convolution.out_channels:
-            continue
-        scale = (norm.weight.double().abs() + norm.eps) / (norm.running_var.double() + norm.eps).sqrt()
-        bias = norm.bias.double() - norm.running_mean.double() * scale
-        if convolution.bias is not None:
-            bias += convolution.bias.double() * scale
-        weight = convolution.weight
-        convolution.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-        weight.copy_(weight.double() * scale.view(-1, 1, 1, 1))
-        folded.set_submodule(name, ACTIVATIONS[norm.activation]())
-    return folded
+    finally:
+        if auxiliary is not None:
+            model.dsn = auxiliary
+    _fold(folded)
+    return folded.eval()
+
+
+def _fold(module: nn.Module) -> None:
+    """Fold each ABN below `module`, in place."""
+    before: nn.Module | None = None
+    for name, child in module.named_children():
+        if isinstance(child, ABN) and isinstance(before, nn.Conv2d):
+            before.weight, before.bias = _fused(before, child)
+            # The activations may overwrite the output of the convolution, which nothing else reads.
+            activations = {
+                "relu": nn.ReLU(inplace=True),
+                "leaky_relu": nn.LeakyReLU(child.slope, inplace=True),
+                "identity": nn.Identity(),
+            }
+            setattr(module, name, activations[child.activation])
+        else:
+            _fold(child)
+        before = child
+
+
+def _fused(convolution: nn.Conv2d, norm: ABN) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return weight and bias of the folded convolution, computed in float64."""
+    mean, variance, weight, bias = (
+        t.double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    own = None if convolution.bias is None else convolution.bias.double()
+    fused = fuse_conv_bn_weights(
+        convolution.weight.double(), own, mean, variance, norm.eps, weight.abs() + norm.eps, bias
+    )
+    dtype = convolution.weight.dtype
+    return nn.Parameter(fused[0].to(dtype)), nn.Parameter(fused[1].to(dtype))

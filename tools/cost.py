@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from engine.training.step import PRECISIONS
+from engine.acceleration import PRECISIONS
 from loss import CriterionDSN, CriterionOhemDSN
 from networks import Seg_Model
 from utils.progress import Progress

@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cc_attention import RecurrentCrissCrossAttention
 from dataset import IMG_MEAN
 from engine.inference import resize
 from engine.options import ToolOptions, add_flags
-from networks import ABN, MODELS, Seg_Model
+from networks import MODELS, Seg_Model
 from networks.variants import DEPTHS
 from segmenter import Segmenter
 from tools import common
@@ -89,42 +88,13 @@ class PlainAttention(nn.Module):
         return (from_row + from_column.transpose(1, 2)).permute(0, 3, 1, 2)
 
 
-def fold(module: nn.Module) -> None:
-    """Fold each activated batch norm into the preceding convolution, in place; the activation remains."""
-    before: nn.Module | None = None
-    for name, child in module.named_children():
-        if isinstance(child, ABN):
-            assert isinstance(before, nn.Conv2d)
-            before.weight, before.bias = (nn.Parameter(p.float()) for p in _fused(before, child))
-            activations = {
-                "relu": nn.ReLU(),
-                "leaky_relu": nn.LeakyReLU(child.slope),
-                "identity": nn.Identity(),
-            }
-            setattr(module, name, activations[child.activation])
-        else:
-            fold(child)
-        before = child
-
-
-def _fused(convolution: nn.Conv2d, norm: ABN) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return weight and bias of the folded convolution, in float64."""
-    mean, variance, weight, bias = (
-        t.detach().double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    own = None if convolution.bias is None else convolution.bias.detach().double()
-    return fuse_conv_bn_weights(
-        convolution.weight.detach().double(), own, mean, variance, norm.eps, weight.abs() + norm.eps, bias
-    )
-
-
 class Exported(nn.Module):
     """The exported network: uint8 RGB pictures [N, h, w, 3] to classes or logits.
 
     It has no auxiliary head.
 
     Args:
-        model: the network. Its modules are reused and changed.
+        model: network from `fold_batch_norm`. Its modules are reused and changed.
         output: "classes" for int32 [N, h, w], "logits" for [N, C, H, W] at 1/8 size.
     """
 
@@ -132,7 +102,6 @@ class Exported(nn.Module):
 
     def __init__(self, model: Seg_Model, output: str):
         super().__init__()
-        fold(model)
         mean = torch.from_numpy(IMG_MEAN)
         if model.shift is not None:
             mean = mean - model.shift

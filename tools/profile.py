@@ -34,7 +34,7 @@ from torch import Tensor
 
 from cc_attention import CrissCrossAttention, ops
 from dataset.labels import NUM_CLASSES
-from engine.training.step import PRECISIONS
+from engine.acceleration import PRECISIONS
 from networks import Seg_Model, load_weights
 from networks.of_run import Description, describe
 from networks.variants import DEPTHS, variant_of

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.transfer import Batch
+from engine.acceleration import autocast
 from engine.randomness import seed_of
 from engine.runtime.distributed import World
 from engine.training.dropout_masks import DropoutMasks
 from utils.errors import RunError
 
-#: Autocast type of each precision of --amp.
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Loss scale below which an overflow has another cause than the scale.
 SMALLEST_SCALE = 1.0
 
@@ -174,9 +173,7 @@ class Stepper:
         ):
             last = part == self.accumulate - 1
             with self._synchronized(last), self.dropout.applied(part, self.accumulate):
-                with torch.autocast(
-                    device.type, PRECISIONS.get(self.precision or ""), enabled=self.precision is not None
-                ):
+                with autocast(device, self.precision):
                     outputs = self.model(some_images)
                 totals = self.criterion.totals(outputs, some_labels)
                 weight = torch.stack([total.weight for total in totals]).detach()
