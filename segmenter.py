@@ -111,7 +111,7 @@ class Segmenter:
         *,
         device: str | torch.device | None = None,
         amp: str | None = None,
-        say: Callable[[str], object] = warnings.warn,
+        say: Callable[[str], object] = lambda line: warnings.warn(line, stacklevel=3),
         **flags: Any,
     ) -> Segmenter:
         """Load a checkpoint.

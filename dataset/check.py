@@ -254,7 +254,9 @@ def describe(split: Split, labels: LabelReader) -> str:
     number = split.cities.total()
     official = official_cities(split.name, split.cities.keys())
     beside = f" of the official {sum(official.values())}" if official else ""
-    lines = [f"{split.name}: {number} pictures{beside} in {len(split.cities)} folders"]
+    number_of_folders = len(split.cities)
+    folders = "1 folder" if number_of_folders == 1 else f"{number_of_folders} folders"
+    lines = [f"{split.name}: {number} pictures{beside} in {folders}"]
     sizes = ", ".join(f"{width}x{height} ({times})" for (height, width), times in split.sizes.most_common(5))
     if sizes:
         more = f" and {len(split.sizes) - 5} more" if len(split.sizes) > 5 else ""

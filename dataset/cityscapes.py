@@ -295,7 +295,7 @@ class CSDataSet(Dataset):
         except DataError as error:
             raise DataError(f"{error} (python -m dataset.check finds all such files)") from error
         folders = len({os.path.dirname(pair.image) for pair in self.pairs})
-        line = f"{self.source}: {len(self.pairs)} pictures in {folders} folders, "
+        line = f"{self.source}: {len(self.pairs)} pictures in {folders} folder{'s' * (folders > 1)}, "
         notes = []
         if self.labeled:
             void = counts.train_ids[self.labels.ignore_label] / counts.train_ids.sum()

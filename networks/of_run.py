@@ -104,6 +104,12 @@ def describe(
             actual = f"{name.removeprefix('num_')} {of_weights[name]}"
             raise UsageError(f"{source}: the weights of {checkpoint} have {actual}; {remedy}")
         found[name] = value
+    if not run and given.get("recurrence") is None:
+        # Cityscapes' classes are known by their number.
+        named = labels is not None or found["classes"] is not None or found["num_classes"] in (None, 19)
+        what = f"recurrence {found['recurrence']} is assumed (--recurrence)"
+        what += "" if named else ", and the classes have no names (--classes)"
+        notes.append(f"{checkpoint}: without {run_files.ARGUMENTS} next to it or a description in it, {what}")
     return OfRun(Description(**found), labels if found["classes"] is None else None, run, notes)
 
 

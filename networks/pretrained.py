@@ -136,7 +136,7 @@ def _in_255(values: Sequence[float]) -> tuple[float, ...]:
 def _not_downloaded(source: str, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{source}: can't be downloaded ({_line(error)}); check the network connection, or copy the file to "
-        "this machine and convert it with python -m tools.convert"
+        "this machine, run python -m tools.convert FILE imagenet.pth, and give --restore-from imagenet.pth"
     )
 
 

@@ -166,10 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     described = about(args.source, source, state, args.classes) if args.to in ("ccnet", "safetensors") else {}
     write(args.output, args.to, to_batch_norm(state) if args.to == "batch-norm" else state, source, described)
     heads = f"CCNet with {backbone}" if has_heads(state) else backbone
-    print(f"{args.output}: {heads}, variant {variant}, {len(state)} entries")
+    megabytes = os.path.getsize(args.output) / 1e6
+    print(f"{args.output}: {heads}, variant {variant}, {len(state)} entries, {megabytes:.0f} MB")
     if described:
-        names = [row["name"] for row in described.get("labels", [])]
-        print(f"it describes its network{f' and {len(names)} labels ({names[0]}, ...)' if names else ''}")
+        table = table_of_rows(args.output, described["labels"]) if "labels" in described else None
+        names = (table or CITYSCAPES).names if "labels" in described else ()
+        listed = f", and {len(names)} classes: {', '.join(names)}" if names else ""
+        print(f"it describes its network: R={described['recurrence']}{listed}")
 
 
 def read_source(

@@ -112,7 +112,8 @@ class RunLog:
         self._add(step, summary.scalar("val/mean_iou", mean_iou))
         self._events.flush()
         print(
-            f"step {step}/{self.steps}  mean IoU {mean_iou:.4f}{', the best so far' if best else ''}",
+            f"step {step}/{self.steps}  mean IoU of the validation {mean_iou:.4f}"
+            + (", the best so far, saved as CS_scenes_best.pth" if best else ""),
             flush=True,
         )
 

@@ -243,7 +243,7 @@ class TestTestSplit:
     def test_layout(self, unlabeled, tmp_path, monkeypatch, capsys):
         arguments = ["--data-dir", unlabeled, "--split", "test", *SMALL, "--output-dir", tmp_path / "out"]
         status, output, _ = run(arguments, monkeypatch, capsys)
-        assert status == 0 and "3 pictures in 1 folders, none missing" in output
+        assert status == 0 and "3 pictures in 1 folder, none missing" in output
         self.check(tmp_path / "out", output)
 
     def test_list_of_pictures_alone(self, unlabeled, tmp_path, monkeypatch, capsys):

@@ -496,3 +496,7 @@ def test_overlay_mixes_by_opacity() -> None:
     classes = np.zeros((2, 2), np.uint8)
     for opacity, expected in ((0.0, (100, 100, 100)), (1.0, (255, 0, 100)), (0.25, (139, 75, 100))):
         assert np.abs(overlay(shown, classes, palette, opacity) - np.array(expected)).max() <= 1
+    # A black class, such as a background, leaves the picture as it is.
+    classes[0] = 1
+    mixed = overlay(shown, classes, make_palette([(255, 0, 100), (0, 0, 0)]), 0.25)
+    assert (mixed[0] == 100).all() and (mixed[1] != 100).any()

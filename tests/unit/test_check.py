@@ -239,9 +239,7 @@ def test_there_are_more_than_twenty_kinds():
 def test_healthy_data_set(healthy, capsys):
     status, output, _ = checked(healthy, capsys)
     assert status == 0 and "no problems in 8 pictures" in output and loaded(healthy) == "nothing"
-    assert (
-        "train: 4 pictures of the official 2975 in 1 folders" in output and "val: 4 pictures in 1" in output
-    )
+    assert "train: 4 pictures of the official 2975 in 1 folder" in output and "val: 4 pictures in 1" in output
     assert "64x48 (4)" in output
 
 

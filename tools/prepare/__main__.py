@@ -161,9 +161,9 @@ def split_of(args: argparse.Namespace, found: Found) -> tuple[list[str], str]:
     number = len(set(groups))
     grouped = "" if number == len(groups) else f" in {number} groups"
     if number == len(groups) and args.group is None and (series := series_of(names)):
-        examples = ", ".join(list(series)[:MOST_SERIES])
+        examples = ", ".join([*list(series)[:MOST_SERIES], *["..."] * (len(series) > MOST_SERIES)])
         found.notes.append(
-            f"each picture is a group of its own; if those of a series ({examples}, ...) show one scene, "
+            f"each picture is a group of its own; if those of a series ({examples}) show one scene, "
             r"give --group '^(.*?)\d+\D*$'"
         )
     return parts, f"split by seed {seed}{grouped}"

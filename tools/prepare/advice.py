@@ -11,7 +11,7 @@ import numpy as np
 
 from dataset.labels import IGNORE
 from tools.prepare.source import Class
-from tools.prepare.writing import IMAGES, TRAIN, VAL, Counts
+from tools.prepare.writing import TRAIN, VAL, Counts
 
 #: Largest crop: that of the Cityscapes recipe.
 LARGEST_CROP, SMALLEST_CROP = 769, 9
@@ -131,16 +131,32 @@ def commands(out: str, counts: dict[str, Counts], name: str) -> list[tuple[str, 
     largest = max(h * w for each in counts.values() for h, w in each.sizes)
     whole = ["--whole"] if largest <= LARGEST_WHOLE else ["--input-size", size]
     evaluate = ["python", "evaluate.py", *data]
-    predict = ["python", "-m", "tools.predict", os.path.join(out, IMAGES), *best, *whole]
+    predict = ["python", "-m", "tools.predict", os.path.join(out, f"{VAL}.lst"), *best, *whole]
     small = ",".join(str(min(side, 129)) for side in crop)
     quick = ["python", "train.py", *data, "--input-size", small, "--batch-size", "2", "--num-steps", "20"]
-    quick += ["--gpu", "cpu", "--backbone", "resnet50", "--num-workers", "0", "--val-every", "20"]
+    quick += [
+        "--gpu",
+        "cpu",
+        "--backbone",
+        "resnet50",
+        "--num-workers",
+        "0",
+        "--val-every",
+        "20",
+        "--print-frequency",
+        "5",
+    ]
     quick += ["--snapshot-dir", f"{snapshots}-try"]
+    best_of_try = os.path.join(f"{snapshots}-try", "CS_scenes_best.pth")
     return [
-        ("train, from ImageNet weights", train),
+        ("train from ImageNet weights, on a GPU", train),
         ("evaluate the best weights of the validation", [*evaluate, *best, *whole]),
-        ("predict", [*predict, "--out", os.path.join("predictions", name)]),
-        ("try all of it first, in minutes on a CPU (the result is of no use)", quick),
+        ("predict the validation pictures", [*predict, "--out", os.path.join("predictions", name)]),
+        (
+            "or try all of it first, in minutes on a CPU: train a useless network like this, then evaluate "
+            f"and predict as above with --restore-from {best_of_try}",
+            quick,
+        ),
     ]
 
 
@@ -173,7 +189,9 @@ def suggestions(out: str, counts: dict[str, Counts], classes: Sequence[Class]) -
     ]
     if weights := class_weights(shares_of(counts[TRAIN], len(classes))):
         text = ",".join(f"{weight:g}" for weight in weights)
-        lines.append(f"the shares differ much; to favor rare classes, train with --class-weights {text}")
+        lines.append(
+            f"the shares differ much; to favor rare classes, add --class-weights {text} to the first command"
+        )
     name = os.path.basename(os.path.realpath(out))
     for what, words in commands(out, counts, name):
         lines += ["", f"# {what}", as_command(words)]

@@ -20,7 +20,10 @@ SWATCH = 24
 def overlay(
     picture: np.ndarray, classes: np.ndarray, palette: Sequence[int], opacity: float = 0.5
 ) -> np.ndarray:
-    """Blend the colors of the classes into a picture.
+    """Blend the colors of the classes into a picture. Where a class is black, the picture stays as it is.
+
+    Black is the usual color of a background. Blended, it would only darken the picture, so that colors of the
+    picture could be taken for those of classes.
 
     Args:
         picture: uint8 [h, w, 3] RGB.
@@ -35,7 +38,9 @@ def overlay(
     # 255 * 256 fits into 16 bits, which take a third of the time and memory of floats.
     share = round(256 * opacity)
     mixed = picture * np.uint16(256 - share) + colors * np.uint16(share) + np.uint16(128)
-    return np.right_shift(mixed, 8).astype(np.uint8)
+    laid_over = np.right_shift(mixed, 8).astype(np.uint8)
+    is_black = np.equal(np.array(palette).reshape(256, 3).max(1), 0)
+    return np.where(is_black[classes][..., None], picture, laid_over)
 
 
 class Sheet:
