@@ -22,6 +22,7 @@ from dataset import CSDataSet
 from dataset.classes import choose_classes, classes_of_checkpoint
 from dataset.folder_pair import is_pair
 from dataset.labels import CITYSCAPES, LABELS, ClassTable
+from engine.acceleration import accelerate, choose_precision
 from engine.data.loader import Loading
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result, evaluate
@@ -30,7 +31,7 @@ from engine.evaluation.submission import check_names, write_archive
 from engine.inference import predict_classes
 from engine.options import EvaluateOptions, add_flags
 from engine.runtime import distributed
-from networks import MODELS, load_weights, match_weights
+from networks import MODELS, fold_batch_norm, load_weights, match_weights
 from networks.of_run import Description, OfRun, args_file, describe
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
@@ -117,6 +118,8 @@ def check(options: EvaluateOptions, table: ClassTable | None, device: torch.devi
     Raises:
         InputError: a flag or file is invalid. The message names the flag or file.
     """
+    _, chosen = choose_precision(options.amp, device)
+    notes = [*notes, *([chosen] if chosen else [])]
     print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     weights = read_weights(options.restore_from)
     with torch.device("meta"):
@@ -164,13 +167,15 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
     model = make_model(options, weights)
     if weights:
         load_weights(model, str(options.restore_from), complete=True, state=weights)
-    model.to(world.device).eval()
+    amp, _ = choose_precision(options.amp, world.device)
+    model = fold_batch_norm(model).to(world.device)
+    network = accelerate(model, world.device, amp, options.channels_last, options.compile)
     dataset = make_dataset(options, table)
     tile_size = None if options.whole else options.input_size
     tile_batch = options.tile_batch or max(options.batch_size, 4 if world.device.type == "cuda" else 1)
     result = evaluate(
         lambda images: predict_classes(
-            model, images, options.scales, options.flip, tile_size, options.num_classes, tile_batch
+            network, images, options.scales, options.flip, tile_size, options.num_classes, tile_batch
         ),
         dataset,
         world,

@@ -26,11 +26,11 @@ from dataset import IMG_MEAN
 from dataset.classes import classes_of_checkpoint
 from dataset.labels import NUM_CLASSES, ClassTable, LabelReader, choose_table
 from dataset.pictures import decode_upright, load
+from engine.acceleration import accelerate, autocast, choose_precision
 from engine.data.transfer import subtract_mean
 from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
 from engine.runtime.distributed import choose_devices
-from engine.training.step import PRECISIONS
-from networks import MODELS, Seg_Model, load_weights
+from networks import MODELS, Seg_Model, fold_batch_norm, load_weights
 from networks.attention import picture_attention
 from networks.of_run import Description, OfRun, args_file, describe
 from networks.variants import options_of
@@ -71,9 +71,10 @@ class Segmenter:
     """A network in evaluation mode, with the names and colors of its classes. Create it with `load`.
 
     Attributes:
-        model: the network; its input is BGR in 0..255 minus `dataset.IMG_MEAN`, float [N, 3, h, w].
+        model: the network, a copy for inference (`networks.fold_batch_norm`), which returns [logits]. Its
+            input is BGR in 0..255 minus `dataset.IMG_MEAN`, float [N, 3, h, w].
         device: device of the network.
-        amp: precision of the computation: "bf16", "fp16", or None for that of the weights, float32.
+        amp: precision of the computation: "bf16", "fp16", or None for float32.
         path: the checkpoint; None for random weights.
         description: model, backbone, recurrence and number of classes.
         labels: the classes.
@@ -86,16 +87,15 @@ class Segmenter:
         model: Seg_Model,
         description: Description,
         labels: LabelReader,
-        device: str | torch.device | None = None,
+        device: torch.device,
         amp: str | None = None,
+        channels_last: bool = False,
+        compiled: bool = False,
     ):
-        self.device = _device(device)
+        self.device = device
         self.amp = amp
-        if amp is not None and amp not in PRECISIONS:
-            raise UsageError(f"amp {amp!r}: is not {' or '.join(sorted(PRECISIONS))}")
-        if amp == "fp16" and self.device.type == "cpu":
-            raise UsageError("amp fp16: requires a GPU; use bf16")
-        self.model = model.to(self.device).eval()
+        self.model = cast(Seg_Model, fold_batch_norm(model)).to(device)
+        self._network = accelerate(self.model, device, amp, channels_last, compiled)
         self.path: str | None = None
         self.description = description
         self.labels = labels
@@ -111,6 +111,8 @@ class Segmenter:
         *,
         device: str | torch.device | None = None,
         amp: str | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
         say: Callable[[str], object] = lambda line: warnings.warn(line, stacklevel=3),
         **flags: Any,
     ) -> Segmenter:
@@ -122,14 +124,20 @@ class Segmenter:
         Args:
             path: file of torch.save or safetensors; None for a network with random weights.
             device: device such as "cuda:1" or "cpu"; by default the first GPU, or else the CPU.
-            amp: precision of the computation: "bf16", "fp16" (on a GPU), or None for float32.
-            say: function that gets a line about each flag that differs from the recorded one.
+            amp: precision of the computation: "bf16", "fp16" (on a GPU), "auto" for bf16 if the device has
+                fast products of it, or None for float32.
+            channels_last: whether to store tensors as [N, h, w, C].
+            compile: whether to compile the network with torch.compile.
+            say: function that gets a line about each flag that differs from the recorded one, and about the
+                precision that "auto" chooses.
             **flags: model, backbone, recurrence, num_classes or classes (path of a class table), as the flags
                 of evaluate.py. They override what is recorded.
 
         Raises:
             InputError: a file or argument is invalid. The message names it.
         """
+        device = _device(device)
+        amp, note = choose_precision(amp, device)
         if unknown := set(flags) - set(Description._fields):
             raise TypeError(f"unknown option {min(unknown)}; known are {', '.join(Description._fields)}")
         state = None if path is None else read_state_dict(path)
@@ -139,7 +147,7 @@ class Segmenter:
             recorded = OfRun(Description(**given), None, {}, [])
         else:
             recorded = describe(path, state, flags)
-        for line in recorded.notes:
+        for line in [*recorded.notes, *([note] if note else [])]:
             say(line)
         found = recorded.description
         if not issubclass(MODELS.get(found.model, Seg_Model), Seg_Model):
@@ -155,7 +163,7 @@ class Segmenter:
         if path is not None:
             load_weights(model, path, complete=True, state=state)
         labels = LabelReader(table, num_classes=number)
-        segmenter = cls(cast(Seg_Model, model), found, labels, device, amp)
+        segmenter = cls(cast(Seg_Model, model), found, labels, device, amp, channels_last, compile)
         segmenter.path, segmenter.run = path, recorded.run
         if path is not None:
             segmenter.files = [path, args_file(path), *filter(None, [classes])]
@@ -247,7 +255,7 @@ class Segmenter:
         """
         image = self._image(picture)
         try:
-            with torch.inference_mode(), self._precision():
+            with torch.inference_mode(), autocast(self.device, self.amp):
                 maps = picture_attention(self.model, image, pixels)
         except ValueError as error:
             raise UsageError(f"pixels: {error}") from error
@@ -257,13 +265,6 @@ class Segmenter:
         """Return the input of the network for a picture, float32 [1, 3, h, w] on the device."""
         rgb = as_rgb(picture).to(self.device)
         return subtract_mean(rgb.flip(-1)[None], self._mean)
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, PRECISIONS.get(self.amp or ""), enabled=self.amp is not None)
-
-    def _network(self, images: Tensor) -> Any:
-        with self._precision():
-            return self.model(images)
 
 
 def as_rgb(picture: Picture) -> Tensor:

@@ -77,7 +77,8 @@ class Seg_Model(ResNet):  # noqa: N801
 
         Returns:
             [logits, dsn_logits] of the main head and the auxiliary head, each [N, num_classes, H, W] at 1/8
-            of the input size; [logits] without the auxiliary head (`networks.fold_batch_norm`). If `labels` and a criterion were given, the loss.
+            of the input size. Without the auxiliary head (`networks.fold_batch_norm`), only [logits]. If
+            `labels` and a criterion were given, the loss.
         """
         layer3, layer4 = self.features(images)
         outputs = [self.head(layer4)]

@@ -25,14 +25,10 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     Returns:
         The copy, in evaluation mode.
     """
-    auxiliary = getattr(model, "dsn", None)
-    if auxiliary is not None:
-        model.dsn = None  # not copied
-    try:
-        folded = copy.deepcopy(model)
-    finally:
-        if auxiliary is not None:
-            model.dsn = auxiliary
+    folded = copy.deepcopy(model)
+    if hasattr(folded, "dsn"):
+        del folded.dsn
+        folded.dsn = None
     _fold(folded)
     return folded.eval()
 

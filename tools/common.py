@@ -56,6 +56,8 @@ def open_network(args: argparse.Namespace) -> Segmenter:
         args.restore_from,
         device=choose_device(args.gpu),
         amp=getattr(args, "amp", None),
+        channels_last=getattr(args, "channels_last", False),
+        compile=getattr(args, "compile", False),
         say=lambda line: print(line, flush=True),
         **flags_of_network,
     )

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from engine.acceleration import PRECISIONS
+from engine.acceleration import autocast
 from loss import CriterionDSN, CriterionOhemDSN
 from networks import Seg_Model
 from utils.progress import Progress
@@ -235,7 +235,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def autocast_of(setting: Setting, device: str) -> torch.autocast:
     """Return the autocast context of a setting."""
-    return torch.autocast(device, PRECISIONS.get(setting.amp or ""), enabled=setting.amp is not None)
+    return autocast(torch.device(device), setting.amp)
 
 
 def set_layout(model: nn.Module, channels_last: bool) -> None:

@@ -33,8 +33,7 @@ from PIL import Image
 
 from dataset import DataError
 from dataset.pictures import decode_upright, load
-from engine.options import AveragingOptions, add_flags
-from engine.training.step import PRECISIONS
+from engine.options import AveragingOptions, InferenceOptions, add_flags
 from segmenter import Prediction, Segmenter
 from tools import common
 from tools.sources import (
@@ -102,7 +101,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--frames", type=flags.positive_int, metavar="N", help="maximum number of frames of a video or camera"
     )
-    add("--amp", choices=tuple(sorted(PRECISIONS)), help="mixed precision (default: float32)")
+    add_flags(parser, InferenceOptions)
     common.add_network_flags(parser)
     return parser
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.data.transfer import Batch
 from engine.acceleration import autocast
+from engine.data.transfer import Batch
 from engine.randomness import seed_of
 from engine.runtime.distributed import World
 from engine.training.dropout_masks import DropoutMasks

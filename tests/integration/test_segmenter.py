@@ -55,7 +55,7 @@ def test_a_prediction_is_that_of_the_network(segmenter: Segmenter, checkpoint: P
     found = segmenter.predict(rgb)
     assert found.classes.dtype == np.uint8 and (found.classes == logits.argmax(0).numpy()).all()
     assert found.probabilities.dtype == np.float32
-    assert np.abs(found.probabilities - logits.softmax(0).numpy()).max() < 1e-5
+    assert np.abs(found.probabilities - logits.softmax(0).numpy()).max() < 1e-4
     colors = np.array(CITYSCAPES.colors, np.uint8)
     assert found.colors.dtype == np.uint8 and (found.colors == colors[found.classes]).all()
     assert len(np.unique(found.classes)) > 1
@@ -145,7 +145,7 @@ def test_bf16_is_close(segmenter: Segmenter, checkpoint: Path, rgb: np.ndarray) 
     exact, rounded = segmenter.predict(rgb), low.predict(rgb)
     difference = np.abs(exact.probabilities - rounded.probabilities).max()
     assert 0 < difference < 0.2 and rounded.probabilities.dtype == np.float32
-    for amp, message in (("fp8", "amp 'fp8': is not bf16 or fp16"), ("fp16", "requires a GPU")):
+    for amp, message in (("fp8", "--amp fp8: is not one of auto, bf16, fp16"), ("fp16", "requires a GPU")):
         with pytest.raises(UsageError, match=message):
             Segmenter.load(checkpoint, device="cpu", amp=amp)
 
