@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from networks.abn import ABN
+from networks.ccnet import Seg_Model
 
 
 @torch.no_grad()
@@ -26,8 +27,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         The copy, in evaluation mode.
     """
     folded = copy.deepcopy(model)
-    if hasattr(folded, "dsn"):
-        del folded.dsn
+    if isinstance(folded, Seg_Model):
         folded.dsn = None
     _fold(folded)
     return folded.eval()

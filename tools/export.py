@@ -11,7 +11,6 @@ are compared with those of the network, at sizes other than that of the export. 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import io
 import json
@@ -19,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from cc_attention import RecurrentCrissCrossAttention
 from dataset import IMG_MEAN
 from engine.inference import resize
 from engine.options import ToolOptions, add_flags
-from networks import MODELS, Seg_Model
+from networks import MODELS, Seg_Model, fold_batch_norm
 from networks.variants import DEPTHS
 from segmenter import Segmenter
 from tools import common
@@ -94,7 +93,7 @@ class Exported(nn.Module):
     It has no auxiliary head.
 
     Args:
-        model: network from `fold_batch_norm`. Its modules are reused and changed.
+        model: the network, which is copied.
         output: "classes" for int32 [N, h, w], "logits" for [N, C, H, W] at 1/8 size.
     """
 
@@ -102,6 +101,7 @@ class Exported(nn.Module):
 
     def __init__(self, model: Seg_Model, output: str):
         super().__init__()
+        model = cast(Seg_Model, fold_batch_norm(model))
         mean = torch.from_numpy(IMG_MEAN)
         if model.shift is not None:
             mean = mean - model.shift
@@ -349,7 +349,7 @@ def export(network: Segmenter, out: str, output: str) -> None:
         RunError: outputs differ by more than TOLERANCE.
     """
     begin = time.monotonic()
-    program = trace(Exported(copy.deepcopy(network.model), output).eval())
+    program = trace(Exported(network.model, output).eval())
     known = about(network, output)
     with replacing(out) as temporary:
         if out.endswith(".onnx"):
