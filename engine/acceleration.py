@@ -15,7 +15,9 @@ from utils.errors import UsageError
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Value of --amp that chooses bf16 if the device has fast products of it, and float32 otherwise.
 AUTO = "auto"
-#: Flags in /proc/cpuinfo of processors with products of bfloat16: x86-64 and 64-bit ARM.
+#: File with the flags of the processor, on Linux.
+CPU_INFO = Path("/proc/cpuinfo")
+#: Flags of processors with products of bfloat16: x86-64 and 64-bit ARM.
 PRODUCTS = {"avx512_bf16", "amx_bf16", "bf16"}
 #: Compute capability of the first NVIDIA GPUs with products of bfloat16.
 AMPERE = (8, 0)
@@ -31,7 +33,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= AMPERE
     try:
-        words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+        words = CPU_INFO.read_text(encoding="utf-8", errors="replace").split()
     except OSError:  # not Linux
         return False
     return not PRODUCTS.isdisjoint(words)
