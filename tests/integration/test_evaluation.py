@@ -20,6 +20,7 @@ import evaluate as command
 from benchmarks.official_scores import largest_difference, official_scores
 from dataset import CSDataSet, DataError
 from dataset.labels import CITYSCAPES
+from engine import acceleration
 from engine.data.loader import Loading
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result, evaluate
@@ -517,3 +518,26 @@ def test_a_tile_beyond_all_memory_is_refused(tmp_path, monkeypatch, capsys):
         status, _, line = run([*arguments, *flag], monkeypatch, capsys)
         assert status == 2 and "--input-size" in line and "GiB of memory" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small_network")
+def test_lower_precision_and_another_layout_change_few_pixels(tmp_path, monkeypatch, capsys):
+    labeled(tmp_path / "data", 2)
+    predicted, said = {}, {}
+    monkeypatch.setattr(acceleration, "has_fast_bf16", lambda device: True)
+    for name, flags_ in {
+        "float32": [],
+        "again": [],
+        "layout": ["--channels-last"],
+        "bf16": ["--amp", "bf16", "--channels-last"],
+        "auto": ["--amp", "auto", "--channels-last"],
+    }.items():
+        arguments = ["--data-dir", tmp_path / "data", *SMALL, "--output-dir", tmp_path / name, *flags_]
+        status, said[name], _ = run(arguments, monkeypatch, capsys)
+        assert status == 0
+        files = sorted((tmp_path / name / "outputs").iterdir())
+        predicted[name] = np.stack([np.asarray(Image.open(path)) for path in files])
+    same = {name: (each == predicted["float32"]).mean() for name, each in predicted.items()}
+    assert same["again"] == 1 and same["layout"] > 0.99 and 0.8 < same["bf16"] < 1
+    assert same["auto"] == same["bf16"] and "--amp auto: bf16, " in said["auto"]
+    assert json.loads((tmp_path / "auto/result.txt").read_text())["arguments"]["amp"] == "auto"
