@@ -13,6 +13,8 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 
 from dataset import CSDataSet
 from dataset.classes import choose_classes, classes_of_checkpoint
-from dataset.folder_pair import is_pair
-from dataset.labels import CITYSCAPES, LABELS, ClassTable
+from dataset.folder_pair import LISTS, is_pair
+from dataset.labels import CITYSCAPES, LABELS, ClassTable, rows_of_table
 from engine.acceleration import accelerate, choose_precision
 from engine.data.loader import Loading
 from engine.evaluation import results
@@ -106,10 +108,30 @@ def resolve(
                 f"--data-dir {args.data_dir}: has labels of {num_classes} classes, but the network has "
                 f"{found.num_classes}; give the table that it was trained with as --classes"
             )
+    check_list(args, recorded.run)
     vars(args).update(found._replace(num_classes=num_classes)._asdict())
     if args.output_dir is None:
         args.output_dir = os.path.dirname(args.restore_from) if args.restore_from else "snapshots"
     return EvaluateOptions.of(args), table, recorded.notes
+
+
+def check_list(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
+    """Check that pictures for training are not evaluated, where a folder pair would be divided at random.
+
+    Raises:
+        UsageError: the run was trained with a list, and no list is given.
+    """
+    lists = [os.path.join(args.data_dir, name) for name in LISTS.values()]
+    if (
+        run.get("data_list")
+        and args.data_list is None
+        and is_pair(args.data_dir)
+        and not any(map(os.path.isfile, lists))
+    ):
+        raise UsageError(
+            f"--data-list: required, because the run was trained with --data-list {run['data_list']}; "
+            f"without a list, {args.data_dir} would be divided differently"
+        )
 
 
 def check(options: EvaluateOptions, table: ClassTable | None, device: torch.device, notes: list[str]) -> None:
@@ -249,7 +271,10 @@ def write(options: EvaluateOptions, dataset: CSDataSet, result: Result) -> None:
             write_archive(path, sizes, dataset.labels.label_ids())
             print(f"{path}: {len(sizes)} pictures of label ids, each as large as its input")
         else:
-            print(results.write(options.output_dir, result, dataset.labels.names(), options.noted()))
+            table = dataset.labels.table
+            rows = None if table is None else rows_of_table(table)
+            names = dataset.labels.names()
+            print(results.write(options.output_dir, result, names, options.noted(), rows))
     except OSError as error:
         raise unwritable(error) from error
     except DataError as error:  # a picture that was removed during the evaluation

@@ -32,11 +32,12 @@ from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_mult
 from engine.runtime.distributed import choose_devices
 from networks import MODELS, Seg_Model, fold_batch_norm, load_weights
 from networks.attention import picture_attention
-from networks.of_run import Description, OfRun, args_file, describe
+from networks.of_run import Description, OfRun, args_file, check_value, describe
 from networks.variants import options_of
 from networks.weights import read_state_dict
 from utils.drawing.palette import colored, make_palette
 from utils.errors import RunError, UsageError
+from utils.run_files import is_number
 
 #: A picture: path, PIL image, uint8 RGB array [h, w, 3], or RGB tensor [3, h, w], uint8 or float in 0..1.
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -140,6 +141,9 @@ class Segmenter:
         amp, note = choose_precision(amp, device)
         if unknown := set(flags) - set(Description._fields):
             raise TypeError(f"unknown option {min(unknown)}; known are {', '.join(Description._fields)}")
+        for name, value in flags.items():
+            if value is not None:
+                check_value("Segmenter.load", name, value)
         state = None if path is None else read_state_dict(path)
         path = None if path is None else os.fspath(path)
         if path is None or state is None:
@@ -219,6 +223,7 @@ class Segmenter:
         if isinstance(picture, (list, tuple)):
             options = {"scales": scales, "flip": flip, "tile_size": tile_size, "probabilities": probabilities}
             return [self.predict(each, **cast(Any, options)) for each in picture]
+        _check_averaging(scales, tile_size)
         image = self._image(picture)
         fits = tile_size is None or all(
             side <= tile for side, tile in zip(image.shape[2:], tile_size, strict=True)
@@ -312,6 +317,21 @@ def _of_tensor(picture: Tensor) -> Tensor:
     if picture.dtype != torch.uint8:
         raise UsageError(f"picture: {kind}; give uint8, or float from 0 to 1")
     return picture.permute(1, 2, 0)
+
+
+def _check_averaging(scales: Sequence[float], tile_size: Sequence[int] | None) -> None:
+    """Raise UsageError unless the arguments of `Segmenter.predict` are possible."""
+    sides = [] if tile_size is None else list(tile_size) if isinstance(tile_size, (list, tuple)) else [0]
+    if tile_size is not None and (
+        len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)
+    ):
+        raise UsageError(f"tile_size {tile_size!r}: give (height, width) in pixels, or None")
+    if (
+        not isinstance(scales, (list, tuple))
+        or not scales
+        or not all(is_number(s, 1e-2, 1e2) for s in scales)
+    ):
+        raise UsageError(f"scales {scales!r}: give a list of factors such as [0.75, 1, 1.25]")
 
 
 def _device(device: str | torch.device | None) -> torch.device:

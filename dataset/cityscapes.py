@@ -192,7 +192,9 @@ class CSDataSet(Dataset):
 
     def digest(self) -> str:
         """Return a hash of the pairs and the class table, independent of the data directory."""
-        about = repr(self.pairs) + (repr(self.labels.table.labels) if self.labels.table else "")
+        about = repr(self.pairs)
+        if self.labels.table:  # its names do not matter
+            about += repr([(label.id, label.train_id, label.color) for label in self.labels.table.labels])
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
     def sizes(self) -> list[tuple[int, int]]:

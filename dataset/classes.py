@@ -122,7 +122,7 @@ def choose_classes(
 
     Args:
         root: value of --data-dir.
-        data_list: value of --data-list; a folder pair is used only without a list.
+        data_list: value of --data-list; with a list, only the file classes.tsv of a folder pair is used.
         path: value of --classes.
         num_classes: value of --num-classes.
         skip: see `classes_of`.
@@ -130,10 +130,15 @@ def choose_classes(
     Raises:
         DataError: see `choose_table` and `classes_of`.
     """
-    if path is None and num_classes is None and data_list is None and folder_pair.is_pair(root):
+    pair = folder_pair.is_pair(root)
+    if path is None and pair and os.path.lexists(os.path.join(root, TABLE)):
+        table, number = choose_table(os.path.join(root, TABLE), num_classes)  # with a list too
+        found = Classes(table, number, [f"{root}: {number} classes by {TABLE}"])
+    elif path is None and num_classes is None and data_list is None and pair:
         found = classes_of(root, skip)
-        return found._replace(own=format_table(found.table)) if found.table else found
-    return Classes(*choose_table(path, num_classes), [])
+    else:
+        return Classes(*choose_table(path, num_classes), [])
+    return found._replace(own=format_table(found.table)) if found.table else found
 
 
 def classes_of_checkpoint(

@@ -471,6 +471,8 @@ def table_of_rows(path: str, rows: Sequence[Any]) -> ClassTable | None:
     labels = []
     colors = make_palette([])
     try:
+        if not isinstance(rows, (list, tuple)):
+            raise ValueError("not a list of rows")
         if len(rows) > MOST_ROWS:
             raise ValueError(f"has {len(rows)} rows, more than {MOST_ROWS}")
         for number, row in enumerate(rows):

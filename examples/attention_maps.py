@@ -16,14 +16,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, when run as a script
 
-from segmenter import Segmenter
+from segmenter import Segmenter, as_rgb
 from utils.drawing.attention_figure import draw_attention
 
 
 def main(checkpoint: str, picture: str, out: str, *pixels: str) -> None:
     """Draw the attention of the network in `checkpoint` for some pixels of `picture` into the file `out`."""
     segmenter = Segmenter.load(checkpoint)
-    image = np.asarray(Image.open(picture).convert("RGB"))
+    image = as_rgb(picture).numpy()  # uint8 [h, w, 3], turned as its orientation tag says
     places = [(int(row), int(column)) for row, column in (text.split(",") for text in pixels)]
     maps = segmenter.attention(image, places)  # [pixels, passes, H, W], at the resolution of the features
     rows = [

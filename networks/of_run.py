@@ -17,6 +17,8 @@ from utils.errors import CheckpointError, UsageError
 
 #: Maximum number of classes: a label picture has 8 bits, and 255 is void.
 MOST_CLASSES = 255
+#: Number of classes of Cityscapes.
+CITYSCAPES_CLASSES = 19
 
 
 class Description(NamedTuple):
@@ -95,8 +97,8 @@ def describe(
             if name in run and run[name] != value:
                 notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")
         elif name in run and not (name == "classes" and run[name] is None):
-            _check_value(file, name, run[name])
-            value = _moved(checkpoint, run[name]) if name == "classes" else run[name]
+            check_value(file, name, run[name])
+            value = table_path(checkpoint, run[name]) if name == "classes" else run[name]
             source, remedy = f"{file}: {name} {value}", f"give {flag} {of_weights.get(name)}"
         else:
             value = of_weights.get(name, default)
@@ -105,8 +107,8 @@ def describe(
             raise UsageError(f"{source}: the weights of {checkpoint} have {actual}; {remedy}")
         found[name] = value
     if not run and given.get("recurrence") is None:
-        # Cityscapes' classes are known by their number.
-        named = labels is not None or found["classes"] is not None or found["num_classes"] in (None, 19)
+        names = (None, CITYSCAPES_CLASSES)  # Cityscapes' classes are known by their number
+        named = labels is not None or found["classes"] is not None or found["num_classes"] in names
         what = f"recurrence {found['recurrence']} is assumed (--recurrence)"
         what += "" if named else ", and the classes have no names (--classes)"
         notes.append(f"{checkpoint}: without {run_files.ARGUMENTS} next to it or a description in it, {what}")
@@ -138,14 +140,25 @@ def _recorded(
     return file, run, labels, []
 
 
-def _moved(checkpoint: str, table: str) -> str:
-    """Return the path of the class table of a run, whose folder may have been moved with the table in it."""
+def table_path(checkpoint: str, table: str) -> str:
+    """Return the path of the class table that args.json names.
+
+    A bare file name is the table of the run itself, in the folder of args.json. Other paths are those of the
+    flag. If such a file does not exist, one of the same name next to the checkpoint is used.
+    """
     beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(table))
-    return beside if not os.path.isfile(table) and os.path.isfile(beside) else table
+    first, second = (table, beside) if os.path.dirname(table) else (beside, table)
+    return second if not os.path.isfile(first) and os.path.isfile(second) else first
 
 
-def _check_value(file: str, name: str, value: Any) -> None:
-    """Raise UsageError unless `value` is possible for the entry `name` of an args.json."""
+def check_value(file: str, name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is possible for the field `name` of `Description`.
+
+    Args:
+        file: source of the value, for the message.
+        name: name of the field.
+        value: the value.
+    """
     right = {
         "model": isinstance(value, str) and value in MODELS,
         "backbone": isinstance(value, str) and value in DEPTHS,

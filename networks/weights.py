@@ -159,10 +159,18 @@ def _mmseg_classes(content: Mapping[Any, Any]) -> list[dict[str, Any]] | None:
             "name": name,
             "id": number,
             "train_id": number,
-            "color": list(color) if isinstance(color, (list, tuple)) else None,
+            "color": list(color) if _is_color(color) else None,
         }
         for number, (name, color) in enumerate(zip(names, colors, strict=True))
     ]
+
+
+def _is_color(color: Any) -> bool:
+    return (
+        isinstance(color, (list, tuple))
+        and len(color) == 3
+        and all(type(channel) is int and 0 <= channel <= 255 for channel in color)
+    )
 
 
 def require_safetensors(path: str | os.PathLike) -> Any:

@@ -42,7 +42,8 @@ from torch.nn import functional as F
 
 from cc_attention.reference import criss_cross_attention
 from dataset import IMG_MEAN
-from dataset.labels import CITYSCAPES, read_table, rows_of_table, table_of_rows
+from dataset.classes import classes_of_checkpoint
+from dataset.labels import CITYSCAPES, rows_of_table, table_of_rows
 from engine.options import TrainOptions
 from networks import CheckpointError, Seg_Model
 from networks.convert import (
@@ -82,6 +83,8 @@ from utils.files import check_output_file, check_writable, replacing, writing
 
 KINDS = ("ccnet", "mmseg", "imagenet", "batch-norm")
 TARGETS = ("ccnet", "safetensors", "original", "batch-norm")
+#: Formats whose files describe their network.
+DESCRIBED = ("ccnet", "safetensors")
 #: Maximum difference of an output, relative to its largest value.
 TOLERANCE = 1e-4
 #: Size of the compared picture: one even and one odd side, to test the rounding of the pooling.
@@ -153,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_output_file("OUTPUT", args.output)
     if args.to == "safetensors":
         require_safetensors(args.output)
+    if args.classes is not None and args.to not in DESCRIBED:
+        raise UsageError(f"--classes: files of --to {args.to} do not describe their classes; omit it")
     source = read_source(args.source, args.kind, args.mean, args.std)
     state = convert(source)
     check_numbers(f"{args.source}, converted", state)
@@ -163,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--to original: {args.source} is the {variant} variant with {backbone}, but the original code "
             "supports only ccnet with resnet101; omit --to"
         )
-    described = about(args.source, source, state, args.classes) if args.to in ("ccnet", "safetensors") else {}
+    described = about(args.source, source, state, args.classes) if args.to in DESCRIBED else {}
     write(args.output, args.to, to_batch_norm(state) if args.to == "batch-norm" else state, source, described)
     heads = f"CCNet with {backbone}" if has_heads(state) else backbone
     megabytes = os.path.getsize(args.output) / 1e6
@@ -265,23 +270,15 @@ def about(path: str, source: Source, state: Mapping[str, Tensor], classes: str |
     # A file of another program does not belong to the args.json next to it.
     found = describe(path, marked, {"classes": classes}, of_run=source.kind in ("ccnet", "batch-norm"))
     number = found.description.num_classes
-    if found.labels is not None:
-        table = table_of_rows(path, found.labels)
-    elif found.description.classes is not None:
-        table = read_table(found.description.classes)
-    else:
-        table = None
-    known = len((table or CITYSCAPES).classes)
     described = found.description._asdict()
     del described["classes"]
-    if known == number:
+    labels = found.labels
+    if labels is not None and source.kind == "mmseg" and len(labels) != number:
+        print(f"{path}: names {len(labels)} classes, but the network has {number}; the names are not kept")
+        labels = None
+    table = classes_of_checkpoint(path, labels, found.description.classes, number)
+    if len((table or CITYSCAPES).classes) == number:
         described["labels"] = rows_of_table(table)
-    elif found.description.classes is not None:
-        raise UsageError(
-            f"{found.description.classes}: has {known} classes, but the network has {number}; give --classes"
-        )
-    elif found.labels is not None:
-        print(f"{path}: names {known} classes, but the network has {number}; the names are not kept")
     recipe = {name: found.run[name] for name in TrainOptions.names(lambda f: f.recipe) if name in found.run}
     mean = [round(float(value), 8) for value in IMG_MEAN]
     return {**described, "recipe": recipe, "input": {"channels": "BGR", "range": [0, 255], "mean": mean}}

@@ -23,7 +23,7 @@ import torch
 
 import train
 from dataset import CSDataSet
-from dataset.labels import CITYSCAPES, LabelReader, choose_table
+from dataset.labels import CITYSCAPES, ClassTable, LabelReader, choose_table, table_of_rows
 from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.evaluation.results import CONFUSION, FILES, RESULT
@@ -164,7 +164,7 @@ class Evaluation(NamedTuple):
             ignore_label=how["ignore_label"],
             num_classes=how["num_classes"],
             split=how["split"],
-            table=choose_table(how["classes"], how["num_classes"])[0],
+            table=table_of(results, result, how),
         )
         return cls(dataset, how, os.path.join(results, OUTPUTS))
 
@@ -212,12 +212,22 @@ def read_confusion(path: str, missing: list[str]) -> bytes | None:
     return None
 
 
+def table_of(results: str, result: dict[str, Any], how: dict[str, Any]) -> ClassTable | None:
+    """Return the class table of an evaluation; None for the classes of Cityscapes.
+
+    Raises:
+        DataError: the table is invalid.
+    """
+    if (rows := result.get("labels")) is not None:
+        return table_of_rows(os.path.join(results, RESULT), rows)
+    return choose_table(how["classes"], how["num_classes"])[0]
+
+
 def class_colors(results: str, result: dict[str, Any]) -> Sequence[Color]:
     """Return the RGB colors of the classes of a result; empty if its class table no longer exists."""
     try:
         how = run_files.arguments_of(results, result)
-        table, number = choose_table(how["classes"], how["num_classes"])
-        colors = LabelReader(table, num_classes=number).colors()
+        colors = LabelReader(table_of(results, result, how), num_classes=how["num_classes"]).colors()
     except InputError:
         colors = list(CITYSCAPES.colors) if result["classes"] == list(CITYSCAPES.names) else []
     palette = make_palette(colors)

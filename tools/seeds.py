@@ -23,6 +23,7 @@ from typing import Any
 import evaluate
 import train
 from engine.options import EvaluateOptions, TrainOptions
+from networks.of_run import table_path
 from tools import common
 from utils import args as flags
 from utils import run_files
@@ -121,6 +122,8 @@ def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
     for name in EvaluateOptions.names(lambda flag: flag.from_run):
         if wanted[name] is None:
             wanted[name] = of_run.get(name, noted.get(name))
+            if name == "classes" and isinstance(wanted[name], str):
+                wanted[name] = table_path(checkpoint, wanted[name])
     return all(
         json.loads(json.dumps(wanted[name])) == noted.get(name)
         for name in EvaluateOptions.names(lambda flag: flag.noted)

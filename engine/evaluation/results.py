@@ -18,7 +18,13 @@ from utils.files import replacing, write_file
 FILES = RESULT, SCORES, CONFUSION = run_files.RESULT, "scores.txt", "confusion.png"
 
 
-def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[str, Any]) -> str:
+def write(
+    folder: str,
+    result: Result,
+    names: Sequence[str],
+    arguments: Mapping[str, Any],
+    labels: Sequence[Any] | None = None,
+) -> str:
     """Write the result files (FILES).
 
     Args:
@@ -26,6 +32,7 @@ def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[
         result: result of the evaluation.
         names: names of the K classes.
         arguments: options of the evaluation, written to the JSON file.
+        labels: rows of the class table, written to the JSON file; None for the classes of Cityscapes.
 
     Returns:
         Text to print: the scores of the classes and the averages.
@@ -45,6 +52,7 @@ def write(folder: str, result: Result, names: Sequence[str], arguments: Mapping[
         if scores.get(name) is not None:
             lines.append(f"{name} {scores[name]:.4f}")
     scores |= {"classes": list(names), "confusion": result.confusion.tolist(), "arguments": dict(arguments)}
+    scores |= {} if labels is None else {"labels": list(labels)}
     # JSON has no nan: a missing score is null.
     content = json.dumps({name: _without_nan(value) for name, value in scores.items()}, allow_nan=False)
     write_file(os.path.join(folder, RESULT), content)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from utils.errors import RunError, UsageError
 from utils.files import kind_of, open_input, put_aside, replacing, temporary_name, write_file, writing
-from utils.run_files import CLASSES
+from utils.run_files import CLASSES, read_arguments
 
 #: Files and folders of a run, except states and the snapshots that are named by their step.
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "tensorboard", "CS_scenes_best.pth")
@@ -288,7 +288,7 @@ def check_run_files(directory: str, own_table: bool = False) -> None:
     Raises:
         UsageError: a path is of another kind, such as a FIFO or a broken link.
     """
-    for name in _run_files(own_table):
+    for name in _run_files(directory, own_table):
         path = os.path.join(directory, name)
         is_right, wanted = (os.path.isdir, "folder") if name == "tensorboard" else (os.path.isfile, "file")
         if os.path.lexists(path) and not is_right(path):
@@ -306,7 +306,7 @@ def check_recipe(state: State, recipe: Mapping[str, Any]) -> None:
         # Convert through JSON, like the recipe on disk: tuples become lists.
         if flag in state.recipe and state.recipe[flag] != json.loads(json.dumps(value)):
             what = (
-                "--data-dir, --data-list: not the pictures"
+                "--data-dir, --data-list: not the pictures and classes"
                 if flag == "data"
                 else f"--{flag.replace('_', '-')}: is {value} here and {state.recipe[flag]} in those"
             )
@@ -438,7 +438,9 @@ def replaced(directory: str, steps: int, interval: int, own_table: bool = False)
         own_table: whether the run writes its class table.
     """
     folder = glob.escape(directory)
-    found = [path for name in _run_files(own_table) for path in glob.glob(os.path.join(folder, name))]
+    found = [
+        path for name in _run_files(directory, own_table) for path in glob.glob(os.path.join(folder, name))
+    ]
     found += glob.glob(os.path.join(folder, "state_*"))
     for path in glob.glob(snapshot_path(folder, "*")):
         match = re.search(r"_(\d+)(_ema)?\.pth$", path)
@@ -448,8 +450,15 @@ def replaced(directory: str, steps: int, interval: int, own_table: bool = False)
     return [path for path in found if not os.path.isdir(path)]
 
 
-def _run_files(own_table: bool) -> tuple[str, ...]:
-    """Return the names of the files of a run, with that of its class table if the run writes it."""
+def _run_files(directory: str, own_table: bool) -> tuple[str, ...]:
+    """Return the names of the files of a run, with that of its class table if it is the run's own.
+
+    Args:
+        directory: folder of the run.
+        own_table: whether the new run writes its class table; an earlier run in the folder may have done so.
+    """
+    with contextlib.suppress(UsageError):  # a damaged args.json, which is moved with the rest
+        own_table = own_table or read_arguments(directory).get("classes") == CLASSES
     return (*RUN_FILES, CLASSES) if own_table else RUN_FILES
 
 
@@ -464,7 +473,7 @@ def set_aside(directory: str, own_table: bool = False) -> str | None:
         The path of the subfolder; None if there is nothing to move.
     """
     found = glob.glob(os.path.join(glob.escape(directory), "state_*"))
-    names = _run_files(own_table)
+    names = _run_files(directory, own_table)
     found += [path for name in names if os.path.lexists(path := os.path.join(directory, name))]
     if not found:
         return None
@@ -479,7 +488,7 @@ def set_aside(directory: str, own_table: bool = False) -> str | None:
 
 def remove_leftovers(directory: str) -> None:
     """Delete partly written files of a killed run. The directory must be `locked`."""
-    for name in ("state_*", "CS_scenes_*", *_run_files(own_table=True)):
+    for name in ("state_*", "CS_scenes_*", *RUN_FILES, CLASSES):
         for path in glob.glob(temporary_name(os.path.join(glob.escape(directory), name), "*")):
             if os.path.isfile(path):
                 os.unlink(path)

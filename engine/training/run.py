@@ -264,9 +264,15 @@ class Run:
         checkpoint.remove_leftovers(self.directory)
         arguments = dict(vars(self.options))
         if self.data.class_table is not None:
-            # The commands that read a checkpoint find the table by args.json.
-            arguments["classes"] = os.path.join(self.directory, CLASSES)
-            write_file(arguments["classes"], self.data.class_table)
+            # The commands that read a checkpoint find the table by args.json. A bare name is a file in the
+            # folder of the run, which may be moved.
+            arguments["classes"] = CLASSES
+            path = os.path.join(self.directory, CLASSES)
+            # A resumed run has the same classes, possibly under new names.
+            if self.state is None or self.options.change_recipe or not os.path.exists(path):
+                write_file(path, self.data.class_table)
+        elif self.options.classes is not None and not os.path.dirname(self.options.classes):
+            arguments["classes"] = os.path.join(os.curdir, self.options.classes)
         write_file(os.path.join(self.directory, ARGUMENTS), json.dumps(arguments, indent=2))
         self._note_environment()
         self.log = RunLog(self.directory, self.start, self.options.num_steps, self.options.batch_size)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dataset import CSDataSet
 from dataset.labels import read_table
+from networks.of_run import table_path
 from tools import seeds
 
 TRAIN_PY, EVALUATE_PY = "tests/small/train.py", "tests/small/evaluate.py"
@@ -55,6 +56,12 @@ def trained(pair: Path, *more: object) -> tuple[Path, str]:
     return out / "CS_scenes_2.pth", said
 
 
+def names_of(checkpoint: Path) -> list[str]:
+    """Return the class names that the args.json next to a checkpoint gives."""
+    found = table_path(str(checkpoint), json.loads((checkpoint.parent / "args.json").read_text())["classes"])
+    return list(read_table(found).names)
+
+
 def test_train_evaluate_and_predict(pair: Path, tmp_path: Path) -> None:
     """The run keeps its classes, and the validation pictures are those that it was not trained on."""
     snapshot, said = trained(pair, "--val-every", 2)
@@ -65,8 +72,8 @@ def test_train_evaluate_and_predict(pair: Path, tmp_path: Path) -> None:
     assert f"{pair}: the labels hold ids 0, 3 and 255: classes 0 and 3; 255 is void (give --classes" in said
     assert said.count("STEM_mask") == 1 and "mean IoU" in said
     arguments = json.loads((snapshot.parent / "args.json").read_text())
-    assert arguments["classes"] == str(snapshot.parent / "classes.tsv") and arguments["num_classes"] == 2
-    rows = [label[:3] for label in read_table(arguments["classes"]).labels]
+    assert arguments["classes"] == "classes.tsv" and arguments["num_classes"] == 2
+    rows = [label[:3] for label in read_table(str(snapshot.parent / "classes.tsv")).labels]
     assert rows == [("class 0", 0, 0), ("class 3", 3, 1), ("void", 255, 255)]
 
     said = done(
@@ -126,6 +133,19 @@ def test_a_new_run_sets_the_table_of_an_earlier_one_aside(pair: Path) -> None:
     trained(pair)
     assert (snapshot.parent / "earlier_1/classes.tsv").read_bytes() == before
     assert read_table(str(snapshot.parent / "classes.tsv")).names == ("a", "b", "c", "d")
+    # The earlier run still has its own table, also after a run whose table is elsewhere.
+    shutil.copy(snapshot, snapshot.parent / "earlier_1")
+    assert names_of(snapshot.parent / "earlier_1/CS_scenes_2.pth") == ["class 0", "class 3"]
+    shutil.copy(snapshot.parent / "earlier_1/classes.tsv", pair / "own.tsv")
+    trained(pair, "--classes", pair / "own.tsv")
+    assert not (snapshot.parent / "classes.tsv").exists()
+    assert names_of(snapshot) == ["class 0", "class 3"]
+    assert read_table(str(snapshot.parent / "earlier_2/classes.tsv")).names == ("a", "b", "c", "d")
+    # The table that a run would move can't be its input.
+    trained(pair)
+    refused = run(TRAIN_PY, "--data-dir", pair, *FLAGS, "--snapshot-dir", snapshot.parent, "--classes",
+                  snapshot.parent / "classes.tsv")  # fmt: skip
+    assert refused.returncode == 2 and "would replace its own input" in last_line(refused.stderr)
 
 
 def test_a_table_that_a_flag_gives_is_left_where_it_is(pair: Path) -> None:
@@ -226,3 +246,45 @@ def test_camvid_as_a_folder_pair(tmp_path: Path, root: Path) -> None:
         pixels = sum(side["classes"][f"class {value}"]["pixels"] for side in counts.values())
         assert pixels == shares[value]
     assert sum(side["classes"]["void"]["pixels"] for side in counts.values()) == shares[255]
+
+
+def test_a_run_with_a_list_is_not_scored_without_one(pair: Path) -> None:
+    """The random division of the folder would put pictures that were trained on into the validation."""
+    (pair.parent / "mine.lst").write_text(
+        "".join(f"images/{number}.png\tlabels/{number}_mask.png\n" for number in range(8))
+    )
+    table = pair.parent / "table.tsv"
+    table.write_text("name\tid\ttrain_id\tcolor\nx\t0\t0\t1,1,1\ny\t3\t1\t2,2,2\n")
+    snapshot, _ = trained(pair, "--data-list", pair.parent / "mine.lst", "--classes", table)
+    flags = ["--data-dir", pair, "--gpu", "cpu", "--restore-from", snapshot, "--input-size", "33,33"]
+    refused = run(EVALUATE_PY, *flags)
+    assert refused.returncode == 2 and last_line(refused.stderr).startswith(
+        "evaluate.py: error: --data-list: required"
+    )
+    done(EVALUATE_PY, *flags, "--data-list", pair.parent / "mine.lst")
+
+
+def test_the_table_of_the_folder_counts_with_a_list_too(pair: Path) -> None:
+    (pair / "classes.tsv").write_text("name\tid\ttrain_id\tcolor\nx\t0\t0\t1,1,1\ny\t3\t1\t2,2,2\n")
+    (pair / "some.lst").write_text("images/0.png\tlabels/0_mask.png\nimages/1.png\tlabels/1_mask.png\n")
+    snapshot, said = trained(pair, "--data-list", pair / "some.lst")
+    assert "2 classes by classes.tsv" in said and names_of(snapshot) == ["x", "y"]
+    refused = run(
+        TRAIN_PY, "--data-dir", pair, *FLAGS, "--snapshot-dir", pair.parent / "b", "--num-classes", 4
+    )
+    assert refused.returncode == 2 and "has 2 classes; omit --num-classes" in last_line(refused.stderr)
+
+
+def test_files_that_describe_a_folder_pair_are_inputs(pair: Path) -> None:
+    (pair / "classes.txt").write_text("a\nb\nc\nd\n")
+    assert {str(pair / name) for name in ("classes.txt", "classes.tsv", "train.lst", "val.lst")} <= set(
+        CSDataSet(str(pair)).files()
+    )
+
+
+def test_a_renamed_class_keeps_its_name_when_the_run_is_resumed(pair: Path) -> None:
+    snapshot, _ = trained(pair)
+    table = snapshot.parent / "classes.tsv"
+    table.write_text(table.read_text().replace("class 3", "pothole"))
+    trained(pair, "--resume")
+    assert names_of(snapshot) == ["class 0", "pothole"]

@@ -195,6 +195,33 @@ def test_other_errors(segmenter: Segmenter, checkpoint: Path, rgb: np.ndarray, t
             broken.predict(rgb, probabilities=probabilities)
 
 
+ARGUMENTS = {
+    "tile_size 769": {"tile_size": 769},
+    "tile_size (0, 0)": {"tile_size": (0, 0)},
+    "tile_size (9,)": {"tile_size": (9,)},
+    "scales []": {"scales": []},
+    "scales [0]": {"scales": [0]},
+    "scales 1": {"scales": 1},
+}
+
+
+@pytest.mark.parametrize("words", ARGUMENTS)
+def test_impossible_arguments_of_a_prediction(segmenter: Segmenter, rgb: np.ndarray, words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        segmenter.predict(rgb, **ARGUMENTS[words])
+    assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"model": "zz"}, {"backbone": "zz"}, {"recurrence": -1}, {"num_classes": "x"}, {"num_classes": 300}],
+)
+def test_impossible_arguments_of_load(flags: dict, checkpoint: Path) -> None:
+    for path in (None, checkpoint):
+        with pytest.raises(UsageError, match=f"Segmenter.load: {next(iter(flags))} is "):
+            Segmenter.load(path, device="cpu", **flags)
+
+
 def test_a_flag_that_differs_from_the_run_is_said(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "a.pth").symlink_to(checkpoint)
     (tmp_path / "args.json").write_text(json.dumps({"recurrence": 1}))
@@ -361,6 +388,18 @@ def test_every_command_reads_it(one_file: Path, rgb: np.ndarray, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     written = np.array(Image.open(tmp_path / "predicted/labelIds/a.png"))
     assert (written == 10 * classes).all()
+    done = run("tools.report", tmp_path / "out", "--gpu", "cpu", "--attention", "1")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out/report.html").read_text()
+    assert "no pictures" not in page and "thing 3" in page and "sidewalk" not in page
+    done = run(
+        "tools.attention", tmp_path / "own/a.png", "--restore-from", one_file, "--gpu", "cpu", "--out",
+        tmp_path / "attention",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert np.load(next((tmp_path / "attention").glob("*.npy"))).shape == (1, 6, 8)  # recurrence 1
+    done = run("tools.profile", "--restore-from", one_file, "--input-size", "33,33", "--rounds", "0")
+    assert done.returncode == 0 and "R=1" in done.stdout, done.stdout + done.stderr
 
 
 DAMAGED = {

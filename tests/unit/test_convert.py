@@ -659,6 +659,7 @@ CLASSES = {
     "mmsegmentation 0.x": {"CLASSES": ("sky", "tree"), "PALETTE": [[1, 2, 3], [4, 5, 6]]},
     "mmsegmentation 1.x": {"dataset_meta": {"classes": ["sky", "tree"], "palette": [[1, 2, 3], [4, 5, 6]]}},
     "no palette": {"CLASSES": ["sky", "tree"]},
+    "a palette of tensors": {"CLASSES": ["sky", "tree"], "PALETTE": [[torch.tensor(1), 2, 3], [4, 5, 600]]},
 }
 
 
@@ -672,8 +673,19 @@ def test_classes_of_mmsegmentation_are_kept(kind, tmp_path, monkeypatch):
         converted(tmp_path, content, "--to", target)
         opened = Segmenter.load(tmp_path / "output.pth", device="cpu")
         assert opened.names == ["sky", "tree"] and opened.description.recurrence == 2
-        assert kind == "no palette" or opened.labels.colors() == [(1, 2, 3), (4, 5, 6)]
+        assert "palette" in kind or opened.labels.colors() == [(1, 2, 3), (4, 5, 6)]
         (tmp_path / "output.pth").unlink()
+
+
+def test_classes_can_be_given_and_have_to_fit(tmp_path, capsys):
+    torch.save(fill_library(Mmseg(2)).state_dict(), tmp_path / "source.pth")
+    (tmp_path / "a.tsv").write_text(
+        "name\tid\ttrain_id\tcolor\na\t0\t0\t1,1,1\nb\t1\t1\t2,2,2\nc\t2\t2\t3,3,3\n"
+    )
+    for target, words in (("ccnet", "has 3 classes, but the network"), ("original", "omit it")):
+        arguments = ["--classes", tmp_path / "a.tsv", "--to", target]
+        assert tool(tmp_path / "source.pth", tmp_path / "out.pth", *arguments) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.slow

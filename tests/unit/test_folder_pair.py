@@ -290,6 +290,9 @@ class TestClasses:
     def test_digest_has_the_table(self, pair: Path) -> None:
         before = CSDataSet(str(pair)).digest()
         (pair / "classes.txt").write_text("a\nb\nc\n")
+        named = CSDataSet(str(pair))
+        assert named.digest() == before and named.labels.names() == ["a", "b", "c"]  # names do not matter
+        (pair / "classes.txt").write_text("a\nb\nc\nd\n")
         assert CSDataSet(str(pair)).digest() != before
 
 

@@ -290,3 +290,17 @@ class TestCamVid:
         assert picture.image.shape == (360, 480, 3) and np.array_equal(picture.label, expected)
         names = [line.split("\t")[1] for line in (data / "classes.tsv").read_text().splitlines()[1:12]]
         assert dataset.labels.names() == names
+
+
+def test_rows_of_a_checkpoint() -> None:
+    """Classes with the names of Cityscapes but other ids are a table of their own."""
+    assert table_of_rows("a", rows_of_table(None)) is None
+    numbered = [
+        {"name": name, "id": k, "train_id": k, "color": list(color)}
+        for k, (name, color) in enumerate(zip(CITYSCAPES.names, CITYSCAPES.colors, strict=True))
+    ]
+    assert table_of_rows("a", numbered) is None  # as mmsegmentation numbers them
+    table = table_of_rows("a", [{**row, "id": row["id"] + 100} for row in numbered])
+    assert table is not None and table.label_ids().tolist() == list(range(100, 119))
+    again = table_of_rows("a", rows_of_table(table))
+    assert again is not None and again.labels == table.labels

@@ -38,7 +38,8 @@ def test_weights_alone(tmp_path: Path, state: dict[str, Tensor]) -> None:
 def test_the_run_tells_what_the_weights_do_not(tmp_path: Path, state: dict[str, Tensor]) -> None:
     run = {"model": "ccnet", "backbone": "resnet50", "recurrence": 3, "num_classes": 5, "classes": "a.tsv"}
     run["input_size"] = [97, 97]
-    assert described(tmp_path, state, run) == (Description("ccnet", "resnet50", 3, 5, "a.tsv"), [])
+    table = str(tmp_path / "a.tsv")  # a bare name is that of a file next to args.json
+    assert described(tmp_path, state, run) == (Description("ccnet", "resnet50", 3, 5, table), [])
 
 
 def test_a_flag_goes_before_the_run_with_one_line(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -108,3 +109,15 @@ def test_the_class_table_of_a_moved_run(tmp_path: Path, state: dict[str, Tensor]
     (tmp_path / "other.tsv").touch()
     run = {"classes": str(tmp_path / "other.tsv")}
     assert described(tmp_path, state, run)[0].classes == str(tmp_path / "other.tsv")
+
+
+def test_a_bare_name_is_the_table_of_the_run_itself(
+    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.tsv").touch()  # of somebody else, in the working directory
+    run = {"classes": "classes.tsv"}
+    assert described(tmp_path / "run", state, run)[0].classes == "classes.tsv"  # as older versions wrote it
+    (tmp_path / "run/classes.tsv").touch()
+    assert described(tmp_path / "run", state, run)[0].classes == str(tmp_path / "run/classes.tsv")
