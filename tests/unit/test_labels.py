@@ -20,6 +20,8 @@ from dataset.labels import (
     format_table,
     occurring,
     read_table,
+    rows_of_table,
+    table_of_rows,
 )
 from dataset.pictures import load
 from utils.args import exit_status
