@@ -185,7 +185,7 @@ def find_sides(root: str, names: Sequence[str]) -> list[Found]:
     found = folder_pair.find(root)
     print(*found.notes, sep="\n", flush=True)
     if not found.sides[folder_pair.TEST]:
-        found.sides[folder_pair.TEST] = folder_pair.tests(root)
+        found.sides[folder_pair.TEST] = folder_pair.pictures_to_predict(root)
     names = names or [name for name, pairs in found.sides.items() if pairs]
     notes = [layout.say_skipped(found.skipped)] if found.skipped else []
     return [

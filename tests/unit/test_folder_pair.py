@@ -127,14 +127,55 @@ class TestSides:
         assert len(folders[0]) == 4 and len(folders[1]) == 1 and not folders[0] & folders[1]
         assert "16 for training, 4 for validation (seed 0; one group per folder)" in train.taken[0]
 
-    @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-    def test_folders_train_and_val(self, tmp_path: Path, name: str) -> None:
-        make(tmp_path, ["train/a", "train/s/b", f"{name}/c", "test/d", "e"])
+    @pytest.mark.parametrize(
+        "train, val, test",
+        [
+            ("train", "val", "test"),
+            ("Train", "valid", "Test"),
+            ("training", "VALIDATION", "testing"),
+            ("cam1/train", "cam2/dev", "x/y/test"),
+            ("train2017", "val2017", "test2019"),
+        ],
+    )
+    def test_folders_train_and_val(self, tmp_path: Path, train: str, val: str, test: str) -> None:
+        make(tmp_path, [f"{train}/a", f"{train}/s/b", f"{val}/c", f"{test}/d", "trainer/e"])
         found = folder_pair.find(str(tmp_path))
         names = {side: [pair.name for pair in pairs] for side, pairs in found.sides.items()}
         assert names == {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
         assert "2 for training, 1 for validation (by their folders)" in found.notes[0]
-        assert "1 pictures are in none of the folders train, val and test" in found.notes[1]
+        assert "1 pictures are in none of the folders for training, validation and testing" in found.notes[1]
+        assert [pair.name for pair in folder_pair.pictures_to_predict(str(tmp_path))] == ["d"]
+
+    @pytest.mark.parametrize(
+        "names, line",
+        [
+            (
+                ["train/a", "train/b", "other/c", "other/d"],
+                "train/a.jpg is for train, but none is for val",
+            ),
+            (
+                ["train/val/a", "train/b", "val/c", "val/d"],
+                "train/val/a.jpg is for both train and val",
+            ),
+        ],
+    )
+    def test_folders_that_cannot_divide_are_said(
+        self, tmp_path: Path, names: Sequence[str], line: str
+    ) -> None:
+        found = folder_pair.find(str(make(tmp_path, names)))
+        assert not found.is_given
+        assert f"{tmp_path}: the names of folders do not divide the pictures: {line}" in found.notes
+
+    def test_a_division_of_few_folders_is_said(self, tmp_path: Path) -> None:
+        make(tmp_path, [f"{folder}/{number}" for folder in ("north", "south") for number in range(4)])
+        found = folder_pair.find(str(tmp_path))
+        (val,) = {pair.image.split("/")[1] for pair in found.sides["val"]}
+        assert found.notes[1] == (
+            f"{tmp_path}: the division is coarse: of only 2 groups of pictures, {val} (4 of 8 pictures) "
+            "is for validation"
+        )
+        make(tmp_path, [f"{folder}/{number}" for folder in ("a", "b", "c") for number in range(4)])
+        assert len(folder_pair.find(str(tmp_path)).notes) == 1
 
     def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
         make(tmp_path, ["train/a", "train/b", "car/c", "bus/d"])
@@ -162,7 +203,7 @@ class TestSides:
         save(tmp_path / "images/test/b/x.jpg", np.zeros((*SIZE, 3)))
         data = CSDataSet(str(tmp_path), split="test", labeled=False)
         assert data.pairs == [Pair("images/test/b/x.jpg", "", "x")]
-        assert data.taken == [f"{tmp_path}: 1 pictures of images/test/, without labels"]
+        assert data.taken == [f"{tmp_path}: 1 pictures of images/ for testing, without labels"]
 
     def test_the_cityscapes_layout_is_no_folder_pair(self, scenes: Path) -> None:
         make(scenes, NAMES)

@@ -118,7 +118,7 @@ class TestPair:
         found = read_pair(str(write(tmp_path, draw, ending=ending)), Wanted())
         assert names(found) == classes and drawn(found) == expected(*train_ids)
         assert ("255 is void" in found.notes[1]) == (255 in train_ids)
-        assert found.parts is None and is_pair(str(tmp_path)) and not is_voc(str(tmp_path))
+        assert found.parts == {} and is_pair(str(tmp_path)) and not is_voc(str(tmp_path))
 
     @pytest.mark.parametrize(
         "name", [n for n in VALUES if "gray" not in n and "opaque" not in n and "RGB" not in n]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dataset.classes import read_names
-from dataset.label_values import BACKGROUNDS, VOIDS
+from dataset.label_values import BACKGROUND, BACKGROUNDS, VOIDS
 from dataset.labels import IGNORE, LONGEST_NAME, MOST_ROWS, MOST_TEXT, read_table
-from tools.prepare.source import BACKGROUND, Class, Wanted
+from tools.prepare.source import Class, Wanted
 from utils.errors import DataError, UsageError
 from utils.files import open_input
 

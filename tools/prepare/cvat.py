@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 
 from tools.prepare.classes import Numbering, number_classes
-from tools.prepare.coco_file import PARTS
 from tools.prepare.cvat_file import Picture, draw_picture, parse_file
 from tools.prepare.pictures import Finder, Listed
 from tools.prepare.reading import Tally, annotation_files, count, folder_of, progressing
@@ -56,7 +55,7 @@ def read_cvat(source: str, wanted: Wanted) -> Found:
         notes.append(f"{left_out} polylines, points, cuboids or skeletons have no area, and are left out")
     if empty := [picture.name for picture in pictures if not picture.shapes]:
         notes.append(f"{count(empty, 'picture')} without shapes, and background; the first is {empty[0]}")
-    parts = own_split(scenes, [PARTS.get(picture.subset.lower()) for picture in pictures])
+    parts = own_split(scenes, notes, [f"{picture.subset}/" for picture in pictures])
     return Found(numbering.classes, scenes, notes, parts)
 
 

@@ -14,13 +14,21 @@ from typing import NamedTuple
 from dataset import folder_pair
 from dataset.classes import NAMES, TABLE, read_names
 from dataset.folder_pair import IMAGES, LABELS
-from dataset.label_values import Values, scan, table_of
+from dataset.label_values import BACKGROUND, Values, scan, table_of
 from dataset.labels import CITYSCAPES, IGNORE, ClassTable, read_table
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
 from dataset.pairing import pictures_below
 from tools.prepare.classes import is_background, problems_of
 from tools.prepare.labelmap import read_labelmap
-from tools.prepare.mask_files import PARTS, Mask, check_sizes, of_folder_pair, of_folders, with_parts
+from tools.prepare.mask_files import (
+    PARTS,
+    Mask,
+    by_folders,
+    check_sizes,
+    of_folder_pair,
+    of_folders,
+    with_parts,
+)
 from tools.prepare.mask_values import (
     Decoder,
     Meaning,
@@ -31,7 +39,7 @@ from tools.prepare.mask_values import (
     without_gray_colors,
 )
 from tools.prepare.reading import count
-from tools.prepare.source import BACKGROUND, Found, Problems, Scene, Wanted, own_split
+from tools.prepare.source import Found, Problems, Scene, Wanted
 from utils.errors import DataError
 
 #: Folders of a VOC data set: pictures, and label pictures (the first one that exists).
@@ -93,6 +101,7 @@ def read_pair(source: str, wanted: Wanted) -> Found:
         else:
             labels = LABELS if os.path.isdir(os.path.join(source, LABELS)) else os.curdir
             masks, notes, problems = of_folders(source, os.path.abspath(wanted.pictures), labels)
+            masks = by_folders(masks, notes)
         return _read(source, masks, _given_of_pair(source), wanted, notes, problems)
     except Problems:
         raise
@@ -105,7 +114,7 @@ def read_voc(source: str, wanted: Wanted) -> Found:
 
     The classes are those of labelmap.txt, class_names.txt, classes.txt or labels.txt. Without these files,
     they are the 21 of Pascal VOC in its own folder, and otherwise the values of the labels. The lists
-    train.txt and val.txt in ImageSets/Segmentation are the split.
+    train.txt and val.txt in ImageSets/Segmentation are the split, or else folders such as train and val.
 
     Raises:
         Problems: a file can't be used, or the classes are unknown.
@@ -193,7 +202,7 @@ def _read(
         Scene(mask.name, mask.picture, size, partial(meaning.read, mask.label), upright)
         for mask, (size, upright) in zip(masks, sizes, strict=True)
     ]
-    return Found(classes, scenes, notes, own_split(scenes, [mask.part for mask in masks]))
+    return Found(classes, scenes, notes, {mask.name: mask.part for mask in masks if mask.part})
 
 
 def _with_table(given: Given, wanted: Wanted, labels: Sequence[str]) -> Given:
