@@ -266,6 +266,48 @@ class TestClasses:
             picture.save(path)
         assert table(tmp_path).colors == tuple(colors) and table(tmp_path).label_ids().tolist() == [0, 1, 2]
 
+    def test_palettes_that_differ(self, tmp_path: Path, capsys) -> None:
+        """Programs that reduce colors number them anew in each file; then an index is no class."""
+        make(tmp_path, NAMES)
+        colors = [[0, 0, 0, 255, 0, 0, 0, 255, 0], [0, 0, 0, 0, 255, 0, 255, 0, 0]]
+
+        def paint(palettes: Sequence[Sequence[int]]) -> None:
+            for number, path in enumerate(sorted((tmp_path / "labels").iterdir())):
+                picture = Image.open(path).copy()
+                picture.putpalette(palettes[number % 2])
+                picture.save(path)
+
+        paint(colors)
+        words = (
+            r"labels/p\d.png: the palette has (255,0,0|0,255,0) for the index 1, but that of .*labels/p\d.png"
+            r" has (255,0,0|0,255,0); save the labels as RGB, or give a table"
+        )
+        for names in (None, "a\nb\nc\n"):
+            if names:
+                (tmp_path / "classes.txt").write_text(names)
+            with pytest.raises(DataError, match=words):
+                table(tmp_path)
+        (tmp_path / "classes.txt").unlink()
+        # Indices that only one of the files has may have any color.
+        for path in (tmp_path / "labels").iterdir():
+            number = int(path.stem[1:])
+            save(path, np.where(classes_at(number) == 2 - number % 2, 0, classes_at(number)))
+        paint([[0, 0, 0, 255, 0, 0, 9, 9, 9], [0, 0, 0, 7, 7, 7, 0, 255, 0]])
+        assert table(tmp_path).colors == ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+        # Grays depend on the number of indices.
+        make(tmp_path, NAMES)
+        for path in (tmp_path / "labels").iterdir():
+            number = int(path.stem[1:])
+            save(path, np.minimum(classes_at(number), 1 + number % 2))
+        paint([[0, 0, 0, 255, 255, 255], [0, 0, 0, 127, 127, 127, 255, 255, 255]])
+        assert table(tmp_path).names == ("class 0", "class 1", "class 2")
+        # A table of the ids says that the palettes mean nothing.
+        make(tmp_path, NAMES)
+        paint(colors)
+        (tmp_path / "classes.tsv").write_text("name\tid\ttrain_id\tcolor\na\t0\t0\t1,1,1\nb\t1\t1\t2,2,2\n"
+                                              "c\t2\t1\t3,3,3\n")  # fmt: skip
+        assert table(tmp_path).names == ("a", "b")
+
     def test_palette_of_grays(self, tmp_path: Path) -> None:
         """Grays that are the ids would be hard to see."""
         make(tmp_path, NAMES)

@@ -139,6 +139,27 @@ class TestPair:
         found = read_pair(str(write(tmp_path, palette(COLORS, 0, 1, 2))), Wanted())
         assert [each.color for each in found.classes] == COLORS
 
+    @pytest.mark.parametrize("kind", ["pair", "voc"])
+    def test_palettes_that_differ(self, tmp_path: Path, kind: str) -> None:
+        folders = ("images", "labels") if kind == "pair" else VOC
+        read = read_pair if kind == "pair" else read_voc
+        write(tmp_path, palette(COLORS, 0, 1, 2), folders)
+        palette([COLORS[0], COLORS[2], COLORS[1]], 0, 2, 1)(classes_at(3)).save(
+            tmp_path / folders[1] / "b/2.png"
+        )
+        with pytest.raises(
+            Problems, match=r"b/2.png: the palette has 10,200,10 for the index 1, but that of"
+        ):
+            read(str(tmp_path), Wanted())
+        # A table of the ids reads the indices; a labelmap.txt of VOC reads the colors.
+        path = tmp_path / "t.tsv"
+        path.write_text(HEADER + "a\t0\t0\t0,0,0\nb\t1\t1\t1,1,1\nc\t2\t2\t2,2,2\n")
+        found = read(str(tmp_path), read_classes(str(path), False)[0])
+        assert drawn(found)[:3] == expected(0, 1, 2)[:3] and drawn(found)[3] == expected(0, 2, 1)[3]
+        if kind == "voc":
+            (tmp_path / "labelmap.txt").write_text(LABELMAP)
+            assert drawn(read(str(tmp_path), Wanted())) == expected(0, 2, 1)
+
     def test_class_table_of_the_folder(self, tmp_path: Path) -> None:
         write(tmp_path, mapped(*COLORS))
         (tmp_path / "classes.tsv").write_text(

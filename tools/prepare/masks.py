@@ -12,10 +12,10 @@ from functools import partial
 from typing import NamedTuple
 
 from dataset import folder_pair
-from dataset.classes import NAMES, TABLE, read_names
+from dataset.classes import NAMES, read_names
 from dataset.folder_pair import IMAGES, LABELS
 from dataset.label_values import BACKGROUND, Values, scan, table_of
-from dataset.labels import CITYSCAPES, IGNORE, ClassTable, read_table
+from dataset.labels import CITYSCAPES, IGNORE, ClassTable, key_of, read_table
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
 from dataset.pairing import pictures_below
 from tools.prepare.classes import is_background, problems_of
@@ -32,7 +32,6 @@ from tools.prepare.mask_files import (
 from tools.prepare.mask_values import (
     Decoder,
     Meaning,
-    key_of,
     look_up_tables,
     number_rows,
     unknown_values,
@@ -41,6 +40,7 @@ from tools.prepare.mask_values import (
 from tools.prepare.reading import count
 from tools.prepare.source import Found, Problems, Scene, Wanted
 from utils.errors import DataError
+from utils.run_files import CLASSES
 
 #: Folders of a VOC data set: pictures, and label pictures (the first one that exists).
 PICTURES, MASKS = "JPEGImages", ("SegmentationClassPNG", "SegmentationClass")
@@ -135,7 +135,7 @@ def read_voc(source: str, wanted: Wanted) -> Found:
 
 def _given_of_pair(source: str) -> Given:
     """Return what a folder pair says about its values: classes.tsv, or a list of names."""
-    path = os.path.join(source, TABLE)
+    path = os.path.join(source, CLASSES)
     if os.path.lexists(path):
         return Given(read_table(path), origin=path)
     return _names_of(source, NAMES) or Given()
