@@ -73,6 +73,14 @@ class Values:
                     "colors mean nothing (docs/own_data.md)"
                 )
 
+    def without(self, others: Values) -> Values:
+        """Return the ids and colors that do not occur in other pictures."""
+        ids, colors = (
+            {value: path for value, path in own.items() if value not in known}
+            for own, known in ((self.ids, others.ids), (self.colors, others.colors))
+        )
+        return Values(ids, colors)
+
     def listed(self) -> str:
         """Return the ids, or the number of colors, as text."""
         ids = f"ids {listed([str(value) for value in sorted(self.ids)])}" if self.ids else ""

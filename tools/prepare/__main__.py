@@ -141,7 +141,7 @@ def read(args: argparse.Namespace, wanted: Wanted) -> Found:
 def with_colors(classes: tuple[Class, ...], given: list[Class]) -> tuple[Class, ...]:
     """Return classes with the colors that --classes gives them."""
     colors = {each.name: each.color for each in given}
-    return tuple(each._replace(color=colors.get(each.name, each.color)) for each in classes)
+    return tuple(each._replace(color=colors.get(each.name) or each.color) for each in classes)
 
 
 def split_of(args: argparse.Namespace, found: Found) -> tuple[list[Scene], list[str], str]:

@@ -17,6 +17,7 @@ class Wanted(NamedTuple):
 
     pictures: str | None = None  # folder of the pictures; None to look for it
     names: tuple[str, ...] | None = None  # class names in the order of their train ids; None for the source's
+    ids: tuple[str, ...] | None = None  # lines of --classes if it is a list of names, for ids from 0
     unlabeled_void: bool = False  # whether pixels that no shape covers are void instead of background
     train_ids: Mapping[str, int] | None = None  # train id of each label in --classes, 255 for void
     origin: str = "--classes"  # flag or file that `names` come from, for error messages
