@@ -22,11 +22,11 @@ from dataset.labels import (
 from dataset.layout import LABEL_IDS
 from utils.errors import DataError
 from utils.files import read_input
-from utils.run_files import CLASSES
+from utils.run_files import CLASSES as TABLE
 
-#: Files with the class names of a folder pair in the order of their ids; its class table is CLASSES.
+#: Files with the class names of a folder pair in the order of their ids; its class table is TABLE.
 NAMES = ("classes.txt", "labels.txt")
-CLASS_FILES = (CLASSES, *NAMES)
+CLASS_FILES = (TABLE, *NAMES)
 #: labelme's name of void pixels; its line is not counted if it is the first.
 VOID = "__ignore__"
 
@@ -86,11 +86,11 @@ def classes_of(root: str, skip: bool = False) -> Classes:
     Raises:
         DataError: a file can't be used, or the values do not tell the classes.
     """
-    path = os.path.join(root, CLASSES)
+    path = os.path.join(root, TABLE)
     if os.path.lexists(path):
         table, number = choose_table(path, None)
         assert table is not None
-        return Classes(table, number, [f"{root}: {number} classes by {CLASSES}: {listed(table.names)}"])
+        return Classes(table, number, [f"{root}: {number} classes by {TABLE}: {listed(table.names)}"])
     found = folder_pair.find(root) if skip else folder_pair.checked(root)
     files = [os.path.join(root, pair.label) for side in ("train", "val") for pair in found.sides[side]]
     if files and all(file.endswith(LABEL_IDS) for file in files):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import status_of
 from PIL import Image
 
 from dataset import CSDataSet, DataError, check, folder_pair
@@ -109,6 +110,33 @@ class TestPairing:
             f"{pair}: 1 other files are no pictures and are left out, the first is labels/notes.txt" in others
         )
         assert "note: 3 hidden or system files skipped" in data.check()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_orientation_tags_that_the_labels_do_not_tell(tmp_path: Path, ending: str, capsys) -> None:
+    """The picture and the label are used as stored, and a note says so; other tags are not ambiguous."""
+    numbers = {1: SIZE, 3: SIZE, 2: SIZE, 8: (6, 6), 6: SIZE}
+    for orientation, size in numbers.items():
+        exif = Image.Exif()
+        exif[274] = orientation
+        name = f"train/{orientation}"
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3))
+        save(tmp_path / f"images/{name}.{ending}", pixels, exif=exif)
+        save(tmp_path / f"labels/{name}.png", classes_at(0)[:, : size[1]])
+    save(tmp_path / "images/val/x.png", np.zeros((*SIZE, 3)))
+    save(tmp_path / "labels/val/x.png", classes_at(1))
+    words = "note: 3 pictures have an orientation tag, and a label that fits both"
+    first = f"the first is images/train/2.{ending}"
+    data = CSDataSet(str(tmp_path))
+    assert words in data.check() and first in data.check()
+    assert "orientation tag" not in CSDataSet(str(tmp_path), split="val").check()
+    assert status_of(check.main, tmp_path, "--num-workers", 1) == 0
+    out = capsys.readouterr().out
+    assert out.count(words) == 1 and first in out
+    index = [pair.name for pair in data.pairs].index("3")
+    with Image.open(tmp_path / f"images/train/3.{ending}") as picture:
+        stored = np.asarray(picture.convert("RGB")).astype(int)
+    assert np.abs(data.picture(index, instances=False).image[..., ::-1] - stored).max() <= 3
 
 
 class TestSides:

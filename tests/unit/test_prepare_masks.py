@@ -354,7 +354,8 @@ class TestPair:
         Image.fromarray(pixels[:6]).save(tmp_path / "DIR/images/a/1.png", exif=exif)
         Image.fromarray(classes_at(0)[:, :6]).save(tmp_path / "DIR/labels/a/1.png")
         found = read_pair(str(tmp_path / "DIR"), Wanted())
-        assert not found.scenes[0].upright and "turned by an orientation tag" in found.notes[-1]
+        assert not found.scenes[0].upright
+        assert found.notes[-1].startswith("1 picture has an orientation tag") and "a/1.png" in found.notes[-1]
 
 
 LABELMAP = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:10,200,10::\ndog:200,10,10:ear,tail:\n"

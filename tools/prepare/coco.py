@@ -48,7 +48,7 @@ def read_coco(source: str, wanted: Wanted) -> Found:
         (region.label, picture.file) for picture in pictures for region in picture.regions
     )
     finder = Finder(folder_of(source), wanted.pictures)
-    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems)
+    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems, notes)
     if not problems and not any(picture.regions for picture in pictures):
         problems.append(
             f"{source}: no annotation in {len(pictures)} pictures of COCO files; label them first"

@@ -23,6 +23,7 @@ def read_cvat(source: str, wanted: Wanted) -> Found:
         Problems: a file is invalid, a picture is missing, or a label is unknown.
     """
     problems: list[str] = []
+    notes: list[str] = []
     tally = Tally()
     labels: list[Class] = []
     pictures: list[Picture] = []
@@ -43,14 +44,14 @@ def read_cvat(source: str, wanted: Wanted) -> Found:
         (shape.label, picture.file) for picture in pictures for shape in picture.shapes
     )
     finder = Finder(folder_of(source), wanted.pictures)
-    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems)
+    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems, notes)
     if not problems and not any(picture.shapes for picture in pictures):
         problems.append(
             f"{source}: no shape with an area in {len(pictures)} pictures of CVAT; label them first"
         )
     if problems:
         raise Problems(source, problems)
-    notes = tally.notes()
+    notes += tally.notes()
     if left_out:
         notes.append(f"{left_out} polylines, points, cuboids or skeletons have no area, and are left out")
     if empty := [picture.name for picture in pictures if not picture.shapes]:

@@ -107,7 +107,7 @@ def check_sizes(
 
     Returns:
         (height, width) of each label, with whether it fits the upright picture only; and the pictures with an
-        orientation tag whose labels fit them as stored.
+        orientation tag whose labels fit them both as stored and upright.
     """
     sizes, turned = [], []
 
@@ -120,14 +120,15 @@ def check_sizes(
         if size not in (picture.stored, picture.upright):
             what = f"{by_x(size)} pixels, but {mask.picture} has {by_x(picture.stored)}"
             return f"{mask.label}: {what}; use files that belong together"
-        return size, size != picture.stored, picture.orientation != 1
+        is_both = picture.orientation != 1 and picture.stored == picture.upright
+        return size, size != picture.stored, is_both
 
     with ThreadPoolExecutor(8) as pool:
         for mask, looked in zip(masks, pool.map(look, masks), strict=True):
             if not isinstance(looked, str):
-                size, upright, is_tagged = looked
+                size, upright, is_both = looked
                 sizes.append((size, upright))
-                if is_tagged and not upright:
+                if is_both:
                     turned.append(mask.picture)
             elif not any(problem.startswith(f"{mask.label}: ") for problem in problems):
                 problems.append(looked)  # else the label can't be read, which is said already

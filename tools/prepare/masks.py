@@ -18,6 +18,7 @@ from dataset.label_values import BACKGROUND, Values, scan, table_of
 from dataset.labels import CITYSCAPES, IGNORE, ClassTable, key_of, read_table
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
 from dataset.pairing import pictures_below
+from dataset.pictures import say_turned
 from dataset.split import TEST
 from tools.prepare.classes import problems_of
 from tools.prepare.labelmap import read_labelmap
@@ -38,7 +39,6 @@ from tools.prepare.mask_values import (
     unknown_values,
     without_gray_colors,
 )
-from tools.prepare.reading import count
 from tools.prepare.source import Found, Problems, Scene, Wanted
 from utils.errors import DataError
 from utils.run_files import CLASSES
@@ -208,10 +208,7 @@ def _read(
     if is_gray:
         notes.append("the labels are gray pictures of several channels, whose values are ids")
     if turned:
-        notes.append(
-            f"{count(turned, 'picture')} turned by an orientation tag, but fit their labels as stored; the "
-            f"first is {turned[0]}"
-        )
+        notes.append(say_turned(turned))
     scenes = [
         Scene(mask.name, mask.picture, size, partial(meaning.read, mask.label), upright)
         for mask, (size, upright) in zip(masks, sizes, strict=True)
