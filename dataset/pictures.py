@@ -163,9 +163,9 @@ def say_turned(pictures: Sequence[str]) -> str:
     """Return a line about pictures whose labels fit them both as stored and upright, used as stored."""
     number = "1 picture has" if len(pictures) == 1 else f"{len(pictures)} pictures have"
     return (
-        f"{number} an orientation tag, and a label that fits both the stored and the upright picture; the tag "
-        "is ignored; if the label is for the upright picture, save the picture turned and without the tag; the "
-        f"first is {pictures[0]}"
+        f"{number} an orientation tag, and a label that fits both the stored and the upright picture; the "
+        "tag is ignored; if the label is for the upright picture, save the picture turned, without the tag; "
+        f"the first is {pictures[0]}"
     )
 
 

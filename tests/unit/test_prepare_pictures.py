@@ -40,7 +40,7 @@ def test_turning_is_that_of_pillow(tmp_path, orientation, kind):
 
 
 def test_tags_in_any_place_of_a_png(tmp_path):
-    """Programs write the chunk eXIf before or after the pixels; damaged ones and similar bytes do not count."""
+    """The chunk eXIf is before or after the pixels; a damaged one and similar bytes do not count."""
     exif = Image.Exif()
     exif[274] = 6
     path = tmp_path / "a.png"

@@ -181,8 +181,8 @@ class Finder:
         if both:
             notes.append(
                 f"{count(both, 'picture')} turned or mirrored by an orientation tag, and of the same size "
-                "both ways; their labels are taken for those of the upright picture, which annotation programs "
-                f"show; if they are for the stored picture, remove the tag; the first is {both[0]}"
+                "both ways; their labels are taken for those of the upright picture, which annotation "
+                f"programs show; if they are for the stored picture, remove the tag; the first is {both[0]}"
             )
         return scenes
 
