@@ -158,8 +158,8 @@ def pictures_to_predict(root: str) -> list[Pair]:
 def _of_lists(root: str, lists: dict[str, str]) -> FolderPair:
     """Return the pictures of the lists in the data directory."""
     sides = {side: layout.read_list(root, path) for side, path in lists.items()} | {TEST: []}
-    train = {pair.image for pair in sides[TRAIN]}
-    both = [pair.image for pair in sides[VAL] if pair.image in train]
+    train = {os.path.normpath(pair.image) for pair in sides[TRAIN]}
+    both = [pair.image for pair in sides[VAL] if os.path.normpath(pair.image) in train]
     problems = [f"{lists[VAL]}: {image} is in {LISTS[TRAIN]} too; remove it from one list" for image in both]
     taken = f"{len(sides[TRAIN]) + len(sides[VAL])} pictures"
     return FolderPair(root, sides, taken, f"by {' and '.join(LISTS.values())}", True, [], [], problems)

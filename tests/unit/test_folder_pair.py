@@ -220,9 +220,10 @@ class TestSides:
         (pair / "val.lst").write_text("images/p0.jpg\tlabels/p0_L.png\n")
         assert CSDataSet(str(pair), split="val").pairs == [Pair("images/p0.jpg", "labels/p0_L.png", "p0")]
         assert [each.name for each in CSDataSet(str(pair)).pairs] == ["p1", "p2"]
-        (pair / "val.lst").write_text("images/p1.jpg\tlabels/p1_L.png\n")
-        with pytest.raises(DataError, match=r"val.lst: images/p1.jpg is in train.lst too; remove"):
-            CSDataSet(str(pair))
+        for image in ("images/p1.jpg", "./images//p1.jpg"):
+            (pair / "val.lst").write_text(f"{image}\tlabels/p1_L.png\n")
+            with pytest.raises(DataError, match=rf"val.lst: {image} is in train.lst too; remove"):
+                CSDataSet(str(pair))
         (pair / "val.lst").unlink()
         with pytest.raises(DataError, match=r"train.lst: train.lst and val.lst divide .* write both"):
             CSDataSet(str(pair))
