@@ -8,7 +8,16 @@ import json
 
 import numpy as np
 import pytest
-from annotated import LABELS, coco_content, make_scenes, polygon, runs, write_coco, write_pictures
+from annotated import (
+    LABELS,
+    coco_content,
+    make_scenes,
+    parts_by_name,
+    polygon,
+    runs,
+    write_coco,
+    write_pictures,
+)
 
 from dataset.split import sides_in
 from tools.prepare import regions
@@ -223,7 +232,7 @@ def test_several_files_are_the_source_s_own_split(tmp_path):
         (tmp_path / part / "_annotations.coco.json").write_text(json.dumps(content))
     found = read_coco(str(tmp_path), Wanted())
     assert [each.name for each in found.classes] == ["background", *LABELS]
-    assert found.parts == {
+    assert parts_by_name(found) == {
         **{f"train/{scene.name}": "train" for scene in scenes[:3]},
         **{f"valid/{scene.name}": "val" for scene in scenes[3:5]},
         "test/05": "test",
@@ -270,7 +279,7 @@ def test_folders_of_the_pictures_in_one_file(tmp_path):
     scenes = make_scenes(6, ("train", "val", "test"))
     write_coco(tmp_path, scenes)
     found = read_coco(str(tmp_path), Wanted())
-    assert found.parts == {scene.name: scene.name.split("/")[0] for scene in scenes}
+    assert parts_by_name(found) == {scene.name: scene.name.split("/")[0] for scene in scenes}
 
 
 def test_a_picture_is_found_by_the_end_of_its_path(tmp_path):

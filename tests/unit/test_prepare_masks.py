@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from annotated import parts_by_name
 from conftest import status_of
 from PIL import Image
 
@@ -325,7 +326,12 @@ class TestPair:
             for old, new in (("a", "train"), ("b", "val")):
                 (tmp_path / folder / old).rename(tmp_path / folder / new)
         found = read_pair(str(tmp_path), Wanted())
-        assert found.parts == {"train/1": "train", "train/2": "train", "val/1": "val", "val/2": "val"}
+        assert parts_by_name(found) == {
+            "train/1": "train",
+            "train/2": "train",
+            "val/1": "val",
+            "val/2": "val",
+        }
 
     def test_pictures_elsewhere(self, tmp_path: Path) -> None:
         write(tmp_path, mapped(0, 1, 2))
@@ -426,7 +432,7 @@ class TestVoc:
         (lists / "val.txt").write_text("b/1\r\n")
         found = read_voc(str(tmp_path), Wanted())
         assert names(found) == list(PASCAL) and len(PASCAL) == 21
-        assert found.parts == {"a/1": "train", "b/1": "val", "b/2": "train"}
+        assert parts_by_name(found) == {"a/1": "train", "b/1": "val", "b/2": "train"}
         assert any(
             "1 picture is in neither list, and left out; the first is a/2" in note for note in found.notes
         )

@@ -150,7 +150,7 @@ def split_of(args: argparse.Namespace, found: Found) -> tuple[list[Scene], list[
     Raises:
         DataError: the pictures can't be divided.
     """
-    own = [found.parts.get(scene.name) for scene in found.scenes]
+    own = [found.parts.get(scene.picture) for scene in found.scenes]
     if {TRAIN, VAL} <= {*own} and (args.val, args.seed, args.group) == (None, None, None):
         scenes = [scene for scene, part in zip(found.scenes, own, strict=True) if part]
         parts = [part for part in own if part]

@@ -213,7 +213,7 @@ def _read(
         Scene(mask.name, mask.picture, size, partial(meaning.read, mask.label), upright)
         for mask, (size, upright) in zip(masks, sizes, strict=True)
     ]
-    return Found(classes, scenes, notes, {mask.name: mask.part for mask in masks if mask.part})
+    return Found(classes, scenes, notes, {mask.picture: mask.part for mask in masks if mask.part})
 
 
 def _clash(values: Values, tests: Values) -> str | None:

@@ -48,14 +48,14 @@ class Found(NamedTuple):
     classes: tuple[Class, ...]  # in the order of their train ids
     scenes: list[Scene]
     notes: list[str]  # lines about what was recognized and what is left out
-    # train, val or test by name of the scene. Without "train" and "val", there are only pictures for testing.
+    # train, val or test by picture file. Without "train" and "val", there are only pictures for testing.
     parts: Mapping[str, str] = {}
 
 
 def own_split(
     scenes: Sequence[Scene], notes: list[str], told: Sequence[str] | None = None
 ) -> Mapping[str, str]:
-    """Return the part of the split of a source that folders name, by name of the scene.
+    """Return the part of the split of a source that folders name, by picture file.
 
     Args:
         scenes: the scenes.
@@ -70,7 +70,7 @@ def own_split(
             notes.append(note)
         if note or any(parts):
             break
-    return {scene.name: part for scene, part in zip(scenes, parts, strict=True) if part}
+    return {scene.picture: part for scene, part in zip(scenes, parts, strict=True) if part}
 
 
 class Problems(DataError):
