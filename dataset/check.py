@@ -28,6 +28,7 @@ from dataset.classes import choose_classes
 from dataset.inspection import has_ids, look_at_all
 from dataset.labels import IGNORE, Counts, LabelReader
 from dataset.layout import Pair, instances_of
+from dataset.pictures import say_turned
 from utils import args as flags
 from utils.errors import DataError, RunError, UsageError
 from utils.files import check_output_file, unwritable, write_file
@@ -112,10 +113,12 @@ def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split
         if times > 1:
             split.notes.append(f"{image}: is listed {times} times")
     dark: list[str] = []
+    turned: list[str] = []
     said: dict[str, list[str]] = {}  # files by message of a decoder
     for pair, looked in zip(pairs, look_at_all(root, pairs, labels, workers), strict=True):
         split.problems.extend(looked.problems)
         dark += looked.notes
+        turned += [pair.image] if looked.is_turned else []
         for file, message in looked.said:
             said.setdefault(message, []).append(file)
         if looked.size is not None:
@@ -126,6 +129,8 @@ def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split
             split.pictures[:] += pixels > 0
             if pixels[labels.ignore_label] == pixels.sum():
                 split.notes.append(f"{pair.label}: has only void pixels")
+    if turned:
+        split.notes.append(say_turned(turned))
     if dark:
         split.notes.append(dark[0] + _and_more(dark))
     split.notes.extend(f"{files[0]}: {message}{_and_more(files)}" for message, files in said.items())
@@ -185,7 +190,7 @@ def find_sides(root: str, names: Sequence[str]) -> list[Found]:
     found = folder_pair.find(root)
     print(*found.notes, sep="\n", flush=True)
     if not found.sides[folder_pair.TEST]:
-        found.sides[folder_pair.TEST] = folder_pair.tests(root)
+        found.sides[folder_pair.TEST] = folder_pair.pictures_to_predict(root)
     names = names or [name for name, pairs in found.sides.items() if pairs]
     notes = [layout.say_skipped(found.skipped)] if found.skipped else []
     return [

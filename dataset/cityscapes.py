@@ -32,9 +32,12 @@ from dataset.pictures import (
     darkness,
     decode_image,
     decode_label,
+    fits_both,
     load,
     no_label,
     read_header,
+    read_orientation,
+    say_turned,
 )
 from utils.errors import DataError
 
@@ -276,7 +279,8 @@ class CSDataSet(Dataset):
         """Check the header of every file and the ids of every label, and return the lines to print.
 
         The first line has the number of pictures and the share of void pixels. Further lines name classes
-        that occur in no label, skipped files, and 16-bit pictures that are nearly black.
+        that occur in no label, skipped files, 16-bit pictures that are nearly black, and
+        pictures with an orientation tag whose labels fit both ways.
 
         Args:
             instances: check the headers of the instanceIds files too.
@@ -288,11 +292,13 @@ class CSDataSet(Dataset):
         """
         counts = Counts()
         odd = None  # a picture that does not have 8 bits per channel
+        turned: list[str] = []
         try:
             with ThreadPoolExecutor(8) as pool:
                 looks = pool.map(lambda pair: self._check_pair(pair, instances), self.pairs)
-                for pair, (header, counted) in zip(self.pairs, looks, strict=True):
+                for pair, (header, counted, is_turned) in zip(self.pairs, looks, strict=True):
                     counts.add(counted)
+                    turned += [pair.image] if is_turned else []
                     odd = odd or (pair.image if header.depth != 8 else None)
         except DataError as error:
             raise DataError(f"{error} (python -m dataset.check finds all such files)") from error
@@ -312,18 +318,25 @@ class CSDataSet(Dataset):
             line += "none missing"
         if self.skipped:
             notes.append(layout.say_skipped(self.skipped))
+        if turned:
+            notes.append(say_turned(turned))
         if odd is not None:
             encoded = load(self.path(odd))
             if dark := darkness(encoded, decode_image(encoded)):
                 notes.append(dark)
         return "\n".join([line, *(f"note: {note}" for note in notes)])
 
-    def _check_pair(self, pair: Pair, instances: bool) -> tuple[Header, Counts]:
-        """Check a pair and return the header of the picture and the counts of the label."""
+    def _check_pair(self, pair: Pair, instances: bool) -> tuple[Header, Counts, bool]:
+        """Check a pair.
+
+        Returns:
+            The header of the picture, the counts of the label, and whether the label fits the picture both as
+            stored and as an orientation tag turns it.
+        """
         image = read_header(self.path(pair.image))
         check_picture(self.path(pair.image), image)
         if not self.labeled:
-            return image, Counts()
+            return image, Counts(), False
         label = load(self.path(pair.label))
         check_size(label.path, label, pair.image, image)
         counts = self.labels.count(label)
@@ -334,7 +347,7 @@ class CSDataSet(Dataset):
             if header.mode not in LABEL_MODES:
                 raise no_label(path, header.mode)
             check_size(path, header, pair.label, label)
-        return image, counts
+        return image, counts, fits_both(read_orientation(self.path(pair.image)), image)
 
     def _load(self, index: int) -> tuple[Encoded, Encoded]:
         """Read the files of a picture and its label, and check that they have the same size."""

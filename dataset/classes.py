@@ -22,9 +22,10 @@ from dataset.labels import (
 from dataset.layout import LABEL_IDS
 from utils.errors import DataError
 from utils.files import read_input
+from utils.run_files import CLASSES as TABLE
 
-#: Class table of a folder pair, and files with its class names in the order of their ids.
-TABLE, NAMES = "classes.tsv", ("classes.txt", "labels.txt")
+#: Files with the class names of a folder pair in the order of their ids; its class table is TABLE.
+NAMES = ("classes.txt", "labels.txt")
 CLASS_FILES = (TABLE, *NAMES)
 #: labelme's name of void pixels; its line is not counted if it is the first.
 VOID = "__ignore__"

@@ -3,25 +3,23 @@
 A label belongs to the picture with the same path below its folder, except for the ending and one suffix that
 all labels have, such as images/a/1.jpg and labels/a/1_mask.png.
 
-The pictures are divided into training and validation by the files train.lst and val.lst, or by the folders
+The pictures are divided into training and validation by the files train.lst and val.lst, or by folders called
 train and val below images/, or else at random (dataset.split).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dataset import layout, split
 from dataset.layout import Pair
 from dataset.pairing import pair_up, pictures_below
+from dataset.split import TEST, TRAIN, VAL
 from utils.errors import DataError
 
 IMAGES, LABELS = "images", "labels"
-TRAIN, VAL, TEST = "train", "val", "test"
-#: Names of the folders of a side below images/.
-SIDES = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 #: Lists of the two sides, as tools.prepare writes them.
 LISTS = {TRAIN: "train.lst", VAL: "val.lst"}
 
@@ -34,7 +32,7 @@ class FolderPair(NamedTuple):
     taken: str  # number of pictures, and where they and their labels are
     division: str  # how they are divided
     is_given: bool  # whether lists or folders divide them
-    left_out: list[str]  # lines about files that are left out
+    left_out: list[str]  # lines about files that are left out, and about folders that can't divide
     skipped: list[str]  # hidden and system files
     problems: list[str]
 
@@ -42,7 +40,14 @@ class FolderPair(NamedTuple):
     def notes(self) -> list[str]:
         """Return lines about what was taken for what."""
         numbers = f"{len(self.sides[TRAIN])} for training, {len(self.sides[VAL])} for validation"
-        return [f"{self.root}: {self.taken}; {numbers} ({self.division})", *self.left_out]
+        lines = [f"{self.root}: {self.taken}; {numbers} ({self.division})"]
+        if not self.is_given:
+            drawn = [*self.sides[TRAIN], *self.sides[VAL]]
+            groups = split.groups_of([_inner(pair.image) for pair in drawn])
+            is_val = [number >= len(self.sides[TRAIN]) for number in range(len(drawn))]
+            if coarse := split.say_coarse(groups, is_val):
+                lines.append(f"{self.root}: {coarse}")
+        return [*lines, *self.left_out]
 
 
 def is_pair(root: str) -> bool:
@@ -70,20 +75,24 @@ def find(root: str) -> FolderPair:
     pictures, labels = pictures_below(root, IMAGES), pictures_below(root, LABELS)
     pairing = pair_up(root, pictures, labels, (IMAGES, LABELS))
     pairs = layout.named(pairing.pairs)
-    sides, division, is_given, problems = _divide(root, pairs, {_side(path) for path in pictures.pictures})
+    named, note = split.sides_of([_inner(path) for path in pictures.pictures])
+    side_of = dict(zip(pictures.pictures, named, strict=True))
+    sides, division, is_given, problems = _divide(root, pairs, side_of)
     number = sum(len(sides[side]) for side in (TRAIN, VAL))
     name = f"STEM{pairing.suffix}{os.path.splitext(pairs[0].label)[1]}"
     taken = f"{number} pictures of {IMAGES}/ with their labels of {LABELS}/ ({name})"
     left_out = {
-        "pictures have no label and are left out": [p for p in pairing.unlabeled if _side(p) != TEST],
-        "pictures are in none of the folders train, val and test and are left out": [
-            pair.image for pair in pairs if is_given and _side(pair.image) is None
+        "pictures have no label and are left out": [p for p in pairing.unlabeled if side_of[p] != TEST],
+        "pictures are in none of the folders for training, validation and testing and are left out": [
+            pair.image for pair in pairs if is_given and side_of[pair.image] is None
         ],
         "other files are no pictures and are left out": [*pictures.others, *labels.others],
     }
     lines = [
         f"{root}: {len(paths)} {what}, the first is {paths[0]}" for what, paths in left_out.items() if paths
     ]
+    if note:
+        lines.insert(0, f"{root}: {note}")
     skipped, problems = [*pictures.skipped, *labels.skipped], [*pairing.problems, *problems]
     return FolderPair(root, sides, taken, division, is_given, lines, skipped, problems)
 
@@ -124,13 +133,13 @@ def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], li
     """
     check_side(root, name)
     if name == TEST and not labeled:
-        folder, pairs = os.path.join(IMAGES, TEST), tests(root)
+        pairs = pictures_to_predict(root)
         if not pairs:
             raise DataError(
-                f"--split {TEST}: {os.path.join(root, folder)} has no pictures; put those to predict there, "
-                "or name them with --data-list"
+                f"--split {TEST}: {os.path.join(root, IMAGES, TEST)} has no pictures; put those to predict "
+                "there, or name them with --data-list"
             )
-        return pairs, [f"{root}: {len(pairs)} pictures of {folder}/, without labels"], []
+        return pairs, [f"{root}: {len(pairs)} pictures of {IMAGES}/ for testing, without labels"], []
     found = checked(root)
     pairs = found.sides[name]
     if not pairs:
@@ -139,56 +148,58 @@ def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], li
     return pairs, found.notes, found.skipped
 
 
-def tests(root: str) -> list[Pair]:
-    """Return the pictures of images/test, without labels."""
-    listing = pictures_below(root, os.path.join(IMAGES, TEST))
-    return layout.named([(path, "") for path in listing.pictures])
+def pictures_to_predict(root: str) -> list[Pair]:
+    """Return the pictures in folders for testing below images/, without labels."""
+    paths = pictures_below(root, IMAGES).pictures
+    sides, _ = split.sides_of([_inner(path) for path in paths])
+    return layout.named([(path, "") for path, side in zip(paths, sides, strict=True) if side == TEST])
 
 
 def _of_lists(root: str, lists: dict[str, str]) -> FolderPair:
     """Return the pictures of the lists in the data directory."""
     sides = {side: layout.read_list(root, path) for side, path in lists.items()} | {TEST: []}
-    train = {pair.image for pair in sides[TRAIN]}
-    both = [pair.image for pair in sides[VAL] if pair.image in train]
+    train = {os.path.normpath(pair.image) for pair in sides[TRAIN]}
+    both = [pair.image for pair in sides[VAL] if os.path.normpath(pair.image) in train]
     problems = [f"{lists[VAL]}: {image} is in {LISTS[TRAIN]} too; remove it from one list" for image in both]
     taken = f"{len(sides[TRAIN]) + len(sides[VAL])} pictures"
     return FolderPair(root, sides, taken, f"by {' and '.join(LISTS.values())}", True, [], [], problems)
 
 
 def _divide(
-    root: str, pairs: Sequence[Pair], named: Set[str | None]
+    root: str, pairs: Sequence[Pair], side_of: Mapping[str, str | None]
 ) -> tuple[dict[str, list[Pair]], str, bool, list[str]]:
     """Divide pairs into the sides.
 
     Args:
         root: the data directory, for messages.
         pairs: all pairs.
-        named: the sides that the folders below images/ name.
+        side_of: the side that the folders of each picture name, also of those without a label.
 
     Returns:
         The pairs of each side, how they were divided, whether by folders, and problems.
     """
     sides: dict[str, list[Pair]] = {TRAIN: [], VAL: [], TEST: []}
-    if named >= {TRAIN, VAL}:
-        for pair in pairs:
-            if side := _side(pair.image):
-                sides[side].append(pair)
+    is_given = {TRAIN, VAL} <= {*side_of.values()}
+    pool: list[Pair] = []
+    for pair in pairs:
+        if side := side_of[pair.image]:
+            sides[side].append(pair)
+        else:
+            pool.append(pair)
+    if is_given:
         empty = [side for side in (TRAIN, VAL) if not sides[side]]
         problems = [f"{root}: no picture for {side} has a label; add labels" for side in empty]
         return sides, "by their folders", True, problems
-    sides[TEST] = [pair for pair in pairs if _side(pair.image) == TEST]
-    pool = [pair for pair in pairs if _side(pair.image) != TEST]
-    groups = split.groups_of([pair.image for pair in pool])
     if len(pool) < 2:
         what = f"{root}: only {len(pool)} picture for training and validation has a label; label at least 2"
         return sides | {TRAIN: pool}, "", False, [what]
+    groups = split.groups_of([_inner(pair.image) for pair in pool])
     for pair, is_val in zip(pool, split.divide(groups), strict=True):
         sides[VAL if is_val else TRAIN].append(pair)
     each = "each picture is a group" if len(set(groups)) == len(pool) else "one group per folder"
     return sides, f"seed {split.SEED}; {each}", False, []
 
 
-def _side(path: str) -> str | None:
-    """Return the side that the first folder below images/ or labels/ names; None if it names none."""
-    parts = path.split(os.sep)
-    return SIDES.get(parts[1]) if len(parts) > 2 else None
+def _inner(picture: str) -> str:
+    """Return the path of a picture below images/."""
+    return os.path.relpath(picture, IMAGES)

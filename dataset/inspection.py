@@ -19,7 +19,16 @@ import numpy as np
 
 from dataset.labels import Counts, LabelReader
 from dataset.layout import LABEL_IDS, Pair, instances_of
-from dataset.pictures import check_size, darkness, decode_image, decode_label, load, no_label
+from dataset.pictures import (
+    check_size,
+    darkness,
+    decode_image,
+    decode_label,
+    fits_both,
+    load,
+    no_label,
+    read_orientation,
+)
 from utils.errors import DataError, RunError
 from utils.progress import Progress
 from utils.silence import silence
@@ -36,6 +45,7 @@ class Looked(NamedTuple):
     said: list[tuple[str, str]]  # lines that decoders wrote to standard error, as (file, line)
     size: tuple[int, int] | None  # (height, width); None if the picture can't be read
     counts: Counts | None  # None if the label can't be read
+    is_turned: bool  # whether the label fits the picture as stored and as an orientation tag turns it
 
 
 def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
@@ -44,6 +54,7 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
     notes: list[str] = []
     said: list[tuple[str, str]] = []
     size = counts = None
+    is_turned = False
     try:
         picture = load(os.path.join(root, pair.image))
         image = decode_image(picture)
@@ -58,6 +69,7 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
             label = load(os.path.join(root, pair.label))
             if size is not None:
                 check_size(label.path, label, pair.image, picture)
+                is_turned = fits_both(read_orientation(picture.path), picture)
             counts = labels.count(label)
         except DataError as error:
             problems.append(str(error))
@@ -71,7 +83,7 @@ def look(root: str, pair: Pair, labels: LabelReader) -> Looked:
         except DataError as error:
             problems.append(str(error))
         silence.take()
-    return Looked(problems, notes, said, size, counts)
+    return Looked(problems, notes, said, size, counts, is_turned)
 
 
 def has_ids(pair: Pair) -> bool:

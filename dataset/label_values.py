@@ -10,11 +10,23 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from dataset.labels import IGNORE, MOST_NAMES, MOST_ROWS, ClassTable, Label, occurring
+from dataset.labels import (
+    IGNORE,
+    MOST_NAMES,
+    MOST_ROWS,
+    ClassTable,
+    Color,
+    Label,
+    color_keys,
+    color_of,
+    color_text,
+    occurring,
+)
 from dataset.layout import LABEL_TRAIN_IDS
 from dataset.pictures import Encoded, decode_label, load, no_label
 from utils.drawing.palette import make_palette
 from utils.errors import DataError
+from utils.run_files import CLASSES
 
 #: Name of the class of 0 in labels of 0 and 255, and of black.
 BACKGROUND = "background"
@@ -25,7 +37,6 @@ MOST_CLASSES = 255
 #: Labels with 0, 255 and at least this number of ids, some of them close to 255, are masks with soft edges.
 SOFT, CLOSE = 16, 240
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-Color = tuple[int, int, int]
 
 
 @dataclass
@@ -36,11 +47,15 @@ class Values:
         ids: values of pictures with one channel.
         colors: values of color pictures, as R * 65536 + G * 256 + B.
         palette: RGB colors of the first palette picture; None if there is none.
+        used: color of each id that occurs in palette pictures, except 255 (void), and the first file with it.
+        clash: a line about an id that has different colors in two palettes; None if there is none.
     """
 
     ids: dict[int, str] = field(default_factory=dict)
     colors: dict[int, str] = field(default_factory=dict)
     palette: list[Color] | None = None
+    used: dict[int, tuple[Color, str]] = field(default_factory=dict)
+    clash: str | None = None
 
     def add(self, other: Values) -> None:
         """Add the values of other pictures in place."""
@@ -48,6 +63,23 @@ class Values:
             for value, path in more.items():
                 values.setdefault(value, path)
         self.palette = self.palette or other.palette
+        self.clash = self.clash or other.clash
+        for value, (color, path) in other.used.items():
+            known, first = self.used.setdefault(value, (color, path))
+            if known != color and self.clash is None:
+                self.clash = (
+                    f"{path}: the palette has {color_text(color)} for the index {value}, but that of {first} "
+                    f"has {color_text(known)}; save the labels as RGB, or give a table of the ids if the "
+                    "colors mean nothing (docs/own_data.md)"
+                )
+
+    def without(self, others: Values) -> Values:
+        """Return the ids and colors that do not occur in other pictures."""
+        ids, colors = (
+            {value: path for value, path in own.items() if value not in known}
+            for own, known in ((self.ids, others.ids), (self.colors, others.colors))
+        )
+        return Values(ids, colors)
 
     def listed(self) -> str:
         """Return the ids, or the number of colors, as text."""
@@ -57,17 +89,6 @@ class Values:
     def is_gray(self) -> bool:
         """Return whether there are color pictures, and all their colors are gray."""
         return bool(self.colors) and all(color % 0x10101 == 0 for color in self.colors)
-
-
-def color_keys(pixels: np.ndarray) -> np.ndarray:
-    """Return R * 65536 + G * 256 + B of colors uint8 [..., 3], as int32 [...]."""
-    red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))
-    return red << 16 | green << 8 | blue
-
-
-def color_of(key: int) -> Color:
-    """Return the RGB color of a key of `color_keys`."""
-    return key >> 16, key >> 8 & 255, key & 255
 
 
 def values_of(encoded: Encoded, decode: Callable[[Encoded], np.ndarray] = decode_label) -> Values:
@@ -87,7 +108,13 @@ def values_of(encoded: Encoded, decode: Callable[[Encoded], np.ndarray] = decode
     ids = occurring(pixels)[0].tolist()
     if wrong := [value for value in ids if not 0 <= value <= 255]:
         raise DataError(f"{path}: holds the id {wrong[0]}; number the classes 0 to {MOST_CLASSES - 1}")
-    return Values(dict.fromkeys(ids, path), palette=palette_of(encoded))
+    palette = palette_of(encoded)
+    known = palette or []
+    used = {value: (known[value], path) for value in ids if value < len(known) and value != IGNORE}
+    if all(len(set(color)) == 1 for color in known):
+        # Grays are spread by the number of indices of a file, from 0 on.
+        used = {value: color for value, color in used.items() if value == 0}
+    return Values(dict.fromkeys(ids, path), palette=palette, used=used)
 
 
 def palette_of(encoded: Encoded) -> list[Color] | None:
@@ -170,7 +197,7 @@ def table_of(source: str, values: Values, names: tuple[str, Sequence[str]] | Non
                 f"{names[0]}: names fewer than two classes, so nothing can be learned; name the "
                 "background too"
             )
-        only = listed([*map(str, sorted(values.ids)), *map(_text, map(color_of, sorted(values.colors)))])
+        only = listed([*map(str, sorted(values.ids)), *map(color_text, map(color_of, sorted(values.colors)))])
         raise DataError(
             f"{source}: the labels hold only {only}, so there are no two classes to tell apart; label a "
             "second class, or the background"
@@ -183,11 +210,11 @@ def _of_colors(values: Values, names: tuple[str, Sequence[str]] | None) -> list[
     if names:
         raise DataError(
             f"{names[0]}: names the classes of ids, but {path} holds colors; write a table of the colors to "
-            "classes.tsv (docs/own_data.md)"
+            f"{CLASSES} (docs/own_data.md)"
         )
     colors = map(color_of, sorted(values.colors))  # black is the first
     return [
-        Label(BACKGROUND if color == BLACK else f"color {_text(color)}", -1, number, "", False, color)
+        Label(BACKGROUND if color == BLACK else f"color {color_text(color)}", -1, number, "", False, color)
         for number, color in enumerate(colors)
     ]
 
@@ -201,6 +228,8 @@ def _of_ids(values: Values, names: tuple[str, Sequence[str]] | None) -> list[Lab
         return [Label(no, 0, 0, "", False, BLACK), Label(yes, IGNORE, 1, "", False, WHITE)]
     if len(present) > SOFT and {0, IGNORE} <= set(present) and present[-2] >= CLOSE and not names:
         raise _not_a_label(values.ids[present[-2]], f"holds {len(present)} ids together with the others")
+    if values.clash and not train_ids:
+        raise DataError(values.clash)
     ids = [value for value in present if value != IGNORE]
     if names:
         if ids and ids[-1] >= len(given):
@@ -213,11 +242,13 @@ def _of_ids(values: Values, names: tuple[str, Sequence[str]] | None) -> list[Lab
         ids = list(range(max(ids, default=-1) + 1))
     flat = make_palette([BLACK])
     colors = [(flat[k], flat[k + 1], flat[k + 2]) for k in range(0, len(flat), 3)]
-    if values.palette and set(ids) <= set(range(len(values.palette))):
-        used = {values.palette[value] for value in ids}
+    palette = dict(enumerate(values.palette or []))
+    palette |= {value: color for value, (color, _) in values.used.items()}
+    if set(ids) <= palette.keys():
+        used = {palette[value] for value in ids}
         # A palette of grays says no more than the ids.
         if len(used) == len(ids) and any(len(set(color)) > 1 for color in used):
-            colors = values.palette
+            colors = [palette.get(value, color) for value, color in enumerate(colors)]
     labels = []
     number = 0
     for value in ids:
@@ -228,10 +259,6 @@ def _of_ids(values: Values, names: tuple[str, Sequence[str]] | None) -> list[Lab
     if IGNORE in present and len(labels) < MOST_ROWS:  # 255 is void without a row too
         labels.append(Label("void", IGNORE, IGNORE, "", False, BLACK))
     return labels
-
-
-def _text(color: Color) -> str:
-    return ",".join(map(str, color))
 
 
 def listed(words: Sequence[str]) -> str:

@@ -22,6 +22,29 @@ from utils.errors import DataError
 from utils.files import read_input
 
 IGNORE = 255
+#: Red, green and blue, 0 to 255.
+Color = tuple[int, int, int]
+
+
+def color_keys(pixels: np.ndarray) -> np.ndarray:
+    """Return R * 65536 + G * 256 + B of colors uint8 [h, w, 3], as int32 [h, w]."""
+    red, green, blue = (channel.astype(np.int32) for channel in cv2.split(pixels))
+    return red << 16 | green << 8 | blue
+
+
+def key_of(color: Color) -> int:
+    """Return R * 65536 + G * 256 + B of a color."""
+    return color[0] << 16 | color[1] << 8 | color[2]
+
+
+def color_of(key: int) -> Color:
+    """Return the color of a key of `color_keys`."""
+    return key >> 16, key >> 8 & 255, key & 255
+
+
+def color_text(color: Sequence[int]) -> str:
+    """Return a color as R,G,B."""
+    return ",".join(map(str, color))
 
 
 class Label(NamedTuple):
@@ -32,7 +55,7 @@ class Label(NamedTuple):
     train_id: int  # 255 for void
     category: str
     has_instances: bool
-    color: tuple[int, int, int]  # RGB
+    color: Color
 
 
 LABELS = (
@@ -127,8 +150,7 @@ class ClassTable:
         """
         table = np.full(1 << 24, 255, dtype=np.uint8)
         for number, label in enumerate(self.labels):
-            red, green, blue = label.color
-            key = red << 16 | green << 8 | blue
+            key = key_of(label.color)
             before = table[key]
             if before == 255:
                 table[key] = number
@@ -320,8 +342,7 @@ class LabelReader:
                 raise DataError(
                     f"--classes: {error}, but {path} is a color picture; give each its own"
                 ) from error
-        red, green, blue = (channel.astype(np.int32) for channel in cv2.split(colors))
-        rows = self._row_of_color[red << 16 | green << 8 | blue]
+        rows = self._row_of_color[color_keys(colors)]
         train_ids = np.full(256, -1, np.int16)
         train_ids[: len(self.table.labels)] = [label.train_id for label in self.table.labels]
         train_ids[train_ids == IGNORE] = self.ignore_label
@@ -330,8 +351,7 @@ class LabelReader:
         if unknown.any():
             if is_gray(colors):
                 raise no_label(path, "RGB", gray=True)
-            color = ",".join(map(str, colors[unknown][0].tolist()))
-            raise self._unknown(path, f"color {color}")
+            raise self._unknown(path, f"color {color_text(colors[unknown][0].tolist())}")
         return cv2.LUT(rows, train_ids.astype(np.uint8))
 
     def _unknown(self, path: str, what: str, is_white: bool = False) -> DataError:
@@ -415,7 +435,7 @@ def format_table(table: ClassTable) -> str:
                 f"the class name {name[:40]!r} can't be written; give one of 1 to {LONGEST_NAME} characters"
             )
         number = "-" if label.id < 0 else str(label.id)
-        lines.append(f"{number}\t{label.train_id}\t{','.join(map(str, label.color))}\t{name}")
+        lines.append(f"{number}\t{label.train_id}\t{color_text(label.color)}\t{name}")
     return "\n".join(lines) + "\n"
 
 
@@ -516,7 +536,7 @@ def _byte(column: str, text: str) -> int:
     return int(text)
 
 
-def _color(text: str) -> tuple[int, int, int]:
+def _color(text: str) -> Color:
     channels = text.split(",")
     if len(channels) != 3:
         raise ValueError(f"color {text!r} is not R,G,B; give three numbers such as 128,64,128")

@@ -8,6 +8,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 import cv2
@@ -64,6 +65,8 @@ TIFF_COMPRESSIONS = (
 )  # fmt: skip
 #: TIFF tags.
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
+#: Orientations in which height and width are exchanged.
+TURNED = (5, 6, 7, 8)
 #: A picture without brighter values is reported as nearly black, such as one with 14-bit values in 16 bits.
 DARK = 63
 
@@ -113,6 +116,57 @@ def read_header(path: str) -> Header:
     if _lacks_end(start, end):
         raise DataError(f"{path}: truncated picture; copy it again")
     return header
+
+
+def read_orientation(path: str) -> int:
+    """Return the orientation tag of a picture, 1 to 8 as in Exif; 1 without a valid one.
+
+    Only the start and the end of a PNG file, and the headers of others, are read.
+    """
+    try:
+        with open_input(path) as file:
+            start = file.read(TAIL)
+            if start.startswith(PNG_SIGNATURE):
+                exif = Image.Exif()
+                exif.load(_png_exif(start) or _png_exif(_ends(file)[1]))
+            else:
+                file.seek(0)
+                with silence, Image.open(file) as picture:
+                    exif = picture.getexif()
+            value = exif.get(ORIENTATION, 1)
+    except Exception:  # Pillow's parsers raise all kinds of errors for damaged tags
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _png_exif(part: bytes) -> bytes:
+    """Return the content of the chunk eXIf in a part of a PNG file; nothing if it is not there."""
+    for found in re.finditer(b"eXIf", part):
+        length = int.from_bytes(part[found.start() - 4 : found.start()], "big")
+        end = found.end() + length
+        if zlib.crc32(part[found.start() : end]) == int.from_bytes(part[end : end + 4], "big"):
+            return part[found.end() : end]
+    return b""
+
+
+def fits_both(orientation: int, header: Header | Encoded) -> bool:
+    """Return whether a label of the size of a picture as stored has that of the upright picture too.
+
+    Args:
+        orientation: orientation tag of the picture, 1 to 8; 1 is upright.
+        header: header of the picture.
+    """
+    return orientation in (2, 3, 4) or (orientation in TURNED and header.height == header.width)
+
+
+def say_turned(pictures: Sequence[str]) -> str:
+    """Return a line about pictures whose labels fit them both as stored and upright, used as stored."""
+    number = "1 picture has" if len(pictures) == 1 else f"{len(pictures)} pictures have"
+    return (
+        f"{number} an orientation tag, and a label that fits both the stored and the upright picture; the "
+        "tag is ignored; if the label is for the upright picture, save the picture turned, without the tag; "
+        f"the first is {pictures[0]}"
+    )
 
 
 def load(path: str) -> Encoded:

@@ -42,6 +42,11 @@ class Scene(NamedTuple):
         return ids
 
 
+def parts_by_name(found: Any) -> dict[str, str]:
+    """Return the parts that tools.prepare found, by name of the scene."""
+    return {scene.name: found.parts[scene.picture] for scene in found.scenes if scene.picture in found.parts}
+
+
 def labelme_shape() -> Any:
     """Return labelme's module utils.shape, without the rest of the package, whose import needs Qt."""
     name = "labelme_utils_shape"

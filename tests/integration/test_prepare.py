@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import annotated
 import cv2
@@ -141,7 +142,7 @@ def test_the_printed_commands_work(prepared, tmp_path):
     assert 0 <= mean_of(done.stdout) <= 100 and all(name in done.stdout for name in annotated.LABELS)
     done = run("tools.predict", *here(predict[1:]), "--gpu", "cpu")
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / predictions / "labelIds").rglob("*.png"))) == 30
+    assert len(list((tmp_path / predictions / "labelIds").rglob("*.png"))) == 10  # the validation
 
 
 def test_the_split(tmp_path):
@@ -163,18 +164,92 @@ def test_the_split(tmp_path):
         assert not digits[0] & digits[1]
 
 
-def test_a_source_with_its_own_split(tmp_path):
-    for part, own in (("train", SCENES[:4]), ("valid", SCENES[4:6]), ("test", SCENES[6:7])):
-        annotated.write_pictures(tmp_path / "source" / part, own)
-        content = json.dumps(annotated.coco_content(own))
-        (tmp_path / "source" / part / "_annotations.coco.json").write_text(content)
+def write_split(name: str, folder: Path, parts: dict[str, list[annotated.Scene]]) -> None:
+    """Write a source whose folders, subsets or lists name the parts."""
+    named = [scene._replace(name=f"{part}/{scene.name}") for part, own in parts.items() for scene in own]
+    if name == "coco":  # as Roboflow writes it
+        for part, own in parts.items():
+            annotated.write_pictures(folder / part, own)
+            content = json.dumps(annotated.coco_content(own))
+            (folder / part / "_annotations.coco.json").write_text(content)
+    elif name == "cvat subsets":
+        scenes = [scene for own in parts.values() for scene in own]
+        annotated.write_pictures(folder / "images", scenes)
+        root = annotated.cvat_content(scenes)
+        subsets = [part for part, own in parts.items() for _ in own]
+        for image, part in zip(root.iterfind("image"), subsets, strict=True):
+            image.set("subset", part)
+        ElementTree.ElementTree(root).write(folder / "annotations.xml")
+    elif name == "voc lists":
+        annotated.write_voc(folder, [scene for own in parts.values() for scene in own])
+        lists = folder / "ImageSets/Segmentation"
+        lists.mkdir(parents=True)
+        for part, own in zip(("train", "val"), parts.values(), strict=False):
+            (lists / f"{part}.txt").write_text("\n".join(scene.name for scene in own))
+    else:
+        writers = {
+            "labelme": annotated.write_labelme,
+            "pair": annotated.write_pair,
+            "cvat": annotated.write_cvat,
+            "voc": annotated.write_voc,
+        }
+        writers[name](folder, named)
+
+
+@pytest.mark.parametrize("name", ["labelme", "pair", "coco", "cvat", "cvat subsets", "voc", "voc lists"])
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("Validation", "Training", "Testing")])
+def test_a_source_with_its_own_split(tmp_path, name, names):
+    """The second names have more pictures for validation, and the parts in another order."""
+    parts = dict(zip(names, (SCENES[:4], SCENES[4:6], SCENES[6:7]), strict=True))
+    (tmp_path / "source").mkdir()
+    swapped = names[0] == "Validation" and name != "voc lists"
+    write_split(name, tmp_path / "source", parts)
     done = prepare(tmp_path / "source", tmp_path / "own", "--copy")
-    assert done.returncode == 0 and "its own split (4 train, 2 val, 1 test)" in done.stdout, done.stderr
-    assert [len(pairs(tmp_path / "own", part)) for part in ("train", "val", "test")] == [4, 2, 1]
+    numbers = [2, 4, 1] if swapped else [4, 2, 1]
+    assert done.returncode == 0, done.stderr
+    said = f"its own split ({numbers[0]} train, {numbers[1]} val"
+    said += ")" if name == "voc lists" else ", 1 test)"
+    assert said in done.stdout
+    for part, number in zip(("train", "val", "test"), numbers, strict=True):
+        if (name, part) == ("voc lists", "test"):
+            continue
+        own = {scene.name for scene in next(scenes for scenes in parts.values() if len(scenes) == number)}
+        found = {
+            "/".join(Path(image).with_suffix("").parts[-2:]) for image, _ in pairs(tmp_path / "own", part)
+        }
+        assert found == own
     assert not any(path.is_symlink() for path in (tmp_path / "own").rglob("*"))
+    # Flags divide the pictures anew, but not those for testing.
     done = prepare(tmp_path / "source", tmp_path / "drawn", "--val", "0.4")
     assert done.returncode == 0 and "split by seed 0" in done.stdout
-    assert sum(len(pairs(tmp_path / "drawn", part)) for part in ("train", "val")) == 7
+    assert sum(len(pairs(tmp_path / "drawn", part)) for part in ("train", "val")) == 6
+    if name != "voc lists":
+        assert pairs(tmp_path / "drawn", "test") == pairs(tmp_path / "own", "test")
+
+
+def test_pictures_for_testing_alone_are_not_divided(tmp_path):
+    scenes = [*SCENES[:6], SCENES[6]._replace(name="test/x")]
+    for name in ("labelme", "pair"):
+        getattr(annotated, f"write_{name}")(tmp_path / name, scenes)
+        done = prepare(tmp_path / name, tmp_path / f"{name}-out")
+        assert done.returncode == 0, done.stderr
+        assert (
+            "with 1 for testing by their folders" in done.stdout and "the division is coarse" in done.stdout
+        )
+        assert [image for image, _ in pairs(tmp_path / f"{name}-out", "test")] == ["images/test/x.png"]
+        assert sum(len(pairs(tmp_path / f"{name}-out", part)) for part in ("train", "val")) == 6
+
+
+def test_pictures_outside_of_the_own_split_are_said(tmp_path):
+    scenes = [
+        scene._replace(name=f"{part}/a")
+        for part, scene in zip(("train", "val", "more"), SCENES, strict=False)
+    ]
+    source = annotated.write_labelme(tmp_path / "source", scenes)
+    done = prepare(source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "1 picture is in no part of the source's own split, and left out; the first is " in done.stdout
+    assert done.stdout.count("more/a.png") == 1 and not (tmp_path / "out/images/more").exists()
 
 
 def test_classes_and_void(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import status_of
 from PIL import Image
 
 from dataset import CSDataSet, DataError, check, folder_pair
@@ -111,6 +112,33 @@ class TestPairing:
         assert "note: 3 hidden or system files skipped" in data.check()
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_orientation_tags_that_the_labels_do_not_tell(tmp_path: Path, ending: str, capsys) -> None:
+    """The picture and the label are used as stored, and a note says so; other tags are not ambiguous."""
+    numbers = {1: SIZE, 3: SIZE, 2: SIZE, 8: (6, 6), 6: SIZE}
+    for orientation, size in numbers.items():
+        exif = Image.Exif()
+        exif[274] = orientation
+        name = f"train/{orientation}"
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3))
+        save(tmp_path / f"images/{name}.{ending}", pixels, exif=exif)
+        save(tmp_path / f"labels/{name}.png", classes_at(0)[:, : size[1]])
+    save(tmp_path / "images/val/x.png", np.zeros((*SIZE, 3)))
+    save(tmp_path / "labels/val/x.png", classes_at(1))
+    words = "note: 3 pictures have an orientation tag, and a label that fits both"
+    first = f"the first is images/train/2.{ending}"
+    data = CSDataSet(str(tmp_path))
+    assert words in data.check() and first in data.check()
+    assert "orientation tag" not in CSDataSet(str(tmp_path), split="val").check()
+    assert status_of(check.main, tmp_path, "--num-workers", 1) == 0
+    out = capsys.readouterr().out
+    assert out.count(words) == 1 and first in out
+    index = [pair.name for pair in data.pairs].index("3")
+    with Image.open(tmp_path / f"images/train/3.{ending}") as picture:
+        stored = np.asarray(picture.convert("RGB")).astype(int)
+    assert np.abs(data.picture(index, instances=False).image[..., ::-1] - stored).max() <= 3
+
+
 class TestSides:
     def test_random_division(self, pair: Path) -> None:
         train, val = (CSDataSet(str(pair), split=split) for split in ("train", "val"))
@@ -127,14 +155,55 @@ class TestSides:
         assert len(folders[0]) == 4 and len(folders[1]) == 1 and not folders[0] & folders[1]
         assert "16 for training, 4 for validation (seed 0; one group per folder)" in train.taken[0]
 
-    @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-    def test_folders_train_and_val(self, tmp_path: Path, name: str) -> None:
-        make(tmp_path, ["train/a", "train/s/b", f"{name}/c", "test/d", "e"])
+    @pytest.mark.parametrize(
+        "train, val, test",
+        [
+            ("train", "val", "test"),
+            ("Train", "valid", "Test"),
+            ("training", "VALIDATION", "testing"),
+            ("cam1/train", "cam2/dev", "x/y/test"),
+            ("train2017", "val2017", "test2019"),
+        ],
+    )
+    def test_folders_train_and_val(self, tmp_path: Path, train: str, val: str, test: str) -> None:
+        make(tmp_path, [f"{train}/a", f"{train}/s/b", f"{val}/c", f"{test}/d", "trainer/e"])
         found = folder_pair.find(str(tmp_path))
         names = {side: [pair.name for pair in pairs] for side, pairs in found.sides.items()}
         assert names == {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
         assert "2 for training, 1 for validation (by their folders)" in found.notes[0]
-        assert "1 pictures are in none of the folders train, val and test" in found.notes[1]
+        assert "1 pictures are in none of the folders for training, validation and testing" in found.notes[1]
+        assert [pair.name for pair in folder_pair.pictures_to_predict(str(tmp_path))] == ["d"]
+
+    @pytest.mark.parametrize(
+        "names, line",
+        [
+            (
+                ["train/a", "train/b", "other/c", "other/d"],
+                "train/a.jpg is for train, but none is for val",
+            ),
+            (
+                ["train/val/a", "train/b", "val/c", "val/d"],
+                "train/val/a.jpg is for both train and val",
+            ),
+        ],
+    )
+    def test_folders_that_cannot_divide_are_said(
+        self, tmp_path: Path, names: Sequence[str], line: str
+    ) -> None:
+        found = folder_pair.find(str(make(tmp_path, names)))
+        assert not found.is_given
+        assert f"{tmp_path}: the names of folders do not divide the pictures: {line}" in found.notes
+
+    def test_a_division_of_few_folders_is_said(self, tmp_path: Path) -> None:
+        make(tmp_path, [f"{folder}/{number}" for folder in ("north", "south") for number in range(4)])
+        found = folder_pair.find(str(tmp_path))
+        (val,) = {pair.image.split("/")[1] for pair in found.sides["val"]}
+        assert found.notes[1] == (
+            f"{tmp_path}: the division is coarse: of only 2 groups of pictures, {val} (4 of 8 pictures) "
+            "is for validation"
+        )
+        make(tmp_path, [f"{folder}/{number}" for folder in ("a", "b", "c") for number in range(4)])
+        assert len(folder_pair.find(str(tmp_path)).notes) == 1
 
     def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
         make(tmp_path, ["train/a", "train/b", "car/c", "bus/d"])
@@ -151,9 +220,10 @@ class TestSides:
         (pair / "val.lst").write_text("images/p0.jpg\tlabels/p0_L.png\n")
         assert CSDataSet(str(pair), split="val").pairs == [Pair("images/p0.jpg", "labels/p0_L.png", "p0")]
         assert [each.name for each in CSDataSet(str(pair)).pairs] == ["p1", "p2"]
-        (pair / "val.lst").write_text("images/p1.jpg\tlabels/p1_L.png\n")
-        with pytest.raises(DataError, match=r"val.lst: images/p1.jpg is in train.lst too; remove"):
-            CSDataSet(str(pair))
+        for image in ("images/p1.jpg", "./images//p1.jpg"):
+            (pair / "val.lst").write_text(f"{image}\tlabels/p1_L.png\n")
+            with pytest.raises(DataError, match=rf"val.lst: {image} is in train.lst too; remove"):
+                CSDataSet(str(pair))
         (pair / "val.lst").unlink()
         with pytest.raises(DataError, match=r"train.lst: train.lst and val.lst divide .* write both"):
             CSDataSet(str(pair))
@@ -162,7 +232,7 @@ class TestSides:
         save(tmp_path / "images/test/b/x.jpg", np.zeros((*SIZE, 3)))
         data = CSDataSet(str(tmp_path), split="test", labeled=False)
         assert data.pairs == [Pair("images/test/b/x.jpg", "", "x")]
-        assert data.taken == [f"{tmp_path}: 1 pictures of images/test/, without labels"]
+        assert data.taken == [f"{tmp_path}: 1 pictures of images/ for testing, without labels"]
 
     def test_the_cityscapes_layout_is_no_folder_pair(self, scenes: Path) -> None:
         make(scenes, NAMES)
@@ -224,6 +294,48 @@ class TestClasses:
             picture.putpalette([channel for color in colors for channel in color])
             picture.save(path)
         assert table(tmp_path).colors == tuple(colors) and table(tmp_path).label_ids().tolist() == [0, 1, 2]
+
+    def test_palettes_that_differ(self, tmp_path: Path, capsys) -> None:
+        """Programs that reduce colors number them anew in each file; then an index is no class."""
+        make(tmp_path, NAMES)
+        colors = [[0, 0, 0, 255, 0, 0, 0, 255, 0], [0, 0, 0, 0, 255, 0, 255, 0, 0]]
+
+        def paint(palettes: Sequence[Sequence[int]]) -> None:
+            for number, path in enumerate(sorted((tmp_path / "labels").iterdir())):
+                picture = Image.open(path).copy()
+                picture.putpalette(palettes[number % 2])
+                picture.save(path)
+
+        paint(colors)
+        words = (
+            r"labels/p\d.png: the palette has (255,0,0|0,255,0) for the index 1, but that of .*labels/p\d.png"
+            r" has (255,0,0|0,255,0); save the labels as RGB, or give a table"
+        )
+        for names in (None, "a\nb\nc\n"):
+            if names:
+                (tmp_path / "classes.txt").write_text(names)
+            with pytest.raises(DataError, match=words):
+                table(tmp_path)
+        (tmp_path / "classes.txt").unlink()
+        # Indices that only one of the files has may have any color.
+        for path in (tmp_path / "labels").iterdir():
+            number = int(path.stem[1:])
+            save(path, np.where(classes_at(number) == 2 - number % 2, 0, classes_at(number)))
+        paint([[0, 0, 0, 255, 0, 0, 9, 9, 9], [0, 0, 0, 7, 7, 7, 0, 255, 0]])
+        assert table(tmp_path).colors == ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+        # Grays depend on the number of indices.
+        make(tmp_path, NAMES)
+        for path in (tmp_path / "labels").iterdir():
+            number = int(path.stem[1:])
+            save(path, np.minimum(classes_at(number), 1 + number % 2))
+        paint([[0, 0, 0, 255, 255, 255], [0, 0, 0, 127, 127, 127, 255, 255, 255]])
+        assert table(tmp_path).names == ("class 0", "class 1", "class 2")
+        # A table of the ids says that the palettes mean nothing.
+        make(tmp_path, NAMES)
+        paint(colors)
+        (tmp_path / "classes.tsv").write_text("name\tid\ttrain_id\tcolor\na\t0\t0\t1,1,1\nb\t1\t1\t2,2,2\n"
+                                              "c\t2\t1\t3,3,3\n")  # fmt: skip
+        assert table(tmp_path).names == ("a", "b")
 
     def test_palette_of_grays(self, tmp_path: Path) -> None:
         """Grays that are the ids would be hard to see."""

@@ -8,11 +8,21 @@ import json
 
 import numpy as np
 import pytest
-from annotated import LABELS, coco_content, make_scenes, polygon, runs, write_coco, write_pictures
+from annotated import (
+    LABELS,
+    coco_content,
+    make_scenes,
+    parts_by_name,
+    polygon,
+    runs,
+    write_coco,
+    write_pictures,
+)
 
+from dataset.split import sides_in
 from tools.prepare import regions
 from tools.prepare.coco import read_coco
-from tools.prepare.coco_file import part_of
+from tools.prepare.coco_file import told_by
 from tools.prepare.source import Problems, Wanted
 
 coco_mask = pytest.importorskip("pycocotools.mask")
@@ -222,12 +232,12 @@ def test_several_files_are_the_source_s_own_split(tmp_path):
         (tmp_path / part / "_annotations.coco.json").write_text(json.dumps(content))
     found = read_coco(str(tmp_path), Wanted())
     assert [each.name for each in found.classes] == ["background", *LABELS]
-    assert found.parts == {
+    assert parts_by_name(found) == {
         **{f"train/{scene.name}": "train" for scene in scenes[:3]},
         **{f"valid/{scene.name}": "val" for scene in scenes[3:5]},
         "test/05": "test",
     }
-    assert read_coco(str(tmp_path / "train"), Wanted()).parts is None
+    assert read_coco(str(tmp_path / "train"), Wanted()).parts == {}
 
 
 def test_the_folders_of_coco_itself(tmp_path):
@@ -251,18 +261,25 @@ def test_the_folders_of_coco_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, part",
+    "path, sides",
     [
-        ("d/instances_train2017.json", "train"),
-        ("d/valid/_annotations.coco.json", "val"),
-        ("d/test/a.json", "test"),
-        ("train/x/a.json", None),
-        ("d/trainval.json", None),
-        ("d/train_val.json", None),
+        ("d/instances_train2017.json", {"train"}),
+        ("d/valid/_annotations.coco.json", {"val"}),
+        ("d/test/a.json", {"test"}),
+        ("Train/x/a.json", {"train"}),
+        ("d/trainval.json", set()),
+        ("d/train_val.json", {"train", "val"}),
     ],
 )
-def test_part_of_a_file(path, part):
-    assert part_of(path) == part
+def test_sides_of_a_file(path, sides):
+    assert sides_in(told_by(path)) == sides
+
+
+def test_folders_of_the_pictures_in_one_file(tmp_path):
+    scenes = make_scenes(6, ("train", "val", "test"))
+    write_coco(tmp_path, scenes)
+    found = read_coco(str(tmp_path), Wanted())
+    assert parts_by_name(found) == {scene.name: scene.name.split("/")[0] for scene in scenes}
 
 
 def test_a_picture_is_found_by_the_end_of_its_path(tmp_path):

@@ -128,13 +128,19 @@ def test_scenes_of_a_task_and_a_split(tmp_path):
     scenes = make_scenes(4, ("a", "b"))
     write_cvat(tmp_path, scenes)
     found = read_cvat(str(tmp_path / "annotations.xml"), Wanted())
-    assert [scene.name for scene in found.scenes] == [scene.name for scene in scenes] and found.parts is None
+    assert [scene.name for scene in found.scenes] == [scene.name for scene in scenes] and found.parts == {}
     root = cvat_content(scenes)
     for image, subset in zip(root.iterfind("image"), ("Train", "Train", "Validation", "Test"), strict=True):
         image.set("subset", subset)
     ElementTree.ElementTree(root).write(tmp_path / "annotations.xml")
     found = read_cvat(str(tmp_path), Wanted())
-    assert list((found.parts or {}).values()) == ["train", "train", "val", "test"]
+    assert list(found.parts.values()) == ["train", "train", "val", "test"]
+    # Pictures of one name with different endings keep their own parts.
+    for image, name in zip(root.iterfind("image"), ("a/x.png", "a/x.jpg", "a/x.bmp", "a/x.tif"), strict=True):
+        (tmp_path / f"images/{image.get('name')}").rename(tmp_path / f"images/{name}")
+        image.set("name", name)
+    ElementTree.ElementTree(root).write(tmp_path / "annotations.xml")
+    assert list(read_cvat(str(tmp_path), Wanted()).parts.values()) == ["train", "train", "val", "test"]
 
 
 def test_a_frame_of_a_video_has_no_ending(tmp_path):

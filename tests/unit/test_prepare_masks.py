@@ -9,10 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from annotated import parts_by_name
 from conftest import status_of
 from PIL import Image
 
-from dataset import CSDataSet, DataError
+from dataset import CSDataSet, DataError, check
 from dataset.labels import read_table
 from tools.prepare.__main__ import main
 from tools.prepare.classes import read_classes
@@ -20,6 +21,7 @@ from tools.prepare.masks import PASCAL, is_pair, is_voc, read_pair, read_voc
 from tools.prepare.source import Found, Problems, Wanted
 
 SIZE = 6, 8
+VOC = ("JPEGImages", "SegmentationClass")
 HEADER = "name\tid\ttrain_id\tcolor\n"
 NAMES = ("a/1", "a/2", "b/1", "b/2")
 COLORS = [(0, 0, 0), (200, 10, 10), (10, 200, 10)]
@@ -53,9 +55,6 @@ def write(
         Image.fromarray(np.full((*SIZE, 3), number, np.uint8)).save(root / folders[0] / f"{name}.png")
         draw(classes_at(number)).save(root / folders[1] / f"{name}{ending}")
     return root
-
-
-VOC = ("JPEGImages", "SegmentationClass")
 
 
 def drawn(found: Found) -> list[list[list[int]]]:
@@ -118,7 +117,7 @@ class TestPair:
         found = read_pair(str(write(tmp_path, draw, ending=ending)), Wanted())
         assert names(found) == classes and drawn(found) == expected(*train_ids)
         assert ("255 is void" in found.notes[1]) == (255 in train_ids)
-        assert found.parts is None and is_pair(str(tmp_path)) and not is_voc(str(tmp_path))
+        assert found.parts == {} and is_pair(str(tmp_path)) and not is_voc(str(tmp_path))
 
     @pytest.mark.parametrize(
         "name", [n for n in VALUES if "gray" not in n and "opaque" not in n and "RGB" not in n]
@@ -138,6 +137,27 @@ class TestPair:
     def test_palette_gives_the_colors(self, tmp_path: Path) -> None:
         found = read_pair(str(write(tmp_path, palette(COLORS, 0, 1, 2))), Wanted())
         assert [each.color for each in found.classes] == COLORS
+
+    @pytest.mark.parametrize("kind", ["pair", "voc"])
+    def test_palettes_that_differ(self, tmp_path: Path, kind: str) -> None:
+        folders = ("images", "labels") if kind == "pair" else VOC
+        read = read_pair if kind == "pair" else read_voc
+        write(tmp_path, palette(COLORS, 0, 1, 2), folders)
+        palette([COLORS[0], COLORS[2], COLORS[1]], 0, 2, 1)(classes_at(3)).save(
+            tmp_path / folders[1] / "b/2.png"
+        )
+        with pytest.raises(
+            Problems, match=r"b/2.png: the palette has 10,200,10 for the index 1, but that of"
+        ):
+            read(str(tmp_path), Wanted())
+        # A table of the ids reads the indices; a labelmap.txt of VOC reads the colors.
+        path = tmp_path / "t.tsv"
+        path.write_text(HEADER + "a\t0\t0\t0,0,0\nb\t1\t1\t1,1,1\nc\t2\t2\t2,2,2\n")
+        found = read(str(tmp_path), read_classes(str(path), False)[0])
+        assert drawn(found)[:3] == expected(0, 1, 2)[:3] and drawn(found)[3] == expected(0, 2, 1)[3]
+        if kind == "voc":
+            (tmp_path / "labelmap.txt").write_text(LABELMAP)
+            assert drawn(read(str(tmp_path), Wanted())) == expected(0, 2, 1)
 
     def test_class_table_of_the_folder(self, tmp_path: Path) -> None:
         write(tmp_path, mapped(*COLORS))
@@ -165,24 +185,84 @@ class TestPair:
         found = read_pair(str(tmp_path), Wanted(names=("dog", "background", "cat"), unlabeled_void=True))
         assert names(found) == ["dog", "cat"] and drawn(found) == expected(255, 1, 0)
 
+    @pytest.mark.parametrize("flags", [(), ("--unlabeled", "void")])
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            "background\ncat\ndog",
+            "cat\n_background_\ndog",
+            "sky\nvoid\nsea\nsun",
+            "__ignore__\na\nb\nc",
+            "a\nb",
+        ],
+    )
+    @pytest.mark.parametrize("draw", [mapped(0, 255, 0), palette(COLORS, 0, 1, 2)])
+    @pytest.mark.parametrize("folders", [("images", "labels"), VOC])
+    def test_a_list_of_a_flag_is_that_of_the_folder(
+        self, tmp_path: Path, lines: str, flags: tuple[str, ...], draw: Draw, folders: tuple[str, str], capsys
+    ) -> None:
+        """--classes names.txt and classes.txt in the folder name the same ids, or are refused alike."""
+        write(tmp_path / "flag", draw, folders)
+        write(tmp_path / "folder", draw, folders)
+        (tmp_path / "names.txt").write_text(lines)
+        (tmp_path / "folder/classes.txt").write_text(lines)
+        given = [*flags, "--classes", tmp_path / "names.txt"]
+        status = status_of(main, tmp_path / "flag", tmp_path / "flag-out", *given)
+        assert status_of(main, tmp_path / "folder", tmp_path / "folder-out", *flags) == status
+        if status == 0:
+            for file in ("classes.tsv", "train.lst", *(f"labels/{name}.png" for name in NAMES)):
+                assert (tmp_path / "flag-out" / file).read_bytes() == (
+                    tmp_path / "folder-out" / file
+                ).read_bytes()
+
     def test_names_for_ids_without_names(self, tmp_path: Path) -> None:
-        write(tmp_path, mapped(0, 1, 2))
-        found = read_pair(str(tmp_path), Wanted(names=("background", "cat", "dog")))
-        assert names(found) == ["background", "cat", "dog"] and drawn(found) == expected(0, 1, 2)
-        found = read_pair(str(tmp_path), Wanted(names=("cat", "dog"), unlabeled_void=True))
-        assert names(found) == ["cat", "dog"] and drawn(found) == expected(255, 0, 1)
-        with pytest.raises(Problems, match="has 4 names with the background, for the ids 0 to 3, but"):
-            read_pair(str(tmp_path), Wanted(names=("background", "cat", "dog", "cow")))
+        write(tmp_path / "DIR", mapped(0, 1, 2))
+        path = tmp_path / "names.txt"
+
+        def read(lines: str, void: bool = False) -> Found:
+            path.write_text(lines)
+            return read_pair(str(tmp_path / "DIR"), read_classes(str(path), void)[0])
+
+        found = read("road\ncar\ntree")
+        assert names(found) == ["road", "car", "tree"] and drawn(found) == expected(0, 1, 2)
+        found = read("a\nbackground\nb", void=True)
+        assert names(found) == ["a", "b"] and drawn(found) == expected(0, 255, 1)
+        with pytest.raises(
+            Problems, match="names.txt: has 2 names, of the ids from 0, but .* holds the id 2"
+        ):
+            read("road\ncar")
         with pytest.raises(Problems, match="--unlabeled void: the labels have no class background, "):
-            read_pair(str(tmp_path), Wanted(unlabeled_void=True))
+            read("road\ncar\ntree", void=True)
 
     def test_names_for_colors_are_refused(self, tmp_path: Path) -> None:
         """The order of colors says nothing about the order of names."""
         write(tmp_path, mapped(*COLORS))
-        with pytest.raises(Problems, match="--classes: names the classes of ids, but .* holds colors; "):
-            read_pair(str(tmp_path), Wanted(names=("background", "x", "y")))
+        (tmp_path / "names.txt").write_text("background\nx\ny")
+        wanted, _ = read_classes(str(tmp_path / "names.txt"), False)
+        with pytest.raises(Problems, match="names.txt: names the classes of ids, but .* holds colors; "):
+            read_pair(str(tmp_path), wanted)
         found = read_pair(str(tmp_path), Wanted(unlabeled_void=True))
         assert names(found) == ["color 10,200,10", "color 200,10,10"] and drawn(found) == expected(255, 1, 0)
+
+    def test_pictures_for_testing_do_not_tell_the_classes(self, tmp_path: Path) -> None:
+        """train.py and tools.prepare have the same train ids; other values of test labels are problems."""
+        write(tmp_path, mapped(0, 3, 7))
+        mapped(0, 3, 3)(classes_at(0)).save(tmp_path / "labels/a/1.png")
+        for folder in ("images", "labels"):
+            for part in ("train", "val", "test"):
+                (tmp_path / folder / part).mkdir()
+            for old, new in (("a/1", "test/1"), ("a/2", "train/2"), ("b/1", "train/1"), ("b/2", "val/1")):
+                (tmp_path / folder / f"{old}.png").rename(tmp_path / folder / f"{new}.png")
+        found = read_pair(str(tmp_path), Wanted())
+        assert names(found) == CSDataSet(str(tmp_path)).labels.names() == ["class 0", "class 3", "class 7"]
+        mapped(5, 3, 1)(classes_at(0)).save(tmp_path / "labels/test/1.png")
+        assert CSDataSet(str(tmp_path)).labels.names() == ["class 0", "class 3", "class 7"]
+        with pytest.raises(Problems) as error:
+            read_pair(str(tmp_path), Wanted())
+        known = "the labels for training and validation"
+        for value, line in zip((1, 5), error.value.lines, strict=True):
+            assert f"labels/test/1.png: holds the id {value}, which is not in {known}; correct" in line
+        assert status_of(check.main, tmp_path, "--num-workers", 1) == 2
 
     def test_class_table_of_a_flag_reads_the_values(self, tmp_path: Path) -> None:
         """--classes with ids and colors is the class table of train.py, and needs no background."""
@@ -246,7 +326,12 @@ class TestPair:
             for old, new in (("a", "train"), ("b", "val")):
                 (tmp_path / folder / old).rename(tmp_path / folder / new)
         found = read_pair(str(tmp_path), Wanted())
-        assert found.parts == {"train/1": "train", "train/2": "train", "val/1": "val", "val/2": "val"}
+        assert parts_by_name(found) == {
+            "train/1": "train",
+            "train/2": "train",
+            "val/1": "val",
+            "val/2": "val",
+        }
 
     def test_pictures_elsewhere(self, tmp_path: Path) -> None:
         write(tmp_path, mapped(0, 1, 2))
@@ -275,7 +360,8 @@ class TestPair:
         Image.fromarray(pixels[:6]).save(tmp_path / "DIR/images/a/1.png", exif=exif)
         Image.fromarray(classes_at(0)[:, :6]).save(tmp_path / "DIR/labels/a/1.png")
         found = read_pair(str(tmp_path / "DIR"), Wanted())
-        assert not found.scenes[0].upright and "turned by an orientation tag" in found.notes[-1]
+        assert not found.scenes[0].upright
+        assert found.notes[-1].startswith("1 picture has an orientation tag") and "a/1.png" in found.notes[-1]
 
 
 LABELMAP = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:10,200,10::\ndog:200,10,10:ear,tail:\n"
@@ -315,6 +401,18 @@ class TestVoc:
         found = read_voc(str(tmp_path), wanted)
         assert names(found) == ["x", "y"] and drawn(found) == expected(255, 1, 0)
 
+    def test_a_class_table_in_the_folder(self, tmp_path: Path) -> None:
+        """It names colors, which a list of names can't, and goes before labelmap.txt."""
+        write(tmp_path, mapped(*COLORS), VOC)
+        (tmp_path / "class_names.txt").write_text("background\na\nb")
+        with pytest.raises(Problems, match="write a table of the colors to classes.tsv"):
+            read_voc(str(tmp_path), Wanted())
+        rows = "b\t-\t1\t10,200,10\na\t-\t0\t200,10,10\nrest\t-\t255\t0,0,0\n"
+        (tmp_path / "classes.tsv").write_text(HEADER + rows)
+        (tmp_path / "labelmap.txt").write_text(LABELMAP)
+        found = read_voc(str(tmp_path), Wanted())
+        assert names(found) == ["a", "b"] and drawn(found) == expected(255, 0, 1)
+
     def test_export_of_labelme(self, tmp_path: Path) -> None:
         write(tmp_path, palette(COLORS, 0, 1, 2), ("JPEGImages", "SegmentationClassPNG"))
         (tmp_path / "SegmentationClass").mkdir()
@@ -334,7 +432,7 @@ class TestVoc:
         (lists / "val.txt").write_text("b/1\r\n")
         found = read_voc(str(tmp_path), Wanted())
         assert names(found) == list(PASCAL) and len(PASCAL) == 21
-        assert found.parts == {"a/1": "train", "b/1": "val", "b/2": "train"}
+        assert parts_by_name(found) == {"a/1": "train", "b/1": "val", "b/2": "train"}
         assert any(
             "1 picture is in neither list, and left out; the first is a/2" in note for note in found.notes
         )

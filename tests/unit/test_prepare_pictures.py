@@ -11,9 +11,13 @@ import pytest
 from annotated import make_scenes, write_coco, write_cvat, write_labelme
 from PIL import Image, ImageOps
 
-from dataset.pictures import decode_image, load
+from dataset.pictures import decode_image, load, read_orientation
 from tools.prepare import formats
+from tools.prepare.coco import read_coco
+from tools.prepare.cvat import read_cvat
 from tools.prepare.pictures import Finder, examine, turned_upright
+from tools.prepare.source import Wanted
+from tools.prepare.writing import Writer
 from utils.errors import DataError
 
 
@@ -33,6 +37,57 @@ def test_turning_is_that_of_pillow(tmp_path, orientation, kind):
     assert found.upright == expected.shape[:2]
     turned = turned_upright(decode_image(load(str(path))), orientation)[..., ::-1]
     np.testing.assert_allclose(turned.astype(int), expected, atol=2 if kind == "JPEG" else 0)
+
+
+def test_tags_in_any_place_of_a_png(tmp_path):
+    """The chunk eXIf is before or after the pixels; a damaged one and similar bytes do not count."""
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((3, 5), np.uint8)).save(path, exif=exif)
+    content = path.read_bytes()
+    begin = content.index(b"eXIf") - 4
+    end = begin + 12 + int.from_bytes(content[begin : begin + 4], "big")
+    chunk, rest = content[begin:end], content[:begin] + content[end:]
+    last = len(rest) - 12  # IEND
+    for changed, orientation in (
+        (content, 6),
+        (rest[:last] + chunk + rest[last:], 6),
+        (rest, 1),
+        (content.replace(chunk, chunk[:-1] + b"?"), 1),
+        (content[:begin] + b"eXIf" + content[begin:], 6),
+    ):
+        path.write_bytes(changed)
+        assert read_orientation(str(path)) == orientation
+    assert read_orientation(str(tmp_path / "missing.png")) == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("write, read", [(write_coco, read_coco), (write_cvat, read_cvat)])
+def test_labels_of_coco_and_cvat_belong_to_the_upright_picture(tmp_path, write, read, orientation):
+    """Also if the sizes fit both ways; then a note says so."""
+    scene = make_scenes(1, size=(40, 40))[0]
+    write(tmp_path / "source", [scene])
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = next((tmp_path / "source").rglob("*.png"))
+    pixels = np.asarray(Image.open(path))
+    Image.fromarray(pixels).save(path, exif=exif)
+    found = read(str(tmp_path / "source"), Wanted())
+    assert found.scenes[0].upright
+    notes = [note for note in found.notes if "orientation" in note]
+    if orientation == 1:
+        assert notes == []
+    else:
+        (note,) = notes
+        assert note.startswith("1 picture is turned or mirrored by an orientation tag") and str(path) in note
+        assert "remove the tag" in note
+    (tmp_path / "out").mkdir()
+    Writer(str(tmp_path / "out"), False).write(found.scenes, ["train"], found.classes)
+    with Image.open(path) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    written = decode_image(load(str(next((tmp_path / "out/images").rglob("*.png")))))
+    np.testing.assert_array_equal(written[..., ::-1], expected)
 
 
 def test_pictures_that_cannot_be_used(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.split import divide, groups_of, series_of
+from dataset.split import divide, groups_of, say_coarse, series_of, sides_of
 from utils.errors import DataError
 
 
@@ -36,6 +36,47 @@ def test_single_pictures_meet_the_share_and_the_seed_matters() -> None:
     names = [f"{number}.png" for number in range(100)]
     first, second = divide(names, 0.2, 0), divide(names, 0.2, 1)
     assert sum(first) == sum(second) == 20 and first != second and first == divide(names, 0.2, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_new_picture_moves_at_most_one_other(seed: int) -> None:
+    names = [f"{number}.png" for number in range(100)]
+    before = dict(zip(names, divide(names, seed=seed), strict=True))
+    for new in ("0new.png", "zebra.png", "50b.png"):
+        more = sorted([*names, new])
+        after = dict(zip(more, divide(more, seed=seed), strict=True))
+        assert sum(before[name] != after[name] for name in names) <= 1
+
+
+def test_a_new_folder_moves_few_others() -> None:
+    groups = [f"scene{number}" for number in range(50) for _ in range(1 + number % 4)]
+    before = dict(zip(groups, divide(groups), strict=True))
+    moved = 0
+    for new in range(20):
+        more = [*groups, *[f"new{new}"] * 3]
+        after = dict(zip(more, divide(more), strict=True))
+        moved += sum(before[name] != after[name] for name in before)
+    assert moved <= 40  # of 20 * 50; a new permutation moves about a third
+
+
+def test_sides() -> None:
+    paths = ["Train/a.png", "x/validation/b.png", "test/c.png", "val.png", "trainer/d.png", "val2017/e.png"]
+    assert sides_of(paths) == (["train", "val", "test", None, None, "val"], None)
+    assert sides_of(["a.png", "test/b.png"]) == ([None, "test"], None)
+    sides, note = sides_of(["train/a.png", "test/b.png"])
+    assert sides == [None, "test"] and note and "none is for val" in note
+    sides, note = sides_of(["train/a.png", "val/test/b.png", "val/c.png"])
+    assert sides == [None] * 3 and note and "val/test/b.png is for both val and test" in note
+
+
+def test_a_division_of_few_groups_is_said() -> None:
+    groups = [name for name in "abcd" for _ in range(3)]
+    is_val = [name in "bc" for name in groups]
+    assert say_coarse(groups, is_val) == (
+        "the division is coarse: of only 4 groups of pictures, b and c (6 of 12 pictures) are for validation"
+    )
+    assert say_coarse([*groups, "e"], [*is_val, False]) is None
+    assert say_coarse(["a", "b"], [True, False]) is None  # of single pictures
 
 
 def test_groups() -> None:

@@ -27,12 +27,13 @@ from __future__ import annotations
 import argparse
 import os
 
-from dataset.split import SEED, SHARE, divide, groups_of, series_of
+from dataset.split import SEED, SHARE, TEST, TRAIN, VAL, divide, groups_of, say_coarse, series_of
 from tools import common
 from tools.prepare import advice, formats
 from tools.prepare.classes import problems_of, read_classes, similar_names
-from tools.prepare.source import Class, Found, Problems, Wanted
-from tools.prepare.writing import PARTS, TRAIN, VAL, Writer, check_out, new_folder
+from tools.prepare.reading import count
+from tools.prepare.source import Class, Found, Problems, Scene, Wanted
+from tools.prepare.writing import PARTS, Writer, check_out, new_folder
 from utils import args as flags
 from utils.errors import UsageError
 
@@ -96,19 +97,19 @@ def main(argv: list[str] | None = None) -> int:
         wanted, given = read_classes(args.classes, wanted.unlabeled_void)
     found = read(args, wanted._replace(pictures=args.images))
     classes = found.classes if given is None else with_colors(found.classes, given)
-    parts, split = split_of(args, found)
+    scenes, parts, split = split_of(args, found)
     print(f"{args.source}: {say_found(found)}; {split}", flush=True)
     for note in found.notes[:MOST_NOTES]:
         print(f"note: {note}")
     if len(found.notes) > MOST_NOTES:
         print(f"... and {len(found.notes) - MOST_NOTES} more such notes")
     with new_folder(args.out) as folder:
-        counts = Writer(folder, args.copy).write(found.scenes, parts, classes)
+        counts = Writer(folder, args.copy).write(scenes, parts, classes)
     print("\n".join(advice.describe(counts, classes)))
     for note in advice.remarks(counts, classes):
         print(f"note: {note}")
     numbers = ", ".join(f"{each.pictures} in {part}.lst" for part, each in counts.items())
-    print(f"{args.out}: {len(found.scenes)} pictures, {numbers}")
+    print(f"{args.out}: {len(scenes)} pictures, {numbers}")
     print("\n".join(advice.suggestions(args.out, counts, classes)))
     return 0
 
@@ -140,33 +141,51 @@ def read(args: argparse.Namespace, wanted: Wanted) -> Found:
 def with_colors(classes: tuple[Class, ...], given: list[Class]) -> tuple[Class, ...]:
     """Return classes with the colors that --classes gives them."""
     colors = {each.name: each.color for each in given}
-    return tuple(each._replace(color=colors.get(each.name, each.color)) for each in classes)
+    return tuple(each._replace(color=colors.get(each.name) or each.color) for each in classes)
 
 
-def split_of(args: argparse.Namespace, found: Found) -> tuple[list[str], str]:
-    """Return the part of each scene, train, val or test, and a description of the split.
+def split_of(args: argparse.Namespace, found: Found) -> tuple[list[Scene], list[str], str]:
+    """Return the scenes, the part of each (train, val or test), and a description of the split.
 
     Raises:
         DataError: the pictures can't be divided.
     """
-    if found.parts is not None and (args.val, args.seed, args.group) == (None, None, None):
-        parts = [found.parts[scene.name] for scene in found.scenes]
+    own = [found.parts.get(scene.picture) for scene in found.scenes]
+    if {TRAIN, VAL} <= {*own} and (args.val, args.seed, args.group) == (None, None, None):
+        scenes = [scene for scene, part in zip(found.scenes, own, strict=True) if part]
+        parts = [part for part in own if part]
+        if left := [scene.picture for scene, part in zip(found.scenes, own, strict=True) if not part]:
+            found.notes.append(
+                f"{count(left, 'picture')} in no part of the source's own split, and left out; the first is "
+                f"{left[0]}"
+            )
         numbers = ", ".join(f"{parts.count(part)} {part}" for part in PARTS if part in parts)
-        return parts, f"its own split ({numbers})"
-    names = [scene.name + os.path.splitext(scene.picture)[1] for scene in found.scenes]
+        return scenes, parts, f"its own split ({numbers})"
+    # Pictures for testing remain that, however the others are divided.
+    names = [
+        scene.name + os.path.splitext(scene.picture)[1]
+        for scene, part in zip(found.scenes, own, strict=True)
+        if part != TEST
+    ]
     groups = groups_of(names, args.group)
     share = SHARE if args.val is None else args.val
     seed = SEED if args.seed is None else args.seed
-    parts = [VAL if is_val else TRAIN for is_val in divide(groups, share, seed)]
+    is_val = divide(groups, share, seed)
+    drawn = iter(is_val)
+    parts = [TEST if part == TEST else VAL if next(drawn) else TRAIN for part in own]
     number = len(set(groups))
     grouped = "" if number == len(groups) else f" in {number} groups"
+    if tests := parts.count(TEST):
+        grouped += f", with {tests} for testing by their folders"
+    if coarse := say_coarse(groups, is_val):
+        found.notes.append(coarse)
     if number == len(groups) and args.group is None and (series := series_of(names)):
         examples = ", ".join([*list(series)[:MOST_SERIES], *["..."] * (len(series) > MOST_SERIES)])
         found.notes.append(
             f"each picture is a group of its own; if those of a series ({examples}) show one scene, "
             r"give --group '^(.*?)\d+\D*$'"
         )
-    return parts, f"split by seed {seed}{grouped}"
+    return found.scenes, parts, f"split by seed {seed}{grouped}"
 
 
 def say_found(found: Found) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dataset.classes import read_names
-from dataset.label_values import BACKGROUNDS, VOIDS
+from dataset.label_values import BACKGROUND, BACKGROUNDS, VOIDS
 from dataset.labels import IGNORE, LONGEST_NAME, MOST_ROWS, MOST_TEXT, read_table
-from tools.prepare.source import BACKGROUND, Class, Wanted
+from tools.prepare.source import Class, Wanted
 from utils.errors import DataError, UsageError
 from utils.files import open_input
 
@@ -163,7 +163,8 @@ def read_classes(path: str, unlabeled_void: bool, flag: str = "--classes ") -> t
         flag: the flag that names the file, for error messages.
 
     Returns:
-        What the flags ask for, with `names`, `train_ids` and `origin`; and the classes with their colors.
+        What the flags ask for, with `names`, `train_ids`, `origin` and `ids` or `table`; and the classes with
+        their colors.
 
     Raises:
         DataError: the file is unreadable or invalid.
@@ -175,7 +176,9 @@ def read_classes(path: str, unlabeled_void: bool, flag: str = "--classes ") -> t
         wanted = wanted._replace(table=table)
         train_ids = {cleaned(label.name): label.train_id for label in table.labels}
     else:
-        found = [name for name in read_names(path) if not is_void(name)]
+        ids = read_names(path)
+        wanted = wanted._replace(ids=tuple(ids))
+        found = [name for name in ids if not is_void(name)]
         if BACKGROUND not in found and not unlabeled_void:
             found.insert(0, BACKGROUND)
         classes = [Class(name) for name in found]

@@ -10,7 +10,7 @@ import os
 from functools import partial
 
 from tools.prepare.classes import Numbering, number_classes
-from tools.prepare.coco_file import Picture, draw_picture, parse_file, part_of
+from tools.prepare.coco_file import Picture, draw_picture, parse_file, told_by
 from tools.prepare.pictures import Finder, Listed
 from tools.prepare.reading import Tally, annotation_files, count, folder_of, progressing, read_json
 from tools.prepare.source import Class, Found, Problems, Wanted, own_split
@@ -48,7 +48,7 @@ def read_coco(source: str, wanted: Wanted) -> Found:
         (region.label, picture.file) for picture in pictures for region in picture.regions
     )
     finder = Finder(folder_of(source), wanted.pictures)
-    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems)
+    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems, notes)
     if not problems and not any(picture.regions for picture in pictures):
         problems.append(
             f"{source}: no annotation in {len(pictures)} pictures of COCO files; label them first"
@@ -61,7 +61,9 @@ def read_coco(source: str, wanted: Wanted) -> Found:
         notes.append(
             f"{count(empty, 'picture')} without annotations, and background; the first is {empty[0]}"
         )
-    parts = own_split(scenes, [part_of(picture.file) for picture in pictures])
+    root = folder_of(source)
+    told = [told_by(os.path.relpath(picture.file, root)) for picture in pictures]
+    parts = own_split(scenes, notes, told)
     return Found(numbering.classes, scenes, [*notes, *tally.notes()], parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from typing import Any, NamedTuple
@@ -13,9 +14,6 @@ from tools.prepare.classes import cleaned
 from tools.prepare.reading import Tally, as_dicts, as_size, by_x, numbers
 from tools.prepare.source import Problems
 from utils.errors import DataError
-
-#: Parts of a split by their names in files and folders.
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 class Region(NamedTuple):
@@ -221,10 +219,10 @@ def _lies(region: Region, size: tuple[int, int]) -> str | None:
     return None if any(runs[1::2]) else "tiny"
 
 
-def part_of(path: str) -> str | None:
-    """Return the part of a split, train, val or test, that the name of a COCO file or of its folder tells."""
-    for text in path.replace("\\", "/").split("/")[:-3:-1]:
-        words = {PARTS.get(word) for word in re.findall("[a-z]+", text.lower())} - {None}
-        if len(words) == 1:
-            return words.pop()
-    return None
+def told_by(path: str) -> str:
+    """Return a path whose folders name what the folders and the name of a COCO file tell of a split.
+
+    The words of the name become folders: d/instances_train2017.json gives d/instances/train2017/.
+    """
+    folder, name = os.path.split(path)
+    return os.path.join(folder, *re.findall("[A-Za-z]+[0-9]*", os.path.splitext(name)[0]), "")

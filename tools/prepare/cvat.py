@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 
 from tools.prepare.classes import Numbering, number_classes
-from tools.prepare.coco_file import PARTS
 from tools.prepare.cvat_file import Picture, draw_picture, parse_file
 from tools.prepare.pictures import Finder, Listed
 from tools.prepare.reading import Tally, annotation_files, count, folder_of, progressing
@@ -24,6 +23,7 @@ def read_cvat(source: str, wanted: Wanted) -> Found:
         Problems: a file is invalid, a picture is missing, or a label is unknown.
     """
     problems: list[str] = []
+    notes: list[str] = []
     tally = Tally()
     labels: list[Class] = []
     pictures: list[Picture] = []
@@ -44,19 +44,19 @@ def read_cvat(source: str, wanted: Wanted) -> Found:
         (shape.label, picture.file) for picture in pictures for shape in picture.shapes
     )
     finder = Finder(folder_of(source), wanted.pictures)
-    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems)
+    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems, notes)
     if not problems and not any(picture.shapes for picture in pictures):
         problems.append(
             f"{source}: no shape with an area in {len(pictures)} pictures of CVAT; label them first"
         )
     if problems:
         raise Problems(source, problems)
-    notes = tally.notes()
+    notes += tally.notes()
     if left_out:
         notes.append(f"{left_out} polylines, points, cuboids or skeletons have no area, and are left out")
     if empty := [picture.name for picture in pictures if not picture.shapes]:
         notes.append(f"{count(empty, 'picture')} without shapes, and background; the first is {empty[0]}")
-    parts = own_split(scenes, [PARTS.get(picture.subset.lower()) for picture in pictures])
+    parts = own_split(scenes, notes, [f"{picture.subset}/" for picture in pictures])
     return Found(numbering.classes, scenes, notes, parts)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from dataset.label_values import Color
-from dataset.labels import IGNORE, MOST_TEXT, ClassTable, Label
+from dataset.label_values import BACKGROUND
+from dataset.labels import IGNORE, MOST_TEXT, ClassTable, Color, Label
 from tools.prepare.classes import cleaned, is_background, is_void, problems_of
-from tools.prepare.source import BACKGROUND, Class, Problems
+from tools.prepare.source import Class, Problems
 from utils.errors import DataError
 from utils.files import read_input
 

@@ -34,7 +34,7 @@ from tools.prepare.reading import (
     progressing,
     read_json,
 )
-from tools.prepare.source import Class, Found, Problems, Scene, Wanted
+from tools.prepare.source import Class, Found, Problems, Scene, Wanted, own_split
 from utils.errors import DataError
 
 #: Endings that labelme's pictures may have next to their JSON, if imagePath is wrong.
@@ -108,7 +108,9 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
         notes.append(
             f"{count(unlabeled, 'picture')} without a JSON file, and left out; the first is {unlabeled[0]}"
         )
-    return Found(numbering.classes, scenes, [*notes, *tally.notes()])
+    notes += tally.notes()
+    parts = own_split(scenes, notes, [os.path.relpath(page.path, finder.source) for page in pages])
+    return Found(numbering.classes, scenes, notes, parts)
 
 
 def _of_file(path: str, wanted: Wanted, problems: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataset.folder_pair import IMAGES
 from dataset.layout import say_skipped
 from dataset.pairing import Listing, pair_up, pictures_below
 from dataset.pictures import read_header
+from dataset.split import TEST, sides_of
 from tools.prepare.pictures import examine
 from tools.prepare.reading import by_x, count
 from utils.errors import DataError
@@ -33,16 +34,13 @@ class Mask(NamedTuple):
 def of_folder_pair(source: str) -> tuple[list[Mask], list[str], list[str]]:
     """Return the masks of a folder pair, notes and problems."""
     found = folder_pair.find(source)
-    sides = found.sides if found.is_given else {side: found.sides[side] for side in ("train", "val")}
     masks = []
-    for side, pairs in sides.items():
+    for side, pairs in found.sides.items():
         for pair in pairs:
             name = os.path.splitext(os.path.normpath(pair.image))[0].removeprefix(IMAGES + os.sep)
             picture, label = (os.path.join(source, path) for path in (pair.image, pair.label))
-            masks.append(Mask(name, picture, label, side if found.is_given else None))
+            masks.append(Mask(name, picture, label, side if found.is_given or side == TEST else None))
     notes = [found.taken, *(line.removeprefix(f"{source}: ") for line in found.left_out)]
-    if not found.is_given and (tests := found.sides["test"]):
-        notes.append(f"{count(tests, 'picture')} in {IMAGES}/test, and left out")
     if found.skipped:
         notes.append(say_skipped(found.skipped))
     return sorted(masks), notes, found.problems
@@ -67,11 +65,18 @@ def of_folders(source: str, pictures: str, labels: str) -> tuple[list[Mask], lis
     return sorted(masks), notes, found.problems
 
 
+def by_folders(masks: Sequence[Mask], notes: list[str]) -> list[Mask]:
+    """Return the masks with the parts that the folders of their pictures name."""
+    parts, note = sides_of([mask.name for mask in masks])
+    notes += [note] if note else []
+    return [mask._replace(part=part) for mask, part in zip(masks, parts, strict=True)]
+
+
 def with_parts(source: str, masks: Sequence[Mask], notes: list[str], problems: list[str]) -> list[Mask]:
-    """Return the masks with their parts in the lists of VOC, without those in no list."""
+    """Return the masks with their parts in the lists of VOC, without those in no list; or else by folders."""
     paths = {part: os.path.join(source, PARTS, f"{part}.txt") for part in ("train", "val")}
     if not all(os.path.isfile(path) for path in paths.values()):
-        return list(masks)
+        return by_folders(masks, notes)
     part_of: dict[str, str] = {}
     names = {mask.name for mask in masks}
     for part, path in paths.items():
@@ -102,7 +107,7 @@ def check_sizes(
 
     Returns:
         (height, width) of each label, with whether it fits the upright picture only; and the pictures with an
-        orientation tag whose labels fit them as stored.
+        orientation tag whose labels fit them both as stored and upright.
     """
     sizes, turned = [], []
 
@@ -115,14 +120,15 @@ def check_sizes(
         if size not in (picture.stored, picture.upright):
             what = f"{by_x(size)} pixels, but {mask.picture} has {by_x(picture.stored)}"
             return f"{mask.label}: {what}; use files that belong together"
-        return size, size != picture.stored, picture.orientation != 1
+        is_both = picture.orientation != 1 and picture.stored == picture.upright
+        return size, size != picture.stored, is_both
 
     with ThreadPoolExecutor(8) as pool:
         for mask, looked in zip(masks, pool.map(look, masks), strict=True):
             if not isinstance(looked, str):
-                size, upright, is_tagged = looked
+                size, upright, is_both = looked
                 sizes.append((size, upright))
-                if is_tagged and not upright:
+                if is_both:
                     turned.append(mask.picture)
             elif not any(problem.startswith(f"{mask.label}: ") for problem in problems):
                 problems.append(looked)  # else the label can't be read, which is said already

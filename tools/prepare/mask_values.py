@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dataset.label_values import Color, Values, color_keys, color_of, palette_of
-from dataset.labels import IGNORE, ClassTable, Label
+from dataset.label_values import BACKGROUND, Values, palette_of
+from dataset.labels import IGNORE, ClassTable, Label, color_keys, color_of, color_text, key_of
 from dataset.pictures import Encoded, check_label, decode_label, load
 from tools.prepare.classes import Numbering, is_background
-from tools.prepare.source import BACKGROUND, Class, Wanted
+from tools.prepare.source import Class, Wanted
 from utils.errors import DataError
 from utils.silence import silence
 
@@ -63,7 +64,7 @@ class Decoder:
         color = palette[index] if index < len(palette) else None
         found = None if color is None else self.ids.get(key_of(color))
         if found is None:
-            what = "no color" if color is None else f"the color {text_of(color)}"
+            what = "no color" if color is None else f"the color {color_text(color)}"
             raise DataError(
                 f"{encoded.path}: its palette has {what} for the index {index}, which is not in "
                 f"{self.origin}; add the color there"
@@ -89,16 +90,6 @@ def _opaque(encoded: Encoded) -> np.ndarray:
     return pixels[..., 0] if header.mode == "LA" else pixels[..., :3]
 
 
-def key_of(color: Color) -> int:
-    """Return R * 65536 + G * 256 + B of a color."""
-    return color[0] << 16 | color[1] << 8 | color[2]
-
-
-def text_of(color: Color) -> str:
-    """Return a color as R,G,B."""
-    return ",".join(map(str, color))
-
-
 def without_gray_colors(values: Values, table: ClassTable | None) -> tuple[Values, bool]:
     """Take gray colors for ids, if all colors are gray and the class table does not have them.
 
@@ -109,7 +100,7 @@ def without_gray_colors(values: Values, table: ClassTable | None) -> tuple[Value
     if not values.is_gray() or values.colors.keys() <= known:
         return values, False
     ids = {color_of(key)[0]: path for key, path in values.colors.items()}
-    return Values(values.ids | ids, palette=values.palette), True
+    return replace(values, ids=values.ids | ids, colors={}), True
 
 
 class Meaning(NamedTuple):
@@ -206,13 +197,13 @@ def unknown_values(values: Values, by_id: np.ndarray, by_color: Mapping[int, int
         if by_id[value] < 0
     ]
     problems += [
-        f"{path}: holds the color {text_of(color_of(key))}, which is not in {origin}; correct the label or "
-        "add the color there"
+        f"{path}: holds the color {color_text(color_of(key))}, which is not in {origin}; correct the label "
+        "or add the color there"
         for key, path in sorted(values.colors.items())
         if key not in by_color
     ]
     problems += [
-        f"{path}: holds the color {text_of(color_of(key))}, which two classes have in {origin}; give each "
+        f"{path}: holds the color {color_text(color_of(key))}, which two classes have in {origin}; give each "
         "its own"
         for key, path in sorted(values.colors.items())
         if by_color.get(key) == AMBIGUOUS

@@ -12,27 +12,36 @@ from functools import partial
 from typing import NamedTuple
 
 from dataset import folder_pair
-from dataset.classes import NAMES, TABLE, read_names
+from dataset.classes import NAMES, read_names
 from dataset.folder_pair import IMAGES, LABELS
-from dataset.label_values import Values, scan, table_of
-from dataset.labels import CITYSCAPES, IGNORE, ClassTable, read_table
+from dataset.label_values import BACKGROUND, Values, scan, table_of
+from dataset.labels import CITYSCAPES, IGNORE, ClassTable, key_of, read_table
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
 from dataset.pairing import pictures_below
-from tools.prepare.classes import is_background, problems_of
+from dataset.pictures import say_turned
+from dataset.split import TEST
+from tools.prepare.classes import problems_of
 from tools.prepare.labelmap import read_labelmap
-from tools.prepare.mask_files import PARTS, Mask, check_sizes, of_folder_pair, of_folders, with_parts
+from tools.prepare.mask_files import (
+    PARTS,
+    Mask,
+    by_folders,
+    check_sizes,
+    of_folder_pair,
+    of_folders,
+    with_parts,
+)
 from tools.prepare.mask_values import (
     Decoder,
     Meaning,
-    key_of,
     look_up_tables,
     number_rows,
     unknown_values,
     without_gray_colors,
 )
-from tools.prepare.reading import count
-from tools.prepare.source import BACKGROUND, Found, Problems, Scene, Wanted, own_split
+from tools.prepare.source import Found, Problems, Scene, Wanted
 from utils.errors import DataError
+from utils.run_files import CLASSES
 
 #: Folders of a VOC data set: pictures, and label pictures (the first one that exists).
 PICTURES, MASKS = "JPEGImages", ("SegmentationClassPNG", "SegmentationClass")
@@ -93,6 +102,7 @@ def read_pair(source: str, wanted: Wanted) -> Found:
         else:
             labels = LABELS if os.path.isdir(os.path.join(source, LABELS)) else os.curdir
             masks, notes, problems = of_folders(source, os.path.abspath(wanted.pictures), labels)
+            masks = by_folders(masks, notes)
         return _read(source, masks, _given_of_pair(source), wanted, notes, problems)
     except Problems:
         raise
@@ -103,9 +113,9 @@ def read_pair(source: str, wanted: Wanted) -> Found:
 def read_voc(source: str, wanted: Wanted) -> Found:
     """Read a folder of VOC: JPEGImages, and SegmentationClass or SegmentationClassPNG.
 
-    The classes are those of labelmap.txt, class_names.txt, classes.txt or labels.txt. Without these files,
-    they are the 21 of Pascal VOC in its own folder, and otherwise the values of the labels. The lists
-    train.txt and val.txt in ImageSets/Segmentation are the split.
+    The classes are those of classes.tsv, labelmap.txt, class_names.txt, classes.txt or labels.txt. Without
+    these files, they are the 21 of Pascal VOC in its own folder, and otherwise the values of the labels. The
+    lists train.txt and val.txt of ImageSets/Segmentation are the split, or else folders called train and val.
 
     Raises:
         Problems: a file can't be used, or the classes are unknown.
@@ -126,7 +136,7 @@ def read_voc(source: str, wanted: Wanted) -> Found:
 
 def _given_of_pair(source: str) -> Given:
     """Return what a folder pair says about its values: classes.tsv, or a list of names."""
-    path = os.path.join(source, TABLE)
+    path = os.path.join(source, CLASSES)
     if os.path.lexists(path):
         return Given(read_table(path), origin=path)
     return _names_of(source, NAMES) or Given()
@@ -134,6 +144,9 @@ def _given_of_pair(source: str) -> Given:
 
 def _given_of_voc(source: str) -> Given:
     """Return what a VOC folder says about its values."""
+    path = os.path.join(source, CLASSES)
+    if os.path.lexists(path):
+        return Given(read_table(path), origin=path)
     path = os.path.join(source, "labelmap.txt")
     if os.path.lexists(path):
         table = read_labelmap(path)
@@ -164,17 +177,27 @@ def _read(
         DataError: a file can't be used, or the classes are unknown.
     """
     labels = [mask.label for mask in masks]
-    given = _with_table(given, wanted, labels)
-    values = scan(labels, problems, given.decoder)
+    given, wanted = _with_flags(given, wanted, labels)
+    # As in train.py, the pictures for testing do not tell the classes.
+    values = scan([mask.label for mask in masks if mask.part != TEST], problems, given.decoder)
+    tests = scan([mask.label for mask in masks if mask.part == TEST], problems, given.decoder)
     sizes, turned = check_sizes(masks, problems)
     if problems:
         raise Problems(source, problems)
     values, is_gray = without_gray_colors(values, given.table)
+    if is_gray or not values.colors:
+        tests, are_gray = without_gray_colors(tests, given.table)
+        is_gray = is_gray or are_gray
     table, is_named = _table_for(source, values, given, wanted)
     classes, train_ids, problem = number_rows(table, is_named, wanted)
     by_id, by_color = look_up_tables(table, train_ids)
     origin = given.origin if wanted.names is None else wanted.origin
     problems += [f"{source}: {problem}"] if problem else unknown_values(values, by_id, by_color, origin)
+    if not problem:
+        known = origin or "the labels for training and validation"
+        problems += unknown_values(tests.without(values), by_id, by_color, known)
+    if given.table is None and (clash := _clash(values, tests)):
+        problems.append(clash)
     problems += problems_of(source, classes)
     if problems:
         raise Problems(source, problems)
@@ -185,50 +208,49 @@ def _read(
     if is_gray:
         notes.append("the labels are gray pictures of several channels, whose values are ids")
     if turned:
-        notes.append(
-            f"{count(turned, 'picture')} turned by an orientation tag, but fit their labels as stored; the "
-            f"first is {turned[0]}"
-        )
+        notes.append(say_turned(turned))
     scenes = [
         Scene(mask.name, mask.picture, size, partial(meaning.read, mask.label), upright)
         for mask, (size, upright) in zip(masks, sizes, strict=True)
     ]
-    return Found(classes, scenes, notes, own_split(scenes, [mask.part for mask in masks]))
+    return Found(classes, scenes, notes, {mask.picture: mask.part for mask in masks if mask.part})
 
 
-def _with_table(given: Given, wanted: Wanted, labels: Sequence[str]) -> Given:
-    """Return what the source says, with the class table of the flags or of the names of the label files."""
+def _clash(values: Values, tests: Values) -> str | None:
+    """Return a line about palettes of labels for testing that differ from the others; None if none does."""
+    both = Values()
+    for each in (values, tests):
+        both.add(each)
+    return None if values.clash else both.clash
+
+
+def _with_flags(given: Given, wanted: Wanted, labels: Sequence[str]) -> tuple[Given, Wanted]:
+    """Return what the source says together with --classes and the names of the label files, and the flags.
+
+    A list of names in --classes names the ids, if the source does not name its classes; then it is no longer
+    among the flags.
+    """
     if wanted.table is not None:
         given = Given(wanted.table, origin=wanted.origin)
-    elif given.names is None and given.table is None and all(label.endswith(LABEL_IDS) for label in labels):
-        given = given._replace(table=CITYSCAPES, origin="Cityscapes")
+    elif given.table is None and labels and all(label.endswith(LABEL_IDS) for label in labels):
+        given = given._replace(table=CITYSCAPES, names=None, origin="Cityscapes")
+    elif given.table is None and given.names is None and wanted.ids is not None:
+        given = Given(names=(wanted.origin, wanted.ids), origin=wanted.origin)
+        wanted = wanted._replace(names=None, train_ids=None)
     if given.table is not None and labels and all(label.endswith(LABEL_TRAIN_IDS) for label in labels):
         rows = [row._replace(id=row.train_id) for row in given.table.classes]
         given = given._replace(table=ClassTable(rows))
-    return given
+    return given, wanted
 
 
 def _table_for(source: str, values: Values, given: Given, wanted: Wanted) -> tuple[ClassTable, bool]:
     """Return the class table of the values, and whether the source names its classes.
 
     Raises:
-        DataError: the values do not tell the classes, or the names of --classes do not fit them.
+        DataError: the values do not tell the classes.
     """
     if given.table is not None:
         return given.table, wanted.table is None
-    if given.names is None and wanted.names is not None:
-        names = wanted.names
-        if not any(map(is_background, names)):
-            names = (BACKGROUND, *names)
-        ids = values.ids.keys() - {IGNORE}
-        is_black_and_white = set(values.ids) == {0, IGNORE} and len(names) == 2
-        if ids and not is_black_and_white and max(ids) != len(names) - 1:
-            raise DataError(
-                f"{wanted.origin}: has {len(names)} names with the background, for the ids 0 to "
-                f"{len(names) - 1}, but the labels of {source} hold {values.listed()}; give a class table "
-                "with the id of each name (docs/own_data.md)"
-            )
-        return table_of(source, values, (wanted.origin, names)), False
     table = table_of(source, values, given.names)
     if given.zero_is_background:
         rows = [row._replace(name=BACKGROUND) if row.id == 0 else row for row in table.labels]

@@ -8,19 +8,13 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from dataset.layout import files_below
-from dataset.pictures import ORIENTATION, check_picture, read_header
-from tools.prepare.reading import by_x
+from dataset.pictures import TURNED, check_picture, read_header, read_orientation
+from tools.prepare.reading import by_x, count
 from tools.prepare.source import Scene
 from tools.sources import PICTURES
 from utils.errors import DataError
-from utils.files import open_input
-from utils.silence import silence
-
-#: Orientations in which height and width are exchanged.
-TURNED = (5, 6, 7, 8)
 
 
 class Picture(NamedTuple):
@@ -45,20 +39,10 @@ def examine(path: str) -> Picture:
     """
     header = read_header(path)
     check_picture(path, header)
-    orientation = _orientation(path)
+    orientation = read_orientation(path)
     if header.format == "TIFF" and orientation != 1:  # about which decoders disagree
         raise DataError(f"{path}: is a TIFF picture that is stored turned or mirrored; save it as PNG")
     return Picture(path, (header.height, header.width), orientation)
-
-
-def _orientation(path: str) -> int:
-    """Return the orientation tag of a picture, 1 to 8; 1 without a valid one."""
-    try:
-        with open_input(path) as file, silence, Image.open(file) as picture:
-            value = picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow's parsers raise all kinds of errors for damaged tags
-        return 1
-    return value if value in range(1, 9) else 1
 
 
 def turned_upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -170,18 +154,20 @@ class Finder:
                 return stem.removeprefix("images" + os.sep) or stem
         return os.path.normpath(os.path.join(folder, os.path.splitext(os.path.basename(picture))[0]))
 
-    def scenes(self, pictures: Iterable[Listed], problems: list[str]) -> list[Scene]:
+    def scenes(self, pictures: Iterable[Listed], problems: list[str], notes: list[str]) -> list[Scene]:
         """Find pictures that COCO or CVAT list, and compare their sizes.
 
         Args:
             pictures: the pictures.
             problems: receives a line for each that is missing, unreadable, listed twice or of another size.
+            notes: receives a line about those whose size fits both as stored and upright.
         """
+        both: list[str] = []
         scenes: list[Scene] = []
         used: set[str] = set()
         for picture in pictures:
             try:
-                scene = self._scene(picture)
+                scene = self._scene(picture, both)
             except DataError as error:
                 problems.append(str(error))
                 continue
@@ -192,9 +178,16 @@ class Finder:
                 )
             used.add(file)
             scenes.append(scene)
+        if both:
+            notes.append(
+                f"{count(both, 'picture')} turned or mirrored by an orientation tag, and of the same size "
+                "both ways; their labels are taken for those of the upright picture, which annotation "
+                f"programs show; if they are for the stored picture, remove the tag; the first is {both[0]}"
+            )
         return scenes
 
-    def _scene(self, picture: Listed) -> Scene:
+    def _scene(self, picture: Listed, both: list[str]) -> Scene:
+        """Return the scene of a picture; `both` receives a file of the same size as stored and upright."""
         folder = os.path.dirname(picture.file) or os.curdir
         try:
             path = self.find(picture.name, folder)
@@ -213,5 +206,7 @@ class Finder:
                 f"{picture.file}: says that {picture.name} has {by_x(picture.size)} pixels, but {path} has "
                 f"{by_x(examined.upright)}; use files that belong together"
             )
+        if examined.orientation != 1 and examined.upright == examined.stored:
+            both.append(path)
         name = self.name_of(path, os.path.relpath(folder, self.source))
         return Scene(name, path, picture.size, picture.draw, upright=picture.size == examined.upright)

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.labels import ClassTable
+from dataset.split import sides_of
 from utils.errors import DataError
-
-#: Name of class 0, to which the pixels belong that no shape covers.
-BACKGROUND = "background"
 
 
 class Wanted(NamedTuple):
@@ -19,6 +17,7 @@ class Wanted(NamedTuple):
 
     pictures: str | None = None  # folder of the pictures; None to look for it
     names: tuple[str, ...] | None = None  # class names in the order of their train ids; None for the source's
+    ids: tuple[str, ...] | None = None  # lines of --classes if it is a list of names, for ids from 0
     unlabeled_void: bool = False  # whether pixels that no shape covers are void instead of background
     train_ids: Mapping[str, int] | None = None  # train id of each label in --classes, 255 for void
     origin: str = "--classes"  # flag or file that `names` come from, for error messages
@@ -49,21 +48,29 @@ class Found(NamedTuple):
     classes: tuple[Class, ...]  # in the order of their train ids
     scenes: list[Scene]
     notes: list[str]  # lines about what was recognized and what is left out
-    parts: Mapping[str, str] | None = (
-        None  # train, val or test by name of the scene, if the source has a split
-    )
+    # train, val or test by picture file. Without "train" and "val", there are only pictures for testing.
+    parts: Mapping[str, str] = {}
 
 
-def own_split(scenes: Sequence[Scene], parts: Sequence[str | None]) -> Mapping[str, str] | None:
-    """Return the split of a source by name of the scene, if all scenes have a part, and both sides some.
+def own_split(
+    scenes: Sequence[Scene], notes: list[str], told: Sequence[str] | None = None
+) -> Mapping[str, str]:
+    """Return the part of the split of a source that folders name, by picture file.
 
     Args:
         scenes: the scenes.
-        parts: train, val or test for each; None if the source does not tell.
+        notes: receives a line if folders name parts but do not divide the pictures.
+        told: for each scene, a path whose folders are looked at before those of the scenes' names.
     """
-    if not {"train", "val"} <= {*parts} <= {"train", "val", "test"}:
-        return None
-    return {scene.name: part for scene, part in zip(scenes, parts, strict=True) if part}
+    parts: list[str | None] = []
+    names = [scene.name for scene in scenes]
+    for paths in (told or names, names):
+        parts, note = sides_of(paths, names)
+        if note:
+            notes.append(note)
+        if note or any(parts):
+            break
+    return {scene.picture: part for scene, part in zip(scenes, parts, strict=True) if part}
 
 
 class Problems(DataError):

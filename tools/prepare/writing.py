@@ -13,18 +13,20 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
+from dataset.folder_pair import IMAGES, LABELS
 from dataset.labels import IGNORE
 from dataset.pictures import LOSSY, decode_image, load
+from dataset.split import TEST, TRAIN, VAL
 from tools.prepare.pictures import examine, turned_upright
 from tools.prepare.source import Class, Scene
 from utils.drawing.palette import make_palette, save_gray_png
 from utils.errors import RunError, UsageError
 from utils.files import temporary_name, write_file
 from utils.progress import Progress
+from utils.run_files import CLASSES
 
-IMAGES, LABELS, CLASSES = "images", "labels", "classes.tsv"
 #: Parts of a data set; each has a list of this name, NAME.lst.
-TRAIN, VAL, TEST = PARTS = ("train", "val", "test")
+PARTS = (TRAIN, VAL, TEST)
 #: Threads that draw and write, and scenes that wait for them.
 THREADS, AHEAD = 3, 6
 #: Quality of pictures that are turned upright.
