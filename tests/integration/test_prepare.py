@@ -236,6 +236,7 @@ def test_pictures_for_testing_alone_are_not_divided(tmp_path):
         assert (
             "with 1 for testing by their folders" in done.stdout and "the division is coarse" in done.stdout
         )
+        assert "of only 3 groups of pictures" in done.stdout and "(2 of 6 pictures)" in done.stdout
         assert [image for image, _ in pairs(tmp_path / f"{name}-out", "test")] == ["images/test/x.png"]
         assert sum(len(pairs(tmp_path / f"{name}-out", part)) for part in ("train", "val")) == 6
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dataset import CSDataSet, DataError, check, folder_pair
 from dataset.classes import choose_classes, read_names
+from dataset.label_values import Values
 from dataset.labels import CITYSCAPES, format_table
 from dataset.layout import Pair
 from dataset.pairing import pair_up, pictures_below
@@ -240,6 +241,17 @@ class TestSides:
         assert len(CSDataSet(str(scenes))) == 6
 
 
+def test_a_clash_of_palettes_is_kept() -> None:
+    files = [Values({1: name}, used={1: ((number, 0, 0), name)}) for number, name in enumerate("ab")]
+    found, together = Values(), Values()
+    for each in files:
+        found.add(each)
+    together.add(found)
+    assert together.clash and together.clash.startswith(
+        "b: the palette has 1,0,0 for the index 1, but that of a "
+    )
+
+
 def table(root: Path):
     return CSDataSet(str(root)).labels.table
 
@@ -323,6 +335,10 @@ class TestClasses:
             save(path, np.where(classes_at(number) == 2 - number % 2, 0, classes_at(number)))
         paint([[0, 0, 0, 255, 0, 0, 9, 9, 9], [0, 0, 0, 7, 7, 7, 0, 255, 0]])
         assert table(tmp_path).colors == ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+        # 255 is void in any color.
+        make(tmp_path, NAMES, values=mapped({0: 0, 1: 1, 2: 255}))
+        paint([[*colors[0][:6], *[0] * 759, number, 0, 0] for number in (1, 2)])
+        assert table(tmp_path).names == ("class 0", "class 1")
         # Grays depend on the number of indices.
         make(tmp_path, NAMES)
         for path in (tmp_path / "labels").iterdir():

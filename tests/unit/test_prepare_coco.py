@@ -241,7 +241,12 @@ def test_several_files_are_the_source_s_own_split(tmp_path):
 
 
 def test_the_folders_of_coco_itself(tmp_path):
-    """annotations/ has captions and keypoints of the same pictures too, which are in folders like val2017."""
+    """annotations/ has captions and keypoints of the same pictures too, which are in folders like val2017.
+
+    Folders above the source do not matter.
+    """
+    tmp_path = tmp_path / "test"
+    tmp_path.mkdir()
     scenes = make_scenes(4)
     (tmp_path / "annotations").mkdir()
     for part, own in (("train", scenes[:3]), ("val", scenes[3:])):

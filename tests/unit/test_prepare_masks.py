@@ -263,6 +263,12 @@ class TestPair:
         for value, line in zip((1, 5), error.value.lines, strict=True):
             assert f"labels/test/1.png: holds the id {value}, which is not in {known}; correct" in line
         assert status_of(check.main, tmp_path, "--num-workers", 1) == 2
+        # Palettes are compared with those of the other labels.
+        for part in ("train/1", "train/2", "val/1"):
+            palette(COLORS, 0, 1, 2)(classes_at(1)).save(tmp_path / f"labels/{part}.png")
+        palette(COLORS[::-1], 0, 1, 2)(classes_at(0)).save(tmp_path / "labels/test/1.png")
+        with pytest.raises(Problems, match="test/1.png: the palette has 10,200,10 for the index 0, but that"):
+            read_pair(str(tmp_path), Wanted())
 
     def test_class_table_of_a_flag_reads_the_values(self, tmp_path: Path) -> None:
         """--classes with ids and colors is the class table of train.py, and needs no background."""
@@ -319,6 +325,9 @@ class TestPair:
         write(tmp_path, mapped(7, 0, 8), ending="_labelIds.png")
         found = read_pair(str(tmp_path), Wanted())
         assert len(found.classes) == 19 and drawn(found) == expected(0, 255, 1)
+        (tmp_path / "classes.txt").write_text("a\nb\n")  # does not matter, as in training
+        assert names(read_pair(str(tmp_path), Wanted())) == names(found)
+        assert CSDataSet(str(tmp_path)).labels.names() == names(found)
 
     def test_own_split(self, tmp_path: Path) -> None:
         write(tmp_path, mapped(0, 1, 2))

@@ -90,6 +90,17 @@ def test_labels_of_coco_and_cvat_belong_to_the_upright_picture(tmp_path, write, 
     np.testing.assert_array_equal(written[..., ::-1], expected)
 
 
+@pytest.mark.parametrize("write, read", [(write_coco, read_coco), (write_cvat, read_cvat)])
+def test_labels_that_fit_only_the_stored_picture(tmp_path, write, read):
+    write(tmp_path, make_scenes(1))
+    exif = Image.Exif()
+    exif[274] = 6
+    path = next(tmp_path.rglob("*.png"))
+    Image.fromarray(np.asarray(Image.open(path))).save(path, exif=exif)
+    found = read(str(tmp_path), Wanted())
+    assert not found.scenes[0].upright and not any("orientation" in note for note in found.notes)
+
+
 def test_pictures_that_cannot_be_used(tmp_path):
     path = tmp_path / "a.tif"
     picture = Image.fromarray(np.zeros((30, 50, 3), np.uint8))
