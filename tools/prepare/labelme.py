@@ -89,7 +89,11 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
                 f"{scene.picture}; remove one of the two"
             )
         for number, shape in enumerate(page.shapes, 1):
-            lies = reach(shape, scene.size)
+            try:
+                lies = reach(shape, scene.size)
+            except ValueError as error:
+                problems.append(f"{_where(page.path, number, shape.label)}: {error}")
+                continue
             if lies == "outside":
                 problems.append(
                     f"{_where(page.path, number, shape.label)}: is outside of its picture "
@@ -108,7 +112,7 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
         notes.append(
             f"{count(unlabeled, 'picture')} without a JSON file, and left out; the first is {unlabeled[0]}"
         )
-    return Found(numbering.classes, scenes, [*notes, *tally.notes()])
+    return Found(numbering.classes, scenes, [*notes, *finder.notes(), *tally.notes()])
 
 
 def _of_file(path: str, wanted: Wanted, problems: list[str]) -> dict[str, Any]:
@@ -207,13 +211,11 @@ def _scene(page: Page, finder: Finder, numbering: Numbering) -> Scene:
 
 def _find(page: Page, finder: Finder) -> str | None:
     """Return the picture of an annotation file: that of imagePath, or else one with the name of the file."""
-    folder = os.path.dirname(page.path)
     name = page.picture.replace("\\", "/")
     if name.strip("/."):
-        for place in (folder, *filter(None, [finder.pictures])):
+        for place in (os.path.dirname(page.path), *filter(None, [finder.pictures])):
             for each in (name, os.path.basename(name)):
-                path = os.path.normpath(os.path.join(place, each))
-                if os.path.isfile(path):
+                if path := finder.path_in(place, each, neighbors=True):
                     return path
     stem = os.path.splitext(page.path)[0]
     return next((stem + ending for ending in ENDINGS if os.path.isfile(stem + ending)), None)
