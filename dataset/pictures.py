@@ -64,6 +64,8 @@ TIFF_COMPRESSIONS = (
 )  # fmt: skip
 #: TIFF tags.
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
+#: Orientations in which height and width are exchanged.
+TURNED = (5, 6, 7, 8)
 #: A picture without brighter values is reported as nearly black, such as one with 14-bit values in 16 bits.
 DARK = 63
 
@@ -260,7 +262,27 @@ def decode_upright(encoded: Encoded) -> np.ndarray:
     Raises:
         DataError: the file is damaged or not a picture.
     """
-    return _decode_colors(encoded, cv2.IMREAD_COLOR)
+    if encoded.header.format == "TIFF":  # about which decoders disagree
+        return _decode_colors(encoded, cv2.IMREAD_COLOR)
+    # OpenCV applies the tags of some formats only.
+    image, orientation = decode_image(encoded), orientation_of(io.BytesIO(encoded.content))
+    if orientation in TURNED:
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def orientation_of(file: IO[bytes]) -> int:
+    """Return the orientation tag of a picture, 1 to 8 as in Exif; 1 without a valid one."""
+    try:
+        with silence, Image.open(file) as picture:
+            value = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow's parsers raise all kinds of errors for damaged tags
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _decode_colors(encoded: Encoded, flags: int) -> np.ndarray:

@@ -11,9 +11,9 @@ import pytest
 from annotated import make_scenes, write_coco, write_cvat, write_labelme
 from PIL import Image, ImageOps
 
-from dataset.pictures import decode_image, load
+from dataset.pictures import decode_upright, load
 from tools.prepare import formats
-from tools.prepare.pictures import Finder, examine, turned_upright
+from tools.prepare.pictures import Finder, examine
 from utils.errors import DataError
 
 
@@ -31,7 +31,7 @@ def test_turning_is_that_of_pillow(tmp_path, orientation, kind):
     with Image.open(path) as picture:
         expected = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     assert found.upright == expected.shape[:2]
-    turned = turned_upright(decode_image(load(str(path))), orientation)[..., ::-1]
+    turned = decode_upright(load(str(path)))[..., ::-1]
     np.testing.assert_allclose(turned.astype(int), expected, atol=2 if kind == "JPEG" else 0)
 
 

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"{args.source}: no such file or folder; name the annotations or their folder")
     if args.images is not None and not os.path.isdir(args.images):
         raise UsageError(f"--images {args.images}: no such folder; name the folder of the pictures")
-    check_out(args.out, args.source)
+    check_out(args.out, args.source, args.images)
     wanted, given = Wanted(unlabeled_void=args.unlabeled == "void"), None
     if args.classes is not None:
         wanted, given = read_classes(args.classes, wanted.unlabeled_void)

@@ -48,8 +48,8 @@ def read_coco(source: str, wanted: Wanted) -> Found:
         if name not in used:
             del labels[name]
             notes.append(
-                f"{path}: category {name} is left out, since it is the supercategory of all others and has no "
-                "annotations"
+                f"{path}: category {name} is left out, since it is the supercategory of all others and has "
+                "no annotations"
             )
     if others:
         notes.append(f"{count(others, 'JSON file')} not of COCO, and left out; the first is {others[0]}")

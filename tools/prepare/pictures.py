@@ -7,20 +7,14 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from dataset.folder_pair import SIDES
 from dataset.layout import files_below
-from dataset.pictures import ORIENTATION, check_picture, read_header
+from dataset.pictures import TURNED, check_picture, orientation_of, read_header
 from tools.prepare.reading import count
 from tools.sources import PICTURES, first_names
 from utils.errors import DataError
 from utils.files import open_input
-from utils.silence import silence
 
-#: Orientations in which height and width are exchanged.
-TURNED = (5, 6, 7, 8)
 #: Words in the names of folders that hold label pictures: whole ones, ends and a start.
 LABEL_WORDS = ("gt", "gtcoarse", "gtfine", "groundtruth", "truth")
 LABEL_ENDS = ("annot", "annotation", "annotations", "label", "labels", "mask", "masks")
@@ -49,36 +43,11 @@ def examine(path: str) -> Picture:
     """
     header = read_header(path)
     check_picture(path, header)
-    orientation = _orientation(path)
+    with open_input(path) as file:
+        orientation = orientation_of(file)
     if header.format == "TIFF" and orientation != 1:  # about which decoders disagree
         raise DataError(f"{path}: is a TIFF picture that is stored turned or mirrored; save it as PNG")
     return Picture(path, (header.height, header.width), orientation)
-
-
-def _orientation(path: str) -> int:
-    """Return the orientation tag of a picture, 1 to 8; 1 without a valid one."""
-    try:
-        with open_input(path) as file, silence, Image.open(file) as picture:
-            value = picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow's parsers raise all kinds of errors for damaged tags
-        return 1
-    return value if value in range(1, 9) else 1
-
-
-def turned_upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Return a picture [h, w, 3] as viewers show it.
-
-    Args:
-        image: the pixels as stored.
-        orientation: the tag, 1 to 8.
-    """
-    if orientation in TURNED:
-        image = image.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
 
 
 class Finder:
