@@ -43,6 +43,10 @@ PNG_KINDS = {
 }
 #: Formats that OpenCV decodes, by their names in Pillow.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "SUN", "TIFF", "WEBP")
+#: Endings of picture files, in lower case.
+ENDINGS = (
+    ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 #: Limits of OpenCV: pixels in total, pixels of a side, and bytes of a file.
 MOST_PIXELS, LONGEST_SIDE, MOST_BYTES = 2**30, 2**20, 2**31 - 1
 #: Formats that change values, or may change them, with the start of the error message.

@@ -497,7 +497,7 @@ VOCS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "labelmap that is no text": (
         lambda root: (root / "labelmap.txt").write_bytes(b"\xff\xfe"),
-        r"labelmap.txt: can't be read",
+        r"labelmap.txt: not a readable list of classes",
     ),
     "list names a picture without a label": (
         listed("a/1\nz\n", "b/1\n"),

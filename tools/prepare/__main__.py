@@ -27,12 +27,13 @@ from __future__ import annotations
 import argparse
 import os
 
+from dataset.folder_pair import TEST, TRAIN, VAL
 from dataset.split import SEED, SHARE, divide, groups_of, series_of
 from tools import common
 from tools.prepare import advice, formats
 from tools.prepare.classes import problems_of, read_classes, similar_names
 from tools.prepare.source import Class, Found, Problems, Wanted
-from tools.prepare.writing import PARTS, TRAIN, VAL, Writer, check_out, new_folder
+from tools.prepare.writing import Writer, check_out, new_folder
 from utils import args as flags
 from utils.errors import UsageError
 
@@ -151,7 +152,7 @@ def split_of(args: argparse.Namespace, found: Found) -> tuple[list[str], str]:
     """
     if found.parts is not None and (args.val, args.seed, args.group) == (None, None, None):
         parts = [found.parts[scene.name] for scene in found.scenes]
-        numbers = ", ".join(f"{parts.count(part)} {part}" for part in PARTS if part in parts)
+        numbers = ", ".join(f"{parts.count(part)} {part}" for part in (TRAIN, VAL, TEST) if part in parts)
         return parts, f"its own split ({numbers})"
     names = [scene.name + os.path.splitext(scene.picture)[1] for scene in found.scenes]
     groups = groups_of(names, args.group)

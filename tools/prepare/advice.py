@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dataset.folder_pair import TRAIN, VAL
 from dataset.labels import IGNORE
 from tools.prepare.source import Class
-from tools.prepare.writing import TRAIN, VAL, Counts
+from tools.prepare.writing import Counts
 
 #: Largest crop: that of the Cityscapes recipe.
 LARGEST_CROP, SMALLEST_CROP = 769, 9

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dataset.pictures import Encoded, check_content, check_picture
+from dataset.pictures import ENDINGS, Encoded, check_content, check_picture
 from tools.prepare.classes import (
     Numbering,
     cleaned,
@@ -36,9 +36,6 @@ from tools.prepare.reading import (
 )
 from tools.prepare.source import Class, Found, Problems, Scene, Wanted
 from utils.errors import DataError
-
-#: Endings that labelme's pictures may have next to their JSON, if imagePath is wrong.
-ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
 class Page(NamedTuple):
@@ -218,7 +215,8 @@ def _find(page: Page, finder: Finder) -> str | None:
                 if path := finder.path_in(place, each, neighbors=True):
                     return path
     stem = os.path.splitext(page.path)[0]
-    return next((stem + ending for ending in ENDINGS if os.path.isfile(stem + ending)), None)
+    endings = (each for ending in ENDINGS for each in (ending, ending.upper()))
+    return next((stem + ending for ending in endings if os.path.isfile(stem + ending)), None)
 
 
 def embedded_picture(path: str) -> Encoded:

@@ -18,7 +18,7 @@ from utils.errors import DataError
 from utils.files import read_input
 
 #: Folder with the lists of the parts of a VOC data set.
-PARTS = os.path.join("ImageSets", "Segmentation")
+LISTS = os.path.join("ImageSets", "Segmentation")
 
 
 class Mask(NamedTuple):
@@ -69,7 +69,7 @@ def of_folders(source: str, pictures: str, labels: str) -> tuple[list[Mask], lis
 
 def with_parts(source: str, masks: Sequence[Mask], notes: list[str], problems: list[str]) -> list[Mask]:
     """Return the masks with their parts in the lists of VOC, without those in no list."""
-    paths = {part: os.path.join(source, PARTS, f"{part}.txt") for part in ("train", "val")}
+    paths = {part: os.path.join(source, LISTS, f"{part}.txt") for part in ("train", "val")}
     if not all(os.path.isfile(path) for path in paths.values()):
         return list(masks)
     part_of: dict[str, str] = {}

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dataset.label_values import Color, Values, color_keys, color_of, palette_of
+from dataset.label_values import BACKGROUND, Color, Values, color_keys, color_of, palette_of
 from dataset.labels import IGNORE, ClassTable, Label
 from dataset.pictures import Encoded, check_label, decode_label, load
 from tools.prepare.classes import Numbering, is_background
-from tools.prepare.source import BACKGROUND, Class, Wanted
+from tools.prepare.source import Class, Wanted
 from utils.errors import DataError
 from utils.silence import silence
 

@@ -14,13 +14,13 @@ from typing import NamedTuple
 from dataset import folder_pair
 from dataset.classes import NAMES, TABLE, read_names
 from dataset.folder_pair import IMAGES, LABELS
-from dataset.label_values import Values, scan, table_of
+from dataset.label_values import BACKGROUND, Values, scan, table_of
 from dataset.labels import CITYSCAPES, IGNORE, ClassTable, read_table
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
 from dataset.pairing import pictures_below
 from tools.prepare.classes import is_background, problems_of
 from tools.prepare.labelmap import read_labelmap
-from tools.prepare.mask_files import PARTS, Mask, check_sizes, of_folder_pair, of_folders, with_parts
+from tools.prepare.mask_files import LISTS, Mask, check_sizes, of_folder_pair, of_folders, with_parts
 from tools.prepare.mask_values import (
     Decoder,
     Meaning,
@@ -31,7 +31,7 @@ from tools.prepare.mask_values import (
     without_gray_colors,
 )
 from tools.prepare.reading import count
-from tools.prepare.source import BACKGROUND, Found, Problems, Scene, Wanted, own_split
+from tools.prepare.source import Found, Problems, Scene, Wanted, own_split
 from utils.errors import DataError
 
 #: Folders of a VOC data set: pictures, and label pictures (the first one that exists).
@@ -143,7 +143,7 @@ def _given_of_voc(source: str) -> Given:
     if found := _names_of(source, VOC_NAMES):
         return found
     annotations = os.path.join(source, "Annotations")
-    if os.path.isdir(annotations) and os.path.isdir(os.path.join(source, PARTS)):
+    if os.path.isdir(annotations) and os.path.isdir(os.path.join(source, LISTS)):
         origin = "the classes of Pascal VOC"
         return Given(names=(origin, PASCAL), origin=origin)
     return Given(zero_is_background=True)

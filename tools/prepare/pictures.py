@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from dataset.folder_pair import SIDES
 from dataset.layout import files_below
-from dataset.pictures import TURNED, check_picture, orientation_of, read_header
+from dataset.pictures import ENDINGS, TURNED, check_picture, orientation_of, read_header
 from tools.prepare.reading import count
-from tools.sources import PICTURES, first_names
+from tools.sources import first_names
 from utils.errors import DataError
 from utils.files import open_input
 
@@ -146,7 +146,7 @@ class Finder:
         return [
             os.path.join(root, inner, file)
             for inner, file in files_below(root, "")[0]
-            if file.lower().endswith(PICTURES) and not any(map(holds_labels, inner.split(os.sep)))
+            if file.lower().endswith(ENDINGS) and not any(map(holds_labels, inner.split(os.sep)))
         ]
 
     def name_of(self, picture: str, folder: str = "") -> str:

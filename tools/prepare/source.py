@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataset.folder_pair import TEST, TRAIN, VAL
 from dataset.labels import ClassTable
 from utils.errors import DataError
-
-#: Name of class 0, to which the pixels belong that no shape covers.
-BACKGROUND = "background"
 
 
 class Wanted(NamedTuple):
@@ -61,7 +59,7 @@ def own_split(scenes: Sequence[Scene], parts: Sequence[str | None]) -> Mapping[s
         scenes: the scenes.
         parts: train, val or test for each; None if the source does not tell.
     """
-    if not {"train", "val"} <= {*parts} <= {"train", "val", "test"}:
+    if not {TRAIN, VAL} <= {*parts} <= {TRAIN, VAL, TEST}:
         return None
     return {scene.name: part for scene, part in zip(scenes, parts, strict=True) if part}
 

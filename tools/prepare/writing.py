@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
+from dataset.classes import TABLE
+from dataset.folder_pair import IMAGES, LABELS, TRAIN, VAL
 from dataset.labels import IGNORE, ClassTable, Label, format_table
 from dataset.pictures import LOSSY, check_content, decode_image, decode_upright, load
 from tools.prepare.pictures import examine
@@ -22,9 +24,6 @@ from utils.errors import RunError, UsageError
 from utils.files import temporary_name, write_file
 from utils.progress import Progress
 
-IMAGES, LABELS, CLASSES = "images", "labels", "classes.tsv"
-#: Parts of a data set; each has a list of this name, NAME.lst.
-TRAIN, VAL, TEST = PARTS = ("train", "val", "test")
 #: Threads that draw and write, and scenes that wait for them.
 THREADS, AHEAD = 3, 6
 #: Quality of pictures that are turned upright.
@@ -213,7 +212,7 @@ class Writer:
         for part, listed in lines.items():
             content = "".join(sorted(listed))
             write_file(os.path.join(self.folder, f"{part}.lst"), os.fsencode(content))
-        write_file(os.path.join(self.folder, CLASSES), format_table(class_table(classes)))
+        write_file(os.path.join(self.folder, TABLE), format_table(class_table(classes)))
         return counts
 
     def _write_scene(self, name: str, scene: Scene) -> tuple[str, np.ndarray]:
