@@ -97,14 +97,14 @@ def with_parts(source: str, masks: Sequence[Mask], notes: list[str], problems: l
 
 def check_sizes(
     masks: Sequence[Mask], problems: list[str]
-) -> tuple[list[tuple[tuple[int, int], bool]], list[str]]:
-    """Check that pictures and labels have the same size, as stored or upright.
+) -> tuple[dict[str, tuple[tuple[int, int], bool]], list[str]]:
+    """Check by their headers that pictures and labels have the same size, as stored or upright.
 
     Returns:
-        (height, width) of each label, with whether it fits the upright picture only; and the pictures with an
-        orientation tag whose labels fit them as stored.
+        For each label without a problem, (height, width), and whether it fits the upright picture only; and
+        the pictures with an orientation tag whose labels fit them as stored.
     """
-    sizes, turned = [], []
+    sizes, turned = {}, []
 
     def look(mask: Mask) -> tuple[tuple[int, int], bool, bool] | str:
         try:
@@ -119,11 +119,11 @@ def check_sizes(
 
     with ThreadPoolExecutor(8) as pool:
         for mask, looked in zip(masks, pool.map(look, masks), strict=True):
-            if not isinstance(looked, str):
-                size, upright, is_tagged = looked
-                sizes.append((size, upright))
-                if is_tagged and not upright:
-                    turned.append(mask.picture)
-            elif not any(problem.startswith(f"{mask.label}: ") for problem in problems):
-                problems.append(looked)  # else the label can't be read, which is said already
+            if isinstance(looked, str):
+                problems.append(looked)
+                continue
+            size, upright, is_tagged = looked
+            sizes[mask.label] = size, upright
+            if is_tagged and not upright:
+                turned.append(mask.picture)
     return sizes, turned

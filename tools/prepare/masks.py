@@ -165,8 +165,8 @@ def _read(
     """
     labels = [mask.label for mask in masks]
     given = _with_table(given, wanted, labels)
-    values = scan(labels, problems, given.decoder)
     sizes, turned = check_sizes(masks, problems)
+    values = scan(sizes, problems, given.decoder)  # a label of another size may be huge
     if problems:
         raise Problems(source, problems)
     values, is_gray = without_gray_colors(values, given.table)
@@ -191,7 +191,7 @@ def _read(
         )
     scenes = [
         Scene(mask.name, mask.picture, size, partial(meaning.read, mask.label), upright)
-        for mask, (size, upright) in zip(masks, sizes, strict=True)
+        for mask, (size, upright) in zip(masks, sizes.values(), strict=True)
     ]
     return Found(classes, scenes, notes, own_split(scenes, [mask.part for mask in masks]))
 
