@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from annotated import LABELS, coco_content, make_scenes, polygon, runs, write_coco, write_pictures
+from PIL import Image
 
 from tools.prepare import regions
 from tools.prepare.coco import read_coco
@@ -325,6 +326,18 @@ def test_absolute_paths_into_the_source_are_followed(tmp_path):
     content["images"][0]["file_name"] = str(tmp_path / "b/00.png")
     write(tmp_path, content)
     assert read_coco(str(tmp_path), Wanted()).scenes[0].name == "b/00"
+
+
+@pytest.mark.parametrize("orientation, upright", [(1, True), (3, True), (6, False)])
+def test_labels_of_the_stored_size_belong_to_the_upright_picture_if_both_have_it(
+    tmp_path, orientation, upright
+):
+    (scene,) = make_scenes(1)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(scene.picture).save(tmp_path / "00.png", exif=exif)
+    write(tmp_path, coco_content([scene]))
+    assert read_coco(str(tmp_path), Wanted()).scenes[0].upright == upright
 
 
 def test_equal_names_in_the_folders_of_a_split(tmp_path):

@@ -65,7 +65,10 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
     problems: list[str] = []
     notes: list[str] = []
     if wanted.names is None and (beside := names_beside(source)):
-        wanted = wanted._replace(**_of_file(beside, wanted, problems))
+        try:
+            wanted = read_classes(beside, wanted.unlabeled_void, "")[0]._replace(pictures=wanted.pictures)
+        except DataError as error:
+            problems.append(str(error))
     pages = _read_pages(source, problems, notes)
     labels = {cleaned(shape.label) for page in pages for shape in page.shapes}
     numbering = number_classes(map(Class, sorted(labels)), wanted)
@@ -110,16 +113,6 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
             f"{count(unlabeled, 'picture')} without a JSON file, and left out; the first is {unlabeled[0]}"
         )
     return Found(numbering.classes, scenes, [*notes, *finder.notes(), *tally.notes()])
-
-
-def _of_file(path: str, wanted: Wanted, problems: list[str]) -> dict[str, Any]:
-    """Return the fields of `wanted` from labelme's list of labels."""
-    try:
-        found, _ = read_classes(path, wanted.unlabeled_void, "")
-    except DataError as error:
-        problems.append(str(error))
-        return {}
-    return {"names": found.names, "train_ids": found.train_ids, "origin": found.origin}
 
 
 def _read_pages(source: str, problems: list[str], notes: list[str]) -> list[Page]:

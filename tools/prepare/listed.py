@@ -11,7 +11,7 @@ import numpy as np
 
 from tools.prepare.classes import number_classes
 from tools.prepare.pictures import Finder, examine
-from tools.prepare.reading import Tally, by_x, count, folder_of
+from tools.prepare.reading import Tally, by_x, count, folder_of, number_of
 from tools.prepare.source import Class, Found, Problems, Scene, Wanted, own_split
 from utils.errors import DataError
 
@@ -104,9 +104,7 @@ def find_all(
         draw = partial(draw_picture, picture.size, drawn, numbering.fill)
         scenes.append(Scene(name, path, picture.size, draw, upright))
     if not problems and not any(picture.shapes for picture in pictures):
-        problems.append(
-            f"{source}: no {what} in {count(pictures, 'picture').rsplit(' ', 1)[0]}; label them first"
-        )
+        problems.append(f"{source}: no {what} in {number_of(pictures, 'picture')}; label them first")
     if problems:
         raise Problems(source, problems)
     notes = [*finder.notes(), *tally.notes()]

@@ -13,7 +13,7 @@ from dataset.layout import say_skipped
 from dataset.pairing import Listing, pair_up, pictures_below
 from dataset.pictures import read_header
 from tools.prepare.pictures import examine
-from tools.prepare.reading import by_x, count
+from tools.prepare.reading import by_x, count, number_of
 from utils.errors import DataError
 from utils.files import read_input
 
@@ -60,7 +60,7 @@ def of_folders(source: str, pictures: str, labels: str) -> tuple[list[Mask], lis
         )
         for picture, label in found.pairs
     ]
-    notes = [f"{count(masks, 'picture').rsplit(' ', 1)[0]} of {pictures} with their labels of {labels}"]
+    notes = [f"{number_of(masks, 'picture')} of {pictures} with their labels of {labels}"]
     if found.unlabeled:
         first = f"; the first is {found.unlabeled[0]}"
         notes.append(f"{count(found.unlabeled, 'picture')} without a label, and left out{first}")

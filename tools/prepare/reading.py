@@ -142,6 +142,11 @@ def progressing(paths: Sequence[str]) -> Iterator[str]:
             progress.show(number)
 
 
+def number_of(items: Sequence[object], noun: str) -> str:
+    """Write a number of things: "1 shape" or "2 shapes"."""
+    return f"1 {noun}" if len(items) == 1 else f"{len(items)} {noun}s"
+
+
 def count(items: Sequence[object], noun: str) -> str:
-    """Write a number of things: "1 shape is" or "2 shapes are"."""
-    return f"1 {noun} is" if len(items) == 1 else f"{len(items)} {noun}s are"
+    """Write a number of things with a verb: "1 shape is" or "2 shapes are"."""
+    return f"{number_of(items, noun)} {'is' if len(items) == 1 else 'are'}"
