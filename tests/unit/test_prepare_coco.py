@@ -205,9 +205,11 @@ def test_shapes_of_less_than_a_pixel_are_left_out(tmp_path):
     content["annotations"].append(
         {**content["annotations"][0], "segmentation": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]}
     )
+    empty = {"size": [48, 64], "counts": [48 * 64]}
+    content["annotations"].append({**content["annotations"][0], "segmentation": empty})
     write(tmp_path, content)
     found = read_coco(str(tmp_path), Wanted())
-    assert any("1 shape is smaller than a pixel" in note for note in found.notes)
+    assert any("2 shapes are smaller than a pixel" in note for note in found.notes)
 
 
 def test_several_files_are_the_source_s_own_split(tmp_path):

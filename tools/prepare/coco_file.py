@@ -22,6 +22,7 @@ class Region(NamedTuple):
     where: str
     polygons: list[np.ndarray]  # float64 [n, 2] each
     counts: str | np.ndarray | None  # compressed text, or int64 [n]; None for polygons
+    is_empty: bool = False  # whether a mask has no pixel
 
     def runs(self) -> list[int]:
         """Return the run lengths of a mask; see `regions.parse_counts` for the errors."""
@@ -38,7 +39,7 @@ class Region(NamedTuple):
     def lies(self, size: tuple[int, int]) -> str | None:
         """Return how the annotation lies in its picture; see listed.Shape."""
         if self.counts is not None:
-            return None if any(self.runs()[1::2]) else "tiny"
+            return "tiny" if self.is_empty else None
         lies = regions.where_in(np.concatenate(self.polygons), size)
         return lies if lies == "outside" or regions.covers(self.polygons, size) else "tiny"
 
@@ -177,7 +178,8 @@ def _region(region: Region, segmentation: object, size: tuple[int, int]) -> Regi
     else:
         raise ValueError("has RLE counts that are neither text nor whole numbers from 0; export it again")
     try:
-        regions.check_runs(region.runs(), size[0] * size[1])
+        runs = region.runs()
+        regions.check_runs(runs, size[0] * size[1])
     except ValueError as error:
         raise ValueError(f"has a damaged mask: {error}; export it again") from None
-    return region
+    return region._replace(is_empty=not any(runs[1::2]))
