@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 
-from tools.prepare.coco_file import parse_file
+from tools.prepare.coco_file import Content, parse_file
 from tools.prepare.listed import Listed, find_all
-from tools.prepare.reading import annotation_files, count, progressing, read_json
-from tools.prepare.source import Class, Found, Problems, Wanted
-from utils.errors import DataError
+from tools.prepare.reading import annotation_files, count, parse_all, read_json
+from tools.prepare.source import Class, Found, Wanted
 
 
 def read_coco(source: str, wanted: Wanted) -> Found:
@@ -27,22 +26,19 @@ def read_coco(source: str, wanted: Wanted) -> Found:
     headings: dict[str, str] = {}
     pictures: list[Listed] = []
     others: list[str] = []
-    for path in progressing(_files(source, notes)):
-        try:
-            content = read_json(path)
-            if not isinstance(content, dict) or not {"images", "annotations"} & content.keys():
-                others.append(path)
-                continue
-            own, heading, found = parse_file(path, content)
-        except Problems as error:
-            problems += error.lines
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            labels |= dict.fromkeys(own)
-            if heading is not None:
-                headings.setdefault(heading, path)
-            pictures += found
+
+    def parse(path: str) -> Content | None:
+        content = read_json(path)
+        if isinstance(content, dict) and {"images", "annotations"} & content.keys():
+            return parse_file(path, content)
+        others.append(path)
+        return None
+
+    for content in filter(None, parse_all(_files(source, notes), parse, problems)):
+        labels |= dict.fromkeys(content.labels)
+        if content.heading is not None:
+            headings.setdefault(content.heading, content.path)
+        pictures += content.pictures
     used = {shape.label for picture in pictures for shape in picture.shapes}
     for name, path in headings.items():
         if name not in used:
@@ -53,8 +49,8 @@ def read_coco(source: str, wanted: Wanted) -> Found:
             )
     if others:
         notes.append(f"{count(others, 'JSON file')} not of COCO, and left out; the first is {others[0]}")
-    found_all = find_all(source, wanted, map(Class, labels), pictures, problems, "annotations")
-    return found_all._replace(notes=[*notes, *found_all.notes])
+    found = find_all(source, wanted, map(Class, labels), pictures, problems, "annotations")
+    return found._replace(notes=[*notes, *found.notes])
 
 
 def _files(source: str, notes: list[str]) -> list[str]:

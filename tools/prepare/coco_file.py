@@ -44,11 +44,17 @@ class Region(NamedTuple):
         return lies if lies == "outside" or regions.covers(self.polygons, size) else "tiny"
 
 
-def parse_file(path: str, content: dict[str, Any]) -> tuple[list[str], str | None, list[Listed]]:
-    """Return the labels of a COCO file in the order of their ids, the heading of them, and its pictures.
+class Content(NamedTuple):
+    """The content of a file."""
 
-    Roboflow adds a category, of which all others are said to be parts, and which no annotation has. It is
-    the heading.
+    path: str
+    labels: list[str]  # in the order of their ids
+    heading: str | None  # category that all others have as supercategory: Roboflow adds one
+    pictures: list[Listed]
+
+
+def parse_file(path: str, content: dict[str, Any]) -> Content:
+    """Return the content of a COCO file, checked.
 
     Args:
         path: the file.
@@ -106,7 +112,7 @@ def parse_file(path: str, content: dict[str, Any]) -> tuple[list[str], str | Non
     if problems:
         raise Problems(path, problems)
     names = [categories[key] for key in sorted(categories)]
-    return names, _heading(content["categories"], names), list(pictures.values())
+    return Content(path, names, _heading(content["categories"], names), list(pictures.values()))
 
 
 def _listed(path: str, content: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from tools.prepare.cvat_file import parse_file
 from tools.prepare.listed import Listed, find_all
-from tools.prepare.reading import annotation_files, progressing
-from tools.prepare.source import Class, Found, Problems, Wanted
-from utils.errors import DataError
+from tools.prepare.reading import annotation_files, parse_all
+from tools.prepare.source import Class, Found, Wanted
 
 
 def read_cvat(source: str, wanted: Wanted) -> Found:
@@ -23,17 +22,10 @@ def read_cvat(source: str, wanted: Wanted) -> Found:
     labels: list[Class] = []
     pictures: list[Listed] = []
     left_out = 0
-    for path in progressing(annotation_files(source, ".xml")):
-        try:
-            content = parse_file(path)
-        except Problems as error:
-            problems += error.lines
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            labels += content.labels
-            pictures += content.pictures
-            left_out += content.left_out
+    for content in parse_all(annotation_files(source, ".xml"), parse_file, problems):
+        labels += content.labels
+        pictures += content.pictures
+        left_out += content.left_out
     found = find_all(source, wanted, labels, pictures, problems, "shapes with an area")
     if left_out:
         found.notes.append(

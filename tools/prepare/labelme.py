@@ -31,7 +31,7 @@ from tools.prepare.reading import (
     by_x,
     count,
     folder_of,
-    progressing,
+    parse_all,
     read_json,
 )
 from tools.prepare.source import Class, Found, Problems, Scene, Wanted
@@ -116,19 +116,16 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
 
 
 def _read_pages(source: str, problems: list[str], notes: list[str]) -> list[Page]:
-    pages: list[Page] = []
     others: list[str] = []
-    for path in progressing(annotation_files(source, ".json")):
-        try:
-            content = read_json(path)
-            if isinstance(content, dict) and "shapes" in content:
-                pages.append(_page(path, content))
-            else:
-                others.append(path)
-        except Problems as error:
-            problems += error.lines
-        except DataError as error:
-            problems.append(str(error))
+
+    def parse(path: str) -> Page | None:
+        content = read_json(path)
+        if isinstance(content, dict) and "shapes" in content:
+            return _page(path, content)
+        others.append(path)
+        return None
+
+    pages = [*filter(None, parse_all(annotation_files(source, ".json"), parse, problems))]
     if others:
         notes.append(f"{count(others, 'JSON file')} not of labelme, and left out; the first is {others[0]}")
     if not problems and not any(page.shapes for page in pages):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from dataset.layout import files_below
 from dataset.pictures import LONGEST_SIDE, MOST_PIXELS
 from tools.prepare.classes import in_files
+from tools.prepare.source import Problems
 from utils.errors import DataError
 from utils.files import read_input
 from utils.progress import Progress
 
+T = TypeVar("T")
 #: Largest absolute coordinate in pixels; pictures have up to 2^20 pixels per side.
 FARTHEST = 2.0**22
 
@@ -140,6 +142,19 @@ def progressing(paths: Sequence[str]) -> Iterator[str]:
         yield path
         if len(paths) > 1:
             progress.show(number)
+
+
+def parse_all(paths: Sequence[str], parse: Callable[[str], T], problems: list[str]) -> Iterator[T]:
+    """Yield what `parse` returns for each file; `problems` receives the lines of those that are invalid."""
+    for path in progressing(paths):
+        try:
+            content = parse(path)
+        except Problems as error:
+            problems += error.lines
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            yield content
 
 
 def number_of(items: Sequence[object], noun: str) -> str:
