@@ -21,7 +21,7 @@ from dataset.labels import (
 )
 from dataset.layout import LABEL_IDS
 from utils.errors import DataError
-from utils.files import read_input
+from utils.files import read_text
 from utils.run_files import CLASSES as TABLE
 
 #: Files with the class names of a folder pair in the order of their ids; its class table is TABLE.
@@ -48,13 +48,7 @@ def read_names(path: str) -> list[str]:
     Raises:
         DataError: the file is unreadable, a line is empty or too long, or a name is there twice.
     """
-    try:
-        text = read_input(path, MOST_TEXT).decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("not text in UTF-8")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: not a readable list of class names ({why}); fix or remove it") from error
+    text = read_text(path, "list of class names", "fix or remove it", MOST_TEXT)
     lines = [" ".join(line.split()) for line in re.split(r"\r\n|\r|\n", text.rstrip())]
     if lines[0] == VOID:
         lines = lines[1:]

@@ -19,7 +19,7 @@ from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
 from dataset.pictures import Encoded, decode_label, is_gray, no_label
 from utils.drawing.palette import make_palette
 from utils.errors import DataError
-from utils.files import read_input
+from utils.files import read_text
 
 IGNORE = 255
 #: Red, green and blue, 0 to 255.
@@ -384,13 +384,7 @@ def read_table(path: str) -> ClassTable:
     Raises:
         DataError: the table is unreadable or invalid; the message names the file and the line.
     """
-    try:
-        text = read_input(path, MOST_TEXT).decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("not text in UTF-8")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: not a readable class table ({why}); check --classes") from error
+    text = read_text(path, "class table", "check --classes", MOST_TEXT)
     lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     rows = [(number, line.split("\t")) for number, line in lines if line.strip() and line[0] != "#"]
     header = [name.strip() for name in rows[0][1]] if rows else []

@@ -8,12 +8,8 @@ from collections.abc import Iterable, Set
 from typing import NamedTuple
 
 from dataset import layout
+from dataset.pictures import ENDINGS
 from utils.errors import DataError
-
-#: Endings of the files that are taken for pictures. Labels by JPEG are found too, so that they are refused.
-ENDINGS = frozenset(
-    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
 
 
 class Listing(NamedTuple):
@@ -41,7 +37,8 @@ def pictures_below(root: str, folder: str) -> Listing:
     """
     files, skipped = layout.files_below(root, folder)
     paths = [os.path.join(folder, inner, name) for inner, name in files]
-    pictures = [path for path in paths if os.path.splitext(path)[1].lower() in ENDINGS]
+    # Label pictures of lossy formats are listed too, so that they are refused.
+    pictures = [path for path in paths if path.lower().endswith(ENDINGS)]
     return Listing(pictures, sorted(set(paths) - set(pictures)), skipped)
 
 

@@ -44,6 +44,10 @@ PNG_KINDS = {
 }
 #: Formats that OpenCV decodes, by their names in Pillow.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "SUN", "TIFF", "WEBP")
+#: Endings of picture files, in lower case.
+ENDINGS = (
+    ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 #: Limits of OpenCV: pixels in total, pixels of a side, and bytes of a file.
 MOST_PIXELS, LONGEST_SIDE, MOST_BYTES = 2**30, 2**20, 2**31 - 1
 #: Formats that change values, or may change them, with the start of the error message.
@@ -119,24 +123,12 @@ def read_header(path: str) -> Header:
 
 
 def read_orientation(path: str) -> int:
-    """Return the orientation tag of a picture, 1 to 8 as in Exif; 1 without a valid one.
-
-    Only the start and the end of a PNG file, and the headers of others, are read.
-    """
+    """Return the orientation tag of a picture (see `orientation_of`); 1 if the file can't be read."""
     try:
         with open_input(path) as file:
-            start = file.read(TAIL)
-            if start.startswith(PNG_SIGNATURE):
-                exif = Image.Exif()
-                exif.load(_png_exif(start) or _png_exif(_ends(file)[1]))
-            else:
-                file.seek(0)
-                with silence, Image.open(file) as picture:
-                    exif = picture.getexif()
-            value = exif.get(ORIENTATION, 1)
-    except Exception:  # Pillow's parsers raise all kinds of errors for damaged tags
+            return orientation_of(file)
+    except OSError:
         return 1
-    return value if value in range(1, 9) else 1
 
 
 def _png_exif(part: bytes) -> bytes:
@@ -268,7 +260,7 @@ def _ends(file: IO[bytes]) -> tuple[bytes, bytes]:
     """Return the first and the last bytes of a file."""
     file.seek(0)
     start = file.read(8)
-    file.seek(-min(TAIL, os.fstat(file.fileno()).st_size), os.SEEK_END)
+    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
     return start, file.read()
 
 
@@ -314,7 +306,37 @@ def decode_upright(encoded: Encoded) -> np.ndarray:
     Raises:
         DataError: the file is damaged or not a picture.
     """
-    return _decode_colors(encoded, cv2.IMREAD_COLOR)
+    if encoded.header.format == "TIFF":  # about which decoders disagree
+        return _decode_colors(encoded, cv2.IMREAD_COLOR)
+    # OpenCV applies the tags of some formats only.
+    image, orientation = decode_image(encoded), orientation_of(io.BytesIO(encoded.content))
+    if orientation in TURNED:
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def orientation_of(file: IO[bytes]) -> int:
+    """Return the orientation tag of an open picture, 1 to 8 as in Exif; 1 without a valid one.
+
+    Only the start and the end of a PNG file, and the headers of others, are read.
+    """
+    try:
+        start = file.read(TAIL)
+        if start.startswith(PNG_SIGNATURE):
+            exif = Image.Exif()
+            exif.load(_png_exif(start) or _png_exif(_ends(file)[1]))
+        else:
+            file.seek(0)
+            with silence, Image.open(file) as picture:
+                exif = picture.getexif()
+        value = exif.get(ORIENTATION, 1)
+    except Exception:  # Pillow's parsers raise all kinds of errors for damaged tags
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _decode_colors(encoded: Encoded, flags: int) -> np.ndarray:

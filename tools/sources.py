@@ -16,12 +16,11 @@ from PIL import Image
 
 from dataset import DataError
 from dataset.layout import is_litter
-from dataset.pictures import Encoded
+from dataset.pictures import ENDINGS, Encoded
 from utils.errors import UsageError
 from utils.files import kind_of, open_input
 from utils.silence import silence
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 LISTS = (".txt", ".lst")
 CAMERA = "camera:"
@@ -116,7 +115,7 @@ def find(inputs: Sequence[str], leave_out: str) -> tuple[list[PictureFile], list
             if any(skipped):
                 print(f"{text}: {skipped.say(text)}", flush=True)
             if not found:
-                raise UsageError(f"{text}: no pictures in it ({' '.join(PICTURES)}); name another folder")
+                raise UsageError(f"{text}: no pictures in it ({' '.join(ENDINGS)}); name another folder")
             pictures += found
         elif not os.path.exists(text):
             raise UsageError(
@@ -185,7 +184,7 @@ def _walk(folder: str, leave_out: str, skipped: Skipped) -> Iterator[PictureFile
             if is_litter(name):
                 continue
             path = os.path.join(root, name)
-            if name.lower().endswith(PICTURES):
+            if name.lower().endswith(ENDINGS):
                 yield PictureFile(path, _stem(os.path.relpath(path, folder)))
             else:
                 skipped.others.append(path)

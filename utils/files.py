@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from utils.errors import RunError, UsageError
+from utils.errors import DataError, RunError, UsageError
 
 #: Maximum bytes of a file name on common file systems; bytes of a name that its temporary name keeps.
 LONGEST_NAME, LONGEST = 255, 200
@@ -78,6 +78,28 @@ def read_input(path: str | os.PathLike, most: int | None = None) -> bytes:
         if most is not None and os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"has more than {most} bytes", os.fspath(path))
         return file.read()
+
+
+def read_text(path: str, what: str, advice: str, most: int) -> str:
+    """Return the content of a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: file to read.
+        what: kind of the file, for the error message.
+        advice: what to do, for the error message.
+        most: maximum size in bytes.
+
+    Raises:
+        DataError: the file can't be opened (see `read_input`), or is not such text.
+    """
+    try:
+        text = read_input(path, most).decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("not text in UTF-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: not a readable {what} ({why}); {advice}") from error
+    return text
 
 
 def temporary_name(path: str, writer: int | str) -> str:

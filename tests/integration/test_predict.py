@@ -288,13 +288,13 @@ def test_what_systems_leave_in_a_folder_is_skipped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     litter = ("._p.png", ".DS_Store", "@eaDir/p.jpg", "__MACOSX/p.png", "a/._q.png")
-    for name in ("p.png", *litter, "a/q.png", "moving.gif", "a/notes.txt"):
+    for name in ("p.png", *litter, "a/q.png", "moving.mp4", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [each.name for each in sources.find([str(tmp_path)], "")[0]] == ["p", "a/q"]
     said = capsys.readouterr().out
     assert said.startswith(f"{tmp_path}: skipped 7 files: 5 hidden or system (.DS_Store, ._p.png, ")
-    assert "and 2 more), 2 not pictures (moving.gif, a/notes.txt)\n" in said
+    assert "and 2 more), 2 not pictures (moving.mp4, a/notes.txt)\n" in said
     assert said.count("\n") == 1
 
 

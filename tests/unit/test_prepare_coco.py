@@ -18,6 +18,7 @@ from annotated import (
     write_coco,
     write_pictures,
 )
+from PIL import Image
 
 from dataset.split import sides_in
 from tools.prepare import regions
@@ -113,6 +114,7 @@ SQUARE = [1, 1, 9, 1, 9, 9]
         ({"segmentation": [[*SQUARE, "1", 2]]}, "a polygon that is not a list of finite numbers"),
         ({"segmentation": [[*SQUARE, 1e9, 2]]}, "a polygon that is not a list of finite numbers"),
         ({"segmentation": [[0, 0, *([4e6, 0, 0, 1] * 3)]]}, "longer than 4 million pixels"),
+        ({"segmentation": [[1, 1] * 100_001]}, "has 100001 points, more than 100000"),
         ({"segmentation": [[100, 1, 109, 1, 109, 9]]}, "is outside of 00.png (64x48 pixels)"),
         ({"segmentation": [[-100, 1, -1, 1, -0.5, 9]]}, "is outside of 00.png"),
         ({"segmentation": "SQUARE"}, "neither polygons nor RLE"),
@@ -193,7 +195,7 @@ def test_problems_with_pictures(tmp_path):
     (tmp_path / "images/01.png").unlink()
     assert "its picture 01.png is missing" in one_problem(tmp_path)
     write_coco(tmp_path, [scene._replace(shapes=[]) for scene in scenes])
-    assert "no annotation in 3 pictures" in one_problem(tmp_path)
+    assert "no annotations in 3 pictures" in one_problem(tmp_path)
 
 
 def test_pictures_without_annotations_are_background(tmp_path):
@@ -213,9 +215,11 @@ def test_shapes_of_less_than_a_pixel_are_left_out(tmp_path):
     content["annotations"].append(
         {**content["annotations"][0], "segmentation": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]}
     )
+    empty = {"size": [48, 64], "counts": [48 * 64]}
+    content["annotations"].append({**content["annotations"][0], "segmentation": empty})
     write(tmp_path, content)
     found = read_coco(str(tmp_path), Wanted())
-    assert any("1 shape is smaller than a pixel" in note for note in found.notes)
+    assert any("2 shapes are smaller than a pixel" in note for note in found.notes)
 
 
 def test_several_files_are_the_source_s_own_split(tmp_path):
@@ -303,6 +307,113 @@ def test_a_picture_is_found_by_the_end_of_its_path(tmp_path):
     content["images"][0]["file_name"] = "z/00.png"
     write(tmp_path, content)
     assert "its picture z/00.png is missing" in one_problem(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folder", ["masks", "Labels", "annotations", "SegmentationClass", "train_masks", "gtFine"]
+)
+def test_label_pictures_are_not_taken_for_missing_pictures(tmp_path, folder):
+    scenes = make_scenes(1)
+    write_pictures(tmp_path / folder / "a", scenes)
+    write(tmp_path, coco_content(scenes))
+    assert "its picture 00.png is missing" in one_problem(tmp_path)
+    found = read_coco(str(tmp_path), Wanted(pictures=str(tmp_path / folder)))
+    assert found.scenes[0].name == "a/00"
+    write_pictures(tmp_path / "photos", scenes)
+    found = read_coco(str(tmp_path), Wanted())
+    assert found.scenes[0].picture == str(tmp_path / "photos/00.png")
+    assert f"taken by name from {tmp_path / 'photos'}" in found.notes[0]
+
+
+@pytest.mark.parametrize("name", ["{out}/00.png", "../secret/00.png", "x/../../secret/00.png", "C:00.png"])
+def test_paths_out_of_the_source_are_not_followed(tmp_path, name):
+    scenes = make_scenes(1)
+    source, out = tmp_path / "source", tmp_path / "secret"
+    source.mkdir()
+    write_pictures(out, scenes)
+    content = coco_content(scenes)
+    content["images"][0]["file_name"] = name.format(out=out)
+    write(source, content)
+    assert "is missing" in one_problem(source)
+    write_pictures(source / "pictures", scenes)
+    found = read_coco(str(source), Wanted())
+    assert found.scenes[0].picture == str(source / "pictures/00.png")
+    found = read_coco(str(source), Wanted(pictures=str(out)))
+    assert found.scenes[0].picture == str(out / "00.png")
+
+
+def test_absolute_paths_into_the_source_are_followed(tmp_path):
+    scenes = make_scenes(1)
+    for folder in ("a", "b"):
+        write_pictures(tmp_path / folder, scenes)
+    content = coco_content(scenes)
+    content["images"][0]["file_name"] = str(tmp_path / "b/00.png")
+    write(tmp_path, content)
+    assert read_coco(str(tmp_path), Wanted()).scenes[0].name == "b/00"
+
+
+@pytest.mark.parametrize("orientation, upright", [(1, True), (3, True), (6, False)])
+def test_labels_of_the_stored_size_belong_to_the_upright_picture_if_both_have_it(
+    tmp_path, orientation, upright
+):
+    (scene,) = make_scenes(1)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(scene.picture).save(tmp_path / "00.png", exif=exif)
+    write(tmp_path, coco_content([scene]))
+    assert read_coco(str(tmp_path), Wanted()).scenes[0].upright == upright
+
+
+def test_equal_names_in_the_folders_of_a_split(tmp_path):
+    """The file of a part takes the picture in the folder of this part."""
+    scenes = make_scenes(2)
+    for part, own in (("train", scenes[0]), ("val", scenes[1]._replace(name=scenes[0].name))):
+        write_pictures(tmp_path / part, [own])
+        (tmp_path / f"instances_{part}.json").write_text(json.dumps(coco_content([own])))
+    found = read_coco(str(tmp_path), Wanted())
+    assert found.parts == {str(tmp_path / f"{part}/00.png"): part for part in ("train", "val")}
+    assert [scene.picture for scene in found.scenes] == [
+        str(tmp_path / f"{k}/00.png") for k in ("train", "val")
+    ]
+    write_pictures(tmp_path / "more/val", scenes[:1])
+    assert "00.png may be" in one_problem(tmp_path)
+
+
+def categories(content, *supercategories):
+    """Give a new category 0 and the other ones supercategories."""
+    content["categories"] = [{"id": 0, "name": "pets"}, *content["categories"]]
+    for category, name in zip(content["categories"], supercategories, strict=True):
+        category["supercategory"] = name
+    return content
+
+
+@pytest.mark.parametrize(
+    "supercategories, kept",
+    [
+        (("none", "pets", "pets", "pets"), False),
+        (("pets", "pets", "pets", "pets"), False),
+        (("none", "pets", "pets", "animals"), True),
+        (("none", "pets", None, "pets"), True),
+        (("none", "", "", ""), True),
+    ],
+)
+def test_only_roboflow_s_heading_is_left_out(tmp_path, supercategories, kept):
+    """A category without annotations is a class, unless it is the supercategory of all others."""
+    scenes = make_scenes(2)
+    write_coco(tmp_path, scenes)
+    write(tmp_path, categories(coco_content(scenes), *supercategories))
+    found = read_coco(str(tmp_path), Wanted())
+    assert [each.name for each in found.classes] == ["background", *["pets"] * kept, *LABELS]
+    assert any("category pets is left out" in note for note in found.notes) != kept
+
+
+def test_an_annotated_heading_is_a_class(tmp_path):
+    scenes = make_scenes(2)
+    write_coco(tmp_path, scenes)
+    content = categories(coco_content(scenes), "none", "pets", "pets", "pets")
+    content["annotations"][0]["category_id"] = 0
+    write(tmp_path, content)
+    assert "pets" in [each.name for each in read_coco(str(tmp_path), Wanted()).classes]
 
 
 def test_without_pycocotools(tmp_path, monkeypatch):

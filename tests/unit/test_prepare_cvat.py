@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from xml.etree import ElementTree
 
 import cv2
@@ -11,6 +12,7 @@ import pytest
 from annotated import LABELS, cvat_content, make_scenes, polygon, runs, write_cvat, write_pictures
 
 from tools.prepare.cvat import read_cvat
+from tools.prepare.regions import bounds_of_runs
 from tools.prepare.source import Problems, Wanted
 
 coco_mask = pytest.importorskip("pycocotools.mask")
@@ -166,23 +168,48 @@ MASK = '<mask label="cat" left="{}" top="0" width="{}" height="2" rle="{}"/>'
         ('<polygon label="cat"/>', "points that are not pairs of finite numbers"),
         ('<polygon points="1,1;9,9;1,9"/>', "has no label"),
         ('<polygon label="cow" points="1,1;9,9;1,9"/>', "a label that is not in <labels>"),
-        ('<polygon label="cat" points="-9,1;-1,9;-1,19"/>', "is outside of its picture of 64x48 pixels"),
+        ('<polygon label="cat" points="-9,1;-1,9;-1,19"/>', "is outside of 00.png (64x48 pixels)"),
         ('<polygon label="cat" points="1,1;9,9;1,9" z_order="top"/>', "the z_order 'top'"),
         ('<box label="cat" xtl="1" ytl="1" xbr="9"/>', "no finite numbers xtl, ytl, xbr, ybr"),
         ('<box label="cat" xtl="1" ytl="1" xbr="9" ybr="9" rotation="x"/>', "a rotation that is not"),
         ('<ellipse label="cat" cx="1" cy="1" rx="-4" ry="9"/>', "a negative radius"),
-        ('<ellipse label="cat" cx="-50" cy="1" rx="4" ry="9"/>', "is outside of its picture"),
+        ('<ellipse label="cat" cx="-50" cy="1" rx="4" ry="9"/>', "is outside of 00.png"),
         (MASK.format(0, 2, "1,2"), "its runs have 3 pixels in total instead of 4"),
         (MASK.format(0, 2, "1,x"), "whose rle is not a list of whole numbers"),
         (MASK.format(0.5, 2, "1,3"), "is not a whole number"),
         (MASK.format(0, 4000000, "1,3"), "a mask of 4000000x2 pixels in a picture of 64x48"),
-        (MASK.format(64, 2, "1,3"), "is outside of its picture"),
-        ('<points label="spot" points="1,1"/>', "no shape with an area in 1 pictures"),
+        (MASK.format(64, 2, "1,3"), "is outside of 00.png"),
+        ('<points label="spot" points="1,1"/>', "no shapes with an area in 1 picture"),
     ],
 )
 def test_wrong_shapes_are_named(tmp_path, shapes, words):
     write(tmp_path, shapes)
     assert words in one_problem(tmp_path)
+
+
+def test_masks_of_a_wrong_picture_size_are_not_decoded(tmp_path):
+    """A short file may declare a picture and a mask of 2^30 pixels."""
+    side = 2**15
+    write(
+        tmp_path, f'<mask label="cat" left="0" top="0" width="{side}" height="{side}" rle="0,{side * side}"/>'
+    )
+    path = tmp_path / "annotations.xml"
+    path.write_text(path.read_text().replace('width="64" height="48"', f'width="{side}" height="{side}"', 1))
+    tracemalloc.start()
+    assert "says that 00.png has 32768x32768 pixels" in one_problem(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_bounds_of_runs():
+    rng = np.random.default_rng(0)
+    for density in (0, 0.02, 0.2, 1):
+        for _ in range(20):
+            pixels = rng.random((rng.integers(1, 9), rng.integers(1, 9))) < density
+            bounds = bounds_of_runs(np.array(runs(pixels.ravel())), pixels.shape[1])
+            y, x = np.nonzero(pixels)
+            expected = [[x.min(), y.min()], [x.max() + 1, y.max() + 1]] if len(x) else None
+            assert (None if bounds is None else bounds.tolist()) == expected
 
 
 def test_wrong_files_are_named(tmp_path):

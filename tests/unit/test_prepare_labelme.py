@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
+import struct
+import tracemalloc
+import zlib
 
 import cv2
 import numpy as np
@@ -86,6 +89,38 @@ def test_how_shapes_lie_in_the_picture():
     assert reach(empty, SIZE) == "tiny"
 
 
+def test_a_mask_larger_than_its_picture_is_not_decoded(tmp_path):
+    """A PNG of 20 KB may hold 13000 x 13000 pixels."""
+    content = base64.b64encode(cv2.imencode(".png", np.zeros((13000, 13000), np.uint8))[1].tobytes()).decode()
+    mask = {"label": "cat", "points": [[0, 0], [12999, 12999]], "shape_type": "mask", "mask": content}
+    page(tmp_path, shapes=[mask])
+    tracemalloc.start()
+    assert "shape 1 (cat): is a mask of 13000x13000 pixels in a picture of 64x48" in one_problem(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+def test_a_damaged_mask_is_one_line(tmp_path):
+    """The header and the checksums of this PNG are right, but its data are not compressed pixels."""
+    content = base64.b64decode(png(np.ones((2, 2), bool)))
+    start = content.index(b"IDAT")
+    chunk = b"IDAT" + b"nothing"
+    damaged = content[: start - 4] + struct.pack(">I", 7) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    damaged += content[content.index(b"IEND") - 4 :]
+    mask = {"label": "cat", "points": [[0, 0], [1, 1]], "shape_type": "mask"}
+    page(tmp_path, shapes=[{**mask, "mask": base64.b64encode(damaged).decode()}])
+    assert "shape 1 (cat): is a mask without a readable PNG" in one_problem(tmp_path)
+
+
+def test_how_masks_lie_in_the_picture():
+    for left, top, expected in ((0, 0, None), (53, 37, None), (54, 37, "clipped"), (-2, 0, "clipped")):
+        mask = parsed("mask", [(left, top), (left + 2, top + 2)], mask=png(np.ones((3, 3), bool)))
+        assert reach(mask, SIZE) == expected
+    for left, top in ((56, 0), (0, 40), (-3, 0), (0, -3), (500, 500)):
+        mask = parsed("mask", [(left, top), (left + 2, top + 2)], mask=png(np.ones((3, 3), bool)))
+        assert reach(mask, SIZE) == "outside"
+
+
 SQUARE = [[1, 1], [9, 1], [9, 9]]
 
 
@@ -103,6 +138,8 @@ SQUARE = [[1, 1], [9, 1], [9, 9]]
         ),
         ({"label": "a", "points": SQUARE, "shape_type": "points"}, "the shape_type 'points'"),
         ({"label": "a", "points": SQUARE, "shape_type": ["polygon"]}, "the shape_type"),
+        ({"label": "a", "points": [[0, 0], [4e6, 0], [0, 4e6]]}, "longer than 4 million pixels"),
+        ({"label": "a", "points": SQUARE * 40_000}, "has 120000 points, more than 100000"),
         ({"label": "a", "points": None}, "not pairs of finite numbers"),
         ({"label": "a", "points": [[1, 2, 3]]}, "not pairs of finite numbers"),
         ({"label": "a", "points": [[1, True], *SQUARE]}, "not pairs of finite numbers"),
@@ -196,6 +233,25 @@ def test_pictures_are_found_in_other_folders(tmp_path):
     (read,) = read_labelme(str(tmp_path / "json"), Wanted(pictures=str(tmp_path / "elsewhere"))).scenes
     assert read.picture == str(tmp_path / "elsewhere/00.png") and read.name == "00"
     np.testing.assert_array_equal(read.draw(), scene.label())
+
+
+@pytest.mark.parametrize("path", ["{root}/secret/1.png", "../../secret/1.png", "../b/../../secret/1.png"])
+def test_paths_far_out_of_the_source_are_not_followed(tmp_path, path):
+    """ImagePath may lead to a folder next to the source, which a note tells, but no farther."""
+    source, secret = tmp_path / "a/source", tmp_path / "secret"
+    source.mkdir(parents=True)
+    secret.mkdir()
+    page(source, imagePath=path.format(root=tmp_path))
+    (source / "00.png").rename(secret / "1.png")
+    assert "is missing" in one_problem(source)
+    found = read_labelme(str(source), Wanted(pictures=str(secret)))
+    assert found.scenes[0].picture == str(secret / "1.png")
+    (tmp_path / "a/next").mkdir()
+    page(source, imagePath="../next/1.png")
+    (source / "00.png").rename(tmp_path / "a/next/1.png")
+    found = read_labelme(str(source), Wanted())
+    assert found.scenes[0].picture == str(tmp_path / "a/next/1.png")
+    assert any(f"1 picture is outside of {source}" in note for note in found.notes)
 
 
 def test_an_embedded_picture_is_used_if_the_file_is_missing(tmp_path):

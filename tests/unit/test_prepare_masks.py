@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -512,14 +513,17 @@ PAIRS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "transparent": (half_transparent, [r"a/1.png: has transparent pixels, whose class is"]),
     "cut short": (
         lambda root: (root / "labels/b/1.png").write_bytes((root / "labels/b/1.png").read_bytes()[:50]),
-        [r"labels/b/1.png: damaged or truncated picture; copy it again"],
+        [r"labels/b/1.png: truncated picture; copy it again"],
     ),
     "picture is text": (text("images/b/1.png", "hello"), [r"images/b/1.png: not a readable picture"]),
     "id of 16 bits": (
         save("labels/a/1.png", np.full(SIZE, 999), np.uint16),
         [r"a/1.png: holds the id 999"],
     ),
-    "a photo": (save("labels/a/1.png", NOISE), [r"labels/a/1.png: holds 360 colors"]),
+    "a photo": (
+        lambda root: [save(f"{folder}/a/1.png", NOISE)(root) for folder in ("images", "labels")],
+        [r"labels/a/1.png: holds 360 colors"],
+    ),
     "ids and colors": (
         save("labels/a/1.png", np.full((*SIZE, 3), (1, 2, 3))),
         [r"labels/a/2.png: holds ids, but .*labels/a/1.png holds colors"],
@@ -604,7 +608,7 @@ VOCS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "labelmap that is no text": (
         lambda root: (root / "labelmap.txt").write_bytes(b"\xff\xfe"),
-        r"labelmap.txt: can't be read",
+        r"labelmap.txt: not a readable list of classes",
     ),
     "list names a picture without a label": (
         listed("a/1\nz\n", "b/1\n"),
@@ -620,6 +624,18 @@ def test_broken_voc_folders(tmp_path: Path, name: str) -> None:
     damage(write(tmp_path, mapped(*COLORS), VOC))
     (line,) = lines_of(read_voc, tmp_path)
     assert re.search(pattern, line), line
+
+
+def test_a_label_of_another_size_is_not_decoded(tmp_path: Path) -> None:
+    """A PNG of 40 KB may hold 2^28 pixels."""
+    write(tmp_path, mapped(0, 1, 2))
+    path = tmp_path / "labels/a/1.png"
+    assert cv2.imwrite(str(path), np.zeros((2**14, 2**14), np.uint8))
+    tracemalloc.start()
+    (line,) = lines_of(read_pair, tmp_path)
+    assert "16384x16384 pixels, but" in line
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_color_of_a_palette_that_labelmap_lacks(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shlex
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.labels import LabelReader, read_table
+from dataset.labels import LabelReader, format_table, read_table
 from dataset.pictures import decode_image, load
 from engine.options import TrainOptions
 from tools.prepare import advice
@@ -42,7 +43,7 @@ def test_colors_are_distinct():
 @pytest.mark.parametrize("names", [("background", "#1", "a b"), ("x", "void"), tuple(map(str, range(254)))])
 def test_the_class_table_is_read_again(tmp_path, names):
     path = tmp_path / "classes.tsv"
-    path.write_text(class_table([Class(name) for name in names]))
+    path.write_text(format_table(class_table([Class(name) for name in names])))
     table = read_table(str(path))
     assert table.names == names and table.label_ids().tolist() == list(range(len(names)))
     assert table.train_ids()[255] == 255 and len(set(table.colors)) == len(names)
@@ -67,21 +68,27 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 
 
 def test_out_is_new_or_empty(tmp_path):
-    check_out(str(tmp_path / "new"), str(tmp_path))
+    source = str(tmp_path / "source")
+    check_out(str(tmp_path / "new"), source)
+    check_out(f"{source}-2", source)
     (tmp_path / "empty").mkdir()
-    check_out(str(tmp_path / "empty"), str(tmp_path))
-    with pytest.raises(UsageError, match="is also SOURCE"):
-        check_out(str(tmp_path / "empty"), str(tmp_path / "x/../empty"))
+    check_out(str(tmp_path / "empty"), source, str(tmp_path / "new"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out in ("empty", "empty/x/y", "link/empty/out"):
+        with pytest.raises(UsageError, match="is in .*empty, where the next run would read the results"):
+            check_out(str(tmp_path / out), str(tmp_path / "x/../empty"))
+        with pytest.raises(UsageError, match="is in .*empty, where the next run would read the results"):
+            check_out(str(tmp_path / out), source, str(tmp_path / "empty"))
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
-        check_out(str(tmp_path / "file"), str(tmp_path))
+        check_out(str(tmp_path / "file"), source)
     with pytest.raises(UsageError, match="is not empty"):
-        check_out(str(tmp_path), str(tmp_path / "x"))
+        check_out(str(tmp_path), source)
     with pytest.raises(UsageError, match="can't be created in .*file"):
-        check_out(str(tmp_path / "file/x/y"), str(tmp_path))
+        check_out(str(tmp_path / "file/x/y"), source)
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(UsageError, match="can't be read"):
-        check_out(str(tmp_path / "dangling"), str(tmp_path))
+        check_out(str(tmp_path / "dangling"), source)
 
 
 def test_pictures_are_linked_copied_or_turned(tmp_path):
@@ -128,6 +135,22 @@ def test_pictures_are_linked_copied_or_turned(tmp_path):
         assert counts["val"].sizes == Counter({(2, 3): 1}) and counts["val"].containing[1] == 1
     with pytest.raises(RunError, match="its label is uint8"):
         Writer(str(tmp_path), True).write([scenes[0]._replace(size=(9, 9))], ["train"], classes)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"])
+def test_embedded_pictures_have_the_ending_of_their_format(tmp_path, kind):
+    """Formats other than JPEG and PNG are written as PNG."""
+    content = io.BytesIO()
+    gray = np.random.default_rng(0).integers(0, 256, (2, 3), np.uint8)
+    picture = Image.fromarray(gray).convert("RGB")
+    picture.save(content, format=kind, **({"lossless": True} if kind == "WEBP" else {}))
+    embedded = scene("0", tmp_path / "a.json", content=content.getvalue)
+    Writer(str(tmp_path), False).write([embedded], ["train"], [Class("a"), Class("b")])
+    (path,) = (tmp_path / "images").iterdir()
+    with Image.open(path) as written, Image.open(content) as original:
+        assert written.format == ("JPEG" if kind == "JPEG" else "PNG")
+        assert path.suffix == (".jpg" if kind == "JPEG" else ".png")
+        np.testing.assert_array_equal(np.array(written.convert("RGB")), np.array(original.convert("RGB")))
 
 
 # Advice

@@ -33,7 +33,7 @@ from tools.prepare import advice, formats
 from tools.prepare.classes import problems_of, read_classes, similar_names
 from tools.prepare.reading import count
 from tools.prepare.source import Class, Found, Problems, Scene, Wanted
-from tools.prepare.writing import PARTS, Writer, check_out, new_folder
+from tools.prepare.writing import Writer, check_out, new_folder
 from utils import args as flags
 from utils.errors import UsageError
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"{args.source}: no such file or folder; name the annotations or their folder")
     if args.images is not None and not os.path.isdir(args.images):
         raise UsageError(f"--images {args.images}: no such folder; name the folder of the pictures")
-    check_out(args.out, args.source)
+    check_out(args.out, args.source, args.images)
     wanted, given = Wanted(unlabeled_void=args.unlabeled == "void"), None
     if args.classes is not None:
         wanted, given = read_classes(args.classes, wanted.unlabeled_void)
@@ -159,7 +159,7 @@ def split_of(args: argparse.Namespace, found: Found) -> tuple[list[Scene], list[
                 f"{count(left, 'picture')} in no part of the source's own split, and left out; the first is "
                 f"{left[0]}"
             )
-        numbers = ", ".join(f"{parts.count(part)} {part}" for part in PARTS if part in parts)
+        numbers = ", ".join(f"{parts.count(part)} {part}" for part in (TRAIN, VAL, TEST) if part in parts)
         return scenes, parts, f"its own split ({numbers})"
     # Pictures for testing remain that, however the others are divided.
     names = [

@@ -135,19 +135,8 @@ def commands(out: str, counts: dict[str, Counts], name: str) -> list[tuple[str, 
     predict = ["python", "-m", "tools.predict", os.path.join(out, f"{VAL}.lst"), *best, *whole]
     small = ",".join(str(min(side, 129)) for side in crop)
     quick = ["python", "train.py", *data, "--input-size", small, "--batch-size", "2", "--num-steps", "20"]
-    quick += [
-        "--gpu",
-        "cpu",
-        "--backbone",
-        "resnet50",
-        "--num-workers",
-        "0",
-        "--val-every",
-        "20",
-        "--print-frequency",
-        "5",
-    ]
-    quick += ["--snapshot-dir", f"{snapshots}-try"]
+    quick += ["--gpu", "cpu", "--backbone", "resnet50", "--num-workers", "0", "--val-every", "20"]
+    quick += ["--print-frequency", "5", "--snapshot-dir", f"{snapshots}-try"]
     best_of_try = os.path.join(f"{snapshots}-try", "CS_scenes_best.pth")
     return [
         ("train from ImageNet weights, on a GPU", train),

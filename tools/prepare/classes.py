@@ -13,8 +13,8 @@ from tools.prepare.source import Class, Wanted
 from utils.errors import DataError, UsageError
 from utils.files import open_input
 
-#: Largest number of classes: a class table has one more row, for void.
-MOST_CLASSES = MOST_ROWS - 1
+#: Largest number of classes in a class table that has a row for void.
+MOST_WITH_VOID = MOST_ROWS - 1
 
 
 def is_background(name: str) -> bool:
@@ -126,10 +126,10 @@ def problems_of(source: str, classes: Sequence[Class]) -> list[str]:
     ]
     if any(not each.name for each in classes):
         problems.append(f"{source}: a label has an empty name; name it")
-    if len(classes) > MOST_CLASSES:
+    if len(classes) > MOST_WITH_VOID:
         problems.append(
-            f"{source}: has {len(classes)} classes, but {MOST_CLASSES} are the most; give --classes a table "
-            "that unites some"
+            f"{source}: has {len(classes)} classes, but {MOST_WITH_VOID} are the most; give --classes a "
+            "table that unites some"
         )
     if len(classes) < 2:
         names = ", ".join(each.name for each in classes) or "none"

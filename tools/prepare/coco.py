@@ -7,14 +7,11 @@ RLE of a crowd is drawn like any other. Pictures without annotations are backgro
 from __future__ import annotations
 
 import os
-from functools import partial
 
-from tools.prepare.classes import Numbering, number_classes
-from tools.prepare.coco_file import Picture, draw_picture, parse_file, told_by
-from tools.prepare.pictures import Finder, Listed
-from tools.prepare.reading import Tally, annotation_files, count, folder_of, progressing, read_json
-from tools.prepare.source import Class, Found, Problems, Wanted, own_split
-from utils.errors import DataError
+from tools.prepare.coco_file import Content, parse_file, told_by
+from tools.prepare.listed import Listed, find_all
+from tools.prepare.reading import annotation_files, count, folder_of, parse_all, read_json
+from tools.prepare.source import Class, Found, Wanted
 
 
 def read_coco(source: str, wanted: Wanted) -> Found:
@@ -25,46 +22,36 @@ def read_coco(source: str, wanted: Wanted) -> Found:
     """
     problems: list[str] = []
     notes: list[str] = []
-    tally = Tally()
     labels: dict[str, None] = {}
-    pictures: list[Picture] = []
+    headings: dict[str, str] = {}
+    pictures: list[Listed] = []
     others: list[str] = []
-    for path in progressing(_files(source, notes)):
-        try:
-            content = read_json(path)
-            if not isinstance(content, dict) or not {"images", "annotations"} & content.keys():
-                others.append(path)
-                continue
-            own, found = parse_file(path, content, tally)
-        except Problems as error:
-            problems += error.lines
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            labels |= dict.fromkeys(own)
-            pictures += found
-    numbering = number_classes(map(Class, labels), wanted)
-    problems += numbering.problems(
-        (region.label, picture.file) for picture in pictures for region in picture.regions
-    )
-    finder = Finder(folder_of(source), wanted.pictures)
-    scenes = finder.scenes([_listed(picture, numbering) for picture in pictures], problems, notes)
-    if not problems and not any(picture.regions for picture in pictures):
-        problems.append(
-            f"{source}: no annotation in {len(pictures)} pictures of COCO files; label them first"
-        )
-    if problems:
-        raise Problems(source, problems)
+
+    def parse(path: str) -> Content | None:
+        content = read_json(path)
+        if isinstance(content, dict) and {"images", "annotations"} & content.keys():
+            return parse_file(path, content)
+        others.append(path)
+        return None
+
+    for content in filter(None, parse_all(_files(source, notes), parse, problems)):
+        labels |= dict.fromkeys(content.labels)
+        if content.heading is not None:
+            headings.setdefault(content.heading, content.path)
+        told = told_by(os.path.relpath(content.path, folder_of(source)))
+        pictures += [picture._replace(told=told) for picture in content.pictures]
+    used = {shape.label for picture in pictures for shape in picture.shapes}
+    for name, path in headings.items():
+        if name not in used:
+            del labels[name]
+            notes.append(
+                f"{path}: category {name} is left out, since it is the supercategory of all others and has "
+                "no annotations"
+            )
     if others:
         notes.append(f"{count(others, 'JSON file')} not of COCO, and left out; the first is {others[0]}")
-    if empty := [picture.name for picture in pictures if not picture.regions]:
-        notes.append(
-            f"{count(empty, 'picture')} without annotations, and background; the first is {empty[0]}"
-        )
-    root = folder_of(source)
-    told = [told_by(os.path.relpath(picture.file, root)) for picture in pictures]
-    parts = own_split(scenes, notes, told)
-    return Found(numbering.classes, scenes, [*notes, *tally.notes()], parts)
+    found = find_all(source, wanted, map(Class, labels), pictures, problems, "annotations")
+    return found._replace(notes=[*notes, *found.notes])
 
 
 def _files(source: str, notes: list[str]) -> list[str]:
@@ -78,9 +65,3 @@ def _files(source: str, notes: list[str]) -> list[str]:
             f"{count(others, 'JSON file')} not named instances_*, and left out; the first is {others[0]}"
         )
     return instances or paths
-
-
-def _listed(picture: Picture, numbering: Numbering) -> Listed:
-    drawn = [(numbering.drawn(region.label), region) for region in picture.regions]
-    draw = partial(draw_picture, picture.size, drawn, numbering.fill)
-    return Listed(picture.file, picture.name, picture.size, draw)

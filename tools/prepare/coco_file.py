@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tools.prepare import regions
 from tools.prepare.classes import cleaned
-from tools.prepare.reading import Tally, as_dicts, as_size, by_x, numbers
+from tools.prepare.listed import Listed
+from tools.prepare.reading import as_dicts, as_size, by_x, numbers
 from tools.prepare.source import Problems
 from utils.errors import DataError
 
@@ -20,49 +20,46 @@ class Region(NamedTuple):
     """An annotation: polygons, or the run lengths of a mask, column by column."""
 
     label: str
+    where: str
     polygons: list[np.ndarray]  # float64 [n, 2] each
     counts: str | np.ndarray | None  # compressed text, or int64 [n]; None for polygons
+    is_empty: bool = False  # whether a mask has no pixel
 
+    def runs(self) -> list[int]:
+        """Return the run lengths of a mask; see `regions.parse_counts` for the errors."""
+        assert self.counts is not None
+        return regions.parse_counts(self.counts) if isinstance(self.counts, str) else self.counts.tolist()
 
-class Picture(NamedTuple):
-    """A picture with its annotations."""
-
-    file: str  # the COCO file
-    name: str  # file_name
-    size: tuple[int, int]
-    regions: list[Region]
-
-
-def mask_of(counts: str | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the pixels of a mask, bool [h, w]; see `regions.decode_runs` for the errors."""
-    runs = regions.parse_counts(counts) if isinstance(counts, str) else counts.tolist()
-    return regions.decode_runs(runs, size[0] * size[1]).reshape(size[::-1]).T
-
-
-def draw_picture(size: tuple[int, int], drawn: list[tuple[int, Region]], fill: int) -> np.ndarray:
-    """Return the train ids of a picture, uint8 [h, w].
-
-    Args:
-        size: height and width.
-        drawn: train ids and regions, in the order of drawing.
-        fill: train id of the other pixels.
-    """
-    label = np.full(size, fill, np.uint8)
-    for train_id, region in drawn:
-        if region.counts is None:
-            regions.fill_polygons(label, region.polygons, train_id)
+    def draw(self, label: np.ndarray, value: int) -> None:
+        """Set the pixels of the annotation in `label`, uint8 [h, w]."""
+        if self.counts is None:
+            regions.fill_polygons(label, self.polygons, value)
         else:
-            label[mask_of(region.counts, size)] = train_id
-    return label
+            label.T[regions.decode_runs(self.runs(), label.size).reshape(label.shape[::-1])] = value
+
+    def lies(self, size: tuple[int, int]) -> str | None:
+        """Return how the annotation lies in its picture; see listed.Shape."""
+        if self.counts is not None:
+            return "tiny" if self.is_empty else None
+        lies = regions.where_in(np.concatenate(self.polygons), size)
+        return lies if lies == "outside" or regions.covers(self.polygons, size) else "tiny"
 
 
-def parse_file(path: str, content: dict[str, Any], tally: Tally) -> tuple[list[str], list[Picture]]:
-    """Return the labels of a COCO file in the order of their ids, and its pictures.
+class Content(NamedTuple):
+    """The content of a file."""
+
+    path: str
+    labels: list[str]  # in the order of their ids
+    heading: str | None  # category that all others have as supercategory: Roboflow adds one
+    pictures: list[Listed]
+
+
+def parse_file(path: str, content: dict[str, Any]) -> Content:
+    """Return the content of a COCO file, checked.
 
     Args:
         path: the file.
         content: its content.
-        tally: receives the shapes that are clipped or have no pixel.
 
     Raises:
         DataError: the file has no pictures, annotations or categories.
@@ -70,7 +67,7 @@ def parse_file(path: str, content: dict[str, Any], tally: Tally) -> tuple[list[s
     """
     problems: list[str] = []
     categories = _categories(path, content, problems)
-    pictures: dict[object, Picture] = {}
+    pictures: dict[object, Listed] = {}
     for number, each in enumerate(_listed(path, content, "images"), 1):
         key, name = each.get("id"), each.get("file_name")
         size = as_size(each.get("height"), each.get("width"))
@@ -83,11 +80,11 @@ def parse_file(path: str, content: dict[str, Any], tally: Tally) -> tuple[list[s
                 f"{path}: image id {key} is that of {pictures[key].name} and of {name}; give each its own"
             )
         else:
-            pictures[key] = Picture(path, name, size, [])
+            pictures[key] = Listed(path, name, size, [])
     boxes: list[object] = []
-    used: Counter[str] = Counter()
     for number, each in enumerate(_listed(path, content, "annotations"), 1):
-        where = f"{path}: annotation {each.get('id', f'number {number}')}"
+        kind = f"annotation {each.get('id', f'number {number}')}"
+        where = f"{path}: {kind}"
         key, category, segmentation = each.get("image_id"), each.get("category_id"), each.get("segmentation")
         if type(category) is not int or category not in categories:
             problems.append(
@@ -102,20 +99,11 @@ def parse_file(path: str, content: dict[str, Any], tally: Tally) -> tuple[list[s
         else:
             label, size = categories[category], pictures[key].size
             try:
-                region = _region(label, segmentation, size)
-                lies = _lies(region, size)
+                region = _region(Region(label, kind, [], None), segmentation, size)
             except ValueError as error:
                 problems.append(f"{where} ({label}) {error}")
                 continue
-            used[label] += 1
-            if lies == "outside":
-                problems.append(
-                    f"{where} ({label}) is outside of {pictures[key].name} ({by_x(size)} pixels); move "
-                    "or delete it"
-                )
-            elif lies:
-                tally.add(lies, path)
-            pictures[key].regions.append(region)
+            pictures[key].shapes.append(region)
     if boxes:
         problems.append(
             f"{path}: {len(boxes)} annotations have no segmentation, the first has id {boxes[0]}; boxes and "
@@ -123,7 +111,8 @@ def parse_file(path: str, content: dict[str, Any], tally: Tally) -> tuple[list[s
         )
     if problems:
         raise Problems(path, problems)
-    return _without_heading(content, categories, used), list(pictures.values())
+    names = [categories[key] for key in sorted(categories)]
+    return Content(path, names, _heading(content["categories"], names), list(pictures.values()))
 
 
 def _listed(path: str, content: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -149,26 +138,21 @@ def _categories(path: str, content: dict[str, Any], problems: list[str]) -> dict
     return found
 
 
-def _without_heading(content: dict[str, Any], categories: dict[int, str], used: Counter[str]) -> list[str]:
-    """Return the labels in the order of their ids, without Roboflow's heading.
-
-    Roboflow adds a category of the name that the others have as supercategory. No annotation has it.
-    """
-    headings = {
-        each.get("supercategory") for each in content["categories"] if _is_text(each, "supercategory")
-    }
-    return [
-        categories[key]
-        for key in sorted(categories)
-        if used[categories[key]] or categories[key] not in headings
-    ]
+def _heading(categories: list[dict[str, Any]], names: list[str]) -> str | None:
+    """Return the category that all others have as supercategory; None if there is none."""
+    for name in names if len(names) > 1 else ():
+        others = [each for each in categories if cleaned(each["name"]) != name]
+        if others and all(_supercategory(each) == name for each in others):
+            return name
+    return None
 
 
-def _is_text(content: dict[str, Any], name: str) -> bool:
-    return isinstance(content.get(name), str) and content.get(name) != content.get("name")
+def _supercategory(category: dict[str, Any]) -> str | None:
+    name = category.get("supercategory")
+    return cleaned(name) if isinstance(name, str) else None
 
 
-def _region(label: str, segmentation: object, size: tuple[int, int]) -> Region:
+def _region(region: Region, segmentation: object, size: tuple[int, int]) -> Region:
     """Return a checked annotation.
 
     Raises:
@@ -185,7 +169,7 @@ def _region(label: str, segmentation: object, size: tuple[int, int]) -> Region:
             polygons.append(xy.reshape(-1, 2))
             if problem := regions.polygon_problem(polygons[-1]):
                 raise ValueError(problem)
-        return Region(label, polygons, None)
+        return region._replace(polygons=polygons)
     if not isinstance(segmentation, dict):
         raise ValueError("has a segmentation that is neither polygons nor RLE; export it again")
     counts, listed = segmentation.get("counts"), segmentation.get("size")
@@ -194,29 +178,17 @@ def _region(label: str, segmentation: object, size: tuple[int, int]) -> Region:
         what = by_x(own) if own else "no valid size"
         raise ValueError(f"has an RLE of {what}, but its picture has {by_x(size)} pixels; export it again")
     if isinstance(counts, list) and all(type(run) is int and 0 <= run < 2**40 for run in counts):
-        return Region(label, [], np.array(counts, np.int64))
-    if not isinstance(counts, str):
+        region = region._replace(counts=np.array(counts, np.int64))
+    elif isinstance(counts, str):
+        region = region._replace(counts=counts)
+    else:
         raise ValueError("has RLE counts that are neither text nor whole numbers from 0; export it again")
-    return Region(label, [], counts)
-
-
-def _lies(region: Region, size: tuple[int, int]) -> str | None:
-    """Return how an annotation lies in its picture: None for inside, or "clipped", "tiny" or "outside".
-
-    Raises:
-        ValueError: the mask can't be decoded; what is wrong and what to do.
-    """
-    if region.counts is None:
-        lies = regions.where_in(np.concatenate(region.polygons), size)
-        return lies if lies == "outside" or regions.covers(region.polygons, size) else "tiny"
     try:
-        runs = (
-            regions.parse_counts(region.counts) if isinstance(region.counts, str) else region.counts.tolist()
-        )
+        runs = region.runs()
         regions.check_runs(runs, size[0] * size[1])
     except ValueError as error:
         raise ValueError(f"has a damaged mask: {error}; export it again") from None
-    return None if any(runs[1::2]) else "tiny"
+    return region._replace(is_empty=not any(runs[1::2]))
 
 
 def told_by(path: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -14,7 +13,8 @@ import numpy as np
 
 from tools.prepare import regions
 from tools.prepare.classes import cleaned
-from tools.prepare.reading import Tally, as_size, by_x, parse_number, read_file
+from tools.prepare.listed import Listed
+from tools.prepare.reading import as_size, by_x, parse_number, read_file
 from tools.prepare.source import Class, Problems
 from utils.errors import DataError
 
@@ -28,6 +28,7 @@ class Shape(NamedTuple):
     """A shape with an area."""
 
     label: str
+    where: str
     z_order: int
     polygon: np.ndarray | None = None  # float64 [n, 2]
     ellipse: tuple[float, ...] | None = None  # center x, y, radii x, y, and rotation in degrees
@@ -55,31 +56,34 @@ class Shape(NamedTuple):
         width, height = self.box[2:]
         return regions.decode_runs(self.runs.tolist(), width * height).reshape(height, width)
 
-
-class Picture(NamedTuple):
-    """A picture with its shapes, from bottom to top."""
-
-    file: str  # the CVAT file
-    name: str
-    size: tuple[int, int]
-    shapes: list[Shape]
-    subset: str  # name of the subset of the project, or empty
+    def lies(self, size: tuple[int, int]) -> str | None:
+        """Return how the shape lies in its picture; see listed.Shape."""
+        if self.polygon is not None:
+            lies = regions.where_in(self.polygon, size)
+            return lies if lies == "outside" or regions.covers([self.polygon], size) else "tiny"
+        if self.ellipse is not None:
+            x, y, *radii, _ = self.ellipse
+            points = np.array([(x, y)]) + max(radii) * np.array([(-1, -1), (1, 1)])
+        else:
+            assert self.runs is not None
+            bounds = regions.bounds_of_runs(self.runs, self.box[2])
+            if bounds is None:
+                return "tiny"
+            points = bounds + self.box[:2]
+        lies = regions.where_in(points, size)
+        if lies is None:
+            return None
+        label = np.zeros(size, np.uint8)
+        self.draw(label, 1)
+        return lies if label.any() else "outside"
 
 
 class Content(NamedTuple):
     """The content of a file."""
 
     labels: list[Class]  # in the order of the file
-    pictures: list[Picture]
+    pictures: list[Listed]
     left_out: int  # number of shapes without an area
-
-
-def draw_picture(size: tuple[int, int], drawn: Sequence[tuple[int, Shape]], fill: int) -> np.ndarray:
-    """Return the train ids of a picture, uint8 [h, w]; see coco_file.draw_picture."""
-    label = np.full(size, fill, np.uint8)
-    for train_id, shape in drawn:
-        shape.draw(label, train_id)
-    return label
 
 
 def parse_xml(path: str) -> ElementTree.Element:
@@ -108,12 +112,8 @@ def _refuse(*_: object) -> NoReturn:
     raise DataError("has a document type declaration, which CVAT does not write; remove it")
 
 
-def parse_file(path: str, tally: Tally) -> Content:
+def parse_file(path: str) -> Content:
     """Return the content of a CVAT file.
-
-    Args:
-        path: the file.
-        tally: receives the shapes that are clipped or have no pixel.
 
     Raises:
         DataError: the file is not one of CVAT for images.
@@ -129,7 +129,7 @@ def parse_file(path: str, tally: Tally) -> Content:
     problems: list[str] = []
     labels, others = _labels(root)
     names = {label.name for label in labels}
-    pictures: list[Picture] = []
+    pictures: list[Listed] = []
     left_out = 0
     for number, image in enumerate(root.iterfind("image"), 1):
         name, size = image.get("name") or "", _size(image)
@@ -144,31 +144,19 @@ def parse_file(path: str, tally: Tally) -> Content:
                 continue
             counted += 1
             try:
-                shape = _shape(element, size)
+                shape = _shape(element, f"{element.tag} {counted}", size)
                 if names and shape.label not in names | others:
                     raise ValueError("has a label that is not in <labels>; correct it or add it there")
-                lies = _lies(shape, size)
             except ValueError as error:
-                problems.append(f"{_where(path, name, counted, element)} {error}")
+                problems.append(f"{path}: {name}: {element.tag} {counted} ({element.get('label')}) {error}")
                 continue
-            if lies == "outside":
-                where = _where(path, name, counted, element)
-                problems.append(
-                    f"{where} is outside of its picture of {by_x(size)} pixels; move or delete it"
-                )
-            elif lies:
-                tally.add(lies, path)
             shapes.append(shape)
         shapes.sort(key=lambda shape: shape.z_order)
-        pictures.append(Picture(path, name, size, shapes, image.get("subset", "")))
+        pictures.append(Listed(path, name, size, [*shapes], f"{image.get('subset', '')}/"))
     if problems:
         raise Problems(path, problems)
     used = {shape.label for picture in pictures for shape in picture.shapes} - names
     return Content([*labels, *map(Class, sorted(used))], pictures, left_out)
-
-
-def _where(path: str, name: str, number: int, element: ElementTree.Element) -> str:
-    return f"{path}: {name}: {element.tag} {number} ({element.get('label')})"
 
 
 def _labels(root: ElementTree.Element) -> tuple[list[Class], set[str]]:
@@ -201,7 +189,7 @@ def _numbers(element: ElementTree.Element, names: str) -> list[float]:
     return values
 
 
-def _shape(element: ElementTree.Element, size: tuple[int, int]) -> Shape:
+def _shape(element: ElementTree.Element, where: str, size: tuple[int, int]) -> Shape:
     """Return a checked shape.
 
     Raises:
@@ -212,7 +200,7 @@ def _shape(element: ElementTree.Element, size: tuple[int, int]) -> Shape:
         raise ValueError("has no label; name its class in CVAT")
     if not re.fullmatch("-?[0-9]{1,9}", order):
         raise ValueError(f"has the z_order {order!r}; give a whole number")
-    shape = Shape(label, int(order))
+    shape = Shape(label, where, int(order))
     if element.tag == "mask":
         return _mask(element, shape, size)
     rotation = parse_number(element.get("rotation", "0"))
@@ -263,26 +251,3 @@ def _mask(element: ElementTree.Element, shape: Shape, size: tuple[int, int]) -> 
     except ValueError as error:
         raise ValueError(f"is a damaged mask: {error}; export it again") from None
     return shape._replace(runs=np.array(runs, np.int64), box=(left, top, width, height))
-
-
-def _lies(shape: Shape, size: tuple[int, int]) -> str | None:
-    """Return how a shape lies in its picture: None for inside, or "clipped", "tiny" or "outside"."""
-    if shape.polygon is not None:
-        lies = regions.where_in(shape.polygon, size)
-        return lies if lies == "outside" or regions.covers([shape.polygon], size) else "tiny"
-    if shape.ellipse is not None:
-        x, y, *radii, _ = shape.ellipse
-        points = np.array([(x, y)]) + max(radii) * np.array([(-1, -1), (1, 1)])
-    else:
-        mask = shape.mask()
-        if not mask.any():
-            return "tiny"
-        rows, columns = np.nonzero(mask)
-        points = np.array([(columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)])
-        points = points + shape.box[:2]
-    lies = regions.where_in(points, size)
-    if lies is None:
-        return None
-    label = np.zeros(size, np.uint8)
-    shape.draw(label, 1)
-    return lies if label.any() else "outside"

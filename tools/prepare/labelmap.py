@@ -9,7 +9,7 @@ from dataset.labels import IGNORE, MOST_TEXT, ClassTable, Color, Label
 from tools.prepare.classes import cleaned, is_background, is_void, problems_of
 from tools.prepare.source import Class, Problems
 from utils.errors import DataError
-from utils.files import read_input
+from utils.files import read_text
 
 #: Color by which Pascal VOC paints void pixels.
 VOID_COLOR = (224, 224, 192)
@@ -22,13 +22,9 @@ def read_labelmap(path: str) -> ClassTable:
     comment. The number of the line, from 0, is the id of the class.
 
     Raises:
-        Problems: the file is unreadable, or a line is invalid.
+        DataError: the file is unreadable. Problems has a line for each line that is invalid.
     """
-    try:
-        text = read_input(path, MOST_TEXT).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise Problems(path, [f"{path}: can't be read ({why}); export it again"]) from error
+    text = read_text(path, "list of classes", "export it again", MOST_TEXT)
     problems: list[str] = []
     labels: list[Label] = []
     number = 0

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dataset.pictures import Encoded, check_content, check_picture
+from dataset.pictures import ENDINGS, Encoded, check_content, check_picture
 from tools.prepare.classes import (
     Numbering,
     cleaned,
@@ -31,14 +31,11 @@ from tools.prepare.reading import (
     by_x,
     count,
     folder_of,
-    progressing,
+    parse_all,
     read_json,
 )
 from tools.prepare.source import Class, Found, Problems, Scene, Wanted, own_split
 from utils.errors import DataError
-
-#: Endings that labelme's pictures may have next to their JSON, if imagePath is wrong.
-ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
 class Page(NamedTuple):
@@ -68,7 +65,10 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
     problems: list[str] = []
     notes: list[str] = []
     if wanted.names is None and (beside := names_beside(source)):
-        wanted = wanted._replace(**_of_file(beside, wanted, problems))
+        try:
+            wanted = read_classes(beside, wanted.unlabeled_void, "")[0]._replace(pictures=wanted.pictures)
+        except DataError as error:
+            problems.append(str(error))
     pages = _read_pages(source, problems, notes)
     labels = {cleaned(shape.label) for page in pages for shape in page.shapes}
     numbering = number_classes(map(Class, sorted(labels)), wanted)
@@ -89,7 +89,11 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
                 f"{scene.picture}; remove one of the two"
             )
         for number, shape in enumerate(page.shapes, 1):
-            lies = reach(shape, scene.size)
+            try:
+                lies = reach(shape, scene.size)
+            except ValueError as error:
+                problems.append(f"{_where(page.path, number, shape.label)}: {error}")
+                continue
             if lies == "outside":
                 problems.append(
                     f"{_where(page.path, number, shape.label)}: is outside of its picture "
@@ -108,35 +112,22 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
         notes.append(
             f"{count(unlabeled, 'picture')} without a JSON file, and left out; the first is {unlabeled[0]}"
         )
-    notes += tally.notes()
+    notes += [*finder.notes(), *tally.notes()]
     parts = own_split(scenes, notes, [os.path.relpath(page.path, finder.source) for page in pages])
     return Found(numbering.classes, scenes, notes, parts)
 
 
-def _of_file(path: str, wanted: Wanted, problems: list[str]) -> dict[str, Any]:
-    """Return the fields of `wanted` from labelme's list of labels."""
-    try:
-        found, _ = read_classes(path, wanted.unlabeled_void, "")
-    except DataError as error:
-        problems.append(str(error))
-        return {}
-    return {"names": found.names, "train_ids": found.train_ids, "origin": found.origin}
-
-
 def _read_pages(source: str, problems: list[str], notes: list[str]) -> list[Page]:
-    pages: list[Page] = []
     others: list[str] = []
-    for path in progressing(annotation_files(source, ".json")):
-        try:
-            content = read_json(path)
-            if isinstance(content, dict) and "shapes" in content:
-                pages.append(_page(path, content))
-            else:
-                others.append(path)
-        except Problems as error:
-            problems += error.lines
-        except DataError as error:
-            problems.append(str(error))
+
+    def parse(path: str) -> Page | None:
+        content = read_json(path)
+        if isinstance(content, dict) and "shapes" in content:
+            return _page(path, content)
+        others.append(path)
+        return None
+
+    pages = [*filter(None, parse_all(annotation_files(source, ".json"), parse, problems))]
     if others:
         notes.append(f"{count(others, 'JSON file')} not of labelme, and left out; the first is {others[0]}")
     if not problems and not any(page.shapes for page in pages):
@@ -209,16 +200,15 @@ def _scene(page: Page, finder: Finder, numbering: Numbering) -> Scene:
 
 def _find(page: Page, finder: Finder) -> str | None:
     """Return the picture of an annotation file: that of imagePath, or else one with the name of the file."""
-    folder = os.path.dirname(page.path)
     name = page.picture.replace("\\", "/")
     if name.strip("/."):
-        for place in (folder, *filter(None, [finder.pictures])):
+        for place in (os.path.dirname(page.path), *filter(None, [finder.pictures])):
             for each in (name, os.path.basename(name)):
-                path = os.path.normpath(os.path.join(place, each))
-                if os.path.isfile(path):
+                if path := finder.path_in(place, each, neighbors=True):
                     return path
     stem = os.path.splitext(page.path)[0]
-    return next((stem + ending for ending in ENDINGS if os.path.isfile(stem + ending)), None)
+    endings = (each for ending in ENDINGS for each in (ending, ending.upper()))
+    return next((stem + ending for ending in endings if os.path.isfile(stem + ending)), None)
 
 
 def embedded_picture(path: str) -> Encoded:

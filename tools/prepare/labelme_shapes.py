@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dataset.pictures import check_content
+from dataset.pictures import LABEL_MODES, check_content
 from tools.prepare.classes import cleaned
 from tools.prepare.reading import by_x, numbers
+from tools.prepare.regions import outline_problem
 from utils.errors import DataError
 from utils.silence import silence
 
@@ -36,6 +37,7 @@ POINTS: dict[str, tuple[int, float]] = {
 LINE_WIDTH, POINT_RADIUS = 10, 5
 #: Largest radius of a circle in pixels; Pillow draws much larger ones in minutes.
 LARGEST_RADIUS = 2**17
+NO_MASK = "is a mask without a readable PNG; draw it again"
 
 
 class Shape(NamedTuple):
@@ -56,8 +58,7 @@ def draw_shape(image: Image.Image, shape: Shape, value: int) -> None:
     draw = ImageDraw.Draw(image)
     points = shape.points
     if shape.kind == "mask":
-        pixels = Image.fromarray(_pixels(shape))
-        image.paste(value, shape.corner(), pixels)
+        image.paste(value, shape.corner(), Image.fromarray(_pixels(shape)))
     elif shape.kind in ("line", "linestrip"):
         draw.line(points, fill=value, width=LINE_WIDTH)
     elif shape.kind in ("circle", "point"):
@@ -75,7 +76,7 @@ def _pixels(shape: Shape) -> np.ndarray:
     """Return the pixels of a mask, uint8 [h, w], 0 or 255."""
     assert shape.mask is not None
     with silence, Image.open(io.BytesIO(shape.mask)) as picture:
-        return np.where(np.array(picture), 255, 0).astype(np.uint8)
+        return (np.asarray(picture) != 0).astype(np.uint8) * 255
 
 
 def parse_shape(content: dict[str, Any]) -> Shape:
@@ -102,6 +103,8 @@ def parse_shape(content: dict[str, Any]) -> Shape:
         raise ValueError(
             f"is a {kind} of {len(points)} points, which should be {should}; draw it again or delete it"
         )
+    if problem := outline_problem(np.array(points)):
+        raise ValueError(problem)
     if kind == "circle" and math.dist(*points) > LARGEST_RADIUS:
         raise ValueError(
             f"is a circle with a radius above {LARGEST_RADIUS} pixels; draw it again or delete it"
@@ -111,24 +114,22 @@ def parse_shape(content: dict[str, Any]) -> Shape:
 
 
 def _mask(text: object, points: list[tuple[float, float]]) -> bytes:
-    """Return the checked PNG of a mask."""
+    """Return the PNG of a mask, whose header was checked; `reach` checks its pixels."""
     (left, top), (right, bottom) = ((int(x), int(y)) for x, y in points)
     try:
         content = base64.b64decode(text if isinstance(text, str) else "", validate=True)
         encoded = check_content("mask", content)
     except (binascii.Error, DataError, ValueError):
-        raise ValueError("is a mask without a readable PNG; draw it again") from None
+        raise ValueError(NO_MASK) from None
+    if encoded.header.format != "PNG":
+        raise ValueError(NO_MASK)
     size = bottom - top + 1, right - left + 1
     if (encoded.height, encoded.width) != size:
         raise ValueError(
             f"is a mask of {encoded.width}x{encoded.height} pixels, but its points enclose {by_x(size)}; "
             "draw it again"
         )
-    try:
-        pixels = _pixels(Shape("", "mask", points, content))
-    except Exception:  # Pillow's decoders raise all kinds of errors for damaged files
-        raise ValueError("is a mask without a readable PNG; draw it again") from None
-    if pixels.ndim != 2:
+    if encoded.header.mode not in LABEL_MODES:
         raise ValueError("is a mask with several channels; draw it again")
     return content
 
@@ -139,6 +140,9 @@ def reach(shape: Shape, size: tuple[int, int]) -> str | None:
     Args:
         shape: the shape.
         size: height and width of the picture.
+
+    Raises:
+        ValueError: a mask is larger than the picture or can't be decoded; what is wrong, and what to do.
     """
     height, width = size
     margin: float = {"line": LINE_WIDTH, "linestrip": LINE_WIDTH, "point": POINT_RADIUS}.get(shape.kind, 0)
@@ -146,11 +150,33 @@ def reach(shape: Shape, size: tuple[int, int]) -> str | None:
     if shape.kind == "circle":
         margin, points = math.dist(*shape.points), points[:1]
     low, high = points.min(0) - margin, points.max(0) + margin
-    if shape.kind != "mask" and (low >= 0).all() and (high <= (width - 1, height - 1)).all():
+    if shape.kind == "mask":
+        return _reach_of_mask(shape, size)
+    if (low >= 0).all() and (high <= (width - 1, height - 1)).all():
         return None
     image = Image.new("L", (width, height))
     draw_shape(image, shape, 1)
     if image.getbbox() is None:
-        return "tiny" if shape.kind == "mask" and not _pixels(shape).any() else "outside"
+        return "outside"
     # labelme's points reach up to the full width and height.
     return None if (low >= 0).all() and (high <= (width, height)).all() else "clipped"
+
+
+def _reach_of_mask(shape: Shape, size: tuple[int, int]) -> str | None:
+    """Return how a mask lies in its picture; see `reach`."""
+    assert shape.mask is not None
+    mask = check_content("mask", shape.mask)
+    # A small file may hold a huge mask, so it is not decoded before this check.
+    if mask.height > size[0] or mask.width > size[1]:
+        raise ValueError(
+            f"is a mask of {mask.width}x{mask.height} pixels in a picture of {by_x(size)}; draw it again"
+        )
+    try:
+        pixels = _pixels(shape)
+    except Exception:  # Pillow's decoders raise all kinds of errors for damaged files
+        raise ValueError(NO_MASK) from None
+    left, top = shape.corner()
+    inside = pixels[max(0, -top) : max(0, size[0] - top), max(0, -left) : max(0, size[1] - left)]
+    if not inside.any():
+        return "outside" if pixels.any() else "tiny"
+    return None if inside.shape == pixels.shape else "clipped"

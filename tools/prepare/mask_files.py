@@ -14,12 +14,12 @@ from dataset.pairing import Listing, pair_up, pictures_below
 from dataset.pictures import read_header
 from dataset.split import TEST, sides_of
 from tools.prepare.pictures import examine
-from tools.prepare.reading import by_x, count
+from tools.prepare.reading import by_x, count, number_of
 from utils.errors import DataError
 from utils.files import read_input
 
 #: Folder with the lists of the parts of a VOC data set.
-PARTS = os.path.join("ImageSets", "Segmentation")
+LISTS = os.path.join("ImageSets", "Segmentation")
 
 
 class Mask(NamedTuple):
@@ -58,7 +58,7 @@ def of_folders(source: str, pictures: str, labels: str) -> tuple[list[Mask], lis
         )
         for picture, label in found.pairs
     ]
-    notes = [f"{count(masks, 'picture').rsplit(' ', 1)[0]} of {pictures} with their labels of {labels}"]
+    notes = [f"{number_of(masks, 'picture')} of {pictures} with their labels of {labels}"]
     if found.unlabeled:
         first = f"; the first is {found.unlabeled[0]}"
         notes.append(f"{count(found.unlabeled, 'picture')} without a label, and left out{first}")
@@ -74,7 +74,7 @@ def by_folders(masks: Sequence[Mask], notes: list[str]) -> list[Mask]:
 
 def with_parts(source: str, masks: Sequence[Mask], notes: list[str], problems: list[str]) -> list[Mask]:
     """Return the masks with their parts in the lists of VOC, without those in no list; or else by folders."""
-    paths = {part: os.path.join(source, PARTS, f"{part}.txt") for part in ("train", "val")}
+    paths = {part: os.path.join(source, LISTS, f"{part}.txt") for part in ("train", "val")}
     if not all(os.path.isfile(path) for path in paths.values()):
         return by_folders(masks, notes)
     part_of: dict[str, str] = {}
@@ -102,14 +102,14 @@ def with_parts(source: str, masks: Sequence[Mask], notes: list[str], problems: l
 
 def check_sizes(
     masks: Sequence[Mask], problems: list[str]
-) -> tuple[list[tuple[tuple[int, int], bool]], list[str]]:
-    """Check that pictures and labels have the same size, as stored or upright.
+) -> tuple[dict[str, tuple[tuple[int, int], bool]], list[str]]:
+    """Check by their headers that pictures and labels have the same size, as stored or upright.
 
     Returns:
-        (height, width) of each label, with whether it fits the upright picture only; and the pictures with an
-        orientation tag whose labels fit them both as stored and upright.
+        For each label without a problem, (height, width), and whether it fits the upright picture only; and
+        the pictures with an orientation tag whose labels fit them both as stored and upright.
     """
-    sizes, turned = [], []
+    sizes, turned = {}, []
 
     def look(mask: Mask) -> tuple[tuple[int, int], bool, bool] | str:
         try:
@@ -125,11 +125,11 @@ def check_sizes(
 
     with ThreadPoolExecutor(8) as pool:
         for mask, looked in zip(masks, pool.map(look, masks), strict=True):
-            if not isinstance(looked, str):
-                size, upright, is_both = looked
-                sizes.append((size, upright))
-                if is_both:
-                    turned.append(mask.picture)
-            elif not any(problem.startswith(f"{mask.label}: ") for problem in problems):
-                problems.append(looked)  # else the label can't be read, which is said already
+            if isinstance(looked, str):
+                problems.append(looked)
+                continue
+            size, upright, is_both = looked
+            sizes[mask.label] = size, upright
+            if is_both:
+                turned.append(mask.picture)
     return sizes, turned

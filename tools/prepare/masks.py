@@ -23,7 +23,7 @@ from dataset.split import TEST
 from tools.prepare.classes import problems_of
 from tools.prepare.labelmap import read_labelmap
 from tools.prepare.mask_files import (
-    PARTS,
+    LISTS,
     Mask,
     by_folders,
     check_sizes,
@@ -156,7 +156,7 @@ def _given_of_voc(source: str) -> Given:
     if found := _names_of(source, VOC_NAMES):
         return found
     annotations = os.path.join(source, "Annotations")
-    if os.path.isdir(annotations) and os.path.isdir(os.path.join(source, PARTS)):
+    if os.path.isdir(annotations) and os.path.isdir(os.path.join(source, LISTS)):
         origin = "the classes of Pascal VOC"
         return Given(names=(origin, PASCAL), origin=origin)
     return Given(zero_is_background=True)
@@ -178,10 +178,12 @@ def _read(
     """
     labels = [mask.label for mask in masks]
     given, wanted = _with_flags(given, wanted, labels)
-    # As in train.py, the pictures for testing do not tell the classes.
-    values = scan([mask.label for mask in masks if mask.part != TEST], problems, given.decoder)
-    tests = scan([mask.label for mask in masks if mask.part == TEST], problems, given.decoder)
     sizes, turned = check_sizes(masks, problems)
+    # A label of another size than its picture may be huge. As in train.py, the pictures for testing do not
+    # tell the classes.
+    fitting = [mask for mask in masks if mask.label in sizes]
+    values = scan([mask.label for mask in fitting if mask.part != TEST], problems, given.decoder)
+    tests = scan([mask.label for mask in fitting if mask.part == TEST], problems, given.decoder)
     if problems:
         raise Problems(source, problems)
     values, is_gray = without_gray_colors(values, given.table)
@@ -211,7 +213,7 @@ def _read(
         notes.append(say_turned(turned))
     scenes = [
         Scene(mask.name, mask.picture, size, partial(meaning.read, mask.label), upright)
-        for mask, (size, upright) in zip(masks, sizes, strict=True)
+        for mask, (size, upright) in zip(masks, sizes.values(), strict=True)
     ]
     return Found(classes, scenes, notes, {mask.picture: mask.part for mask in masks if mask.part})
 

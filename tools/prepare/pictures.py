@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import numpy as np
-
 from dataset.layout import files_below
-from dataset.pictures import TURNED, check_picture, read_header, read_orientation
-from tools.prepare.reading import by_x, count
-from tools.prepare.source import Scene
-from tools.sources import PICTURES
+from dataset.pictures import ENDINGS, TURNED, check_picture, read_header, read_orientation
+from dataset.split import sides_in
+from tools.prepare.reading import count
+from tools.sources import first_names
 from utils.errors import DataError
+
+#: Words in the names of folders that hold label pictures: whole ones, ends and a start.
+LABEL_WORDS = ("gt", "gtcoarse", "gtfine", "groundtruth", "truth")
+LABEL_ENDS = ("annot", "annotation", "annotations", "label", "labels", "mask", "masks")
+LABEL_START = "segmentation"
 
 
 class Picture(NamedTuple):
@@ -45,33 +48,11 @@ def examine(path: str) -> Picture:
     return Picture(path, (header.height, header.width), orientation)
 
 
-def turned_upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Return a picture [h, w, 3] as viewers show it.
-
-    Args:
-        image: the pixels as stored.
-        orientation: the tag, 1 to 8.
-    """
-    if orientation in TURNED:
-        image = image.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
-
-
-class Listed(NamedTuple):
-    """A picture as an annotation file has it."""
-
-    file: str  # the annotation file
-    name: str  # path of the picture
-    size: tuple[int, int]  # height and width
-    draw: Callable[[], np.ndarray]  # see Scene
-
-
 class Finder:
-    """A search for the pictures that an annotation file names.
+    """A search for the pictures that annotation files name.
+
+    A path in an annotation file may lead anywhere. It is followed only below SOURCE and --images; of other
+    paths, the last part counts.
 
     Args:
         source: folder of the source.
@@ -82,21 +63,25 @@ class Finder:
         self.source = source
         self.pictures = pictures
         self._by_name: dict[str, list[str]] | None = None
+        self._found: list[str] = []  # pictures that were found by their names
+        self._neighbors: list[str] = []  # pictures next to the source
 
     @property
     def root(self) -> str:
         """Return the folder in which pictures are searched."""
         return self.pictures or self.source
 
-    def find(self, name: str, folder: str) -> str | None:
+    def find(self, name: str, folder: str, part: str | None = None) -> str | None:
         """Return the file of a picture; None if there is none.
 
         It is looked for next to the annotation file, in folders called images, in that of --images, and then
-        anywhere below these by the end of its path.
+        anywhere below these by the end of its path, except in folders of labels.
 
         Args:
             name: path of the picture in the annotation file; backslashes separate folders too.
             folder: folder of the annotation file.
+            part: train, val or test, if the annotation file tells; of several files that fit, the one in a
+                folder of this name is taken.
 
         Raises:
             DataError: several files fit.
@@ -106,38 +91,60 @@ class Finder:
             return None
         beside = [folder, os.path.join(folder, "images"), os.path.join(os.path.dirname(folder), "images")]
         for place in (*([self.pictures] if self.pictures else []), *beside):
-            path = os.path.normpath(os.path.join(place, name))
-            if os.path.isfile(path):
+            if path := self.path_in(place, name):
                 return path
-        return self._below(name)
+        if found := self._below(name, part):
+            self._found.append(found)
+        return found
 
-    def _below(self, name: str) -> str | None:
+    def path_in(self, place: str, name: str, neighbors: bool = False) -> str | None:
+        """Return the file that a path from an annotation file names; None if there is none.
+
+        Args:
+            place: folder that the path is relative to.
+            name: the path, with slashes.
+            neighbors: whether it may lead to the folders next to the source: labelme's imagePath is often
+                ../pictures/1.jpg.
+        """
+        path = os.path.normpath(os.path.join(place, name))
+        if _leads_out(name):
+            roots = [os.path.abspath(root) for root in (self.source, self.pictures) if root]
+            if not any(_is_below(path, root) for root in roots):
+                parent = os.path.dirname(roots[0])
+                is_neighbor = neighbors and not _is_absolute(name) and parent != os.path.dirname(parent)
+                if not is_neighbor or not _is_below(path, parent):
+                    path = os.path.join(place, _last(name))
+                elif os.path.isfile(path):
+                    self._neighbors.append(path)
+        return path if os.path.isfile(path) else None
+
+    def _below(self, name: str, part: str | None) -> str | None:
         if self._by_name is None:
             self._by_name = defaultdict(list)
             for path in self.all():
                 file = os.path.basename(path)
                 self._by_name[file].append(path)
                 self._by_name[os.path.splitext(file)[0]].append(path)  # frames of videos have no ending
+        paths = found = self._by_name.get(_last(name), [])
         # The folders of an absolute path are those of another machine.
-        is_absolute = name.startswith("/") or name[1:2] == ":"
-        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-        if is_absolute or not parts:
-            parts = parts[-1:]
-        found = []
-        for path in self._by_name.get(parts[-1], ()) if parts else ():
-            if path.split(os.sep)[-len(parts) : -1] == parts[:-1]:
-                found.append(path)
+        if not _is_absolute(name):
+            inner = [each for each in name.split("/")[:-1] if each not in ("", ".", "..")]
+            found = [path for path in paths if not inner or path.split(os.sep)[-len(inner) - 1 : -1] == inner]
+            found = found or (paths if _leads_out(name) else [])
+        if len(found) > 1 and part is not None:
+            fitting = [path for path in found if sides_in(os.path.relpath(path, self.root)) == {part}]
+            found = fitting if len(fitting) == 1 else found
         if len(found) > 1:
             raise DataError(f"{name} may be {found[0]} or {found[1]}; give --images the right folder")
         return found[0] if found else None
 
     def all(self) -> list[str]:
-        """Return all picture files in the folder of --images, or else in the source."""
+        """Return the picture files in the folder of --images, or else in the source, without labels."""
         root = self.root
         return [
             os.path.join(root, inner, file)
             for inner, file in files_below(root, "")[0]
-            if file.lower().endswith(PICTURES)
+            if file.lower().endswith(ENDINGS) and not any(map(holds_labels, inner.split(os.sep)))
         ]
 
     def name_of(self, picture: str, folder: str = "") -> str:
@@ -154,59 +161,44 @@ class Finder:
                 return stem.removeprefix("images" + os.sep) or stem
         return os.path.normpath(os.path.join(folder, os.path.splitext(os.path.basename(picture))[0]))
 
-    def scenes(self, pictures: Iterable[Listed], problems: list[str], notes: list[str]) -> list[Scene]:
-        """Find pictures that COCO or CVAT list, and compare their sizes.
-
-        Args:
-            pictures: the pictures.
-            problems: receives a line for each that is missing, unreadable, listed twice or of another size.
-            notes: receives a line about those whose size fits both as stored and upright.
-        """
-        both: list[str] = []
-        scenes: list[Scene] = []
-        used: set[str] = set()
-        for picture in pictures:
-            try:
-                scene = self._scene(picture, both)
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            if (file := os.path.realpath(scene.picture)) in used:
-                problems.append(
-                    f"{picture.file}: lists {picture.name} ({scene.picture}) a second time; remove one "
-                    "of the two"
-                )
-            used.add(file)
-            scenes.append(scene)
-        if both:
+    def notes(self) -> list[str]:
+        """Return lines about pictures that are not where they are expected."""
+        notes = []
+        if self._found:
+            folders = first_names(sorted({os.path.dirname(path) for path in self._found}))
             notes.append(
-                f"{count(both, 'picture')} turned or mirrored by an orientation tag, and of the same size "
-                "both ways; their labels are taken for those of the upright picture, which annotation "
-                f"programs show; if they are for the stored picture, remove the tag; the first is {both[0]}"
+                f"{count(self._found, 'picture')} not where the annotations say, and taken by name from "
+                f"{folders}"
             )
-        return scenes
+        if self._neighbors:
+            first = self._neighbors[0]
+            notes.append(
+                f"{count(self._neighbors, 'picture')} outside of {self.source}; the first is {first}"
+            )
+        return notes
 
-    def _scene(self, picture: Listed, both: list[str]) -> Scene:
-        """Return the scene of a picture; `both` receives a file of the same size as stored and upright."""
-        folder = os.path.dirname(picture.file) or os.curdir
-        try:
-            path = self.find(picture.name, folder)
-        except DataError as error:
-            raise DataError(f"{picture.file}: {error}") from error
-        if path is None:
-            raise DataError(
-                f"{picture.file}: its picture {picture.name} is missing; copy it next to the file, or give "
-                "--images its folder"
-            )
-        examined = examine(path)
-        # The size tells whether the labels belong to the stored or to the upright picture. If both have this
-        # size, they belong to the upright one, which annotation programs show.
-        if picture.size not in (examined.upright, examined.stored):
-            raise DataError(
-                f"{picture.file}: says that {picture.name} has {by_x(picture.size)} pixels, but {path} has "
-                f"{by_x(examined.upright)}; use files that belong together"
-            )
-        if examined.orientation != 1 and examined.upright == examined.stored:
-            both.append(path)
-        name = self.name_of(path, os.path.relpath(folder, self.source))
-        return Scene(name, path, picture.size, picture.draw, upright=picture.size == examined.upright)
+
+def _is_absolute(path: str) -> bool:
+    return path.startswith("/") or path[1:2] == ":"
+
+
+def _leads_out(path: str) -> bool:
+    """Return whether a path with slashes may lead out of its folder."""
+    return _is_absolute(path) or ".." in path.split("/")
+
+
+def _last(path: str) -> str:
+    """Return the last part of a path with slashes, without a drive letter."""
+    return re.split("[/:]", path)[-1] if _is_absolute(path) else path.rsplit("/", 1)[-1]
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([os.path.abspath(path), folder]) == folder
+
+
+def holds_labels(folder: str) -> bool:
+    """Return whether a folder has the name of one with label pictures, such as train_masks."""
+    words = re.findall("[a-z]+", folder.lower())
+    return any(
+        word in LABEL_WORDS or word.endswith(LABEL_ENDS) or word.startswith(LABEL_START) for word in words
+    )

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from dataset.layout import files_below
 from dataset.pictures import LONGEST_SIDE, MOST_PIXELS
 from tools.prepare.classes import in_files
+from tools.prepare.source import Problems
 from utils.errors import DataError
 from utils.files import read_input
 from utils.progress import Progress
 
+T = TypeVar("T")
 #: Largest absolute coordinate in pixels; pictures have up to 2^20 pixels per side.
 FARTHEST = 2.0**22
 
@@ -142,6 +144,24 @@ def progressing(paths: Sequence[str]) -> Iterator[str]:
             progress.show(number)
 
 
+def parse_all(paths: Sequence[str], parse: Callable[[str], T], problems: list[str]) -> Iterator[T]:
+    """Yield what `parse` returns for each file; `problems` receives the lines of those that are invalid."""
+    for path in progressing(paths):
+        try:
+            content = parse(path)
+        except Problems as error:
+            problems += error.lines
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            yield content
+
+
+def number_of(items: Sequence[object], noun: str) -> str:
+    """Write a number of things: "1 shape" or "2 shapes"."""
+    return f"1 {noun}" if len(items) == 1 else f"{len(items)} {noun}s"
+
+
 def count(items: Sequence[object], noun: str) -> str:
-    """Write a number of things: "1 shape is" or "2 shapes are"."""
-    return f"1 {noun} is" if len(items) == 1 else f"{len(items)} {noun}s are"
+    """Write a number of things with a verb: "1 shape is" or "2 shapes are"."""
+    return f"{number_of(items, noun)} {'is' if len(items) == 1 else 'are'}"

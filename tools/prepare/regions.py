@@ -16,6 +16,8 @@ from utils.errors import UsageError
 
 #: Longest outline that is drawn, in pixels: pycocotools needs 100 bytes for each.
 LONGEST_OUTLINE = 2.0**22
+#: Largest number of points: Pillow looks at all of them for each row of a picture.
+MOST_POINTS = 100_000
 
 
 @cache
@@ -38,9 +40,16 @@ def polygon_problem(points: np.ndarray) -> str | None:
     """Return what is wrong with a polygon, float64 [n, 2] x and y, or None."""
     if len(points) < 3:
         return f"is a polygon of {len(points)} points, which should be 3 or more; draw it again or delete it"
+    return outline_problem(points)
+
+
+def outline_problem(points: np.ndarray) -> str | None:
+    """Return why a shape, float64 [n, 2] x and y, would take too long to draw, or None."""
+    if len(points) > MOST_POINTS:
+        return f"has {len(points)} points, more than {MOST_POINTS}; simplify it"
     edges = np.abs(points - np.roll(points, 1, 0)).max(1)
     if edges.sum() > LONGEST_OUTLINE:
-        return "is a polygon whose outline is longer than 4 million pixels; draw it again or delete it"
+        return "has an outline longer than 4 million pixels; draw it again or delete it"
     return None
 
 
@@ -121,3 +130,24 @@ def decode_runs(counts: Sequence[int], length: int) -> np.ndarray:
     """
     check_runs(counts, length)
     return np.repeat(np.arange(len(counts)) % 2 == 1, np.array(counts, np.int64))
+
+
+def bounds_of_runs(counts: np.ndarray, width: int) -> np.ndarray | None:
+    """Return the bounding box of run lengths, [[left, top], [right, bottom]], without decoding them.
+
+    Args:
+        counts: int64 [n], row by row, as in `decode_runs`.
+        width: length of a row.
+
+    Returns:
+        int64 [2, 2], where right and bottom are exclusive; None if no pixel is in the mask.
+    """
+    ends = np.cumsum(counts)
+    inside = (np.arange(len(counts)) % 2 == 1) & (counts > 0)
+    first, last = (ends - counts)[inside], ends[inside] - 1
+    if not len(first):
+        return None
+    left, right = (first % width).min(), (last % width).max()
+    if (first // width != last // width).any():  # such a run has pixels at both ends of a row
+        left, right = 0, width - 1
+    return np.array([(left, first[0] // width), (right + 1, last[-1] // width + 1)])

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 
 from dataset.folder_pair import IMAGES, LABELS
-from dataset.labels import IGNORE
-from dataset.pictures import LOSSY, decode_image, load
-from dataset.split import TEST, TRAIN, VAL
-from tools.prepare.pictures import examine, turned_upright
+from dataset.labels import IGNORE, ClassTable, Label, format_table
+from dataset.pictures import LOSSY, check_content, decode_image, decode_upright, load
+from dataset.split import TRAIN, VAL
+from tools.prepare.pictures import examine
 from tools.prepare.source import Class, Scene
 from utils.drawing.palette import make_palette, save_gray_png
 from utils.errors import RunError, UsageError
@@ -25,14 +25,10 @@ from utils.files import temporary_name, write_file
 from utils.progress import Progress
 from utils.run_files import CLASSES
 
-#: Parts of a data set; each has a list of this name, NAME.lst.
-PARTS = (TRAIN, VAL, TEST)
 #: Threads that draw and write, and scenes that wait for them.
 THREADS, AHEAD = 3, 6
 #: Quality of pictures that are turned upright.
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-#: Bytes that begin a JPEG file.
-JPEG_START = b"\xff\xd8"
 
 
 @dataclass
@@ -55,8 +51,18 @@ class Counts:
         self.containing += pixels > 0
 
 
-def check_out(out: str, source: str) -> None:
-    """Raise UsageError if `out` is not new or an empty folder, can't be created, or is the source."""
+def check_out(out: str, source: str, pictures: str | None = None) -> None:
+    """Check the folder of the results.
+
+    Args:
+        out: the folder.
+        source: the source.
+        pictures: folder of --images, or None.
+
+    Raises:
+        UsageError: it is not new or empty, can't be created, or lies in a folder that is read, in which the
+            next run would find the results.
+    """
     try:
         if os.path.lexists(out) and os.listdir(out):
             raise UsageError(f"{out}: is not empty; name a new folder")
@@ -64,8 +70,12 @@ def check_out(out: str, source: str) -> None:
         raise UsageError(f"{out}: is a file; name a new folder") from None
     except OSError as error:
         raise UsageError(f"{out}: can't be read ({error.strerror}); name a new folder") from error
-    if os.path.realpath(out) == os.path.realpath(source):
-        raise UsageError(f"{out}: is also SOURCE; name a new folder")
+    for read in filter(None, (source, pictures)):
+        place = os.path.realpath(read)
+        if os.path.commonpath([place, os.path.realpath(out)]) == place:
+            raise UsageError(
+                f"{out}: is in {read}, where the next run would read the results; name a folder outside of it"
+            )
     folder = os.path.dirname(os.path.realpath(out))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
@@ -130,17 +140,20 @@ def colors_of(classes: Sequence[Class]) -> list[tuple[int, int, int]]:
     return [(red, green, blue) for red, green, blue in colors]
 
 
-def class_table(classes: Sequence[Class]) -> str:
-    """Return the text of a class table whose ids are the train ids."""
+def class_table(classes: Sequence[Class]) -> ClassTable:
+    """Return the class table of the results, in which ids are train ids."""
     colors = colors_of(classes)
-    lines = ["name\tid\ttrain_id\tcolor"]
-    for number, (each, color) in enumerate(zip(classes, colors, strict=True)):
-        # A line that begins with # would be a comment; spaces around names are dropped.
-        name = f" {each.name}" if each.name.startswith("#") else each.name
-        lines.append(f"{name}\t{number}\t{number}\t{','.join(map(str, color))}")
+    labels = [
+        Label(each.name, number, number, "", False, color)
+        for number, (each, color) in enumerate(zip(classes, colors, strict=True))
+    ]
     void = next(color for color in ((0, 0, 0), (255, 255, 255), (1, 1, 1)) if color not in colors)
-    lines.append(f"void\t{IGNORE}\t{IGNORE}\t{','.join(map(str, void))}")
-    return "\n".join(lines) + "\n"
+    return ClassTable([*labels, Label("void", IGNORE, IGNORE, "", False, void)])
+
+
+def _encode(ending: str, image: np.ndarray) -> bytes:
+    """Return the content of a JPEG or PNG file of a picture, uint8 [h, w, 3] BGR."""
+    return cv2.imencode(ending, image, JPEG if ending == ".jpg" else [])[1].tobytes()
 
 
 class Writer:
@@ -200,7 +213,7 @@ class Writer:
         for part, listed in lines.items():
             content = "".join(sorted(listed))
             write_file(os.path.join(self.folder, f"{part}.lst"), os.fsencode(content))
-        write_file(os.path.join(self.folder, CLASSES), class_table(classes))
+        write_file(os.path.join(self.folder, CLASSES), format_table(class_table(classes)))
         return counts
 
     def _write_scene(self, name: str, scene: Scene) -> tuple[str, np.ndarray]:
@@ -219,15 +232,17 @@ class Writer:
         """Write a picture, or a link to it. Return its path below the folder."""
         content, ending = None, os.path.splitext(scene.picture)[1]
         if scene.content is not None:
-            content = scene.content()
-            ending = ".jpg" if content.startswith(JPEG_START) else ".png"
-        elif scene.upright and (orientation := examine(scene.picture).orientation) != 1:
+            encoded = check_content(scene.picture, scene.content())
+            content = encoded.content
+            ending = ".jpg" if encoded.header.format in ("JPEG", "MPO") else ".png"
+            if encoded.header.format not in ("JPEG", "MPO", "PNG"):
+                content = _encode(ending, decode_image(encoded))
+        elif scene.upright and examine(scene.picture).orientation != 1:
             # Training ignores the orientation tag of cameras.
             encoded = load(scene.picture)
             lossy = encoded.header.format in LOSSY
             ending = ".jpg" if lossy else ".png"
-            upright = turned_upright(decode_image(encoded), orientation)
-            content = cv2.imencode(ending, upright, JPEG if lossy else [])[1].tobytes()
+            content = _encode(ending, decode_upright(encoded))
         image = os.path.join(IMAGES, name) + ending
         path = os.path.join(self.folder, image)
         os.makedirs(os.path.dirname(path), exist_ok=True)
