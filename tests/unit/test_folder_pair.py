@@ -116,7 +116,7 @@ class TestPairing:
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 def test_orientation_tags_that_the_labels_do_not_tell(tmp_path: Path, ending: str, capsys) -> None:
     """The picture and the label are used as stored, and a note says so; other tags are not ambiguous."""
-    numbers = {1: SIZE, 3: SIZE, 2: SIZE, 8: (6, 6), 6: SIZE}
+    numbers = {1: SIZE, 3: SIZE, 2: SIZE, 4: SIZE, 8: (6, 6), 5: (6, 6), 6: SIZE}
     for orientation, size in numbers.items():
         exif = Image.Exif()
         exif[274] = orientation
@@ -126,7 +126,7 @@ def test_orientation_tags_that_the_labels_do_not_tell(tmp_path: Path, ending: st
         save(tmp_path / f"labels/{name}.png", classes_at(0)[:, : size[1]])
     save(tmp_path / "images/val/x.png", np.zeros((*SIZE, 3)))
     save(tmp_path / "labels/val/x.png", classes_at(1))
-    words = "note: 3 pictures have an orientation tag, and a label that fits both"
+    words = "note: 5 pictures have an orientation tag, and a label that fits both"
     first = f"the first is images/train/2.{ending}"
     data = CSDataSet(str(tmp_path))
     assert words in data.check() and first in data.check()
