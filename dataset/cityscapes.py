@@ -128,7 +128,7 @@ class CSDataSet(Dataset):
         elif folder_pair.is_pair(root):
             self.pairs, self.taken, self.skipped = folder_pair.discover(root, split, labeled)
             self.source = f"{os.path.join(root, folder_pair.IMAGES)} ({split})"
-            self.described = [*folder_pair.LISTS.values(), *CLASS_FILES]
+            self.described = [*folder_pair.LISTS.values(), folder_pair.TEST_LIST, *CLASS_FILES]
             if table is None and num_classes is None and labeled:
                 classes = classes_of(root)
                 table, num_classes = classes.table, classes.number

@@ -22,6 +22,8 @@ from utils.errors import DataError
 IMAGES, LABELS = "images", "labels"
 #: Lists of the two sides, as tools.prepare writes them.
 LISTS = {TRAIN: "train.lst", VAL: "val.lst"}
+#: List of the pictures for testing, which may be missing.
+TEST_LIST = "test.lst"
 
 
 class FolderPair(NamedTuple):
@@ -149,7 +151,9 @@ def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], li
 
 
 def pictures_to_predict(root: str) -> list[Pair]:
-    """Return the pictures in folders for testing below images/, without labels."""
+    """Return the pictures of test.lst, or else in folders for testing below images/, without labels."""
+    if os.path.lexists(path := os.path.join(root, TEST_LIST)):
+        return layout.read_list(root, path, labeled=False)
     paths = pictures_below(root, IMAGES).pictures
     sides, _ = split.sides_of([_inner(path) for path in paths])
     return layout.named([(path, "") for path, side in zip(paths, sides, strict=True) if side == TEST])
@@ -157,10 +161,16 @@ def pictures_to_predict(root: str) -> list[Pair]:
 
 def _of_lists(root: str, lists: dict[str, str]) -> FolderPair:
     """Return the pictures of the lists in the data directory."""
-    sides = {side: layout.read_list(root, path) for side, path in lists.items()} | {TEST: []}
+    sides = {side: layout.read_list(root, path) for side, path in lists.items()}
+    path = os.path.join(root, TEST_LIST)
+    sides[TEST] = layout.read_list(root, path) if os.path.lexists(path) else []
     train = {os.path.normpath(pair.image) for pair in sides[TRAIN]}
-    both = [pair.image for pair in sides[VAL] if os.path.normpath(pair.image) in train]
-    problems = [f"{lists[VAL]}: {image} is in {LISTS[TRAIN]} too; remove it from one list" for image in both]
+    problems = [
+        f"{file}: {pair.image} is in {LISTS[TRAIN]} too; remove it from one list"
+        for file, pairs in ((lists[VAL], sides[VAL]), (path, sides[TEST]))
+        for pair in pairs
+        if os.path.normpath(pair.image) in train
+    ]
     taken = f"{len(sides[TRAIN]) + len(sides[VAL])} pictures"
     return FolderPair(root, sides, taken, f"by {' and '.join(LISTS.values())}", True, [], [], problems)
 

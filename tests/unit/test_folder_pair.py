@@ -604,3 +604,16 @@ def test_check_lists_all_problems(pair: Path, monkeypatch: pytest.MonkeyPatch, c
     for name in ("x.png: has no picture", "y.png: has no picture", "p5_L.png: damaged"):
         assert name in out
     assert "train: 8 pictures" in out and "val: 2 pictures" in out
+
+
+def test_a_list_of_test_pictures(pair: Path) -> None:
+    """As tools.prepare writes it: with labels, which dataset.check checks and --split test does not need."""
+    pairs = [each for side in folder_pair.find(str(pair)).sides.values() for each in side]
+    lines = [f"{each.image}\t{each.label}\n" for each in pairs]
+    for name, some in (("train", lines[:-2]), ("val", lines[-2:-1]), ("test", lines[-1:])):
+        (pair / f"{name}.lst").write_text("".join(some))
+    last = pairs[-1].image
+    assert [each.image for each in folder_pair.find(str(pair)).sides["test"]] == [last]
+    assert [each.image for each in CSDataSet(str(pair), split="test", labeled=False).pairs] == [last]
+    (pair / "test.lst").write_text("".join(lines[:1]))
+    assert "is in train.lst too" in folder_pair.find(str(pair)).problems[0]
