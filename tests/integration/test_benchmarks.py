@@ -12,7 +12,7 @@ import torch
 from conftest import last_line, run_process
 from PIL import Image
 
-from benchmarks import attention, builds, evaluation, gpu_report, loader
+from benchmarks import attention, builds, evaluation, gpu_report, loader, step
 from benchmarks.attention import Case, Contender
 from benchmarks.gpu_report import Part
 from cc_attention import ops
@@ -278,3 +278,28 @@ def test_builds_beside_each_other(root, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         builds.main([f"old={tmp_path}", *flags])
     assert end.value.code == 2
+
+
+@pytest.mark.slow
+def test_the_step_and_prediction_are_measured_in_every_setting(tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    step.main(["--batch-size", "2", "--input-size", "33,33", "--picture", "41,33", "--rounds", "1",
+               "--out", str(tmp_path / "a.json")])  # fmt: skip
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert list(report["step"]) == list(step.SETTINGS)
+    assert next(iter(report["prediction"])) == "as trained, float32" and len(report["prediction"]) == 7
+    for group in ("step", "prediction"):
+        found = list(report[group].values())
+        assert not any("error" in each for each in found) and found[0]["ratio"] == 1
+        for each in found:
+            assert each["ratio"] == pytest.approx(found[0]["seconds"]["median"] / each["seconds"]["median"])
+    assert "bf16, channels_last" in capsys.readouterr().out
+
+
+def test_the_contenders_of_the_prediction_compute_the_same():
+    args = step.get_parser().parse_args(["--picture", "41,33"])
+    runs = step.predictions(args, torch.device("cpu"))
+    right = runs["as trained, float32"]()
+    for name, tolerance in (("float32", 1e-4), ("float32, channels_last", 1e-4), ("bf16", 0.1)):
+        difference = (runs[name]() - right).abs().max() / right.abs().max()
+        assert difference < tolerance and (name == "bf16") == (difference > 1e-3), name
