@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from engine.evaluation.submission import check_names, write_archive
 from engine.inference import predict_classes
 from engine.options import EvaluateOptions, add_flags
 from engine.runtime import distributed
-from networks import MODELS, fold_batch_norm, load_weights, match_weights
+from networks import MODELS, Seg_Model, fold_batch_norm, load_weights, match_weights
 from networks.of_run import Description, OfRun, args_file, describe
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
@@ -61,6 +62,8 @@ def main() -> int:
     with distributed.reported_once():
         options, table, notes = resolve(args, read_weights(args.restore_from))
         devices = distributed.choose_devices(options.gpu, options.nproc)
+        amp, chosen = choose_precision(options.amp, devices[0])
+        options, notes = replace(options, amp=amp), [*notes, *([chosen] if chosen else [])]
     return distributed.run(
         devices,
         check=lambda: check(options, table, devices[0], notes),
@@ -140,8 +143,6 @@ def check(options: EvaluateOptions, table: ClassTable | None, device: torch.devi
     Raises:
         InputError: a flag or file is invalid. The message names the flag or file.
     """
-    _, chosen = choose_precision(options.amp, device)
-    notes = [*notes, *([chosen] if chosen else [])]
     print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     weights = read_weights(options.restore_from)
     with torch.device("meta"):
@@ -189,9 +190,9 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
     model = make_model(options, weights)
     if weights:
         load_weights(model, str(options.restore_from), complete=True, state=weights)
-    amp, _ = choose_precision(options.amp, world.device)
-    model = fold_batch_norm(model).to(world.device)
-    network = accelerate(model, world.device, amp, options.channels_last, options.compile)
+    # Other networks may apply a batch norm elsewhere than to the convolution before it.
+    model = (fold_batch_norm(model) if isinstance(model, Seg_Model) else model.eval()).to(world.device)
+    network = accelerate(model, world.device, options.amp, options.channels_last, options.compile)
     dataset = make_dataset(options, table)
     tile_size = None if options.whole else options.input_size
     tile_batch = options.tile_batch or max(options.batch_size, 4 if world.device.type == "cuda" else 1)

@@ -94,9 +94,9 @@ class Segmenter:
         compiled: bool = False,
     ):
         self.device = device
-        self.amp = amp
+        self.amp, _ = choose_precision(amp, device)
         self.model = cast(Seg_Model, fold_batch_norm(model)).to(device)
-        self._network = accelerate(self.model, device, amp, channels_last, compiled)
+        self._network = accelerate(self.model, device, self.amp, channels_last, compiled)
         self.path: str | None = None
         self.description = description
         self.labels = labels

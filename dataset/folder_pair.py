@@ -18,6 +18,7 @@ from dataset.layout import Pair
 from dataset.pairing import pair_up, pictures_below
 from dataset.split import TEST, TRAIN, VAL
 from utils.errors import DataError
+from utils.files import read_input
 
 IMAGES, LABELS = "images", "labels"
 #: Lists of the two sides, as tools.prepare writes them.
@@ -66,9 +67,9 @@ def find(root: str) -> FolderPair:
         DataError: a folder or list can't be read or is empty, or no label fits a picture.
     """
     lists = {side: os.path.join(root, name) for side, name in LISTS.items()}
-    there = [path for path in lists.values() if os.path.lexists(path)]
+    there = [path for path in (*lists.values(), os.path.join(root, TEST_LIST)) if os.path.lexists(path)]
     if there:
-        if len(there) < len(lists):
+        if not all(map(os.path.lexists, lists.values())):
             raise DataError(
                 f"{there[0]}: {' and '.join(LISTS.values())} divide the pictures together; write both, or "
                 "remove this one to divide them at random"
@@ -128,7 +129,7 @@ def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], li
     Args:
         root: the data directory.
         name: "train", "val" or "test".
-        labeled: whether labels are needed; otherwise "test" has all pictures of images/test.
+        labeled: whether labels are needed; otherwise "test" has the pictures of test.lst or images/test.
 
     Raises:
         DataError: there is no such side, it is empty, or a name of a file is wrong.
@@ -138,10 +139,10 @@ def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], li
         pairs = pictures_to_predict(root)
         if not pairs:
             raise DataError(
-                f"--split {TEST}: {os.path.join(root, IMAGES, TEST)} has no pictures; put those to predict "
-                "there, or name them with --data-list"
+                f"--split {TEST}: {root} has no pictures for testing; put those to predict into "
+                f"{os.path.join(IMAGES, TEST)}, or name them in {TEST_LIST} or with --data-list"
             )
-        return pairs, [f"{root}: {len(pairs)} pictures of {IMAGES}/ for testing, without labels"], []
+        return pairs, [f"{root}: {len(pairs)} pictures for testing, without labels"], []
     found = checked(root)
     pairs = found.sides[name]
     if not pairs:
@@ -152,27 +153,43 @@ def discover(root: str, name: str, labeled: bool = True) -> tuple[list[Pair], li
 
 def pictures_to_predict(root: str) -> list[Pair]:
     """Return the pictures of test.lst, or else in folders for testing below images/, without labels."""
-    if os.path.lexists(path := os.path.join(root, TEST_LIST)):
-        return layout.read_list(root, path, labeled=False)
+    if os.path.lexists(os.path.join(root, TEST_LIST)):
+        return [pair._replace(label="") for pair in _listed_tests(root)]
     paths = pictures_below(root, IMAGES).pictures
     sides, _ = split.sides_of([_inner(path) for path in paths])
     return layout.named([(path, "") for path, side in zip(paths, sides, strict=True) if side == TEST])
 
 
+def _listed_tests(root: str) -> list[Pair]:
+    """Return the pictures of test.lst, some of them possibly without labels; none without the list."""
+    path = os.path.join(root, TEST_LIST)
+    try:
+        if not read_input(path, layout.MOST_TEXT).strip():
+            return []
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror or error}); check the file") from error
+    return layout.read_list(root, path, labeled=None)
+
+
 def _of_lists(root: str, lists: dict[str, str]) -> FolderPair:
     """Return the pictures of the lists in the data directory."""
-    sides = {side: layout.read_list(root, path) for side, path in lists.items()}
-    path = os.path.join(root, TEST_LIST)
-    sides[TEST] = layout.read_list(root, path) if os.path.lexists(path) else []
-    train = {os.path.normpath(pair.image) for pair in sides[TRAIN]}
-    problems = [
-        f"{file}: {pair.image} is in {LISTS[TRAIN]} too; remove it from one list"
-        for file, pairs in ((lists[VAL], sides[VAL]), (path, sides[TEST]))
-        for pair in pairs
-        if os.path.normpath(pair.image) in train
-    ]
-    taken = f"{len(sides[TRAIN]) + len(sides[VAL])} pictures"
-    return FolderPair(root, sides, taken, f"by {' and '.join(LISTS.values())}", True, [], [], problems)
+    listed = {side: layout.read_list(root, path) for side, path in lists.items()}
+    listed[TEST] = _listed_tests(root)
+    first: dict[str, str] = {}
+    problems = []
+    for side, pairs in listed.items():
+        for pair in pairs:
+            name = lists.get(side) or os.path.join(root, TEST_LIST)
+            other = first.setdefault(os.path.normpath(pair.image), name)
+            if other != name:
+                inner = os.path.basename(other)
+                problems.append(f"{name}: {pair.image} is in {inner} too; remove it from one list")
+    sides = {side: [pair for pair in pairs if pair.label] for side, pairs in listed.items()}
+    names = [*LISTS.values(), *([TEST_LIST] if listed[TEST] else [])]
+    taken = f"{sum(map(len, listed.values()))} pictures"
+    return FolderPair(root, sides, taken, f"by {', '.join(names)}", True, [], [], problems)
 
 
 def _divide(

@@ -58,7 +58,7 @@ def say_skipped(skipped: Sequence[str]) -> str:
     return f"{len(skipped)} hidden or system files skipped, the first is {skipped[0]}"
 
 
-def read_list(root: str, list_path: str, labeled: bool = True) -> list[Pair]:
+def read_list(root: str, list_path: str, labeled: bool | None = True) -> list[Pair]:
     """Read `image<TAB>label` lines from a list. Empty lines are skipped.
 
     File names may have bytes that are not valid UTF-8.
@@ -66,7 +66,8 @@ def read_list(root: str, list_path: str, labeled: bool = True) -> list[Pair]:
     Args:
         root: the data directory, to which the paths in the list are relative.
         list_path: the list.
-        labeled: whether labels are needed; otherwise a line may have only the picture.
+        labeled: whether labels are needed. If False, a line may have only the picture, and labels are not
+            used; if None, they are used where a line has one.
 
     Raises:
         DataError: the list is unreadable or empty, or a line has other columns.
@@ -93,7 +94,7 @@ def read_list(root: str, list_path: str, labeled: bool = True) -> list[Pair]:
             )
         if not all(columns) or len(columns) > 2:
             raise DataError(f"{where} is not 'image<TAB>label'; fix the line")
-        pairs.append((columns[0], columns[1] if labeled else ""))
+        pairs.append((columns[0], columns[1] if labeled is not False and len(columns) > 1 else ""))
     if not pairs:
         raise DataError(f"{list_path}: the list is empty; check --data-list")
     return named(pairs)

@@ -20,8 +20,9 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     returns [logits]. Its state dict has other entries than a checkpoint, so do not save it as one.
 
     Args:
-        model: CCNet, or a network in which each `ABN` directly follows its convolution in the order of the
-            submodules. An ABN that does not is kept. The network is not changed.
+        model: CCNet, or a network in which an `ABN` that directly follows a convolution in the order of the
+            submodules is applied to its output, which nothing else reads. Other ABNs are kept. The network is
+            not changed.
 
     Returns:
         The copy, in evaluation mode.
@@ -37,7 +38,7 @@ def _fold(module: nn.Module) -> None:
     """Fold each ABN below `module`, in place."""
     before: nn.Module | None = None
     for name, child in module.named_children():
-        if isinstance(child, ABN) and isinstance(before, nn.Conv2d):
+        if isinstance(child, ABN) and isinstance(before, nn.Conv2d) and _fits(before, child):
             before.weight, before.bias = _fused(before, child)
             # The activations may overwrite the output of the convolution, which nothing else reads.
             activations = {
@@ -49,6 +50,10 @@ def _fold(module: nn.Module) -> None:
         else:
             _fold(child)
         before = child
+
+
+def _fits(convolution: nn.Conv2d, norm: ABN) -> bool:
+    return convolution.out_channels == len(norm.weight)
 
 
 def _fused(convolution: nn.Conv2d, norm: ABN) -> tuple[nn.Parameter, nn.Parameter]:

@@ -44,7 +44,7 @@ class Scene(NamedTuple):
 
 def parts_by_name(found: Any) -> dict[str, str]:
     """Return the parts that tools.prepare found, by name of the scene."""
-    return {scene.name: found.parts[scene.picture] for scene in found.scenes if scene.picture in found.parts}
+    return {scene.name: scene.part for scene in found.scenes if scene.part}
 
 
 def labelme_shape() -> Any:

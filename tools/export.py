@@ -5,7 +5,8 @@
 
 Input: pictures, uint8 RGB [N, h, w, 3] of any size. Output: classes, int32 [N, h, w]. ONNX files contain only
 standard operators of opset 18. Programs of torch.export run in PyTorch. Before a file is kept, its outputs
-are compared with those of the network, at sizes other than that of the export. See docs/export.md.
+are compared with those of the network for inference (networks.fold_batch_norm), at sizes other than that of
+the export. See docs/export.md.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from cc_attention import CrissCrossAttention, ops
 from dataset.labels import NUM_CLASSES
-from engine.acceleration import PRECISIONS
+from engine.acceleration import PRECISIONS, choose_precision
 from networks import Seg_Model, load_weights
 from networks.of_run import Description, describe
 from networks.variants import DEPTHS, variant_of
@@ -408,8 +408,8 @@ def main() -> None:
         if len(args.input_size) > 1:
             raise UsageError("--input-size: several sizes need --fit; give one")
         device = common.choose_device(args.gpu)
-        if args.amp == "fp16" and device.type == "cpu" and args.rounds:
-            raise UsageError("--amp fp16: needs a GPU; give --amp bf16, or --rounds 0")
+        if args.rounds:
+            choose_precision(args.amp, device)
         model = make_network(found, args.restore_from, weights)
         setting = setting._replace(variant=variant_of(weights or {}))
         result = profile(setting, model, device, args.rounds)

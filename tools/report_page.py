@@ -187,6 +187,7 @@ def _score(report: Report) -> str:
         ("Network", _network(found)),
         ("Checkpoint", _checkpoint(found.get("restore_from"))),
         ("Prediction", _prediction(found)),
+        ("Precision", _text(found.get("amp") or "float32")),
     ]
     if "scales" in found:
         scales = _text(found["scales"]).replace(",", ", ")

@@ -18,11 +18,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import evaluate
 import train
+from engine.acceleration import choose_precision
 from engine.options import EvaluateOptions, TrainOptions
+from engine.runtime.distributed import choose_devices
 from networks.of_run import table_path
 from tools import common
 from utils import args as flags
@@ -119,13 +122,18 @@ def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
     wanted = vars(evaluate.get_parser().parse_args([*given, "--restore-from", checkpoint]))
     if not isinstance(noted, dict):
         return False
+    defaults = {
+        each.name: each.default for each in fields(EvaluateOptions)
+    }  # for results before a flag was added
+    device = choose_devices(wanted["gpu"], wanted["nproc"])[0]
+    wanted["amp"] = choose_precision(wanted["amp"], device)[0]  # result.txt has what "auto" chose
     for name in EvaluateOptions.names(lambda flag: flag.from_run):
         if wanted[name] is None:
             wanted[name] = of_run.get(name, noted.get(name))
             if name == "classes" and isinstance(wanted[name], str):
                 wanted[name] = table_path(checkpoint, wanted[name])
     return all(
-        json.loads(json.dumps(wanted[name])) == noted.get(name)
+        json.loads(json.dumps(wanted[name])) == noted.get(name, defaults[name])
         for name in EvaluateOptions.names(lambda flag: flag.noted)
     )
 

@@ -540,4 +540,4 @@ def test_lower_precision_and_another_layout_change_few_pixels(tmp_path, monkeypa
     same = {name: (each == predicted["float32"]).mean() for name, each in predicted.items()}
     assert same["again"] == 1 and same["layout"] > 0.99 and 0.8 < same["bf16"] < 1
     assert same["auto"] == same["bf16"] and "--amp auto: bf16, " in said["auto"]
-    assert json.loads((tmp_path / "auto/result.txt").read_text())["arguments"]["amp"] == "auto"
+    assert json.loads((tmp_path / "auto/result.txt").read_text())["arguments"]["amp"] == "bf16"

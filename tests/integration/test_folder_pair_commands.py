@@ -185,7 +185,7 @@ def test_pictures_to_predict(pair: Path) -> None:
     shutil.copytree(pair / "images", pair / "images/test")
     flags = ["--data-dir", pair, "--gpu", "cpu", "--restore-from", snapshot, "--whole", "--split", "test"]
     said = done(EVALUATE_PY, *flags)
-    assert "10 pictures of images/ for testing, without labels" in said
+    assert "10 pictures for testing, without labels" in said
     ids = {
         value for path in (snapshot.parent / "submission").iterdir() for value in np.unique(Image.open(path))
     }

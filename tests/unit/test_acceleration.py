@@ -52,6 +52,11 @@ def test_a_norm_without_its_convolution_is_kept() -> None:
     assert torch.equal(folded(x), net(x))
 
 
+def test_a_norm_of_other_channels_is_kept() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), ABN(2)).eval()
+    assert isinstance(fold_batch_norm(net)[1], ABN)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_float32_is_the_same_up_to_rounding(channels_last: bool) -> None:
     model = make()

@@ -233,7 +233,7 @@ class TestSides:
         save(tmp_path / "images/test/b/x.jpg", np.zeros((*SIZE, 3)))
         data = CSDataSet(str(tmp_path), split="test", labeled=False)
         assert data.pairs == [Pair("images/test/b/x.jpg", "", "x")]
-        assert data.taken == [f"{tmp_path}: 1 pictures of images/ for testing, without labels"]
+        assert data.taken == [f"{tmp_path}: 1 pictures for testing, without labels"]
 
     def test_the_cityscapes_layout_is_no_folder_pair(self, scenes: Path) -> None:
         make(scenes, NAMES)
@@ -577,7 +577,7 @@ def test_broken_folders_are_one_line(name: str, pair: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "split, words", [("foo", "divided into train, val and test"), ("test", "no pictures; put")]
+    "split, words", [("foo", "divided into train, val and test"), ("test", "no pictures for testing; put")]
 )
 def test_other_splits(pair: Path, split: str, words: str) -> None:
     with pytest.raises(DataError, match=f"--split {split}: .*{words}"):
@@ -617,3 +617,25 @@ def test_a_list_of_test_pictures(pair: Path) -> None:
     assert [each.image for each in CSDataSet(str(pair), split="test", labeled=False).pairs] == [last]
     (pair / "test.lst").write_text("".join(lines[:1]))
     assert "is in train.lst too" in folder_pair.find(str(pair)).problems[0]
+
+
+def test_lists_and_test_pictures(pair: Path) -> None:
+    """A picture of test.lst is nowhere trained on; it needs no label; no picture is in two lists."""
+    pairs = [each for side in folder_pair.find(str(pair)).sides.values() for each in side]
+    lines = [f"{each.image}\t{each.label}\n" for each in pairs]
+    (pair / "test.lst").write_text(lines[0])
+    with pytest.raises(DataError, match=r"test.lst: train.lst and val.lst divide .* write both"):
+        folder_pair.find(str(pair))
+    (pair / "train.lst").write_text("".join(lines[3:]))
+    (pair / "val.lst").write_text("".join(lines[1:3]))
+    (pair / "test.lst").write_text(f"{pairs[0].image}\n")  # without its label
+    found = folder_pair.find(str(pair))
+    assert found.problems == [] and found.sides["test"] == [] and len(found.sides["train"]) == len(pairs) - 3
+    assert [each.image for each in CSDataSet(str(pair), split="test", labeled=False).pairs] == [
+        pairs[0].image
+    ]
+    (pair / "test.lst").write_text("\n")
+    assert folder_pair.find(str(pair)).problems == [] and len(CSDataSet(str(pair), split="val")) == 2
+    (pair / "test.lst").write_text(f"./{pairs[1].image}\n")
+    (problem,) = folder_pair.find(str(pair)).problems
+    assert problem.endswith("is in val.lst too; remove it from one list")

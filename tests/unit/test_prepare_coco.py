@@ -241,7 +241,7 @@ def test_several_files_are_the_source_s_own_split(tmp_path):
         **{f"valid/{scene.name}": "val" for scene in scenes[3:5]},
         "test/05": "test",
     }
-    assert read_coco(str(tmp_path / "train"), Wanted()).parts == {}
+    assert parts_by_name(read_coco(str(tmp_path / "train"), Wanted())) == {}
 
 
 def test_the_folders_of_coco_itself(tmp_path):
@@ -259,7 +259,7 @@ def test_the_folders_of_coco_itself(tmp_path):
             path = tmp_path / "annotations" / f"{kind}_{part}2017.json"
             path.write_text(json.dumps(coco_content(own)))
     found = read_coco(str(tmp_path), Wanted())
-    assert set((found.parts or {}).values()) == {"train", "val"} and len(found.scenes) == 4
+    assert set(parts_by_name(found).values()) == {"train", "val"} and len(found.scenes) == 4
     assert [scene.name for scene in found.scenes] == [
         "train2017/00",
         "train2017/01",
@@ -371,7 +371,7 @@ def test_equal_names_in_the_folders_of_a_split(tmp_path):
         write_pictures(tmp_path / part, [own])
         (tmp_path / f"instances_{part}.json").write_text(json.dumps(coco_content([own])))
     found = read_coco(str(tmp_path), Wanted())
-    assert found.parts == {str(tmp_path / f"{part}/00.png"): part for part in ("train", "val")}
+    assert parts_by_name(found) == {"train/00": "train", "val/00": "val"}
     assert [scene.picture for scene in found.scenes] == [
         str(tmp_path / f"{k}/00.png") for k in ("train", "val")
     ]

@@ -9,7 +9,16 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import pytest
-from annotated import LABELS, cvat_content, make_scenes, polygon, runs, write_cvat, write_pictures
+from annotated import (
+    LABELS,
+    cvat_content,
+    make_scenes,
+    parts_by_name,
+    polygon,
+    runs,
+    write_cvat,
+    write_pictures,
+)
 
 from tools.prepare.cvat import read_cvat
 from tools.prepare.regions import bounds_of_runs
@@ -130,19 +139,26 @@ def test_scenes_of_a_task_and_a_split(tmp_path):
     scenes = make_scenes(4, ("a", "b"))
     write_cvat(tmp_path, scenes)
     found = read_cvat(str(tmp_path / "annotations.xml"), Wanted())
-    assert [scene.name for scene in found.scenes] == [scene.name for scene in scenes] and found.parts == {}
+    assert [scene.name for scene in found.scenes] == [scene.name for scene in scenes] and parts_by_name(
+        found
+    ) == {}
     root = cvat_content(scenes)
     for image, subset in zip(root.iterfind("image"), ("Train", "Train", "Validation", "Test"), strict=True):
         image.set("subset", subset)
     ElementTree.ElementTree(root).write(tmp_path / "annotations.xml")
     found = read_cvat(str(tmp_path), Wanted())
-    assert list(found.parts.values()) == ["train", "train", "val", "test"]
+    assert [scene.part for scene in found.scenes] == ["train", "train", "val", "test"]
     # Pictures of one name with different endings keep their own parts.
     for image, name in zip(root.iterfind("image"), ("a/x.png", "a/x.jpg", "a/x.bmp", "a/x.tif"), strict=True):
         (tmp_path / f"images/{image.get('name')}").rename(tmp_path / f"images/{name}")
         image.set("name", name)
     ElementTree.ElementTree(root).write(tmp_path / "annotations.xml")
-    assert list(read_cvat(str(tmp_path), Wanted()).parts.values()) == ["train", "train", "val", "test"]
+    assert [scene.part for scene in read_cvat(str(tmp_path), Wanted()).scenes] == [
+        "train",
+        "train",
+        "val",
+        "test",
+    ]
 
 
 def test_a_frame_of_a_video_has_no_ending(tmp_path):

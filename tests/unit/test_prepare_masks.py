@@ -118,7 +118,7 @@ class TestPair:
         found = read_pair(str(write(tmp_path, draw, ending=ending)), Wanted())
         assert names(found) == classes and drawn(found) == expected(*train_ids)
         assert ("255 is void" in found.notes[1]) == (255 in train_ids)
-        assert found.parts == {} and is_pair(str(tmp_path)) and not is_voc(str(tmp_path))
+        assert parts_by_name(found) == {} and is_pair(str(tmp_path)) and not is_voc(str(tmp_path))
 
     @pytest.mark.parametrize(
         "name", [n for n in VALUES if "gray" not in n and "opaque" not in n and "RGB" not in n]
@@ -443,11 +443,13 @@ class TestVoc:
         found = read_voc(str(tmp_path), Wanted())
         assert names(found) == list(PASCAL) and len(PASCAL) == 21
         assert parts_by_name(found) == {"a/1": "train", "b/1": "val", "b/2": "train"}
-        assert any(
-            "1 picture is in neither list, and left out; the first is a/2" in note for note in found.notes
-        )
-        train_ids = [np.array((0, 15, 255))[classes_at(number)].tolist() for number in (0, 2, 3)]
+        train_ids = [np.array((0, 15, 255))[classes_at(number)].tolist() for number in range(4)]
         assert [scene.draw().tolist() for scene in found.scenes] == train_ids
+        (lists / "test.txt").write_text("a/2\nwithout/label\n")
+        assert parts_by_name(read_voc(str(tmp_path), Wanted()))["a/2"] == "test"
+        (lists / "test.txt").write_text("b/1\n")
+        with pytest.raises(Problems, match="test.txt:1: b/1 is in val.txt too"):
+            read_voc(str(tmp_path), Wanted())
 
     def test_without_names_id_0_is_the_background(self, tmp_path: Path) -> None:
         write(tmp_path, palette(COLORS, 0, 1, 2), VOC)
@@ -650,3 +652,13 @@ def test_the_command_refuses_without_writing(tmp_path: Path, capsys: pytest.Capt
     jpeg(write(tmp_path / "DIR", FINE))
     assert status_of(main, tmp_path / "DIR", tmp_path / "out") == 2
     assert "labels/a/1.jpg: JPEG changes" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_is_listed_twice(tmp_path: Path) -> None:
+    """It is prepared twice, as train.py reads it twice."""
+    write(tmp_path, mapped(0, 1, 2))
+    (tmp_path / "train.lst").write_text("images/a/1.png\tlabels/a/1.png\n" * 2)
+    (tmp_path / "val.lst").write_text("images/b/1.png\tlabels/b/1.png\n")
+    found = read_pair(str(tmp_path), Wanted())
+    assert [scene.part for scene in found.scenes] == ["train", "train", "val"]
+    assert status_of(main, tmp_path, tmp_path.parent / "twice") == 0

@@ -16,6 +16,7 @@ OUT, a new folder, gets what train.py needs:
     labels/      label pictures (PNG), whose values are train ids, with 255 for void
     train.lst    list of the training pictures
     val.lst      list of the validation pictures
+    test.lst     list of the pictures for testing, if the source has some
     classes.tsv  class table
 
 Everything is checked first. If something is wrong with SOURCE, nothing is written, the problems are printed,
@@ -100,14 +101,14 @@ def main(argv: list[str] | None = None) -> int:
     scenes, parts, split = split_of(args, found)
     print(f"{args.source}: {say_found(found)}; {split}", flush=True)
     for note in found.notes[:MOST_NOTES]:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     if len(found.notes) > MOST_NOTES:
         print(f"... and {len(found.notes) - MOST_NOTES} more such notes")
     with new_folder(args.out) as folder:
         counts = Writer(folder, args.copy).write(scenes, parts, classes)
     print("\n".join(advice.describe(counts, classes)))
     for note in advice.remarks(counts, classes):
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     numbers = ", ".join(f"{each.pictures} in {part}.lst" for part, each in counts.items())
     print(f"{args.out}: {len(scenes)} pictures, {numbers}")
     print("\n".join(advice.suggestions(args.out, counts, classes)))
@@ -131,11 +132,16 @@ def read(args: argparse.Namespace, wanted: Wanted) -> Found:
             raise Problems(args.source, problems)
     except Problems as error:
         if len(error.lines) > 1:
-            print("\n".join(error.lines[:MOST_LINES]))
+            print("\n".join(map(printable, error.lines[:MOST_LINES])))
         if len(error.lines) > MOST_LINES:
             print(f"... and {len(error.lines) - MOST_LINES} more")
         raise
     return found._replace(notes=[*found.notes, *similar_names(found.classes)])
+
+
+def printable(line: str) -> str:
+    """Return a line without line breaks and control characters, which names in a source may have."""
+    return "".join(char if char.isprintable() else "?" for char in line)
 
 
 def with_colors(classes: tuple[Class, ...], given: list[Class]) -> tuple[Class, ...]:
@@ -150,7 +156,7 @@ def split_of(args: argparse.Namespace, found: Found) -> tuple[list[Scene], list[
     Raises:
         DataError: the pictures can't be divided.
     """
-    own = [found.parts.get(scene.picture) for scene in found.scenes]
+    own = [scene.part for scene in found.scenes]
     if {TRAIN, VAL} <= {*own} and (args.val, args.seed, args.group) == (None, None, None):
         scenes = [scene for scene, part in zip(found.scenes, own, strict=True) if part]
         parts = [part for part in own if part]
@@ -176,7 +182,7 @@ def split_of(args: argparse.Namespace, found: Found) -> tuple[list[Scene], list[
     number = len(set(groups))
     grouped = "" if number == len(groups) else f" in {number} groups"
     if tests := parts.count(TEST):
-        grouped += f", with {tests} for testing by their folders"
+        grouped += f", with {tests} for testing"
     if coarse := say_coarse(groups, is_val):
         found.notes.append(coarse)
     if number == len(groups) and args.group is None and (series := series_of(names)):

@@ -113,8 +113,8 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
             f"{count(unlabeled, 'picture')} without a JSON file, and left out; the first is {unlabeled[0]}"
         )
     notes += [*finder.notes(), *tally.notes()]
-    parts = own_split(scenes, notes, [os.path.relpath(page.path, finder.source) for page in pages])
-    return Found(numbering.classes, scenes, notes, parts)
+    scenes = own_split(scenes, notes, [os.path.relpath(page.path, finder.source) for page in pages])
+    return Found(numbering.classes, scenes, notes)
 
 
 def _read_pages(source: str, problems: list[str], notes: list[str]) -> list[Page]:

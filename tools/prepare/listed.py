@@ -111,6 +111,8 @@ def find_all(
         drawn = [(numbering.drawn(shape.label), shape) for shape in picture.shapes]
         draw = partial(draw_picture, picture.size, drawn, numbering.fill)
         scenes.append(Scene(name, path, picture.size, draw, upright))
+    if not pictures and not problems:
+        problems.append(f"{source}: lists no picture; name a source of this format")
     if not problems and not any(picture.shapes for picture in pictures):
         problems.append(f"{source}: no {what} in {number_of(pictures, 'picture')}; label them first")
     if problems:
@@ -124,8 +126,8 @@ def find_all(
         )
     if empty := [picture.name for picture in pictures if not picture.shapes]:
         notes.append(f"{count(empty, 'picture')} without {what}, and background; the first is {empty[0]}")
-    parts = own_split(scenes, notes, [picture.told for picture in pictures])
-    return Found(numbering.classes, scenes, notes, parts)
+    scenes = own_split(scenes, notes, [picture.told for picture in pictures])
+    return Found(numbering.classes, scenes, notes)
 
 
 def _find(picture: Listed, finder: Finder, both: list[str]) -> tuple[str, str, bool]:
@@ -154,7 +156,7 @@ def _find(picture: Listed, finder: Finder, both: list[str]) -> tuple[str, str, b
             f"{picture.file}: says that {picture.name} has {by_x(picture.size)} pixels, but {path} has "
             f"{by_x(examined.upright)}; use files that belong together"
         )
-    if examined.orientation != 1 and examined.upright == examined.stored:
+    if examined.fits_both:
         both.append(path)
     name = finder.name_of(path, os.path.relpath(folder, finder.source))
     return path, name, picture.size == examined.upright

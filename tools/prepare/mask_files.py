@@ -12,14 +12,14 @@ from dataset.folder_pair import IMAGES
 from dataset.layout import say_skipped
 from dataset.pairing import Listing, pair_up, pictures_below
 from dataset.pictures import read_header
-from dataset.split import TEST, sides_of
+from dataset.split import TEST, TRAIN, VAL, sides_of
 from tools.prepare.pictures import examine
 from tools.prepare.reading import by_x, count, number_of
 from utils.errors import DataError
 from utils.files import read_input
 
 #: Folder with the lists of the parts of a VOC data set.
-LISTS = os.path.join("ImageSets", "Segmentation")
+VOC_LISTS = os.path.join("ImageSets", "Segmentation")
 
 
 class Mask(NamedTuple):
@@ -73,10 +73,12 @@ def by_folders(masks: Sequence[Mask], notes: list[str]) -> list[Mask]:
 
 
 def with_parts(source: str, masks: Sequence[Mask], notes: list[str], problems: list[str]) -> list[Mask]:
-    """Return the masks with their parts in the lists of VOC, without those in no list; or else by folders."""
-    paths = {part: os.path.join(source, LISTS, f"{part}.txt") for part in ("train", "val")}
-    if not all(os.path.isfile(path) for path in paths.values()):
+    """Return the masks with their parts in the lists of VOC, or else those that folders name."""
+    paths = {part: os.path.join(source, VOC_LISTS, f"{part}.txt") for part in (TRAIN, VAL, TEST)}
+    if not all(os.path.isfile(paths[part]) for part in (TRAIN, VAL)):
         return by_folders(masks, notes)
+    if not os.path.isfile(paths[TEST]):
+        del paths[TEST]
     part_of: dict[str, str] = {}
     names = {mask.name for mask in masks}
     for part, path in paths.items():
@@ -88,28 +90,30 @@ def with_parts(source: str, masks: Sequence[Mask], notes: list[str], problems: l
         for number, line in enumerate(lines, 1):
             if not (name := line.strip()):
                 continue
+            if name not in names and part == TEST:
+                continue  # the labels of VOC's test pictures are not public
             if name not in names:
                 problems.append(
                     f"{path}:{number}: {name[:80]} has no label picture; add it or remove the line"
                 )
             elif part_of.setdefault(name, part) != part:
-                problems.append(f"{path}:{number}: {name} is in train.txt too; remove it from one list")
-    left = [mask.name for mask in masks if mask.name not in part_of]
-    if left:
-        notes.append(f"{count(left, 'picture')} in neither list, and left out; the first is {left[0]}")
-    return [mask._replace(part=part_of[mask.name]) for mask in masks if mask.name in part_of]
+                problems.append(
+                    f"{path}:{number}: {name} is in {part_of[name]}.txt too; remove it from one list"
+                )
+    return [mask._replace(part=part_of.get(mask.name)) for mask in masks]
 
 
 def check_sizes(
     masks: Sequence[Mask], problems: list[str]
-) -> tuple[dict[str, tuple[tuple[int, int], bool]], list[str]]:
+) -> tuple[list[tuple[tuple[int, int], bool] | None], list[str]]:
     """Check by their headers that pictures and labels have the same size, as stored or upright.
 
     Returns:
-        For each label without a problem, (height, width), and whether it fits the upright picture only; and
-        the pictures with an orientation tag whose labels fit them both as stored and upright.
+        For each mask (height, width), and whether it fits the upright picture only, or None if there is a
+        problem; and the pictures with an orientation tag whose labels fit them both as stored and upright.
     """
-    sizes, turned = {}, []
+    sizes: list[tuple[tuple[int, int], bool] | None] = []
+    turned = []
 
     def look(mask: Mask) -> tuple[tuple[int, int], bool, bool] | str:
         try:
@@ -120,16 +124,16 @@ def check_sizes(
         if size not in (picture.stored, picture.upright):
             what = f"{by_x(size)} pixels, but {mask.picture} has {by_x(picture.stored)}"
             return f"{mask.label}: {what}; use files that belong together"
-        is_both = picture.orientation != 1 and picture.stored == picture.upright
-        return size, size != picture.stored, is_both
+        return size, size != picture.stored, picture.fits_both
 
     with ThreadPoolExecutor(8) as pool:
         for mask, looked in zip(masks, pool.map(look, masks), strict=True):
             if isinstance(looked, str):
                 problems.append(looked)
+                sizes.append(None)
                 continue
             size, upright, is_both = looked
-            sizes[mask.label] = size, upright
+            sizes.append((size, upright))
             if is_both:
                 turned.append(mask.picture)
     return sizes, turned

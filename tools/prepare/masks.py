@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dataset import folder_pair
 from dataset.classes import NAMES, read_names
-from dataset.folder_pair import IMAGES, LABELS
+from dataset.folder_pair import IMAGES, LABELS, LISTS
 from dataset.label_values import BACKGROUND, Values, scan, table_of
 from dataset.labels import CITYSCAPES, IGNORE, ClassTable, key_of, read_table
 from dataset.layout import LABEL_IDS, LABEL_TRAIN_IDS
@@ -23,7 +23,7 @@ from dataset.split import TEST
 from tools.prepare.classes import problems_of
 from tools.prepare.labelmap import read_labelmap
 from tools.prepare.mask_files import (
-    LISTS,
+    VOC_LISTS,
     Mask,
     by_folders,
     check_sizes,
@@ -100,6 +100,10 @@ def read_pair(source: str, wanted: Wanted) -> Found:
         if wanted.pictures is None:
             masks, notes, problems = of_folder_pair(source)
         else:
+            if lists := [name for name in LISTS.values() if os.path.lexists(os.path.join(source, name))]:
+                raise DataError(
+                    f"--images {wanted.pictures}: {source} has {lists[0]}, which names its pictures; omit it"
+                )
             labels = LABELS if os.path.isdir(os.path.join(source, LABELS)) else os.curdir
             masks, notes, problems = of_folders(source, os.path.abspath(wanted.pictures), labels)
             masks = by_folders(masks, notes)
@@ -156,7 +160,7 @@ def _given_of_voc(source: str) -> Given:
     if found := _names_of(source, VOC_NAMES):
         return found
     annotations = os.path.join(source, "Annotations")
-    if os.path.isdir(annotations) and os.path.isdir(os.path.join(source, LISTS)):
+    if os.path.isdir(annotations) and os.path.isdir(os.path.join(source, VOC_LISTS)):
         origin = "the classes of Pascal VOC"
         return Given(names=(origin, PASCAL), origin=origin)
     return Given(zero_is_background=True)
@@ -181,7 +185,7 @@ def _read(
     sizes, turned = check_sizes(masks, problems)
     # A label of another size than its picture may be huge. As in train.py, the pictures for testing do not
     # tell the classes.
-    fitting = [mask for mask in masks if mask.label in sizes]
+    fitting = [mask for mask, size in zip(masks, sizes, strict=True) if size is not None]
     values = scan([mask.label for mask in fitting if mask.part != TEST], problems, given.decoder)
     tests = scan([mask.label for mask in fitting if mask.part == TEST], problems, given.decoder)
     if problems:
@@ -212,10 +216,11 @@ def _read(
     if turned:
         notes.append(say_turned(turned))
     scenes = [
-        Scene(mask.name, mask.picture, size, partial(meaning.read, mask.label), upright)
-        for mask, (size, upright) in zip(masks, sizes.values(), strict=True)
+        Scene(mask.name, mask.picture, size[0], partial(meaning.read, mask.label), size[1], part=mask.part)
+        for mask, size in zip(masks, sizes, strict=True)
+        if size is not None
     ]
-    return Found(classes, scenes, notes, {mask.picture: mask.part for mask in masks if mask.part})
+    return Found(classes, scenes, notes)
 
 
 def _clash(values: Values, tests: Values) -> str | None:

@@ -33,6 +33,11 @@ class Picture(NamedTuple):
         height, width = self.stored
         return (width, height) if self.orientation in TURNED else (height, width)
 
+    @property
+    def fits_both(self) -> bool:
+        """Return whether the picture has an orientation tag but the same size as stored and upright."""
+        return self.orientation != 1 and self.stored == self.upright
+
 
 def examine(path: str) -> Picture:
     """Check that training can read a picture, and return its size and orientation.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.labels import ClassTable
-from dataset.split import sides_of
+from dataset.split import TRAIN, VAL, sides_of
 from utils.errors import DataError
 
 
@@ -40,6 +40,7 @@ class Scene(NamedTuple):
     draw: Callable[[], np.ndarray]  # returns the train ids, uint8 [h, w], 255 for void
     upright: bool = False  # whether the labels belong to the picture turned by its orientation tag
     content: Callable[[], bytes] | None = None  # returns the picture, if an annotation file holds it
+    part: str | None = None  # train, val or test, if the source has a split of its own
 
 
 class Found(NamedTuple):
@@ -48,29 +49,26 @@ class Found(NamedTuple):
     classes: tuple[Class, ...]  # in the order of their train ids
     scenes: list[Scene]
     notes: list[str]  # lines about what was recognized and what is left out
-    # train, val or test by picture file. Without "train" and "val", there are only pictures for testing.
-    parts: Mapping[str, str] = {}
 
 
-def own_split(
-    scenes: Sequence[Scene], notes: list[str], told: Sequence[str] | None = None
-) -> Mapping[str, str]:
-    """Return the part of the split of a source that folders name, by picture file.
+def own_split(scenes: Sequence[Scene], notes: list[str], told: Sequence[str] | None = None) -> list[Scene]:
+    """Return the scenes with the parts of the split that folders name.
 
     Args:
         scenes: the scenes.
         notes: receives a line if folders name parts but do not divide the pictures.
         told: for each scene, a path whose folders are looked at before those of the scenes' names.
     """
-    parts: list[str | None] = []
     names = [scene.name for scene in scenes]
+    parts: list[str | None] = [None] * len(names)
     for paths in (told or names, names):
-        parts, note = sides_of(paths, names)
+        found, note = sides_of(paths, names)
+        parts = [part or other for part, other in zip(parts, found, strict=True)]
         if note:
             notes.append(note)
-        if note or any(parts):
+        if note or {TRAIN, VAL} <= {*parts}:
             break
-    return {scene.picture: part for scene, part in zip(scenes, parts, strict=True) if part}
+    return [scene._replace(part=part) for scene, part in zip(scenes, parts, strict=True)]
 
 
 class Problems(DataError):
