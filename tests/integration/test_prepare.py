@@ -417,7 +417,14 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         scene._replace(name=f"{k}-{scene.name}") for k in range(20) for scene in annotated.make_scenes(20)
     ]
     source = annotated.write_labelme(tmp_path / "source", scenes)
-    command = [sys.executable, "-m", "tools.prepare", str(source), str(tmp_path / "out")]
+    # Labels are written slowly, so that the signal does not come too late.
+    program = (
+        "import sys, time\nfrom tools import common\nfrom tools.prepare import __main__, writing\n"
+        "save = writing.save_gray_png\n"
+        "writing.save_gray_png = lambda *label: (time.sleep(0.1), save(*label))\n"
+        "common.end(lambda: __main__.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
     while not list(tmp_path.glob(".writing-*/labels/*5.png")) and time.monotonic() < end:
