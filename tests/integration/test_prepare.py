@@ -417,9 +417,11 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         scene._replace(name=f"{k}-{scene.name}") for k in range(20) for scene in annotated.make_scenes(20)
     ]
     source = annotated.write_labelme(tmp_path / "source", scenes)
-    # Labels are written slowly, so that the signal does not come too late.
+    # Labels are written slowly, so that the signal does not come too late. A shell ignores the signal for
+    # processes in the background, which they inherit.
     program = (
-        "import sys, time\nfrom tools import common\nfrom tools.prepare import __main__, writing\n"
+        "import signal, sys, time\nfrom tools import common\nfrom tools.prepare import __main__, writing\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "save = writing.save_gray_png\n"
         "writing.save_gray_png = lambda *label: (time.sleep(0.1), save(*label))\n"
         "common.end(lambda: __main__.main(sys.argv[1:]))\n"
