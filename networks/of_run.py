@@ -40,7 +40,7 @@ class Description(NamedTuple):
 
 
 class OfRun(NamedTuple):
-    """What is known about the network of a checkpoint.
+    """The known facts about the network of a checkpoint.
 
     Attributes:
         description: values to build the network.

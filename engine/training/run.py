@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a run gets of its data set, besides the batches.
+    """The parts of a data set that a run needs besides the batches.
 
     Attributes:
         validation: pictures to validate on; None if --val-every is 0.

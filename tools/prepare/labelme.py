@@ -94,13 +94,10 @@ def read_labelme(source: str, wanted: Wanted) -> Found:
             except ValueError as error:
                 problems.append(f"{_where(page.path, number, shape.label)}: {error}")
                 continue
-            if lies == "outside":
-                problems.append(
-                    f"{_where(page.path, number, shape.label)}: is outside of its picture "
-                    f"({by_x(scene.size)} pixels); move or delete it"
-                )
-            elif lies:
-                tally.add(lies, page.path)
+            where = _where(page.path, number, shape.label)
+            tally.add(
+                lies, page.path, f"{where}: is outside of its picture ({by_x(scene.size)} pixels)", problems
+            )
         scenes.append(scene)
     if problems:
         raise Problems(source, problems)

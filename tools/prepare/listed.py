@@ -165,11 +165,6 @@ def _find(picture: Listed, finder: Finder, both: list[str]) -> tuple[str, str, b
 def _check_shapes(picture: Listed, tally: Tally, problems: list[str]) -> None:
     """Check how shapes lie in their picture. Its file has the declared size, which could else be huge."""
     for shape in picture.shapes:
-        lies = shape.lies(picture.size)
-        if lies == "outside":
-            problems.append(
-                f"{picture.file}: {shape.where} ({shape.label}) is outside of {picture.name} "
-                f"({by_x(picture.size)} pixels); move or delete it"
-            )
-        elif lies:
-            tally.add(lies, picture.file)
+        where = f"{picture.file}: {shape.where} ({shape.label})"
+        outside = f"{where} is outside of {picture.name} ({by_x(picture.size)} pixels)"
+        tally.add(shape.lies(picture.size), picture.file, outside, problems)

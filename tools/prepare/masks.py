@@ -55,7 +55,7 @@ PASCAL = (
 
 
 class Given(NamedTuple):
-    """What a source says about the values of its label pictures."""
+    """The meaning that a source gives the values of its label pictures."""
 
     table: ClassTable | None = None
     names: tuple[str, Sequence[str]] | None = None  # file of the class names by id, and the names

@@ -119,9 +119,19 @@ class Tally:
         self.clipped: list[str] = []
         self.tiny: list[str] = []
 
-    def add(self, lies: str, file: str) -> None:
-        """Count a shape that is "clipped" or "tiny" (has no pixel)."""
-        (self.tiny if lies == "tiny" else self.clipped).append(file)
+    def add(self, lies: str | None, file: str, outside: str, problems: list[str]) -> None:
+        """Count a shape that is not simply inside of its picture.
+
+        Args:
+            lies: None for inside, "clipped", "tiny" (has no pixel) or "outside".
+            file: annotation file of the shape.
+            outside: beginning of the line about a shape that is outside: the shape and its picture.
+            problems: receives this line.
+        """
+        if lies == "outside":
+            problems.append(f"{outside}; move or delete it")
+        elif lies:
+            (self.tiny if lies == "tiny" else self.clipped).append(file)
 
     def notes(self) -> list[str]:
         """Return lines about them."""

@@ -1,4 +1,4 @@
-"""What the readers of tools.prepare return: the classes and scenes of a labeled source."""
+"""The interface of the readers of tools.prepare: flags in, classes and scenes of a labeled source out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.errors import DataError
 
 
 class Wanted(NamedTuple):
-    """What the flags ask of a reader."""
+    """The flags that a reader needs."""
 
     pictures: str | None = None  # folder of the pictures; None to look for it
     names: tuple[str, ...] | None = None  # class names in the order of their train ids; None for the source's
