@@ -21,7 +21,7 @@ for check in "ruff check ." "ruff format --check ." "codespell_lib" "mypy"; do
 done
 clang_format=$(dirname "$PYTHON")/clang-format
 if [ -x "$clang_format" ]; then
-    find cc_attention/csrc tests/kernels/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs "$clang_format" --dry-run -Werror
+    find cc_attention/csrc fused/csrc tests/kernels/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs "$clang_format" --dry-run -Werror
 else
     echo "run_tests.sh: clang-format is not installed: skipped" >&2
 fi

@@ -1,11 +1,14 @@
-"""Build the extension cc_attention._C; everything else is in pyproject.toml.
+"""Build the extensions cc_attention._C and fused._C; everything else is in pyproject.toml.
 
-The extension is optional. Without a C++ compiler, the package is pure Python, and the operators run in plain
-PyTorch. If there is a compiler and it fails, the build fails. CUDA kernels are included if PyTorch is a CUDA
-build and an nvcc of the same major version is found; no GPU is needed. Environment variables:
+fused._C is built in a checkout only, by `python setup.py build_ext --inplace`. Distributions have only
+cc_attention.
+
+The extensions are optional. Without a C++ compiler, the packages are pure Python, and the operators run in
+plain PyTorch. If there is a compiler and it fails, the build fails. CUDA kernels are included if PyTorch is a
+CUDA build and an nvcc of the same major version is found; no GPU is needed. Environment variables:
 
     CXX                    C++ compiler
-    CCNET_EXTENSION=0      do not build the extension
+    CCNET_EXTENSION=0      do not build the extensions
     CCNET_CUDA=0           do not build CUDA kernels (also USE_CUDA=0)
     CUDA_HOME              CUDA toolkit to try first
     TORCH_CUDA_ARCH_LIST   GPU architectures
@@ -18,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import setuptools
 
@@ -32,13 +36,35 @@ try:
 except ImportError as error:
     sys.exit(f"cc_attention: error: PyTorch is missing ({error}); run pip install torch, then run this again")
 
-CSRC = "cc_attention/csrc"
-HOST_SOURCES = ["ops.cpp", "cpu/attention_cpu.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"]
-CUDA_SOURCES = [
-    f"cuda/{name}.cu" for name in ("dispatch", "general", "tensor_core_backward", "tensor_core_forward")
-]
-HEADERS = ["common.h", "kernels.h", "cpu/instruction_sets.h", "cpu/lines.h", "cpu/product.h"]
-HEADERS += [f"cuda/{name}.h" for name in ("device", "general", "line", "tensor_core")]
+
+class Library(NamedTuple):
+    """The source files of an extension, relative to the folder csrc of its package."""
+
+    package: str
+    host: list[str]
+    cuda: list[str]
+    headers: list[str]
+
+    def paths(self, names: list[str]) -> list[str]:
+        """Return the paths of some of the files."""
+        return [f"{self.package}/csrc/{name}" for name in names]
+
+
+CC_ATTENTION = Library(
+    "cc_attention",
+    ["ops.cpp", "cpu/attention_cpu.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"],
+    [f"cuda/{name}.cu" for name in ("dispatch", "general", "tensor_core_backward", "tensor_core_forward")],
+    ["common.h", "kernels.h", "cpu/instruction_sets.h", "cpu/lines.h", "cpu/product.h", "cpu/vector.h"]
+    + [f"cuda/{name}.h" for name in ("device", "general", "line", "tensor_core")],
+)
+#: It also includes headers of cc_attention.
+FUSED = Library(
+    "fused",
+    ["module.cpp", "norm_ops.cpp", "loss_ops.cpp"]
+    + [f"cpu/{name}.cpp" for name in ("dispatch", "baseline", "avx2", "avx512")],
+    ["cuda/norm.cu", "cuda/loss.cu"],
+    ["norm.h", "loss.h", "cpu/instruction_sets.h", "cpu/norm_kernels.h", "cpu/loss_kernels.h"],
+)
 
 TARGET_VERSION = "0x020a000000000000"  # stable ABI of torch 2.10: one library for this and later versions
 # Turing to Blackwell. Each binary also runs on later minor versions, and PTX on later architectures.
@@ -46,9 +72,9 @@ ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 SYSTEM_TOOLKIT = Path("/usr/local/cuda")
 
 
-def check_sources() -> None:
+def check_sources(library: Library) -> None:
     """Exit if source files are missing: the rest could build a library that does not load."""
-    names = [f"{CSRC}/{name}" for name in HOST_SOURCES + CUDA_SOURCES + HEADERS]
+    names = library.paths(library.host + library.cuda + library.headers)
     if missing := [name for name in names if not Path(name).is_file()]:
         sys.exit(f"cc_attention: error: {', '.join(missing)}: missing; get a complete copy of the source")
 
@@ -103,18 +129,21 @@ def find_toolkit() -> tuple[Path | None, str]:
     return None, f"no nvcc of CUDA {major} for PyTorch's CUDA {torch.version.cuda}"
 
 
-def make_extension(compiler: str, home: Path | None) -> setuptools.Extension:
-    """Return the extension with the CPU kernels and, if there is a toolkit, the CUDA kernels."""
+def make_extension(library: Library, compiler: str, home: Path | None) -> setuptools.Extension:
+    """Return an extension with the CPU kernels and, if there is a toolkit, the CUDA kernels."""
     os.environ["CXX"] = compiler  # otherwise setuptools and PyTorch's ninja file would use their own choice
-    sources = [f"{CSRC}/{name}" for name in HOST_SOURCES]
+    name, sources = f"{library.package}._C", library.paths(library.host)
     flags = ["-O3", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     # -fno-trapping-math changes no result. Without it, GCC 11 does not vectorize float16 conversions.
     cxx_flags = ["-g0", "-fvisibility=hidden", "-fno-trapping-math"]
-    options = {"depends": [f"{CSRC}/{name}" for name in HEADERS], "py_limited_api": True}
+    headers = library.paths(library.headers)
+    if library is FUSED:
+        headers += CC_ATTENTION.paths(CC_ATTENTION.headers)
+    options = {"depends": headers, "py_limited_api": True}
     if home is None:
         from torch.utils.cpp_extension import CppExtension
 
-        return CppExtension("cc_attention._C", sources, extra_compile_args=flags + cxx_flags, **options)
+        return CppExtension(name, sources, extra_compile_args=flags + cxx_flags, **options)
 
     # cpp_extension reads CUDA_HOME and TORCH_CUDA_ARCH_LIST when it is imported or used.
     os.environ["CUDA_HOME"] = str(home)
@@ -125,10 +154,10 @@ def make_extension(compiler: str, home: Path | None) -> setuptools.Extension:
     from torch.utils.cpp_extension import CUDAExtension
 
     flags.append("-DUSE_CUDA")
-    sources += [f"{CSRC}/{name}" for name in CUDA_SOURCES]
+    sources += library.paths(library.cuda)
     host = ["-ccbin", compiler] if len(shlex.split(compiler)) == 1 else []  # otherwise nvcc chooses
     per_compiler = {"cxx": flags + cxx_flags, "nvcc": flags + host}
-    result = CUDAExtension("cc_attention._C", sources, extra_compile_args=per_compiler, **options)
+    result = CUDAExtension(name, sources, extra_compile_args=per_compiler, **options)
     # Link by the full name: the toolkit from PyPI has libcudart.so.13 but no libcudart.so.
     major = torch.version.cuda.split(".")[0]
     result.libraries = [f":libcudart.so.{major}" if name == "cudart" else name for name in result.libraries]
@@ -136,34 +165,37 @@ def make_extension(compiler: str, home: Path | None) -> setuptools.Extension:
 
 
 def main() -> None:
-    """Run the setuptools command, with the extension if there is a compiler."""
-    check_sources()
+    """Run the setuptools command, with the extensions if there is a compiler."""
+    in_place = "--inplace" in sys.argv or "-i" in sys.argv
+    libraries = [CC_ATTENTION, FUSED] if in_place and Path("fused").is_dir() else [CC_ATTENTION]
+    for library in libraries:
+        check_sources(library)
     compiler, reason = find_compiler()
     if compiler is None:
         print(f"cc_attention: pure Python, without the compiled operators: {reason}", flush=True)
         setuptools.setup()
         return
     toolkit, reason = find_toolkit()
-    extension = make_extension(compiler, toolkit)
+    extensions = [make_extension(library, compiler, toolkit) for library in libraries]
     kind = f"CUDA ({toolkit}, {os.environ['TORCH_CUDA_ARCH_LIST']})" if toolkit else "CPU only"
     print(f"cc_attention: {kind}: {reason}; {compiler}; PyTorch {torch.__version__}", flush=True)
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        """Build the extension; a failure ends the build with one line."""
+        """Build the extensions; a failure ends the build with one line."""
 
         def build_extensions(self) -> None:
-            """Compile the extension."""
+            """Compile the extensions."""
             try:
                 super().build_extensions()
             except Exception as error:  # setuptools and PyTorch raise errors without a common base class
                 sys.exit(
-                    f"cc_attention: error: {compiler} did not build the extension ({error}; see its messages "
-                    "above); set CXX to another compiler, or CCNET_EXTENSION=0 to install without"
+                    f"cc_attention: error: {compiler} did not build the extensions ({error}; see its "
+                    "messages above); set CXX to another compiler, or CCNET_EXTENSION=0 to install without"
                 )
 
     setuptools.setup(
-        ext_modules=[extension],
+        ext_modules=extensions,
         cmdclass={"build_ext": Build},
         # force: otherwise a library from an earlier build without CUDA could count as up to date
         options={"build_ext": {"force": True}, "bdist_wheel": {"py_limited_api": "cp310"}},

@@ -11,12 +11,13 @@ import pytest
 from engine.runtime.distributed import OPERATOR_MISSING
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"cc_attention", "dataset", "engine", "loss", "networks", "utils"}
+PACKAGES = {"cc_attention", "dataset", "engine", "fused", "loss", "networks", "utils"}
 #: What may import everything below it and is imported by nothing below it, besides train.py and evaluate.py.
 TOP = {"tools", "benchmarks", "examples", "tests"}
-#: Packages that a package may import besides itself. cc_attention is installed alone; the others use utils.
-ALLOWED = {name: {"utils"} for name in PACKAGES - {"cc_attention", "utils"}}
-ALLOWED["networks"] = {"utils", "cc_attention"}
+#: Packages that a package may import besides itself. The operators need nothing else; the others use utils.
+ALLOWED = {name: {"utils"} for name in PACKAGES - {"cc_attention", "fused", "utils"}}
+ALLOWED["networks"] = {"utils", "cc_attention", "fused"}
+ALLOWED["engine"] = ALLOWED["loss"] = {"utils", "fused"}
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 COMMANDS = [
     *(ROOT / name for name in ("train.py", "evaluate.py", "segmenter.py", "hubconf.py", "setup.py")),

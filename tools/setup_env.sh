@@ -3,12 +3,12 @@
 #
 #     . tools/setup_env.sh        then run "$PYTHON" ...
 #
-# A virtual environment .venv with the requirements, and the extension cc_attention._C built in place. Whatever is
+# A virtual environment .venv with the requirements, and the extensions cc_attention._C and fused._C built in place. Whatever is
 # complete is stamped: the next run reuses it, and repairs what an interrupted one left.
 #
 #   CCNET_PYTHON=/path/to/python   a complete environment to use instead; nothing is installed into it
 #   CCNET_DEV=1                    the requirements of the tests as well
-#   CCNET_CUDA=0                   builds the extension for the CPU alone
+#   CCNET_CUDA=0                   builds the extensions for the CPU alone
 #   CCNET_EXTENSION=0              builds none
 
 ccnet_say() { echo "setup: $*" >&2; }
@@ -115,8 +115,8 @@ print("" if needless else torch.version.cuda or "")') || return 0
     return 1
 }
 
-# Prints what the built extension depends on: sources, interpreter, PyTorch (read without importing it), settings; and
-# the library itself, in case somebody built another by hand.
+# Prints what the built extensions depend on: sources, interpreter, PyTorch (read without importing it), settings; and
+# the libraries themselves, in case somebody built another by hand.
 ccnet_build_key() {
     local torch
     torch=$("$PYTHON" -c '
@@ -127,13 +127,13 @@ print(sys.executable, sys.version, platform.machine(), torch.origin, version["__
         return 1
     {
         echo "$torch ${CXX:-} ${CCNET_EXTENSION:-} ${CCNET_CUDA:-} ${USE_CUDA:-} ${ccnet_cuda_home:-} ${TORCH_CUDA_ARCH_LIST:-}"
-        find cc_attention/csrc setup.py cc_attention/_C*.so -type f -print -exec cat {} + 2>/dev/null || true
+        find {cc_attention,fused}/csrc setup.py {cc_attention,fused}/_C*.so -type f -print -exec cat {} + 2>/dev/null || true
     } | ccnet_digest
 }
 
-ccnet_is_built() { compgen -G 'cc_attention/_C*.so' >/dev/null; }
+ccnet_is_built() { compgen -G 'cc_attention/_C*.so' >/dev/null && compgen -G 'fused/_C*.so' >/dev/null; }
 
-# Builds cc_attention._C in place. A failure is no error: the reference implementation takes over.
+# Builds the extensions in place. A failure is no error: the reference implementation takes over.
 ccnet_build() {
     local key stamp=build/ccnet-extension log=build/build.log toolkit=0
     local ccnet_cuda_home=${CUDA_HOME:-} # the caller's, before ccnet_get_toolkit names another
@@ -141,21 +141,21 @@ ccnet_build() {
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then return; fi
     mkdir -p build
     # The library may be of another PyTorch, where it would not load; the objects, newer than the sources they are not of.
-    rm -rf "$stamp" cc_attention/_C*.so build/temp.* build/lib.*
+    rm -rf "$stamp" {cc_attention,fused}/_C*.so build/temp.* build/lib.*
     ccnet_get_toolkit || toolkit=$?
-    ccnet_say "building cc_attention._C (log: $log)"
+    ccnet_say "building the extensions (log: $log)"
     if (
         PATH=$(dirname "$PYTHON"):$PATH # for ninja
         "$PYTHON" setup.py build_ext --inplace || exit 1
-        if ccnet_is_built; then "$PYTHON" -W error -c 'import cc_attention'; fi
+        if ccnet_is_built; then "$PYTHON" -W error -c 'import cc_attention, fused'; fi
     ) >"$log" 2>&1; then
         grep '^cc_attention: ' "$log" >&2 || true
     else
-        rm -f cc_attention/_C*.so
+        rm -f {cc_attention,fused}/_C*.so
         tail -n 15 "$log" >&2
     fi
     if ! ccnet_is_built; then
-        ccnet_say "cc_attention._C was not built (log: $log): the reference implementation will be used"
+        ccnet_say "the extensions were not built (log: $log): the reference implementation will be used"
     elif [ $toolkit = 0 ]; then
         ccnet_build_key >"$stamp"
     fi

@@ -90,7 +90,7 @@ def checkout(tmp_path: Path) -> Path:
     """Return a copy of the files that the build and the set-up read, without build results."""
     folder = tmp_path / "a checkout"
     ignore = shutil.ignore_patterns("_C*", "__pycache__")
-    for name in ("cc_attention", "tools"):
+    for name in ("cc_attention", "fused", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     (folder / "networks").mkdir()
     (folder / "networks/__init__.py").touch()
@@ -114,9 +114,11 @@ def run_setup(checkout: Path, *arguments: object, **environment: str) -> subproc
     )
 
 
-def test_every_source_is_listed(script: ModuleType) -> None:
-    listed = [*script.HOST_SOURCES, *script.CUDA_SOURCES, *script.HEADERS]
-    csrc = ROOT / script.CSRC
+@pytest.mark.parametrize("name", ["CC_ATTENTION", "FUSED"])
+def test_every_source_is_listed(script: ModuleType, name: str) -> None:
+    library = getattr(script, name)
+    listed = [*library.host, *library.cuda, *library.headers]
+    csrc = ROOT / library.package / "csrc"
     assert sorted(listed) == sorted(str(path.relative_to(csrc)) for path in csrc.rglob("*") if path.is_file())
 
 
@@ -264,7 +266,7 @@ esac"""
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "out of order" in result.stdout + result.stderr
     last = result.stderr.splitlines()[-1]
-    assert last.startswith(f"cc_attention: error: {compiler} did not build the extension")
+    assert last.startswith(f"cc_attention: error: {compiler} did not build the extensions")
     assert "CCNET_EXTENSION=0" in last and not list(tmp_path.glob("*.whl"))
 
 

@@ -1,52 +1,14 @@
 // Small dense matrix products, computed in register tiles of kTileRows rows and kTileVectors vectors.
 //
-// This file and lines.h are included once for each instruction set, by the .cpp file that names it and defines
-//   kVectorBytes                the width of a vector register
+// This file and lines.h are included once for each instruction set, like vector.h, by a .cpp file that also defines
 //   kTileRows, kTileVectors     the size of a register tile: its sums, one row of factors and a broadcast fit in the
 //                               registers
-// Everything is in an unnamed namespace, so that the linker cannot merge the code of different instruction sets.
 #pragma once
 
-#include "instruction_sets.h"
+#include "vector.h"
 
 namespace cc_attention {
 namespace {
-
-// The type in which values of storage type T are summed.
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename S>
-constexpr int64_t kLanes = kVectorBytes / sizeof(S);
-
-template <typename S>
-struct VectorOf {
-  typedef S type __attribute__((vector_size(kVectorBytes), may_alias));
-  typedef S anywhere __attribute__((vector_size(kVectorBytes), may_alias, aligned(alignof(S))));
-};
-
-template <typename S>
-using Vector = typename VectorOf<S>::type;
-
-// Returns vector number `index` of an array that is aligned to kVectorBytes.
-template <typename S>
-Vector<S>& vector_at(S* data, int64_t index = 0) {
-  return reinterpret_cast<Vector<S>*>(data)[index];
-}
-
-// Load and store at any address that is aligned for S. The vector is passed by value: clang assumes that a reference to
-// a vector is aligned to kVectorBytes.
-template <typename S>
-Vector<S> load_vector(const S* data) {
-  return *reinterpret_cast<const typename VectorOf<S>::anywhere*>(data);
-}
-
-template <typename S>
-void store_vector(S* data, Vector<S> vector) {
-  *reinterpret_cast<typename VectorOf<S>::anywhere*>(data) = vector;
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls body with min(n, kMax) as a compile-time constant; n must be at least 1.
 template <int kMax, typename Body>
@@ -149,19 +111,6 @@ inline int64_t depth_of_sums(int64_t rows) { return rows <= 16 ? 8 : kLongestSum
 template <typename S>
 constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};
 
-// Converts from the storage type to the summing type, or back.
-template <typename From, typename To>
-void convert(const From* from, To* to, int64_t count) {
-  constexpr int64_t kStep = kLanes<float>;  // a constant, so that the inner loop becomes one vector operation
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep)
-#ifdef __clang__
-#pragma clang loop unroll(disable) vectorize(enable)  // otherwise clang vectorizes the outer loop, at half the speed
-#endif
-    for (int64_t lane = 0; lane < kStep; ++lane) to[i + lane] = static_cast<To>(from[i + lane]);
-  for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
-}
-
 // multiply_tile for whole matrices: a [rows, depth], b [depth, columns padded to full vectors], out [rows, columns] of
 // any storage type. Tiles that are not full vectors of the summing type go through a temporary tile.
 template <typename T, typename S = Sum<T>>
@@ -205,17 +154,6 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a,
   }
 }
 
-// Returns the selected lanes of the concatenation of a and b.
-template <typename S, int64_t... kLane>
-Vector<S> shuffle(const Vector<S>& a, const Vector<S>& b) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, kLane...);
-#else  // GCC has __builtin_shufflevector since version 12
-  typedef std::conditional_t<sizeof(S) == 4, int32_t, int64_t> Lanes __attribute__((vector_size(kVectorBytes)));
-  return __builtin_shuffle(a, b, Lanes{kLane...});
-#endif
-}
-
 // Transposes a kLanes x kLanes square from `from`, with row stride from_row, to `to`, with row stride to_row. Each of
 // the log2(kLanes) rounds interleaves rows i and i + kLanes / 2 into rows 2 i and 2 i + 1.
 template <typename S, size_t... kLane>
@@ -241,41 +179,6 @@ void transpose(int64_t rows, int64_t columns, const S* from, int64_t from_row, S
     for (int64_t j = 0; j < columns; j += kLanes<S>)
       transpose_square(from + i * from_row + j, from_row, to + j * to_row + i, to_row,
                        std::make_index_sequence<kLanes<S>>());
-}
-
-// Combines the lanes of a vector in pairs, lane i with lane i + kHalf, until one is left.
-// Write `combine` as a lambda with [&]: GCC also turns a lambda without captures into a plain function, which would
-// lack the instruction set of the file.
-template <typename S, int64_t kHalf = kLanes<S> / 2, typename Combine, size_t... kLane>
-S reduce(const Vector<S>& vector, const Combine& combine, std::index_sequence<kLane...> lanes) {
-  const Vector<S> combined = combine(vector, shuffle<S, (kLane ^ kHalf)...>(vector, vector));
-  if constexpr (kHalf == 1)
-    return combined[0];
-  else
-    return reduce<S, kHalf / 2>(combined, combine, lanes);
-}
-
-template <typename S, typename Combine>
-S reduce(const Vector<S>& vector, const Combine& combine) {
-  return reduce<S>(vector, combine, std::make_index_sequence<kLanes<S>>());
-}
-
-// x = exp(x), accurate to 2 units in the last place; subnormal results become 0, and exp(x) must not overflow.
-// It is computed as 2^n e^r with an integer n and |r| <= log(2) / 2.
-inline void exponential(Vector<float>& x) {
-  constexpr float kRound = 0x1.8p23f;  // a sum of this size has no fractional bits, and n in its lowest bits
-  const Vector<float> shifted = x * 0x1.715476p0f + kRound;
-  const Vector<float> n = shifted - kRound;
-  const Vector<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log(2) in two parts, the first exact with n
-  Vector<float> power = r * (1 / 5040.f) + 1 / 720.f;
-  for (float coefficient : {1 / 120.f, 1 / 24.f, 1 / 6.f, 1 / 2.f, 1.f, 1.f}) power = power * r + coefficient;
-  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
-  const Bits two_to_the_n = (reinterpret_cast<Bits>(shifted) << 23) + (127 << 23);
-  x = x < -87.f ? Vector<float>{} : power * reinterpret_cast<Vector<float>>(two_to_the_n);
-}
-
-inline void exponential(Vector<double>& x) {
-  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
 }
 
 }  // namespace

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[2] / "cc_attention/csrc"
-HARNESS = HERE / "harness.cpp"
-CACHE = HERE.parents[2] / "build/emulator"
+ROOT = HERE.parents[2]
+CSRC = ROOT / "cc_attention/csrc"
+#: By the folder of the sources, the file with what Python calls their kernels by.
+HARNESSES = {CSRC: HERE / "harness.cpp", ROOT / "fused/csrc": HERE / "fused_harness.cpp"}
+CACHE = ROOT / "build/emulator"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 #: 0, 1: in rounds, forwards and backwards; 2, 3: the first warp ahead and the last behind, and the opposite;
@@ -76,21 +78,26 @@ def build(
     edits: Mapping[str, str] | None = None,
     sources: Iterable[Path] | None = None,
     flags: Iterable[str] = ("-O2",),
+    csrc: Path = CSRC,
 ) -> Path:
     """Compile the kernels into a library for the CPU, or reuse an existing one.
 
     Args:
-        edits: texts in the place of files of cc_attention/csrc, {"cuda/device.h": ...}.
-        sources: files to compile; without, all of cc_attention/csrc/cuda and what Emulator calls them by.
+        edits: texts in the place of files of `csrc`, {"cuda/device.h": ...}.
+        sources: files to compile; without, all of `csrc`/cuda and what Python calls them by.
         flags: further flags of the compiler.
+        csrc: folder of the sources, a key of HARNESSES.
 
     Returns:
         The library; build/emulator keeps objects and libraries under the hash of all that they depend on.
     """
-    edits = edits or {}
-    texts = {f"cuda/{path.name}": path.read_text() for path in sources or [*CSRC.glob("cuda/*.cu"), HARNESS]}
-    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h")]
-    texts |= {str(path.relative_to(CSRC)): path.read_text() for path in headers}
+    place = csrc.relative_to(ROOT)
+    edits = {str(place / name): text for name, text in (edits or {}).items()}
+    compiled = sources or [*csrc.glob("cuda/*.cu"), HARNESSES[csrc]]
+    texts = {str(place / "cuda" / path.name): path.read_text() for path in compiled}
+    for folder in {CSRC, csrc}:
+        headers = [*folder.glob("*.h"), *folder.glob("cuda/*.h")]
+        texts |= {str(path.relative_to(ROOT)): path.read_text() for path in headers}
     assert edits.keys() <= texts.keys(), f"files that are not compiled: {[*(edits.keys() - texts.keys())]}"
     texts |= edits
     own = [HERE / name for name in ("emulator.h", "emulator_device.h", "emulator.cpp")]
@@ -102,7 +109,7 @@ def build(
     common = digest(compiler_version(), *flags, *included, *(path.read_text() for path in own))
 
     # Copy all sources for the edits, because the files include each other by relative paths.
-    tree = CACHE / digest(common, *sorted(map(str, texts.items()))) / "csrc"
+    tree = CACHE / digest(common, *sorted(map(str, texts.items()))) / "tree"
     for name, text in texts.items():
         make_once(tree / name, partial(_write, text))
     # The emulator comes last, because its variables have to follow those of the kernels in memory.

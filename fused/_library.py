@@ -1,0 +1,66 @@
+"""Loading of the compiled operators, and the choice between them and PyTorch's own."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+MODES = ("auto", "on", "off")
+#: Device types whose compiled operators are used by default. No GPU has run the CUDA kernels yet.
+TESTED = frozenset({"cpu"})
+
+
+def _load_library() -> bool:
+    """Register the compiled operators with PyTorch; return whether there are any.
+
+    Raises:
+        ImportError: the library does not load. A silent fallback would make programs slower without an
+            explanation.
+    """
+    spec = importlib.util.find_spec("fused._C")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        raise ImportError(
+            f"{spec.origin} does not load: it is damaged or was built for another PyTorch. Rebuild it "
+            "(`python setup.py build_ext --inplace`), or delete it to use PyTorch's own operators."
+        ) from error
+    return True
+
+
+#: Device types that have compiled operators.
+DEVICE_TYPES: frozenset[str] = frozenset()
+if _load_library():
+    DEVICE_TYPES = frozenset(
+        device_type
+        for device_type in ("cpu", "cuda")
+        if torch._C._dispatch_has_kernel_for_dispatch_key("fused::batch_norm_sums", device_type.upper())
+    )
+
+_mode = "auto"
+
+
+def use(mode: str) -> None:
+    """Choose whether networks, losses and predictions use the fused operators.
+
+    Args:
+        mode: "on" for every device that has them; "off" for none; "auto", the default, for the device types
+            whose kernels have been tested (`TESTED`).
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    _mode = mode
+
+
+def active(device: torch.device) -> bool:
+    """Return whether the fused operators are used on `device` (see `use`)."""
+    if device.type not in DEVICE_TYPES or _mode == "off":
+        return False
+    return _mode == "on" or device.type in TESTED

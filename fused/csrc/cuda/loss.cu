@@ -1,0 +1,2 @@
+#include "../../../cc_attention/csrc/cuda/device.h"
+#include "../loss.h"
