@@ -14,7 +14,6 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +24,14 @@ from dataset import CSDataSet
 from dataset.classes import choose_classes, classes_of_checkpoint
 from dataset.folder_pair import LISTS, is_pair
 from dataset.labels import CITYSCAPES, LABELS, ClassTable, rows_of_table
-from engine.acceleration import accelerate, choose_precision
+from engine.acceleration import accelerate
 from engine.data.loader import Loading
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result, evaluate
 from engine.evaluation.metrics import CityscapesEvaluation, OfficialScores
 from engine.evaluation.submission import check_names, write_archive
 from engine.inference import predict_classes
-from engine.options import EvaluateOptions, add_flags
+from engine.options import EvaluateOptions, add_flags, choose_amp
 from engine.runtime import distributed
 from networks import MODELS, Seg_Model, fold_batch_norm, load_weights, match_weights
 from networks.of_run import Description, OfRun, args_file, describe
@@ -62,11 +61,10 @@ def main() -> int:
     with distributed.reported_once():
         options, table, notes = resolve(args, read_weights(args.restore_from))
         devices = distributed.choose_devices(options.gpu, options.nproc)
-        amp, chosen = choose_precision(options.amp, devices[0])
-        options, notes = replace(options, amp=amp), [*notes, *([chosen] if chosen else [])]
+        options, chosen = choose_amp(options, devices[0])
     return distributed.run(
         devices,
-        check=lambda: check(options, table, devices[0], notes),
+        check=lambda: check(options, table, devices[0], [*notes, *chosen]),
         body=lambda world: run(options, table, world),
     )
 

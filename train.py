@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from functools import partial
 from typing import cast
@@ -23,7 +22,7 @@ from dataset import IMG_MEAN, CSDataSet, cache
 from dataset.classes import Classes, choose_classes
 from dataset.labels import ClassTable
 from engine.data.loader import Loading, train_batches
-from engine.options import TrainOptions, add_flags
+from engine.options import TrainOptions, add_flags, choose_amp
 from engine.randomness import seed_of, set_deterministic
 from engine.runtime import apex, distributed, signals
 from engine.training import checkpoint
@@ -41,7 +40,6 @@ from networks.variants import DEPTHS, options_of
 from utils import args as flags
 from utils.drawing.attention_figure import draw_attention
 from utils.drawing.palette import colored, make_palette
-from utils.errors import UsageError
 from utils.files import check_outputs, check_writable
 from utils.resources import check_fits
 
@@ -61,14 +59,17 @@ def main() -> int:
         args.num_classes = classes.number
         options = TrainOptions.of(args)
         devices = distributed.choose_devices(options.gpu, options.nproc)
+        options, notes = choose_amp(options, devices[0])
     return distributed.run(
         devices,
-        check=lambda: check(options, classes, distributed.processes(devices), devices[0]),
+        check=lambda: check(options, classes, notes, distributed.processes(devices), devices[0]),
         body=lambda world: train(options, classes, world),
     )
 
 
-def check(options: TrainOptions, classes: Classes, processes: int, device: torch.device) -> None:
+def check(
+    options: TrainOptions, classes: Classes, notes: list[str], processes: int, device: torch.device
+) -> None:
     """Check everything that can be known before the first step.
 
     Raises:
@@ -92,18 +93,12 @@ def check(options: TrainOptions, classes: Classes, processes: int, device: torch
         pictures = options.batch_size // (processes * options.grad_accum)
         check_fits("--batch-size, --input-size", pictures * math.prod(options.input_size))
     dataset = make_dataset(options, classes.table)
-    print(*dataset.taken, *classes.notes, dataset.check(), sep="\n", flush=True)
+    print(*notes, *dataset.taken, *classes.notes, dataset.check(), sep="\n", flush=True)
     inputs = [options.restore_from, options.data_list, options.val_list, options.classes, *dataset.files()]
     if val_dataset := make_val_dataset(options, classes.table):
         print(val_dataset.check(), flush=True)
         inputs += val_dataset.files()
-    if classes.own is not None and os.path.realpath(options.snapshot_dir) == os.path.realpath(
-        options.data_dir
-    ):
-        raise UsageError(
-            f"--snapshot-dir {options.snapshot_dir}: is also --data-dir, whose class table the run would "
-            "replace; name another folder"
-        )
+    classes.check_run_folder(options.snapshot_dir, options.data_dir)
     steps, interval = options.num_steps, options.save_pred_every
     outputs = checkpoint.replaced(options.snapshot_dir, steps, interval, classes.own is not None)
     check_outputs(f"--snapshot-dir {options.snapshot_dir}", outputs, inputs)

@@ -59,7 +59,8 @@ class CrissCrossAttention(nn.Module):
         # Convert once for all three convolutions; a no-op if the network runs in channels_last.
         x = _operand(x, self.in_dim, type(self).__name__)
         attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
-        return torch.addcmul(x, self.gamma, attention)  # one pass over memory, not two
+        # One pass over memory, not two. In an autocast region, a float32 gamma would promote the result.
+        return torch.addcmul(x, self.gamma.to(attention.dtype), attention)
 
 
 class RecurrentCrissCrossAttention(CrissCrossAttention):

@@ -20,7 +20,7 @@ from dataset.labels import (
     table_of_rows,
 )
 from dataset.layout import LABEL_IDS
-from utils.errors import DataError
+from utils.errors import DataError, UsageError
 from utils.files import read_text
 from utils.run_files import CLASSES as TABLE
 
@@ -38,6 +38,18 @@ class Classes(NamedTuple):
     number: int
     notes: list[str]  # lines about where the classes are from, if no flag tells them
     own: str | None = None  # the table as text, if no flag gives it: a run of train.py keeps it
+
+    def check_run_folder(self, folder: str, root: str) -> None:
+        """Check that a run in `folder` does not replace the class table of the data set in `root`.
+
+        Raises:
+            UsageError: both are the same folder.
+        """
+        if self.own is not None and os.path.realpath(folder) == os.path.realpath(root):
+            raise UsageError(
+                f"--snapshot-dir {folder}: is also --data-dir, whose class table the run would replace; name "
+                "another folder"
+            )
 
 
 def read_names(path: str) -> list[str]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
-from engine.acceleration import AUTO, PRECISIONS
+from engine.acceleration import AUTO, PRECISIONS, choose_precision
 from utils import args as flags
 from utils.errors import UsageError
 
@@ -93,6 +93,16 @@ class Options:
 
 def _flag_of(each: Field[Any]) -> Flag:
     return each.metadata["flag"]
+
+
+def choose_amp(options: Group, device: torch.device) -> tuple[Group, list[str]]:
+    """Replace --amp auto by the precision for `device`; return the options and lines about the choice.
+
+    Raises:
+        UsageError: the device does not support the precision.
+    """
+    amp, chosen = choose_precision(options.amp, device)  # type: ignore[attr-defined]
+    return replace(options, amp=amp), [chosen] if chosen else []
 
 
 def add_flags(
@@ -340,7 +350,14 @@ class SpeedOptions(Options):
     """Options for the precision and the implementation of a training step."""
 
     title = "speed"
-    amp: str | None = option(None, Flag("mixed precision", choices=tuple(sorted(PRECISIONS)), recipe=True))
+    amp: str | None = option(
+        None,
+        Flag(
+            "mixed precision; auto: bf16 if the device has fast products of it; float32 by default",
+            choices=(AUTO, *sorted(PRECISIONS)),
+            recipe=True,
+        ),
+    )
     channels_last: bool = option(
         False, Flag("store tensors as [N, h, w, C], the layout that tensor cores use", recipe=True)
     )
@@ -456,8 +473,6 @@ class TrainOptions(
                     raise UsageError(
                         f"--{name.replace('_', '-')}: not supported by --backend apex; omit one of them"
                     )
-        if self.amp == "fp16" and device_type == "cpu":
-            raise UsageError("--amp fp16: requires a GPU; use --amp bf16")
 
 
 @dataclass(frozen=True, kw_only=True)

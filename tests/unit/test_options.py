@@ -81,7 +81,6 @@ def test_flags_of_the_run_have_no_default_where_a_checkpoint_is_read() -> None:
         ({"data_list": "a", "val_every": 3}, 1, "cpu", "--val-every: .*--val-list"),
         ({"abn": "inplace", "amp": "bf16"}, 1, "cuda", "--amp bf16: .*--abn torch"),
         ({"backend": "apex", "compile": True}, 1, "cuda", "--compile: not supported by --backend apex"),
-        ({"amp": "fp16"}, 1, "cpu", "--amp fp16: requires a GPU"),
     ],
 )
 def test_contradictions_are_named(values: dict, processes: int, device: str, message: str) -> None:
