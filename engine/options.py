@@ -102,7 +102,7 @@ def choose_amp(options: Group, device: torch.device) -> tuple[Group, list[str]]:
         UsageError: the device does not support the precision.
     """
     amp, chosen = choose_precision(options.amp, device)  # type: ignore[attr-defined]
-    return replace(options, amp=amp), [chosen] if chosen else []
+    return replace(options, **{"amp": amp}), [chosen] if chosen else []
 
 
 def add_flags(
