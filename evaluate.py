@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import fused
 from dataset import CSDataSet
 from dataset.classes import choose_classes, classes_of_checkpoint
 from dataset.folder_pair import LISTS, is_pair
@@ -31,7 +32,7 @@ from engine.evaluation.evaluate import Result, evaluate
 from engine.evaluation.metrics import CityscapesEvaluation, OfficialScores
 from engine.evaluation.submission import check_names, write_archive
 from engine.inference import predict_classes
-from engine.options import EvaluateOptions, add_flags, choose_amp
+from engine.options import EvaluateOptions, add_flags, for_device
 from engine.runtime import distributed
 from networks import MODELS, Seg_Model, fold_batch_norm, load_weights, match_weights
 from networks.of_run import Description, OfRun, args_file, describe
@@ -61,7 +62,7 @@ def main() -> int:
     with distributed.reported_once():
         options, table, notes = resolve(args, read_weights(args.restore_from))
         devices = distributed.choose_devices(options.gpu, options.nproc)
-        options, chosen = choose_amp(options, devices[0])
+        options, chosen = for_device(options, devices[0])
     return distributed.run(
         devices,
         check=lambda: check(options, table, devices[0], [*notes, *chosen]),
@@ -183,6 +184,7 @@ def check_outputs_of(options: EvaluateOptions, dataset: CSDataSet) -> None:
 
 def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.World) -> None:
     """Evaluate the pictures of this process; rank 0 prints and writes the result."""
+    fused.use(options.fused)
     torch.manual_seed(0)  # the same random weights on all processes, if there is no checkpoint
     weights = read_weights(options.restore_from)
     model = make_model(options, weights)
@@ -190,7 +192,7 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
         load_weights(model, str(options.restore_from), complete=True, state=weights)
     # Other networks may apply a batch norm elsewhere than to the convolution before it.
     model = (fold_batch_norm(model) if isinstance(model, Seg_Model) else model.eval()).to(world.device)
-    network = accelerate(model, world.device, options.amp, options.channels_last, options.compile)
+    network = accelerate(model, world.device, options.speed)
     dataset = make_dataset(options, table)
     tile_size = None if options.whole else options.input_size
     tile_batch = options.tile_batch or max(options.batch_size, 4 if world.device.type == "cuda" else 1)

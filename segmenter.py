@@ -26,7 +26,7 @@ from dataset import IMG_MEAN
 from dataset.classes import classes_of_checkpoint
 from dataset.labels import NUM_CLASSES, ClassTable, LabelReader, choose_table
 from dataset.pictures import decode_upright, load
-from engine.acceleration import accelerate, autocast, choose_precision
+from engine.acceleration import Speed, accelerate, autocast, choose_precision
 from engine.data.transfer import subtract_mean
 from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
 from engine.runtime.distributed import choose_devices
@@ -89,14 +89,12 @@ class Segmenter:
         description: Description,
         labels: LabelReader,
         device: torch.device,
-        amp: str | None = None,
-        channels_last: bool = False,
-        compiled: bool = False,
+        speed: Speed,
     ):
         self.device = device
-        self.amp, _ = choose_precision(amp, device)
+        self.amp, _ = choose_precision(speed.amp, device)
         self.model = cast(Seg_Model, fold_batch_norm(model)).to(device)
-        self._network = accelerate(self.model, device, self.amp, channels_last, compiled)
+        self._network = accelerate(self.model, device, speed._replace(amp=self.amp))
         self.path: str | None = None
         self.description = description
         self.labels = labels
@@ -114,6 +112,7 @@ class Segmenter:
         amp: str | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        cuda_graph: bool = False,
         say: Callable[[str], object] = lambda line: warnings.warn(line, stacklevel=3),
         **flags: Any,
     ) -> Segmenter:
@@ -129,6 +128,7 @@ class Segmenter:
                 fast products of it, or None for float32.
             channels_last: whether to store tensors as [N, h, w, C].
             compile: whether to compile the network with torch.compile.
+            cuda_graph: whether to record the kernels of the network once for each size of its input.
             say: function that gets a line about each flag that differs from the recorded one, and about the
                 precision that "auto" chooses.
             **flags: model, backbone, recurrence, num_classes or classes (path of a class table), as the flags
@@ -167,7 +167,8 @@ class Segmenter:
         if path is not None:
             load_weights(model, path, complete=True, state=state)
         labels = LabelReader(table, num_classes=number)
-        segmenter = cls(cast(Seg_Model, model), found, labels, device, amp, channels_last, compile)
+        speed = Speed(amp, channels_last, compile, cuda_graph)
+        segmenter = cls(cast(Seg_Model, model), found, labels, device, speed)
         segmenter.path, segmenter.run = path, recorded.run
         if path is not None:
             segmenter.files = [path, args_file(path), *filter(None, [classes])]

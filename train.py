@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import fused
 from dataset import IMG_MEAN, CSDataSet, cache
 from dataset.classes import Classes, choose_classes
 from dataset.labels import ClassTable
 from engine.data.loader import Loading, train_batches
-from engine.options import TrainOptions, add_flags, choose_amp
+from engine.options import TrainOptions, add_flags, for_device
 from engine.randomness import seed_of, set_deterministic
 from engine.runtime import apex, distributed, signals
 from engine.training import checkpoint
@@ -32,7 +33,7 @@ from engine.training.schedule import poly_lr, set_learning_rate
 from engine.training.step import Stepper
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
-from networks import MODELS, Seg_Model, load_weights, match_weights, synchronize, train_mode
+from networks import MODELS, Seg_Model, load_weights, match_weights, recompute, synchronize, train_mode
 from networks.abn import require_inplace_abn
 from networks.attention import picture_attention
 from networks.pretrained import read_weights
@@ -59,7 +60,7 @@ def main() -> int:
         args.num_classes = classes.number
         options = TrainOptions.of(args)
         devices = distributed.choose_devices(options.gpu, options.nproc)
-        options, notes = choose_amp(options, devices[0])
+        options, notes = for_device(options, devices[0])
     return distributed.run(
         devices,
         check=lambda: check(options, classes, notes, distributed.processes(devices), devices[0]),
@@ -113,6 +114,7 @@ def train(options: TrainOptions, classes: Classes, world: distributed.World) -> 
     """Train on this process's share of each batch; rank 0 writes the log, states and snapshots."""
     with signals.stop_request() as stop, exclusive(options.snapshot_dir, world):
         set_deterministic(options.deterministic)
+        fused.use(options.fused)
         dataset = make_dataset(options, classes.table)
         if place := cache_place(options):
             dataset.cache = cache.open_shared(place, dataset, world)
@@ -121,11 +123,12 @@ def train(options: TrainOptions, classes: Classes, world: distributed.World) -> 
         model = make_start(options).to(world.device).to(memory_format=options.memory_format)
         average = WeightAverage(model, options.ema) if options.ema is not None else None
         synchronize(model, world)
+        recompute(model, options.recompute)
         train_mode(model, options.freeze_bn)
         optimizer = make_optimizer(options, model)
         parallel = make_parallel(options, model, world)
         criterion = make_criterion(options).to(world.device)
-        stepper = Stepper(parallel, criterion, optimizer, world, options.amp, options.grad_accum, seed)
+        stepper = Stepper(parallel, criterion, optimizer, world, options.stepping(world.device))
 
         parts = Parts(model, optimizer, stepper.scaler, average)
         recipe = options.recipe() | {"data": dataset.digest()}
@@ -212,8 +215,8 @@ def make_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Optim
     lr, momentum, decay = options.learning_rate, options.momentum, options.weight_decay
     if options.backend == "apex":
         return apex.optimizer(model.parameters(), lr, momentum, decay)
-    fused = options.fused_sgd or None
-    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay, fused=fused)
+    in_one_kernel = True if fused.active(next(model.parameters()).device) else None
+    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay, fused=in_one_kernel)
 
 
 def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.World) -> nn.Module:

@@ -1,14 +1,15 @@
-"""Precision, memory format and compilation of a network: --amp, --channels-last, --compile."""
+"""Precision, memory format and implementation of a network (--amp, --channels-last, --compile, ...)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import fused
 from utils.errors import UsageError
 
 #: Autocast type of each precision.
@@ -56,28 +57,108 @@ def choose_precision(amp: str | None, device: torch.device) -> tuple[str | None,
     return None, f"--amp auto: float32, because this {_name(device)} has no fast products of bf16"
 
 
+def use_fused(mode: str, device: torch.device) -> None:
+    """Use fused operators in this process, as --fused says.
+
+    Raises:
+        UsageError: fused operators are requested, and there are none for the device.
+    """
+    if mode == "on" and device.type not in fused.DEVICE_TYPES:
+        raise UsageError(
+            f"--fused on: there are no fused operators for this {_name(device)}; build them with python "
+            "setup.py build_ext --inplace, or omit the flag"
+        )
+    fused.use(mode)
+
+
+class Speed(NamedTuple):
+    """The precision and the implementation of a network in evaluation mode.
+
+    Attributes:
+        amp: precision, from `choose_precision`.
+        channels_last: whether to store tensors as [N, h, w, C].
+        compile: whether to compile the network with torch.compile.
+        cuda_graph: whether to record its kernels as CUDA graphs.
+    """
+
+    amp: str | None = None
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
+
+
 def accelerate(
-    model: nn.Module, device: torch.device, amp: str | None, channels_last: bool, compiled: bool
+    model: nn.Module, device: torch.device, speed: Speed
 ) -> Callable[[Tensor], Tensor | Sequence[Tensor]]:
     """Return a function that computes a network in evaluation mode.
 
     Args:
         model: the network, on `device`. Its weights are converted to channels_last in place, if requested.
         device: device of the network.
-        amp: precision, from `choose_precision`.
-        channels_last: whether to store tensors as [N, h, w, C].
-        compiled: whether to compile the network with torch.compile.
+        speed: precision and implementation.
+
+    Raises:
+        UsageError: CUDA graphs are requested on a CPU.
     """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    if channels_last:
+    if speed.cuda_graph and device.type != "cuda":
+        raise UsageError("--cuda-graph: requires a GPU; omit it")
+    layout = torch.channels_last if speed.channels_last else torch.contiguous_format
+    if speed.channels_last:
         model.to(memory_format=layout)  # type: ignore[call-overload]
-    network: Any = torch.compile(model) if compiled else model
+    network: Any = torch.compile(model) if speed.compile else model
 
     def run(images: Tensor) -> Tensor | Sequence[Tensor]:
-        with autocast(device, amp):
-            return network(images.contiguous(memory_format=layout))
+        with autocast(device, speed.amp):
+            return network(images)
 
-    return run
+    compute = _Graphs(run) if speed.cuda_graph else run
+    return lambda images: compute(images.contiguous(memory_format=layout))
+
+
+class _Graphs:
+    """Run a function of images as CUDA graphs, one for each size of its input.
+
+    A graph launches all kernels at once, so that the host does not limit the speed of small inputs.
+
+    Args:
+        function: network in evaluation mode; returns a tensor or a sequence of tensors.
+    """
+
+    #: Graphs to keep: each holds the activations of its size. Further sizes run without a graph.
+    MOST = 4
+
+    def __init__(self, function: Callable[[Tensor], Tensor | Sequence[Tensor]]):
+        self.function = function
+        self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Sequence[Tensor]]] = {}
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        """Return the outputs for images [N, 3, h, w], in memory of their own."""
+        if images.shape not in self._recorded:
+            if len(self._recorded) == self.MOST:
+                return _as_sequence(self.function(images))
+            self._recorded[images.shape] = self._record(images)
+        graph, inputs, outputs = self._recorded[images.shape]
+        inputs.copy_(images)
+        graph.replay()
+        return [output.clone() for output in outputs]
+
+    def _record(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Sequence[Tensor]]:
+        inputs = images.clone()
+        # Libraries choose their kernels and allocate their workspaces in the first runs.
+        stream = torch.cuda.Stream(images.device)
+        stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.function(inputs)
+        torch.cuda.current_stream(images.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = _as_sequence(self.function(inputs))
+        return graph, inputs, outputs
+
+
+def _as_sequence(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else outputs
 
 
 def _name(device: torch.device) -> str:

@@ -20,7 +20,10 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
-from engine.acceleration import AUTO, PRECISIONS, choose_precision
+import fused
+from engine.acceleration import AUTO, PRECISIONS, Speed, choose_precision, use_fused
+from engine.training.step import StepOptions
+from fused import MODES
 from utils import args as flags
 from utils.errors import UsageError
 
@@ -60,6 +63,15 @@ class Flag(NamedTuple):
     shared: bool = False
 
 
+#: The flag --fused of train.py and of the commands that predict.
+FUSED = Flag(
+    "fused batch norm, loss, optimizer and prediction; auto: on CPUs only, because no GPU has run them yet",
+    choices=MODES,
+    recipe=True,
+    noted=True,
+)
+
+
 def option(default: Any, flag: Flag) -> Any:
     """Return the dataclass field of a flag."""
     return field(default=default, metadata={"flag": flag})
@@ -95,13 +107,18 @@ def _flag_of(each: Field[Any]) -> Flag:
     return each.metadata["flag"]
 
 
-def choose_amp(options: Group, device: torch.device) -> tuple[Group, list[str]]:
-    """Replace --amp auto by the precision for `device`; return the options and lines about the choice.
+def for_device(options: Group, device: torch.device) -> tuple[Group, list[str]]:
+    """Replace --amp auto by the precision for `device`, and check --fused.
+
+    Returns:
+        The options, and lines about the choice.
 
     Raises:
-        UsageError: the device does not support the precision.
+        UsageError: the device does not support a flag.
     """
-    amp, chosen = choose_precision(options.amp, device)  # type: ignore[attr-defined]
+    values: Any = options
+    use_fused(values.fused, device)
+    amp, chosen = choose_precision(values.amp, device)
     return replace(options, **{"amp": amp}), [chosen] if chosen else []
 
 
@@ -362,7 +379,17 @@ class SpeedOptions(Options):
         False, Flag("store tensors as [N, h, w, C], the layout that tensor cores use", recipe=True)
     )
     compile: bool = option(False, Flag("compile the network with torch.compile", recipe=True))
-    fused_sgd: bool = option(False, Flag("update all weights in one kernel", recipe=True))
+    fused: str = option("auto", FUSED)
+    recompute: bool = option(
+        False,
+        Flag(
+            "recompute outputs of batch norm in the backward pass: less memory, the same results; requires "
+            "--fused"
+        ),
+    )
+    cuda_graph: bool = option(
+        False, Flag("record the kernels of a step once and launch them together (on one GPU)", recipe=True)
+    )
     grad_accum: int = option(
         1, Flag("split each batch into N parts to save memory", flags.batch, metavar="N", recipe=True)
     )
@@ -431,6 +458,13 @@ class TrainOptions(
         """Whether every weight gets a gradient; with --recurrence 0, those of the attention get none."""
         return self.recurrence > 0
 
+    def stepping(self, device: torch.device) -> StepOptions:
+        """Return the options of a step on `device`."""
+        # Like the fused operators, this has not run on a GPU yet.
+        late = device.type == "cuda" and fused.active(device)
+        late = late and self.amp != "fp16" and self.backend == "torch"
+        return StepOptions(self.amp, self.grad_accum, self.random_seed, late, self.cuda_graph)
+
     def check(self, processes: int, device_type: str) -> None:
         """Check the options against each other and against the processes of the run.
 
@@ -467,8 +501,20 @@ class TrainOptions(
             raise UsageError(
                 f"--amp {self.amp}: the inplace-abn package supports float32 only; use --abn torch"
             )
+        if self.recompute and not fused.active(torch.device(device_type)):
+            raise UsageError("--recompute: requires the fused operators; add --fused on, or omit it")
+        if self.recompute and (self.abn != "torch" or self.compile):
+            raise UsageError("--recompute: not supported by --abn inplace and --compile; omit one of them")
+        if self.cuda_graph and (device_type != "cuda" or processes > 1):
+            raise UsageError(
+                "--cuda-graph: requires a single process on a GPU; omit it, or give one --gpu id"
+            )
+        if self.cuda_graph and (self.grad_accum > 1 or self.amp == "fp16" or self.compile):
+            raise UsageError(
+                "--cuda-graph: not supported by --grad-accum, --amp fp16 and --compile; omit one of them"
+            )
         if self.backend == "apex":
-            for name in ("channels_last", "compile", "fused_sgd"):
+            for name in ("channels_last", "compile", "recompute", "cuda_graph"):
                 if getattr(self, name):
                     raise UsageError(
                         f"--{name.replace('_', '-')}: not supported by --backend apex; omit one of them"
@@ -521,6 +567,15 @@ class InferenceOptions(Options):
         Flag("store tensors as [N, h, w, C], the layout that tensor cores and CPUs use", noted=True),
     )
     compile: bool = option(False, Flag("compile the network with torch.compile", noted=True))
+    fused: str = option("auto", FUSED)
+    cuda_graph: bool = option(
+        False, Flag("record the kernels of the network once for each size of its input (on a GPU)")
+    )
+
+    @property
+    def speed(self) -> Speed:
+        """The precision and the implementation of the network."""
+        return Speed(self.amp, self.channels_last, self.compile, self.cuda_graph)
 
 
 @dataclass(frozen=True, kw_only=True)

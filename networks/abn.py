@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+import fused
 from utils.errors import UsageError
 
 BACKENDS = ("torch", "inplace", "apex")
@@ -26,7 +29,8 @@ class StatisticsGroup(Protocol):
 class ABN(nn.Module):
     """Batch norm with scale |weight| + eps, followed by an activation.
 
-    The layer computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)``.
+    The layer computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias)``. A residual is
+    added before the activation.
 
     This is the formula of the in-place ABN that CCNet was trained with. Every release of inplace_abn computes
     it, as does libs/src/bn.cu of the original CCNet repository. Ordinary batch norm with weights that were
@@ -75,6 +79,7 @@ class ABN(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.group: StatisticsGroup | None = None  # set by synchronize()
+        self.recompute = False  # set by recompute()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.running_mean: Tensor
@@ -82,31 +87,47 @@ class ABN(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x [N, C, ...] and apply the activation."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalize x [N, C, ...], add a residual of the same shape, if given, and apply the activation."""
+        if self._is_fused(x):
+            return self._forward_fused(x, residual)[0]
         if self.backend == "inplace":
-            return self._forward_inplace(x)
+            # The backward pass of the package recomputes the input from the output, which is impossible after
+            # a ReLU or a residual. So these are applied separately below, at the cost of their memory.
+            inside = "identity" if self.activation == "relu" or residual is not None else self.activation
+            y = self._forward_inplace(x, inside)
+            if inside == self.activation:
+                return y if residual is None else y + residual
+        else:
+            y = self._forward_torch(x)
+        return _activate(y if residual is None else y + residual, self.activation, self.slope)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Return whether fused operators compute this layer.
+
+        Their derivatives can't be differentiated, and torch.compile fuses PyTorch's own operators. On a GPU,
+        the operators need channels_last.
+        """
+        return (
+            self.backend == "torch"
+            and fused.active(x.device)
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+            and (x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last))
+        )
+
+    def _forward_torch(self, x: Tensor) -> Tensor:
+        """Normalize x without an activation, by PyTorch or apex."""
         weight = torch.where(self.weight >= 0, self.weight, -self.weight) + self.eps
         if self.training and self.group is not None:
             # apex has kernels for these two dtypes only.
             by_apex = self.backend == "apex" and x.dtype in (torch.float32, torch.float16)
-            y = (_apex_batch_norm if by_apex else _synchronized_batch_norm)(x, weight, self, self.group)
-        else:
-            y = F.batch_norm(
-                x,
-                self.running_mean,
-                self.running_var,
-                weight,
-                self.bias,
-                self.training,
-                self.momentum,
-                self.eps,
-            )
-        if self.activation == "relu":
-            return F.relu(y)
-        return F.leaky_relu(y, self.slope) if self.activation == "leaky_relu" else y
+            return (_apex_batch_norm if by_apex else _synchronized_batch_norm)(x, weight, self, self.group)
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, weight, self.bias, self.training, self.momentum, self.eps)
 
-    def _forward_inplace(self, x: Tensor) -> Tensor:
+    def _forward_inplace(self, x: Tensor, activation: str) -> Tensor:
         from inplace_abn import functions
 
         arguments = (x, self.weight, self.bias, self.running_mean, self.running_var)
@@ -114,18 +135,14 @@ class ABN(nn.Module):
             "training": self.training,
             "momentum": self.momentum,
             "eps": self.eps,
-            # The backward recomputes the input from the output, which is impossible after a ReLU. So a ReLU
-            # is applied separately below, at the cost of its memory.
-            "activation": "identity" if self.activation == "relu" else self.activation,
+            "activation": activation,
             "activation_param": self.slope,
         }
         if self.training and self.group is not None:
             # Pass the group explicitly: current versions of torch do not recognize the package's default
             # group, and the statistics would silently stay unsynchronized.
-            y = functions.inplace_abn_sync(*arguments, group=self.group.group, **options)
-        else:
-            y = functions.inplace_abn(*arguments, **options)
-        return F.relu(y) if self.activation == "relu" else y
+            return functions.inplace_abn_sync(*arguments, group=self.group.group, **options)
+        return functions.inplace_abn(*arguments, **options)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # inplace_abn >= 1.1.0 and torch's batch norm write this entry, but nothing reads it.
@@ -135,6 +152,58 @@ class ABN(nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments shown by `repr`."""
         return f"{self.weight.numel()}, activation={self.activation!r}, backend={self.backend!r}"
+
+
+class Activation(nn.Module):
+    """The activation of an `ABN` that is folded into its convolution. It overwrites its input."""
+
+    def __init__(self, activation: str, slope: float):
+        super().__init__()
+        self.activation = activation
+        self.slope = slope
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Add a residual to x, if given, and apply the activation."""
+        if residual is not None:
+            x = x.add_(residual)
+        return _activate(x, self.activation, self.slope, inplace=True)
+
+    def extra_repr(self) -> str:
+        """Return the arguments shown by `repr`."""
+        return f"{self.activation!r}"
+
+
+def _activate(x: Tensor, activation: str, slope: float, inplace: bool = False) -> Tensor:
+    if activation == "relu":
+        return F.relu(x, inplace)
+    return F.leaky_relu(x, slope, inplace) if activation == "leaky_relu" else x
+
+
+def norm_then(norm: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return layer(norm(x)).
+
+    If `norm` is an `ABN` that recomputes, the backward pass keeps x, but not norm(x), which it computes again
+    where `layer` needs it. The gradients are the same, bit for bit.
+    """
+    if not (isinstance(norm, ABN) and norm.recompute and norm._is_fused(x) and torch.is_grad_enabled()):
+        return layer(norm(x))
+    y, again = norm._forward_fused(x, None)
+
+    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        return again if saved is y else saved
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return layer(y)
+
+
+def recompute(model: nn.Module, enabled: bool = True) -> None:
+    """Choose whether every `ABN` of `model` recomputes its output in the backward pass (see `norm_then`)."""
+    for module in model.modules():
+        if isinstance(module, ABN):
+            module.recompute = enabled
 
 
 def require_inplace_abn(processes: int, device_type: str) -> None:

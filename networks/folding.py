@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from networks.abn import ABN
+from networks.abn import ABN, Activation
 from networks.ccnet import Seg_Model
 
 
@@ -40,13 +40,7 @@ def _fold(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, ABN) and isinstance(before, nn.Conv2d) and _fits(before, child):
             before.weight, before.bias = _fused(before, child)
-            # The activations may overwrite the output of the convolution, which nothing else reads.
-            activations = {
-                "relu": nn.ReLU(inplace=True),
-                "leaky_relu": nn.LeakyReLU(child.slope, inplace=True),
-                "identity": nn.Identity(),
-            }
-            setattr(module, name, activations[child.activation])
+            setattr(module, name, Activation(child.activation, child.slope))
         else:
             _fold(child)
         before = child

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.abn import ABN
+from networks.abn import ABN, norm_then
 from networks.variants import DEPTHS, VARIANTS
 
 
@@ -30,11 +32,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = planes * self.expansion
         self.conv1 = convolution(in_channels, planes, 1)
-        self.bn1 = ABN(planes, "identity", backend)
+        self.bn1 = ABN(planes, "relu", backend)
         self.conv2 = convolution(planes, planes, 3, stride, dilation)
-        self.bn2 = ABN(planes, "identity", backend)
+        self.bn2 = ABN(planes, "relu", backend)
         self.conv3 = convolution(planes, out_channels, 1)
-        self.bn3 = ABN(out_channels, "identity", backend)
+        self.bn3 = ABN(out_channels, "relu", backend)
         # Start each block as the identity, so that training from random weights makes progress from the first
         # steps (Goyal et al., arXiv 1706.02677). Loading a checkpoint overwrites this.
         nn.init.zeros_(self.bn3.weight)
@@ -46,12 +48,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to x [N, in_channels, H, W]."""
-        # The ReLUs are not in-place, because an in-place ABN saves its output for the backward pass.
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        residual = x if self.downsample is None else self.downsample(x)
-        return F.relu(y + residual)
+        y = norm_then(self.bn1, self.conv2, self.conv1(x))
+        y = norm_then(self.bn2, self.conv3, y)
+        return self.bn3(y, x if self.downsample is None else self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -80,12 +79,12 @@ class ResNet(nn.Module):
         self.register_buffer("shift", torch.zeros(3) if self.variant.shift else None)
         stem = self.variant.stem
         self.conv1 = convolution(3, stem[0], self.variant.kernel, stride=2)
-        self.bn1 = ABN(stem[0], "identity", backend)
+        self.bn1 = ABN(stem[0], "relu", backend)
         if len(stem) == 3:
             self.conv2 = convolution(stem[0], stem[1], 3)
-            self.bn2 = ABN(stem[1], "identity", backend)
+            self.bn2 = ABN(stem[1], "relu", backend)
             self.conv3 = convolution(stem[1], stem[2], 3)
-            self.bn3 = ABN(stem[2], "identity", backend)
+            self.bn3 = ABN(stem[2], "relu", backend)
         blocks = DEPTHS[depth]
         first = (1, 2) if self.variant.contract_dilation else (2, 4)
         self.layer1 = self._layer(stem[-1], 64, blocks[0], 1, 1, 1, backend)
@@ -114,11 +113,13 @@ class ResNet(nn.Module):
         H and W are about h / 8 and w / 8. In the "ccnet" variant, 1024 x 2048 images give 129 x 257 features.
         """
         x = images if self.shift is None else images + self.shift.view(3, 1, 1)
-        x = F.relu(self.bn1(self.conv1(x)))
+        x, last = self.conv1(x), self.bn1
         if len(self.variant.stem) == 3:
-            x = F.relu(self.bn2(self.conv2(x)))
-            x = F.relu(self.bn3(self.conv3(x)))
+            x = norm_then(self.bn1, self.conv2, x)
+            x = norm_then(self.bn2, self.conv3, x)
+            last = self.bn3
         # The released checkpoints of CCNet were trained with ceil_mode.
-        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=self.variant.ceil_mode)
+        pool = partial(F.max_pool2d, kernel_size=3, stride=2, padding=1, ceil_mode=self.variant.ceil_mode)
+        x = norm_then(last, pool, x)
         x = self.layer3(self.layer2(self.layer1(x)))
         return x, self.layer4(x)

@@ -18,7 +18,7 @@ from torch import nn
 
 from engine.data.transfer import Batch
 from engine.runtime import distributed
-from engine.training.step import Stepper
+from engine.training.step import StepOptions, Stepper
 from loss import CriterionDSN
 from networks import ABN, ChannelDropout, Seg_Model, synchronize
 from networks.heads import RCCAHead
@@ -64,7 +64,7 @@ def take_steps(network: str, nan: int | None, world: distributed.World) -> dict[
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     parallel = world.data_parallel(model, all_used=True)
-    stepper = Stepper(parallel, CriterionDSN(), optimizer, world, seed=3)
+    stepper = Stepper(parallel, CriterionDSN(), optimizer, world, StepOptions(seed=3))
     layers = [module for module in model.modules() if isinstance(module, ChannelDropout)]
     masks: dict[ChannelDropout, list[torch.Tensor]] = {layer: [] for layer in layers}
     for layer in layers:
@@ -75,14 +75,14 @@ def take_steps(network: str, nan: int | None, world: distributed.World) -> dict[
     try:
         for step in range(7, 7 + STEPS[network]):
             result = stepper.step(step, Batch(images[share], labels[share], records[share]))
-            losses.append(result.loss)
+            losses.append(result.numbers().loss)
     finally:
         unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         print("unchanged" if unchanged else "changed")
     shares = world.gather([torch.stack(each) for each in masks.values()])
     return {
         "losses": losses,
-        "norm": result.gradient_norm,
+        "norm": result.numbers().gradient_norm,
         "gradients": {name: weight.grad for name, weight in model.named_parameters()},
         # For each layer, [steps, samples, channels].
         "masks": [torch.cat(each, 1) for each in zip(*shares, strict=True)],

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.acceleration import use_fused
 from engine.options import ToolOptions, add_flags
 from engine.runtime.distributed import choose_devices
 from networks import MODELS
@@ -51,13 +52,16 @@ def open_network(args: argparse.Namespace) -> Segmenter:
     Raises:
         InputError: a flag or file is invalid; the message names it.
     """
+    device = choose_device(args.gpu)
+    use_fused(getattr(args, "fused", "auto"), device)
     flags_of_network = {name: getattr(args, name, None) for name in Description._fields}
     return Segmenter.load(
         args.restore_from,
-        device=choose_device(args.gpu),
+        device=device,
         amp=getattr(args, "amp", None),
         channels_last=getattr(args, "channels_last", False),
         compile=getattr(args, "compile", False),
+        cuda_graph=getattr(args, "cuda_graph", False),
         say=lambda line: print(line, flush=True),
         **flags_of_network,
     )

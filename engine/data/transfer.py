@@ -126,3 +126,19 @@ class Transfer:
             return batch
 
         return finish
+
+
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy `tensor` to the host; return a function that waits for the copy and returns the copy."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event(blocking=True)
+    there.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait

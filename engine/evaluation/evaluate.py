@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.data.loader import Loading, PictureSource, evaluation_pictures
-from engine.data.transfer import subtract_mean
+from engine.data.transfer import subtract_mean, to_host
 from engine.evaluation.metrics import (
     CityscapesEvaluation,
     OfficialScores,
@@ -90,7 +90,7 @@ def evaluate(
                     # torch.stack would copy a single picture out of its pinned memory.
                     images = several[0][None] if len(several) == 1 else torch.stack(several)
                     predictions = predict(subtract_mean(images.to(device, non_blocking=True), mean))
-                    scoring.add(same_size, _to_host(predictions))
+                    scoring.add(same_size, to_host(predictions))
                 scoring.collect(WAITING if number < rounds else 0)
             except (DataError, RunError) as found:
                 error = found
@@ -158,22 +158,6 @@ class _Scoring:
         if self.official is None:
             return counted, None
         return counted, _count(self.official, picture, prediction.numpy())
-
-
-def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy `tensor` to the host; return a function that waits for the copy and returns the copy."""
-    if tensor.device.type != "cuda":
-        return lambda: tensor
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    copy.copy_(tensor, non_blocking=True)
-    there = torch.cuda.Event(blocking=True)
-    there.record(torch.cuda.current_stream(tensor.device))
-
-    def wait() -> Tensor:
-        there.synchronize()
-        return copy
-
-    return wait
 
 
 def _count(official: CityscapesEvaluation, picture: Any, prediction: np.ndarray) -> PictureStatistics:

@@ -154,7 +154,10 @@ class Run:
         with self._held:
             # Every process raises Diverged, before the step changes the weights.
             if isinstance(error, Diverged):
-                self._end(error)
+                if error.late:  # a later step has already changed the running statistics: save no state
+                    self.world.barrier()
+                else:
+                    self._end(error)
 
     @property
     def _own_table(self) -> bool:
@@ -198,14 +201,17 @@ class Run:
             result: result of the step.
 
         Raises:
-            RunError: the weights are not finite, or the disk is full.
+            RunError: the numbers of the step or the weights are not finite, or the disk is full.
         """
-        self._step = step
-        if self._due(step, self.options.print_frequency):
-            self._log(step, batch, result)
+        log = self._due(step, self.options.print_frequency)
         snapshot = self._due(step, self.options.save_pred_every)
         validate = self._due(step, self.options.val_every)
         state = snapshot or validate or self._due(step, self.options.save_state_every)
+        if log or state:
+            result.numbers()  # raises an error if they are not finite
+        self._step = step
+        if log:
+            self._log(step, batch, result)
         if state and not self._is_finite():
             self.world.barrier()  # a launcher may end rank 0 as soon as another process is gone
             raise RunError(
@@ -403,16 +409,16 @@ class Run:
         self._on_main(lambda: checkpoint.note_validation(state))
 
     def _log(self, step: int, batch: Batch, result: StepResult) -> None:
-        names = ("main_loss", "auxiliary_loss")
+        names, numbers = ("main_loss", "auxiliary_loss"), result.numbers()
         records = [record for share in self.world.gather(batch.records) for record in share]
-        more = {"loss_scale": result.scale} if self.parts.scaler.is_enabled() else {}
+        more = {"loss_scale": numbers.scale} if self.parts.scaler.is_enabled() else {}
         self._on_main(
             lambda: self.log.write(
                 step,
-                result.loss,
+                numbers.loss,
                 self.parts.optimizer.param_groups[0]["lr"],
-                **dict(zip(names, result.parts, strict=False)),
-                gradient_norm=result.gradient_norm if math.isfinite(result.gradient_norm) else None,
+                **dict(zip(names, numbers.parts, strict=False)),
+                gradient_norm=numbers.gradient_norm if math.isfinite(numbers.gradient_norm) else None,
                 **more,
                 data_seconds=round(self._waited, 4),
                 memory_mb=round(_peak_memory(self.world.device) / 2**20),

@@ -9,7 +9,7 @@ import torch
 from conftest import fill
 
 from engine import acceleration
-from engine.acceleration import accelerate, choose_precision
+from engine.acceleration import Speed, accelerate, choose_precision
 from networks import ABN, Seg_Model, fold_batch_norm
 from networks.variants import VARIANTS
 from utils.errors import UsageError
@@ -61,7 +61,7 @@ def test_a_norm_of_other_channels_is_kept() -> None:
 def test_float32_is_the_same_up_to_rounding(channels_last: bool) -> None:
     model = make()
     images = torch.randn(1, 3, 65, 49) * 50
-    run = accelerate(fold_batch_norm(model), CPU, None, channels_last, compiled=False)
+    run = accelerate(fold_batch_norm(model), CPU, Speed(channels_last=channels_last))
     with torch.inference_mode():
         right = model.double()(images.double())[0]
         found = run(images)[0]
@@ -72,7 +72,7 @@ def test_bf16_computes_in_bf16() -> None:
     model = fold_batch_norm(make())
     dtypes = []
     model.layer1.register_forward_hook(lambda _module, _input, y: dtypes.append(y.dtype))
-    run = accelerate(model, CPU, "bf16", True, compiled=False)
+    run = accelerate(model, CPU, Speed("bf16", channels_last=True))
     with torch.inference_mode():
         run(torch.randn(1, 3, 33, 33))
     assert dtypes == [torch.bfloat16]
@@ -85,7 +85,7 @@ def test_compiled_is_the_same_up_to_rounding() -> None:
     images = torch.randn(1, 3, 33, 41) * 50
     with torch.inference_mode():
         right = model(images)[0]
-        found = accelerate(model, CPU, None, False, compiled=True)(images)[0]
+        found = accelerate(model, CPU, Speed(compile=True))(images)[0]
     assert (found - right).abs().max() < 1e-4 * right.abs().max()
 
 

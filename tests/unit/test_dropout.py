@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.data.transfer import Batch
 from engine.runtime.distributed import World
 from engine.training.dropout_masks import DropoutMasks
-from engine.training.step import Stepper
+from engine.training.step import StepOptions, Stepper
 from loss import CriterionDSN
 from networks import ChannelDropout, Seg_Model
 
@@ -66,7 +66,7 @@ class Noted:
 
 def stepper(model: nn.Module, world: World = World(0, 1, CPU), **options):  # noqa: B008
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Stepper(model, CriterionDSN(), optimizer, world, **options)
+    return Stepper(model, CriterionDSN(), optimizer, world, StepOptions(**options))
 
 
 def batch(count: int = 4) -> Batch:
@@ -221,9 +221,9 @@ class TestStep:
         for seed in (1, 2):
             model = Heads()
             torch.manual_seed(seed)
-            losses.append(stepper(model).step(1, batch()).loss)
+            losses.append(stepper(model).step(1, batch()).numbers().loss)
         assert losses[0] == losses[1]
-        assert stepper(Heads(), seed=1).step(1, batch()).loss != losses[0]
+        assert stepper(Heads(), seed=1).step(1, batch()).numbers().loss != losses[0]
 
     def test_compiled_network_takes_each_step_s_masks_and_compiles_once(self):
         from torch._dynamo.testing import CompileCounter
@@ -235,7 +235,7 @@ class TestStep:
                 model = Heads()
                 parallel = torch.compile(model, backend=counter) if compiled else model
                 made = stepper(parallel, accumulate=parts)
-                losses.append([made.step(step, batch()).loss for step in range(1, 5)])
+                losses.append([made.step(step, batch()).numbers().loss for step in range(1, 5)])
             assert losses[1] == pytest.approx(losses[0], rel=1e-5) and counter.frame_count == 1
             assert all(one != other for one, other in itertools.pairwise(losses[0]))
             torch._dynamo.reset()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from engine.data.transfer import Batch
 from engine.runtime.distributed import World
 from engine.training.ema import WeightAverage
-from engine.training.step import Diverged, Stepper
+from engine.training.step import Diverged, StepOptions, Stepper
 from loss import CriterionDSN
 
 CLASSES = 3
@@ -42,7 +42,7 @@ class Exploding(Small):
 
 def made(model, fused: bool = False, **options) -> Stepper:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
-    return Stepper(model, CriterionDSN(), optimizer, World(0, 1, torch.device("cpu")), **options)
+    return Stepper(model, CriterionDSN(), optimizer, World(0, 1, torch.device("cpu")), StepOptions(**options))
 
 
 def samples(count: int = 4) -> Batch:
@@ -62,7 +62,7 @@ def test_a_batch_in_parts_has_the_mean_gradient_of_the_parts():
         losses.append(loss.item())
         expected += torch.autograd.grad(loss, model.weight)[0] / 2
     stepper = made(model, accumulate=2)
-    report = stepper.step(1, batch)
+    report = stepper.step(1, batch).numbers()
     torch.testing.assert_close(model.weight.grad, expected)
     assert report.loss == pytest.approx(sum(losses) / 2) and len(report.parts) == 2
     assert report.gradient_norm == pytest.approx(expected.norm().item())
@@ -71,7 +71,7 @@ def test_a_batch_in_parts_has_the_mean_gradient_of_the_parts():
 def test_bfloat16_is_close_and_not_the_same():
     reports = []
     for precision in (None, "bf16"):
-        reports.append(made(Small(), precision=precision).step(1, samples()))
+        reports.append(made(Small(), precision=precision).step(1, samples()).numbers())
     assert reports[0].loss != reports[1].loss == pytest.approx(reports[0].loss, rel=2e-2)
 
 
@@ -80,7 +80,7 @@ def test_overflow_of_float16_skips_the_step_and_halves_the_scale(fused):
     model = Exploding()
     before = model.weight.detach().clone()
     stepper = made(model, fused, precision="fp16")
-    report = stepper.step(1, samples())
+    report = stepper.step(1, samples()).numbers()
     assert torch.equal(model.weight, before) and model.mean != 0
     assert stepper.scaler.get_scale() == report.scale / 2
     assert not stepper.optimizer.state  # the fused one would begin with a momentum of chance
@@ -102,6 +102,36 @@ def test_what_is_not_finite_leaves_weights_statistics_and_momentum(case):
         stepper.step(9, batch)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.weight.grad is None and not stepper.optimizer.state
+
+
+def test_waiting_late_takes_the_same_steps():
+    models = [Small(), Small()]
+    for model, late in zip(models, (False, True), strict=True):
+        stepper = made(model, fused=True, late=late)
+        results = [stepper.step(number, samples()) for number in range(1, 5)]
+        model.losses = [result.numbers().loss for result in results]
+    assert models[0].losses == models[1].losses and len(set(models[0].losses)) == 4
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+@pytest.mark.parametrize("case", ["image", "gradient"])
+def test_waiting_late_changes_no_weights_after_a_step_that_is_not_finite(case):
+    model = Small()
+    stepper = made(model, fused=True, late=True)
+    stepper.step(1, samples())
+    before = model.weight.detach().clone()
+    bad = samples()
+    if case == "image":
+        bad.images[2, 0, 0, 0] = float("inf")
+    else:
+        model.__class__ = Exploding
+    result = stepper.step(2, bad)
+    model.__class__ = Small
+    with pytest.raises(Diverged, match=r"step 2: .*sample 2") as error:
+        stepper.step(3, samples())
+    assert error.value.late and torch.equal(model.weight, before)
+    with pytest.raises(Diverged, match=r"step 2: "):
+        result.numbers()
 
 
 def test_average_follows_its_definition_and_changes_places():
