@@ -19,9 +19,31 @@ const Kernels& kernels() {
   return chosen;
 }
 
+template <typename S>
+void statistics(const NormStatistics& a) {
+  S *result = static_cast<S*>(a.statistics), *running_mean = static_cast<S*>(a.running_mean);
+  S* running_variance = static_cast<S*>(a.running_variance);
+  const double count = a.sums[2 * a.C];
+  const auto update = [&a](S& running, double value) {
+    running = static_cast<S>((1 - a.momentum) * running + a.momentum * value);
+  };
+  for (int64_t i = 0; i < a.C; ++i) {
+    const double mean = a.sums[i] / count, difference = a.sums[a.C + i] / count - mean * mean;
+    const double variance = difference < 0 ? 0 : difference;  // rounding; NaN stays
+    result[i] = static_cast<S>(mean);
+    result[a.C + i] = static_cast<S>(1 / std::sqrt(variance + a.eps));
+    if (running_mean != nullptr) update(running_mean[i], mean);
+    if (running_variance != nullptr) update(running_variance[i], variance * (count / (count - 1)));
+  }
+}
+
 }  // namespace
 
 void norm_sums_cpu(const NormSums& arguments) { kernels().norm_sums(arguments); }
+
+void norm_statistics_cpu(const NormStatistics& arguments) {
+  arguments.dtype == Dtype::float64 ? statistics<double>(arguments) : statistics<float>(arguments);
+}
 
 void norm_apply_cpu(const NormApply& arguments) { kernels().norm_apply(arguments); }
 

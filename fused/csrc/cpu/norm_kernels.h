@@ -1,5 +1,9 @@
 // The activated batch norm on the CPU, compiled once for each instruction set (see
 // ../../../cc_attention/csrc/cpu/vector.h).
+//
+// All passes are limited by the memory. A map is processed vector by vector, in float32 or float64, and a vector is
+// either of consecutive pixels of one channel or of consecutive channels of one pixel. Sums are in float64 throughout:
+// squares of float32 numbers are exact there, and no shift is needed for data whose mean is far from zero.
 #pragma once
 
 #include "../../../cc_attention/csrc/cpu/vector.h"
@@ -10,10 +14,415 @@ namespace {
 
 using namespace cc_attention;
 
-void norm_sums(const NormSums&) {}
-void norm_apply(const NormApply&) {}
-void norm_backward_sums(const NormBackwardSums&) {}
-void norm_backward_input(const NormBackwardInput&) {}
+constexpr int64_t kTask = 1 << 15;    // elements that are worth a thread
+constexpr int64_t kStrip = 512;       // channels whose sums fit in the first-level cache
+constexpr int64_t kRowsTogether = 4;  // pixels that are added to the sums of their channels at once
+constexpr int64_t kSumRows = 128;     // the fewest pixels of a partial sum, and
+constexpr int64_t kPartialSums = 64;  // the most partial sums, of a channels_last map
+
+// The number of elements of a whole vector, as a constant. An int64_t in its place is the length of a last, shorter
+// one.
+template <typename S>
+using Whole = std::integral_constant<int64_t, kLanes<S>>;
+
+// Returns `count` elements in the summing type, followed by zeros.
+template <typename T, typename Count>
+Vector<Sum<T>> load(const T* from, Count count) {
+  using S = Sum<T>;
+  constexpr bool kWhole = std::is_same_v<Count, Whole<S>>;
+  if constexpr (kWhole && std::is_same_v<T, S>) {
+    return load_vector(from);
+  } else {
+    alignas(kVectorBytes) S lanes[kLanes<S>] = {};
+    convert(from, lanes, kWhole ? kLanes<S> : int64_t(count));
+    return vector_at(lanes);
+  }
+}
+
+template <typename T, typename Count>
+void store(T* to, const Vector<Sum<T>>& vector, Count count) {
+  using S = Sum<T>;
+  constexpr bool kWhole = std::is_same_v<Count, Whole<S>>;
+  if constexpr (kWhole && std::is_same_v<T, S>) {
+    store_vector(to, vector);
+  } else {
+    alignas(kVectorBytes) S lanes[kLanes<S>];
+    vector_at(lanes) = vector;
+    convert(lanes, to, kWhole ? kLanes<S> : int64_t(count));
+  }
+}
+
+// Numbers of each channel, [numbers, channels] with rows padded to whole vectors.
+template <typename S>
+class Table {
+ public:
+  Table(int64_t numbers, int64_t channels)
+      : padded(ceil_div(channels, kLanes<S>) * kLanes<S>), values_(numbers * padded) {}
+  S* operator[](int64_t number) { return values_.data() + number * padded; }
+  const S* operator[](int64_t number) const { return values_.data() + number * padded; }
+
+  const int64_t padded;
+
+ private:
+  std::vector<S> values_;
+};
+
+// The numbers that belong to a vector of pixels of one channel: each is the same in all lanes.
+template <typename S, int kNumbers>
+struct OfOneChannel {
+  OfOneChannel(const Table<S>& table, int64_t channel) {
+    for (int i = 0; i < kNumbers; ++i) values[i] = Vector<S>{} + table[i][channel];
+  }
+  const Vector<S>& operator[](int number) const { return values[number]; }
+
+  Vector<S> values[kNumbers > 0 ? kNumbers : 1];
+};
+
+// The numbers that belong to a vector of channels of one pixel.
+template <typename S>
+struct OfChannels {
+  OfChannels(const Table<S>& table, int64_t channel) : first(table[0] + channel), row(table.padded) {}
+  Vector<S> operator[](int number) const { return load_vector(first + number * row); }
+
+  const S* first;
+  int64_t row;
+};
+
+// The planes of one sample and channel in a map that is not channels_last, cut into equal pieces. The cut depends on
+// nothing but the size of the map.
+struct Pieces {
+  explicit Pieces(const MapSizes& s)
+      : s(s), each(std::max<int64_t>(1, ceil_div(s.P, kTask))), count(s.P == 0 ? 0 : s.N * s.C * each) {}
+
+  // Calls body(index, channel, begin, end) in parallel; the elements begin <= i < end belong to the piece.
+  template <typename Body>
+  void run(const Body& body) const {
+    torch::stable::parallel_for(0, count, kTask / std::max<int64_t>(1, ceil_div(s.P, each)),
+                                [&](int64_t first, int64_t last) {
+                                  for (int64_t i = first; i < last; ++i) {
+                                    const int64_t plane = i / each, part = i % each, start = plane * s.P;
+                                    body(i, plane % s.C, start + s.P * part / each, start + s.P * (part + 1) / each);
+                                  }
+                                });
+  }
+
+  const MapSizes s;
+  const int64_t each, count;
+};
+
+// Calls body(i, count) with the vectors of the elements begin <= i < end.
+template <typename S, typename Body>
+void for_each_vector(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  for (; i + kLanes<S> <= end; i += kLanes<S>) body(i, Whole<S>());
+  if (i < end) body(i, end - i);
+}
+
+// Calls body(offset, numbers, count) in parallel with every vector of a map: the offset of its first element, the
+// first kNumbers rows of the table for its channels, and the number of its elements.
+// The loops use copies of body: stores of vectors may alias everything that has an address.
+template <int kNumbers, typename S, typename Body>
+void for_each_vector_of_map(const MapSizes& s, const Table<S>& table, const Body& body) {
+  if (s.N == 0 || s.C == 0 || s.P == 0) return;
+  if (s.channels_last) {
+    torch::stable::parallel_for(0, s.N * s.P, ceil_div(kTask, s.C), [&](int64_t first, int64_t last) {
+      const Body copy = body;
+      for (int64_t row = first; row < last; ++row)
+        for_each_vector<S>(0, s.C, [&](int64_t channel, auto count) {
+          copy(row * s.C + channel, OfChannels<S>(table, channel), count);
+        });
+    });
+  } else {
+    Pieces(s).run([&](int64_t, int64_t channel, int64_t begin, int64_t end) {
+      const Body copy = body;
+      const OfOneChannel<S, kNumbers> numbers(table, channel);
+      for_each_vector<S>(begin, end, [&](int64_t offset, auto count) { copy(offset, numbers, count); });
+    });
+  }
+}
+
+// Two sums for each lane of a vector.
+template <typename S>
+struct Sums {
+  static constexpr int kParts = sizeof(double) / sizeof(S);
+  static constexpr int64_t kSize = 2 * kLanes<S>;  // in float64 numbers: all first sums, then all second sums
+  typedef S Part __attribute__((vector_size(kVectorBytes / kParts)));
+
+  void add(int which, const Vector<S>& terms) {
+    Part parts[kParts];
+    std::memcpy(parts, &terms, sizeof(terms));
+    for (int i = 0; i < kParts; ++i) sums[which][i] += __builtin_convertvector(parts[i], Vector<double>);
+  }
+
+  // Adds x to the first sums and x * x to the second.
+  void add_squares(const Vector<S>& x) {
+    Part parts[kParts];
+    std::memcpy(parts, &x, sizeof(x));
+    for (int i = 0; i < kParts; ++i) {
+      const Vector<double> wide = __builtin_convertvector(parts[i], Vector<double>);
+      sums[0][i] += wide;
+      sums[1][i] += wide * wide;
+    }
+  }
+
+  Vector<double> sums[2][kParts] = {};
+};
+
+// Calls body(offset, numbers, count, sums) like for_each_vector_of_map; it adds to the sums. Then calls
+// finish(channel, first, second) with the sums of each channel. The partial sums do not depend on the threads.
+template <int kNumbers, typename S, typename Body, typename Finish>
+void sum_over_pixels(const MapSizes& s, const Table<S>& table, const Body& body, const Finish& finish) {
+  if (!s.channels_last) {
+    const Pieces pieces(s);
+    std::vector<double> partial(2 * pieces.count);
+    pieces.run([&](int64_t index, int64_t channel, int64_t begin, int64_t end) {
+      const Body copy = body;
+      const OfOneChannel<S, kNumbers> numbers(table, channel);
+      Sums<S> sums;
+      for_each_vector<S>(begin, end, [&](int64_t offset, auto count) { copy(offset, numbers, count, sums); });
+      double lanes[Sums<S>::kSize];
+      std::memcpy(lanes, sums.sums, sizeof(lanes));
+      for (int64_t i = 0; i < Sums<S>::kSize; ++i) partial[2 * index + i / kLanes<S>] += lanes[i];
+    });
+    for (int64_t channel = 0; channel < s.C; ++channel) {
+      double first = 0, second = 0;
+      for (int64_t plane = channel; plane < pieces.count / pieces.each; plane += s.C)
+        for (int64_t i = plane * pieces.each; i < (plane + 1) * pieces.each; ++i) {
+          first += partial[2 * i];
+          second += partial[2 * i + 1];
+        }
+      finish(channel, first, second);
+    }
+    return;
+  }
+  const int64_t rows = s.N * s.P, each = std::max(kSumRows, ceil_div(rows, kPartialSums)),
+                blocks = ceil_div(rows, each);
+  const int64_t strips = ceil_div(s.C, kStrip), size = 2 * table.padded;
+  std::vector<double> partial(std::max<int64_t>(1, blocks) * size);
+  torch::stable::parallel_for(0, blocks * strips, 1, [&](int64_t first, int64_t last) {
+    const Body copy = body;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t block = task / strips, strip = task % strips * kStrip;
+      const int64_t end_row = std::min(rows, (block + 1) * each), end = std::min(s.C, strip + kStrip);
+      double* block_sums = &partial[block * size];
+      for (int64_t row = block * each; row < end_row; row += kRowsTogether) {
+        const int64_t together = std::min(kRowsTogether, end_row - row);
+        for_each_vector<S>(strip, end, [&](int64_t channel, auto count) {
+          const OfChannels<S> numbers(table, channel);
+          Sums<S> sums;
+          std::memcpy(sums.sums, block_sums + 2 * channel, sizeof(sums.sums));
+          if (together == kRowsTogether)
+            for (int64_t i = 0; i < kRowsTogether; ++i) copy((row + i) * s.C + channel, numbers, count, sums);
+          else
+            for (int64_t i = 0; i < together; ++i) copy((row + i) * s.C + channel, numbers, count, sums);
+          std::memcpy(block_sums + 2 * channel, sums.sums, sizeof(sums.sums));
+        });
+      }
+    }
+  });
+  for (int64_t block = 1; block < blocks; ++block)
+    for (int64_t i = 0; i < size; ++i) partial[i] += partial[block * size + i];
+  for (int64_t channel = 0; channel < s.C; ++channel) {
+    const double* sums = &partial[channel / kLanes<S> * Sums<S>::kSize + channel % kLanes<S>];
+    finish(channel, sums[0], sums[kLanes<S>]);
+  }
+}
+
+// Rows of the tables.
+enum Number { kMean, kScale, kBias, kInverse, kOffset = kInverse, kFactor, kNumbers };
+
+// Returns the numbers that z depends on: z = (x - mean) * scale + bias.
+template <typename S>
+Table<S> numbers_of(const Norm& norm) {
+  const int64_t channels = norm.sizes.C;
+  Table<S> table(kNumbers, channels);
+  const S* statistics = static_cast<const S*>(norm.statistics);
+  const S *weight = static_cast<const S*>(norm.weight), *bias = static_cast<const S*>(norm.bias);
+  for (int64_t i = 0; i < channels; ++i) {
+    table[kMean][i] = statistics[i];
+    table[kScale][i] = (std::abs(weight[i]) + static_cast<S>(norm.eps)) * statistics[channels + i];
+    table[kBias][i] = bias[i];
+  }
+  return table;
+}
+
+// Written as one expression, so that the forward and the backward round alike: the compiler fuses the multiplication
+// and the addition in both or in neither.
+template <typename V>
+V affine(const V& x, const V& factor, const V& summand) {
+  return x * factor + summand;
+}
+
+template <typename T>
+void sum_map(const NormSums& a) {
+  using S = Sum<T>;
+  const MapSizes& s = a.sizes;
+  const T* x = static_cast<const T*>(a.x);
+  sum_over_pixels<0>(
+      s, Table<S>(1, s.C),
+      [x](int64_t offset, const auto&, auto count, Sums<S>& sums) { sums.add_squares(load(x + offset, count)); },
+      [&](int64_t channel, double sum, double squares) {
+        a.sums[channel] = sum;
+        a.sums[s.C + channel] = squares;
+      });
+  a.sums[2 * s.C] = static_cast<double>(s.N * s.P);
+}
+
+template <typename T>
+void normalize_map(const NormApply& a) {
+  using S = Sum<T>;
+  const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  const bool relu = a.norm.activation == Activation::relu;
+  const S slope = a.norm.activation == Activation::identity ? S(1) : static_cast<S>(a.norm.slope);
+  for_each_vector_of_map<kInverse>(
+      a.norm.sizes, numbers_of<S>(a.norm), [=](int64_t offset, const auto& numbers, auto count) {
+        Vector<S> z = affine<Vector<S>>(load(x + offset, count) - numbers[kMean], numbers[kScale], numbers[kBias]);
+        if (residual != nullptr) z += load(residual + offset, count);
+        const Vector<S> negative = relu ? Vector<S>{} : z * slope;
+        store(y + offset, z < Vector<S>{} ? negative : z, count);  // NaN stays
+      });
+}
+
+// What determines the sign of z.
+enum class Mask { none, output, input };
+
+// The largest number that becomes 0 in the storage type: half of its smallest one.
+template <typename T>
+constexpr float kRoundsToZero = std::is_same_v<T, torch::headeronly::Half>       ? 0x1p-25f
+                                : std::is_same_v<T, torch::headeronly::BFloat16> ? 0x1p-134f
+                                                                                 : 0.f;
+
+// The gradient of z.
+template <typename T, Mask kMask>
+struct GradientOfZ {
+  using S = Sum<T>;
+
+  GradientOfZ(const Norm& norm, const void* y, const void* grad)
+      : y(static_cast<const T*>(y)),
+        grad(static_cast<const T*>(grad)),
+        relu(norm.activation == Activation::relu),
+        slope(static_cast<S>(norm.slope)) {}
+
+  template <typename Numbers, typename Count>
+  Vector<S> operator()(int64_t offset, const Vector<S>& centered, const Numbers& numbers, Count count) const {
+    const Vector<S> all = load(grad + offset, count);
+    if constexpr (kMask == Mask::none) return all;
+    const Vector<S> negative = relu ? Vector<S>{} : all * slope;
+    if constexpr (kMask == Mask::output)
+      return load(y + offset, count) <= Vector<S>{} ? negative : all;
+    else
+      return affine<Vector<S>>(centered, numbers[kScale], numbers[kBias]) <= Vector<S>{} + S(kRoundsToZero<T>)
+                 ? negative
+                 : all;
+  }
+
+  const T *y, *grad;
+  bool relu;
+  S slope;
+};
+
+// Calls body with the GradientOfZ of the arguments.
+template <typename T, typename Body>
+void with_gradient(const Norm& norm, const void* y, const void* grad, bool masked, const Body& body) {
+  if (masked || norm.activation == Activation::identity)
+    body(GradientOfZ<T, Mask::none>(norm, y, grad));
+  else if (y != nullptr)
+    body(GradientOfZ<T, Mask::output>(norm, y, grad));
+  else
+    body(GradientOfZ<T, Mask::input>(norm, y, grad));
+}
+
+template <typename T>
+void sum_gradients(const NormBackwardSums& a) {
+  using S = Sum<T>;
+  const int64_t channels = a.norm.sizes.C;
+  Table<S> table = numbers_of<S>(a.norm);
+  std::copy_n(static_cast<const S*>(a.norm.statistics) + channels, channels, table[kInverse]);
+  const T* x = static_cast<const T*>(a.x);
+  T* masked = static_cast<T*>(a.masked);
+  S *sums = static_cast<S*>(a.sums), *grad_weight = static_cast<S*>(a.grad_weight);
+  const S* weight = static_cast<const S*>(a.norm.weight);
+  with_gradient<T>(a.norm, a.y, a.grad, false, [&](const auto& gradient) {
+    sum_over_pixels<kInverse + 1>(
+        a.norm.sizes, table,
+        [=](int64_t offset, const auto& numbers, auto count, Sums<S>& sums) {
+          const Vector<S> centered = load(x + offset, count) - numbers[kMean];
+          const Vector<S> grad = gradient(offset, centered, numbers, count);
+          sums.add(0, grad);
+          sums.add(1, grad * (centered * numbers[kInverse]));
+          if (masked != nullptr) store(masked + offset, grad, count);
+        },
+        [&](int64_t channel, double first, double second) {
+          sums[channel] = static_cast<S>(first);
+          sums[channels + channel] = static_cast<S>(second);
+          grad_weight[channel] = static_cast<S>(weight[channel] < 0 ? -second : second);
+        });
+  });
+}
+
+// With s0 and s1 the two sums, the gradient of x is
+//   scale * (grad - s0 / count - (x - mean) * inverse * s1 / count) = scale * grad - ((x - mean) * factor + offset)
+template <typename T>
+void input_gradient(const NormBackwardInput& a) {
+  using S = Sum<T>;
+  const int64_t channels = a.norm.sizes.C;
+  Table<S> table = numbers_of<S>(a.norm);
+  const bool constant = a.sums == nullptr;
+  if (!constant) {
+    const S* inverse = static_cast<const S*>(a.norm.statistics) + channels;
+    const S* sums = static_cast<const S*>(a.sums);
+    for (int64_t i = 0; i < channels; ++i) {
+      const double scale = table[kScale][i] / *a.count;
+      table[kOffset][i] = static_cast<S>(scale * sums[i]);
+      table[kFactor][i] = static_cast<S>(scale * sums[channels + i] * inverse[i]);
+    }
+  }
+  const T* x = static_cast<const T*>(a.x);
+  T* grad_x = static_cast<T*>(a.grad_x);
+  with_gradient<T>(a.norm, a.y, a.grad, a.masked, [&](const auto& gradient) {
+    for_each_vector_of_map<kNumbers>(a.norm.sizes, table, [=](int64_t offset, const auto& numbers, auto count) {
+      const Vector<S> centered = load(x + offset, count) - numbers[kMean];
+      const Vector<S> grad = gradient(offset, centered, numbers, count);
+      if (constant)
+        store(grad_x + offset, numbers[kScale] * grad, count);
+      else
+        store(grad_x + offset, numbers[kScale] * grad - affine<Vector<S>>(centered, numbers[kFactor], numbers[kOffset]),
+              count);
+    });
+  });
+}
+
+// Calls body with a value of the storage type of dtype.
+template <typename Body>
+void with_norm_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(float());
+    case Dtype::float64:
+      return body(double());
+    case Dtype::float16:
+      return body(torch::headeronly::Half());
+    case Dtype::bfloat16:
+      return body(torch::headeronly::BFloat16());
+  }
+}
+
+void norm_sums(const NormSums& a) {
+  with_norm_type(a.dtype, [&](auto type) { sum_map<decltype(type)>(a); });
+}
+
+void norm_apply(const NormApply& a) {
+  with_norm_type(a.norm.dtype, [&](auto type) { normalize_map<decltype(type)>(a); });
+}
+
+void norm_backward_sums(const NormBackwardSums& a) {
+  with_norm_type(a.norm.dtype, [&](auto type) { sum_gradients<decltype(type)>(a); });
+}
+
+void norm_backward_input(const NormBackwardInput& a) {
+  with_norm_type(a.norm.dtype, [&](auto type) { input_gradient<decltype(type)>(a); });
+}
 
 }  // namespace
 }  // namespace fused
