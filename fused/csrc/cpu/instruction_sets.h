@@ -1,6 +1,8 @@
 // The kernels compiled for each instruction set, as in cc_attention/csrc/cpu/instruction_sets.h.
 #pragma once
 
+#include <memory>
+
 #include "../../../cc_attention/csrc/cpu/instruction_sets.h"
 #include "../loss.h"
 #include "../norm.h"
