@@ -151,9 +151,9 @@ def predict_classes(
 
     Without tiles, b is 256 (WHOLE_BAND), and the outputs are those of the whole images.
 
-    If there is one prediction of each image, at its own size, the fused operator (`fused.active`) computes the
-    classes without the logits of a band. Where two logits differ by no more than rounding, it may then return
-    the other class.
+    If each image is predicted once, at its own size, whole or as one tile, the fused operator
+    (`fused.active`) computes the classes without the logits of a band. Where the two largest logits differ
+    by no more than rounding, the class may then be the other one of the two.
 
     Args:
         model: see `predict_whole`.

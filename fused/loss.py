@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused._library import DEVICE_TYPES
 
@@ -41,8 +40,8 @@ def segmentation_loss(
         for others. The first is differentiable with respect to the logits.
 
     Raises:
-        RuntimeError: shapes or devices do not match, or, on a CPU, a label is neither ignored nor a class. On
-            a GPU, such a label makes the loss NaN.
+        RuntimeError: shapes or devices do not match, or, on a CPU, a label is neither ignored nor a class (on a
+            GPU, such a label makes the loss NaN); or a backward pass has create_graph=True.
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         totals = _SegmentationLoss.apply(logits, target, ignore_index, class_weights, threshold)
@@ -115,8 +114,12 @@ class _SegmentationLoss(torch.autograd.Function):
         return totals
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_totals: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "segmentation_loss: double backward is not supported; fused.use('off') makes the loss "
+                "differentiable twice"
+            )
         (grad,) = ctx.saved_tensors
         # In the precision of the sums: the factor is small, and a half-precision gradient without it could
         # overflow.
