@@ -40,8 +40,8 @@ def segmentation_loss(
         for others. The first is differentiable with respect to the logits.
 
     Raises:
-        RuntimeError: shapes or devices do not match, or, on a CPU, a label is neither ignored nor a class (on a
-            GPU, such a label makes the loss NaN); or a backward pass has create_graph=True.
+        RuntimeError: shapes or devices do not match; a label is neither ignored nor a class (only on a CPU;
+            on a GPU, the loss is NaN); or a backward pass has create_graph=True.
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         totals = _SegmentationLoss.apply(logits, target, ignore_index, class_weights, threshold)
