@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import fused
+
 Model = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 OVERLAP = 1 / 3
@@ -149,6 +151,10 @@ def predict_classes(
 
     Without tiles, b is 256 (WHOLE_BAND), and the outputs are those of the whole images.
 
+    If each image is predicted once, at its own size, whole or as one tile, the fused operator
+    (`fused.active`) computes the classes without the logits of a band. Where the two largest logits differ
+    by no more than rounding, the class may then be the other one of the two.
+
     Args:
         model: see `predict_whole`.
         image: images [N, 3, h, w].
@@ -164,8 +170,42 @@ def predict_classes(
     Raises:
         ValueError: see `predict_multiscale`.
     """
+    if _predicted_once(image, scales, flip, tile_size, num_classes, tile_batch):
+        return _classes_of_outputs(model, image, tile_size, tile_batch)
     logits = _multiscale(model, image, scales, flip, tile_size, num_classes, tile_batch)
     return _join(logits, tile_size, _classes).squeeze(1)
+
+
+def _predicted_once(
+    image: Tensor,
+    scales: Sequence[float],
+    flip: bool,
+    tile_size: tuple[int, int] | None,
+    num_classes: int | None,
+    tile_batch: int,
+) -> bool:
+    """Return whether the fused operator can compute the classes: one prediction per image, at its size.
+
+    Wrong arguments also give False: `_multiscale` raises their errors.
+    """
+    size = tuple(image.shape[2:])
+    if not fused.active(image.device) or flip or [_scaled(size, scale) for scale in scales] != [size]:
+        return False
+    if tile_size is None:
+        return True
+    valid = num_classes is not None and tile_batch >= 1
+    return valid and size[0] <= tile_size[0] and size[1] <= tile_size[1]
+
+
+def _classes_of_outputs(
+    model: Model, image: Tensor, tile_size: tuple[int, int] | None, tile_batch: int
+) -> Tensor:
+    """Return the classes of images that the network predicts whole, or as one tile each."""
+    height, width = image.shape[2:]
+    if tile_size is None:
+        return fused.upsampled_classes(_network(model, image), (height, width))
+    logits = _network_in_batches(model, _padded(image, tile_size), tile_batch)
+    return fused.upsampled_classes(logits, tile_size)[:, :height, :width].contiguous()
 
 
 def _classes(logits: Tensor) -> Tensor:
@@ -225,15 +265,20 @@ def _multiscale(
         predict = partial(_tiled, model, tile_size=tile_size, num_classes=num_classes, tile_batch=tile_batch)
 
     picture = _picture(image)
-    height, width = picture.size
     predictions = []
     for scale in scales:
-        scaled = _resized(picture, (max(1, round(height * scale)), max(1, round(width * scale))))
+        scaled = _resized(picture, _scaled(picture.size, scale))
         logits = predict(scaled)
         if flip:
             logits = _mean([logits, _mirrored(predict(_mirrored(scaled)))])
         predictions.append(_resized(logits, picture.size))
     return _mean(predictions)
+
+
+def _scaled(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """Return the height and width of an image at a scale."""
+    height, width = size
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _network(model: Model, image: Tensor) -> Tensor:
@@ -244,6 +289,16 @@ def _network(model: Model, image: Tensor) -> Tensor:
     outputs = model(image)
     logits = outputs if isinstance(outputs, Tensor) else outputs[0]
     return logits.to(image.device, torch.promote_types(image.dtype, torch.float32))
+
+
+def _network_in_batches(model: Model, tiles: Tensor, tile_batch: int) -> Tensor:
+    """Return the logits of all tiles, at most `tile_batch` of which are predicted at once."""
+    return torch.cat([_network(model, part) for part in tiles.split(tile_batch)])
+
+
+def _padded(image: Tensor, tile_size: tuple[int, int]) -> Tensor:
+    """Pad with zeros at the bottom and right to the size of a tile."""
+    return F.pad(image, (0, tile_size[1] - image.shape[3], 0, tile_size[0] - image.shape[2]))
 
 
 def _picture(x: Tensor, axis: int | None = None) -> _Lines:
@@ -283,12 +338,12 @@ def _tiled(
 
     def crop(place: tuple[int, int]) -> Tensor:
         tile = covered(image.read(place[along], min(place[along] + tile_lines, image.length)), place)
-        return F.pad(tile, (0, tile_size[1] - tile.shape[3], 0, tile_size[0] - tile.shape[2]))
+        return _padded(tile, tile_size)
 
     def run(group: list[tuple[int, int]]) -> None:
         # `tile_batch` places of N images fill N calls, so that only the last call of all may be smaller.
         tiles = torch.cat([crop(place) for place in group])
-        logits = torch.cat([_network(model, part) for part in tiles.split(tile_batch)])
+        logits = _network_in_batches(model, tiles, tile_batch)
         outputs.update(zip(group, logits.chunk(len(group)), strict=True))
 
     def read(start: int, stop: int) -> Tensor:

@@ -1,5 +1,19 @@
 """Fused operators of a training step and of a prediction, for CPUs and GPUs."""
 
 from fused._library import DEVICE_TYPES, MODES, active, use
+from fused.loss import coarse_probability, segmentation_loss, upsampled_classes
+from fused.norm import NormOptions, activated_batch_norm, activated_batch_norm_with_statistics, normalize
 
-__all__ = ["DEVICE_TYPES", "MODES", "active", "use"]
+__all__ = [
+    "DEVICE_TYPES",
+    "MODES",
+    "NormOptions",
+    "activated_batch_norm",
+    "activated_batch_norm_with_statistics",
+    "active",
+    "coarse_probability",
+    "normalize",
+    "segmentation_loss",
+    "upsampled_classes",
+    "use",
+]

@@ -37,7 +37,7 @@ if _load_library():
     DEVICE_TYPES = frozenset(
         device_type
         for device_type in ("cpu", "cuda")
-        if torch._C._dispatch_has_kernel_for_dispatch_key("fused::batch_norm_sums", device_type.upper())
+        if torch._C._dispatch_has_kernel_for_dispatch_key("fused::upsampled_classes", device_type.upper())
     )
 
 _mode = "auto"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fused
 from loss.ohem import OhemCrossEntropy2d, Total, total_cross_entropy
 
 AUXILIARY_WEIGHT = 0.4
@@ -19,11 +20,12 @@ AUXILIARY_WEIGHT = 0.4
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Upsample logits [N, C, H, W] to (height, width) `size`, bilinearly with aligned corners.
 
-    Half-precision logits are converted to float32 first.
+    Half-precision logits are converted to float32 first. The result is contiguous: a softmax over the classes
+    of channels_last logits would copy the result twice.
     """
     if logits.element_size() < 4:
         logits = logits.float()
-    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
+    return F.interpolate(logits.contiguous(), size=tuple(size), mode="bilinear", align_corners=True)
 
 
 class CriterionDSN(nn.Module):
@@ -65,16 +67,34 @@ class CriterionDSN(nn.Module):
         The weights of the heads are not applied.
         """
         target = target.long()
-        logits = [upsample(output, target.shape[1:]) for output in outputs]
-        auxiliary = [
-            total_cross_entropy(output, target, self.ignore_index, self.class_weights)
-            for output in logits[1:]
-        ]
-        return [self.main_total(logits[0], target), *auxiliary]
+        main, *auxiliary = outputs
+        # The main head is finished first: without the fused operator, each head needs the memory of upsampled
+        # logits.
+        return [self.main_total(main, target), *(self.total(logits, target) for logits in auxiliary)]
 
     def main_total(self, logits: Tensor, target: Tensor) -> Total:
-        """Return the sums of the main head, for upsampled logits [N, C, h, w] and target int64 [N, h, w]."""
-        return total_cross_entropy(logits, target, self.ignore_index, self.class_weights)
+        """Return the sums of the main head, for logits [N, C, H, W] and target int64 [N, h, w]."""
+        return self.total(logits, target)
+
+    def total(self, logits: Tensor, target: Tensor) -> Total:
+        """Return the sums of the cross entropy of upsampled logits, for the same arguments."""
+        if fused.active(logits.device):
+            return self._fused_total(logits, target)
+        return self._plain_total(upsample(logits, target.shape[1:]), target)
+
+    def _fused_total(self, logits: Tensor, target: Tensor, threshold: Tensor | None = None) -> Total:
+        return Total(
+            *fused.segmentation_loss(
+                logits,
+                target,
+                ignore_index=self.ignore_index,
+                class_weights=self.class_weights,
+                threshold=threshold,
+            )
+        )
+
+    def _plain_total(self, upsampled: Tensor, target: Tensor) -> Total:
+        return total_cross_entropy(upsampled, target, self.ignore_index, self.class_weights)
 
 
 class CriterionOhemDSN(CriterionDSN):
@@ -101,4 +121,7 @@ class CriterionOhemDSN(CriterionDSN):
 
     def main_total(self, logits: Tensor, target: Tensor) -> Total:
         """Return the sums of the main head over the hard pixels."""
-        return super().main_total(logits, self.ohem.hard_target(logits, target))
+        if fused.active(logits.device):
+            return self._fused_total(logits, target, self.ohem.fused_threshold(logits, target))
+        upsampled = upsample(logits, target.shape[1:])
+        return self._plain_total(upsampled, self.ohem.hard_target(upsampled, target))

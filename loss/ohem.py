@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fused
+
 
 class Total(NamedTuple):
     """The two scalars of a weighted mean: the sum of the losses and the sum of the weights of the pixels."""
@@ -88,17 +90,34 @@ class OhemCrossEntropy2d(nn.Module):
         probability = predict.softmax(1)
         valid = target != self.ignore_label
         of_true_class = probability.gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)  # [N, h, w]
-        return target.where(
-            valid & (of_true_class <= self._threshold(probability, target)), self.ignore_label
-        )
+        threshold = self._threshold(self._coarse_probability(probability, target))
+        return target.where(valid & (of_true_class <= threshold), self.ignore_label)
 
-    def _threshold(self, probability: Tensor, target: Tensor) -> Tensor:
+    @torch.no_grad()
+    def fused_threshold(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the threshold of the pixels to keep, with the fused operator.
+
+        Args:
+            logits: [N, C, H, W], before they are upsampled to the size of the target.
+            target: class indices, integer [N, h, w].
+
+        Returns:
+            The threshold, a scalar. `fused.segmentation_loss` with it counts the pixels that `hard_target`
+            keeps for the upsampled logits.
+        """
+        size = (round(target.shape[1] / self.factor), round(target.shape[2] / self.factor))
+        return self._threshold(fused.coarse_probability(logits, target, size, ignore_index=self.ignore_label))
+
+    def _threshold(self, coarse: Tensor) -> Tensor:
         """Return the threshold, a scalar: the k-th smallest coarse probability, but at least `thresh`.
 
         k is `min_kept` divided by `factor` ** 2, rounded down.
+
+        Args:
+            coarse: probabilities [N, h', w'] on the coarse grid; inf for ignored pixels.
         """
         kept = self.min_kept // self.factor**2
-        hard = self._coarse_probability(probability, target).flatten()
+        hard = coarse.flatten()
         valid = hard.isfinite().sum()
         threshold = hard.new_full((), self.thresh)
         if 0 < kept <= hard.numel():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -116,6 +117,18 @@ class ABN(nn.Module):
             and forward_ad._current_level < 0
             and (x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last))
         )
+
+    def _forward_fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Return the output of the layer, and a function that computes it again from x, without a residual."""
+        reduced = self.group.all_reduce if self.training and self.group is not None else None
+        options = fused.NormOptions(
+            self.training, self.momentum, self.eps, self.activation, self.slope, reduced
+        )
+        y, statistics = fused.activated_batch_norm_with_statistics(
+            x, self.weight, self.bias, self.running_mean, self.running_var, options, residual
+        )
+        operands = (x.detach(), statistics, self.weight.detach(), self.bias.detach())
+        return y, partial(fused.normalize, *operands, options)
 
     def _forward_torch(self, x: Tensor) -> Tensor:
         """Normalize x without an activation, by PyTorch or apex."""

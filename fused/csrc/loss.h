@@ -26,8 +26,9 @@ struct Logits {
 // The weighted cross entropy, summed over pixels, and its gradient.
 //
 // A pixel counts if its target is not `ignored` and, with a threshold, if the probability of its class is at most the
-// threshold. The probability is the same function, to the last bit, as in CoarseProbability. A target that is neither
-// ignored nor a class makes the loss NaN.
+// threshold. A NaN probability counts, so that the loss is NaN. The probability is the same function, to the last bit,
+// as in CoarseProbability. Pixels that do not count add nothing to loss and gradient, even if their logits are NaN. A
+// target that is neither ignored nor a class makes the loss NaN.
 struct SegmentationLoss {
   Logits input;
   const int64_t* target;
@@ -43,8 +44,9 @@ struct SegmentationLoss {
 //
 // Sample i of `rows` samples is at position p = i * ((h - 1) / (rows - 1)) (i * 1 for one sample), in double. A
 // position beyond h - 1 by rounding is outside: its label is class 0 and its probability 0. The target is that of the
-// nearest pixel, floor(p + 0.5). If it is `ignored`, the result is infinity. Otherwise the probabilities of that class
-// at the pixels floor(p) and floor(p) + 1 (at most h - 1), in S, are interpolated linearly in double, in the order
+// nearest pixel, floor(p + 0.5). If it is `ignored`, the result is infinity; if it is not a class, NaN. Otherwise the
+// probabilities of that class at the pixels floor(p) and floor(p) + 1 (at most h - 1), in S, are interpolated linearly
+// in double, in the order
 //   p00 * (1-wy) * (1-wx) + p01 * (1-wy) * wx + p10 * wy * (1-wx) + p11 * wy * wx,
 // and the result is rounded to S.
 struct CoarseProbability {

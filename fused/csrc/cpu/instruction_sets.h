@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
 
 #include "../../../cc_attention/csrc/cpu/instruction_sets.h"
 #include "../loss.h"
