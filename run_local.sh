@@ -31,11 +31,13 @@ gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if [ $# = 0 ]; then
     data=data/mini snapshots=${SNAPSHOT_DIR:-snapshots/mini} steps=300
     device=(--gpu "${GPU:-$([ "$gpus" = 0 ] && echo cpu || echo 0)}")
+    speed=(--amp auto --channels-last)
     "$PYTHON" -m dataset.mini "$data"
     "$PYTHON" train.py --data-dir "$data" --random-mirror --random-scale --backbone resnet50 --input-size 97,97 \
         --batch-size 4 --num-steps $steps --num-workers 1 --print-frequency 20 --save-state-every 50 \
-        --snapshot-dir "$snapshots" --resume "${device[@]}"
-    "$PYTHON" evaluate.py --data-dir "$data" --restore-from "$snapshots/CS_scenes_$steps.pth" --whole "${device[@]}"
+        --snapshot-dir "$snapshots" --resume "${speed[@]}" "${device[@]}"
+    "$PYTHON" evaluate.py --data-dir "$data" --restore-from "$snapshots/CS_scenes_$steps.pth" --whole \
+        "${speed[@]}" "${device[@]}"
     exit
 fi
 

@@ -122,7 +122,7 @@ def train(options: TrainOptions, classes: Classes, world: distributed.World) -> 
         torch.manual_seed(seed_of(seed))
         model = make_start(options).to(world.device).to(memory_format=options.memory_format)
         average = WeightAverage(model, options.ema) if options.ema is not None else None
-        synchronize(model, world)
+        synchronize(model, world.statistics())
         recompute(model, options.recompute)
         train_mode(model, options.freeze_bn)
         optimizer = make_optimizer(options, model)

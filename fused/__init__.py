@@ -1,6 +1,6 @@
 """Fused operators of a training step and of a prediction, for CPUs and GPUs."""
 
-from fused._library import DEVICE_TYPES, MODES, active, use
+from fused._library import DEVICE_TYPES, MODES, active, use, using
 from fused.loss import coarse_probability, segmentation_loss, upsampled_classes
 from fused.norm import NormOptions, activated_batch_norm, activated_batch_norm_with_statistics, normalize
 
@@ -16,4 +16,5 @@ __all__ = [
     "segmentation_loss",
     "upsampled_classes",
     "use",
+    "using",
 ]

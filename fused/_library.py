@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 
@@ -57,6 +59,17 @@ def use(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     _mode = mode
+
+
+@contextlib.contextmanager
+def using(mode: str) -> Iterator[None]:
+    """Choose a mode (see `use`) inside a ``with`` block."""
+    before = _mode
+    use(mode)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def active(device: torch.device) -> bool:

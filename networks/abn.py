@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ BACKENDS = ("torch", "inplace", "apex")
 
 
 class StatisticsGroup(Protocol):
-    """The processes that share batch statistics (engine.runtime.distributed.World is one)."""
+    """The processes that share batch statistics (engine.runtime.distributed.Statistics is one)."""
 
     size: int
     group: Any  # the torch.distributed process group
@@ -119,7 +120,7 @@ class ABN(nn.Module):
         )
 
     def _forward_fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Return the output of the layer, and a function that computes it again from x, without a residual."""
+        """Return the output, and a function that computes it again from x, without a residual."""
         reduced = self.group.all_reduce if self.training and self.group is not None else None
         options = fused.NormOptions(
             self.training, self.momentum, self.eps, self.activation, self.slope, reduced
@@ -201,9 +202,10 @@ def norm_then(norm: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor) -> 
     if not (isinstance(norm, ABN) and norm.recompute and norm._is_fused(x) and torch.is_grad_enabled()):
         return layer(norm(x))
     y, again = norm._forward_fused(x, None)
+    output = weakref.ref(y)  # PyTorch keeps the hooks, which must not keep the output
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        return again if saved is y else saved
+        return again if saved is output() else saved
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()

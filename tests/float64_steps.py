@@ -60,7 +60,7 @@ def take_steps(network: str, nan: int | None, world: distributed.World) -> dict[
     model = (SmallModel() if network == "small" else Seg_Model(CLASSES, backbone="resnet50")).double()
     fill(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    synchronize(model, world)
+    synchronize(model, world.statistics())
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     parallel = world.data_parallel(model, all_used=True)

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+import fused
 from engine.acceleration import autocast
 from loss import CriterionDSN, CriterionOhemDSN
-from networks import Seg_Model
+from networks import Seg_Model, recompute
 from utils.progress import Progress
 from utils.timing import mark, seconds
 
@@ -212,11 +213,14 @@ class Setting(NamedTuple):
     batch: int = 1
     size: tuple[int, int] = (769, 769)
     variant: str = "ccnet"
+    fused: bool = False
+    recompute: bool = False
 
     def words(self) -> str:
         """Describe the setting in one line."""
         kind = "a training step" if self.train else "prediction"
         extras = f"{', OHEM' * self.ohem}{', channels_last' * self.channels_last}"
+        extras += f"{', fused operators' * self.fused}{', recomputation' * self.recompute}"
         return (
             f"{kind} of CCNet {self.backbone}, R={self.recurrence}, {self.num_classes} classes, batch "
             f"{self.batch} of {self.size[0]}x{self.size[1]}, {self.amp or 'float32'}{extras}"
@@ -236,6 +240,11 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def autocast_of(setting: Setting, device: str) -> torch.autocast:
     """Return the autocast context of a setting."""
     return autocast(torch.device(device), setting.amp)
+
+
+def fused_of(setting: Setting) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the fused operators are used, or not, as in the setting."""
+    return fused.using("on" if setting.fused else "off")
 
 
 def set_layout(model: nn.Module, channels_last: bool) -> None:
@@ -280,8 +289,9 @@ def simulate(
         with mode:
             model.head.cca = attention()  # type: ignore[assignment]
     model.train(setting.train)
+    recompute(model, setting.recompute)
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas or {}))
-    with mode, Alive(model) as alive, contextlib.ExitStack() as stack:
+    with fused_of(setting), mode, Alive(model) as alive, contextlib.ExitStack() as stack:
         weights = alive.now
         optimizer = optimizer_of(model)
         if setting.train:
@@ -347,6 +357,7 @@ def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     torch.backends.cudnn.benchmark = True
     model.to(device).to(memory_format=layout).train(setting.train)
+    recompute(model, setting.recompute)
     criterion = criterion_of(setting)
     optimizer = optimizer_of(model)
     generator = torch.Generator().manual_seed(0)
@@ -373,8 +384,9 @@ def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
                 optimizer.step()
                 passage.end_of_step()
 
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with current, fused_of(setting):
             for number in range(rounds + 1):
                 run()
                 times = {(phase, part): seconds(begin, end) for phase, part, begin, end in passage.spans}

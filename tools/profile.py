@@ -34,7 +34,7 @@ from torch import Tensor
 
 from cc_attention import CrissCrossAttention, ops
 from dataset.labels import NUM_CLASSES
-from engine.acceleration import PRECISIONS, choose_precision
+from engine.acceleration import PRECISIONS, choose_precision, use_fused
 from networks import Seg_Model, load_weights
 from networks.of_run import Description, describe
 from networks.variants import DEPTHS, variant_of
@@ -356,6 +356,8 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="channels_last memory format [N, h, w, C], which tensor cores prefer",
     )
+    add("--fused", action="store_true", help="fused operators, as --fused on of train.py")
+    add("--recompute", action="store_true", help="recompute outputs of batch norm; requires --fused")
     add("--ohem", action="store_true", help="online hard example mining in the loss of --train and --fit")
     add("--gpu", metavar="ID", help="number of a GPU, or cpu (default: the first GPU, or the CPU)")
     add(
@@ -396,7 +398,13 @@ def main() -> None:
         args.train,
         args.batch_size,
         args.input_size[0],
+        fused=args.fused,
+        recompute=args.recompute,
     )
+    if args.recompute and not args.fused:
+        raise UsageError("--recompute: requires --fused; add it")
+    if args.fused:
+        use_fused("on", torch.device("cpu") if not args.rounds else common.choose_device(args.gpu))
     result: dict[str, Any]
     if args.paper:
         result = paper()

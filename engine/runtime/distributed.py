@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import fused
 from engine.runtime.signals import IMPATIENCE, SIGNALS
 from utils.args import count, exhausted, program
 from utils.errors import InputError, RunError, UsageError
@@ -34,6 +35,22 @@ LAUNCHED = "CCNET_LAUNCHED"
 EXHAUSTED = 71
 #: Filter for the warning of cc_attention that its library is not built.
 OPERATOR_MISSING = "ignore:the compiled criss-cross attention is missing"
+
+
+class Statistics:
+    """The processes that share batch statistics, as a networks.abn.StatisticsGroup.
+
+    A sum of statistics does not wait for the gradients that are being summed at the same time.
+    """
+
+    def __init__(self, size: int, group: Any):
+        self.size = size
+        self.group = group
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum `tensor` over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
 
 
 class World:
@@ -49,7 +66,6 @@ class World:
         self.rank = rank
         self.size = size
         self.device = device
-        self.group = dist.group.WORLD if size > 1 else None  # used by the activated batch norm
         # Python objects and flags are sent over gloo, so that no GPU waits for them.
         self._control: Any = dist.new_group(backend="gloo") if size > 1 else None
 
@@ -62,6 +78,13 @@ class World:
         """Sum `tensor` over the processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
+
+    def statistics(self) -> Statistics:
+        """Return the processes of this run, as the group that shares batch statistics."""
+        if self.size == 1:
+            return Statistics(1, None)
+        # Like the fused operators, connections of their own have not run on a GPU yet.
+        return Statistics(self.size, dist.new_group() if fused.active(self.device) else dist.group.WORLD)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the `value` of every process, in the order of the ranks, on every process."""

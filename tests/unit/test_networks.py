@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from conftest import fill
 from torch.nn import functional as F
 
+import fused
 from loss import CriterionDSN
-from networks import ABN, CheckpointError, Seg_Model, load_weights, synchronize
+from networks import ABN, CheckpointError, Seg_Model, load_weights, recompute, synchronize
 from networks.variants import DEPTHS
 
 DATA = Path(__file__).parents[1] / "data"
@@ -182,6 +184,12 @@ def test_wrong_arguments(arguments):
 
 
 class TestABN:
+    @pytest.fixture(autouse=True, params=["auto", "off"])
+    def mode(self, request):
+        """Run each test with the fused operators, if they are built, and without them."""
+        with fused.using(request.param):
+            yield request.param
+
     def filled(self, activation="leaky_relu"):
         norm = ABN(6, activation).double()
         with torch.no_grad():
@@ -227,7 +235,7 @@ class TestABN:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("split", [(2, 2), (1, 3), (1, 1, 2)])
-    def test_synchronized_over_parts_equals_the_whole(self, split, tmp_path):
+    def test_synchronized_over_parts_equals_the_whole(self, split, mode, tmp_path):
         """Processes with any shares of the batch get the statistics and gradients of the whole batch."""
         import torch.multiprocessing
 
@@ -237,7 +245,7 @@ class TestABN:
         )
         torch.save((x, grad, split), tmp_path / "input.pt")
         torch.multiprocessing.spawn(
-            synchronized_part, (str(tmp_path), self.filled().state_dict()), len(split)
+            synchronized_part, (str(tmp_path), self.filled().state_dict(), "cpu", mode), len(split)
         )
         parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(split))]
         norm = self.filled()
@@ -262,7 +270,7 @@ class TestABN:
         x, grad = torch.randn(4, 6, 3, 5) * 2 + 1, torch.randn(4, 6, 3, 5)
         torch.save((x, grad, (2, 2)), tmp_path / "input.pt")
         state = self.filled().float().state_dict()
-        torch.multiprocessing.spawn(synchronized_part, (str(tmp_path), state, "cuda"), 2)
+        torch.multiprocessing.spawn(synchronized_part, (str(tmp_path), state, "cuda", "off"), 2)
         parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
         norm = self.filled().float()
         x.requires_grad_()
@@ -273,6 +281,23 @@ class TestABN:
         torch.testing.assert_close(torch.cat([part["x.grad"] for part in parts]), x.grad, **close)
         torch.testing.assert_close(sum(part["weight.grad"] for part in parts), norm.weight.grad, **close)
         torch.testing.assert_close(parts[0]["var"], norm.running_var, **close)
+
+    @pytest.mark.parametrize("activation", ["leaky_relu", "relu", "identity"])
+    def test_residual_is_added_before_the_activation(self, activation):
+        norm, x = self.filled(activation), torch.randn(3, 6, 5, 4, dtype=torch.float64) * 3 + 1
+        residual, grad = torch.randn_like(x).requires_grad_(), torch.randn_like(x)
+        x.requires_grad_()
+        norm(x, residual).backward(grad)
+        found = [x.grad, residual.grad, norm.weight.grad, norm.bias.grad]
+        x.grad = residual.grad = norm.weight.grad = norm.bias.grad = None
+        plain = self.filled("identity")
+        slope = {"leaky_relu": 0.01, "relu": 0.0, "identity": 1.0}[activation]
+        z = plain(x) + residual
+        torch.where(z > 0, z, slope * z).backward(grad)
+        for one, other in zip(
+            found, [x.grad, residual.grad, plain.weight.grad, plain.bias.grad], strict=True
+        ):
+            torch.testing.assert_close(one, other)
 
     def test_inplace_backend_agrees(self):
         pytest.importorskip("inplace_abn", reason="the inplace-abn package is not installed")
@@ -285,22 +310,49 @@ class TestABN:
             x, grad = torch.randn(3, 6, 5, 4), torch.randn(3, 6, 5, 4)
             results = []
             for norm in (ours, theirs):
-                start = x.clone().requires_grad_()
-                y = norm(start * 1.0)
-                value = y.detach().clone()
-                y.backward(grad)
-                results.append([value, start.grad, norm.weight.grad, norm.bias.grad, norm.running_var])
-                norm.eval()
-                results[-1].append(norm(x.clone()).detach())
+                results.append([])
+                for residual in (None, torch.linspace(-1, 1, x.numel()).view_as(x)):
+                    norm.train().zero_grad()
+                    start = x.clone().requires_grad_()
+                    y = norm(start * 1.0, residual)
+                    value = y.detach().clone()
+                    y.backward(grad)
+                    gradients = [start.grad, norm.weight.grad, norm.bias.grad]
+                    results[-1] += [value, *gradients, norm.running_var.clone()]
+                    results[-1].append(norm.eval()(x.clone(), residual).detach())
             for one, other in zip(*results, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def synchronized_part(rank: int, folder: str, state: dict[str, torch.Tensor], device: str = "cpu") -> None:
+@pytest.mark.skipif(not fused.active(torch.device("cpu")), reason="the fused operators are not built")
+def test_recomputation_frees_outputs_and_changes_no_bit():
+    results, freed = [], []
+    for enabled in (False, True):
+        model = Seg_Model(5, backbone="resnet50", dropout=0)
+        fill(model, 3)
+        recompute(model, enabled)
+        inputs: list[weakref.ref] = []
+        for layer in (model.conv2, model.layer2[0].conv3):
+            layer.register_forward_pre_hook(
+                lambda _, args, inputs=inputs: inputs.append(weakref.ref(args[0]))
+            )
+        outputs = model.train()(torch.randn(2, 3, 33, 49, generator=torch.Generator().manual_seed(1)))
+        freed.append([reference() is None for reference in inputs])
+        sum(output.square().mean() for output in outputs).backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    assert freed == [[False, False], [True, True]]
+    assert all(map(torch.equal, *results))
+
+
+def synchronized_part(
+    rank: int, folder: str, state: dict[str, torch.Tensor], device: str, mode: str = "auto"
+) -> None:
     """Run one process of the tests above."""
     from types import SimpleNamespace
 
     import torch.distributed as dist
+
+    fused.use(mode)
 
     x, grad, split = torch.load(f"{folder}/input.pt", weights_only=True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(split))
