@@ -178,6 +178,18 @@ def test_if_all_is_ignored_loss_and_gradient_are_0(backend):
     assert (totals == 0).all() and (grad == 0).all()
 
 
+def test_nan_of_ignored_pixels_adds_nothing(backend):
+    logits, target = sample((1, 3, 6, 41, 6, 41), void=0.0)
+    target[..., ::2] = 255
+    results = []
+    for value in (0.0, torch.nan):
+        logits[..., ::2] = value
+        operands = [logits.to(backend.device), target.to(backend.device)]
+        results.append(backend.segmentation_loss(*operands, 255, None, None, True))
+    assert results[0][0][0] > 0
+    assert all(map(torch.equal, *results))
+
+
 def kept_pixels(
     backend: Backend, logits: Tensor, target: Tensor, threshold: Tensor, ignored: int = 255
 ) -> Tensor:

@@ -27,7 +27,6 @@ class Vectors {
   explicit Vectors(int64_t count = 0) : blocks_(count) {}
   S* data() { return blocks_.data()->elements; }
   const S* data() const { return blocks_.data()->elements; }
-  int64_t count() const { return static_cast<int64_t>(blocks_.size()); }
 
  private:
   struct alignas(kVectorBytes) Block {
@@ -237,14 +236,10 @@ void for_each_interval(const LossSizes& s, const Body& body) {
   torch::stable::parallel_for(0, s.N * s.H, std::max<int64_t>(1, kLossGrain / work), body);
 }
 
-// The labels of a block of pixels as numbers of type S: -1 if the label is ignored, C if it is not a class.
+// The label of a pixel as a number of type S: -1 if the label is ignored, C if it is not a class.
 template <typename S>
-void read_labels(const int64_t* target, int64_t count, int64_t ignored, int64_t C, S* labels) {
-  for (int64_t lane = 0; lane < count; ++lane) {
-    const int64_t label = target[lane];
-    labels[lane] = static_cast<S>(label == ignored ? -1 : label < 0 || label >= C ? C : label);
-  }
-  std::fill(labels + count, labels + kLanes<S>, S(-1));
+S read_label(int64_t label, int64_t ignored, int64_t C) {
+  return static_cast<S>(label == ignored ? -1 : label < 0 || label >= C ? C : label);
 }
 
 struct DoubleTotals {
@@ -290,9 +285,13 @@ class LossInterval {
   void pixels(const int64_t* target, int64_t count, const S* above, const S* below, int64_t y, int64_t offset) {
     const int64_t C = a_.input.sizes.C;
     alignas(kVectorBytes) S labels[kLanes<S>];
-    read_labels(target, count, a_.ignored, C, labels);
+    S largest = -1;
+    for (int64_t lane = 0; lane < kLanes<S>; ++lane) {
+      labels[lane] = lane < count ? read_label<S>(target[lane], a_.ignored, C) : S(-1);
+      largest = std::max(largest, labels[lane]);
+    }
+    if (largest < 0) return;
     const Vector<S> label = vector_at(labels);
-    if (std::all_of(labels, labels + kLanes<S>, [](S value) { return value < 0; })) return;
     const S above_weight = upsampling_.rows.lower_weight[y], below_weight = upsampling_.rows.upper_weight[y];
     Softmax<S> result;
     softmax(above, below, above_weight, below_weight, C, labels, exponentials_.data(), result);
@@ -420,9 +419,7 @@ void coarse_probability_of(const CoarseProbability& a) {
       const int64_t* target = a.target + (n * s.h + row.nearest) * s.w;
       for (int64_t j = 0; j < a.columns; ++j) {
         const int64_t label = row.inside && columns[j].inside ? target[columns[j].nearest] : 0;
-        S both[kLanes<S>];
-        read_labels(&label, 1, a.ignored, s.C, both);
-        labels.data()[2 * j] = labels.data()[2 * j + 1] = both[0];
+        labels.data()[2 * j] = labels.data()[2 * j + 1] = read_label<S>(label, a.ignored, s.C);
       }
       for (int64_t side = 0; side < 2; ++side) {
         const int64_t y = side ? row.upper : row.lower;
