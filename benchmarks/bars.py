@@ -1,0 +1,92 @@
+"""Charts of horizontal bars, each a stack of segments, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.files import replacing
+
+#: Width of the chart; left edge and longest length of the bars; height of a bar with its gap.
+WIDTH, LEFT, LENGTH, BAR = 960, 290, 540, 26
+INK, PALE = (30, 30, 30), (222, 222, 222)
+#: Colors of the segments, in the order of their names.
+COLORS = (
+    (31, 119, 180), (110, 164, 205), (168, 200, 226), (200, 216, 232), (209, 102, 43), (150, 150, 150), (44, 140, 74),
+    (138, 79, 176), (214, 158, 96), (110, 110, 110), (205, 205, 205),
+)  # fmt: skip
+
+
+class Panel(NamedTuple):
+    """Bars with a common scale. The segments of a bar are numbers by name."""
+
+    title: str
+    bars: Mapping[str, Mapping[str, float]]
+
+
+def draw(path: str, title: str, subtitle: str, panels: Sequence[Panel]) -> None:
+    """Write a chart.
+
+    Args:
+        path: PNG file.
+        title: first line.
+        subtitle: second line.
+        panels: groups of bars, one below the other. Those without bars are left out. A panel whose bars have several
+            segments gets a legend; a segment has the same color in all panels.
+    """
+    bold, plain = ImageFont.load_default(17), ImageFont.load_default(14)
+    panels = [panel for panel in panels if panel.bars]
+    names = list(dict.fromkeys(name for panel in panels for bar in panel.bars.values() for name in bar))
+    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
+    legends = [_legend(panel, names, plain) for panel in panels]
+    heights = [
+        64 + BAR * len(panel.bars) + 22 * len(rows) for panel, rows in zip(panels, legends, strict=True)
+    ]
+    picture = Image.new("RGB", (WIDTH, 64 + sum(heights)), "white")
+    canvas = ImageDraw.Draw(picture)
+    canvas.text((16, 10), title, INK, bold)
+    canvas.text((16, 34), subtitle, INK, plain)
+    top = 64
+    for panel, rows, height in zip(panels, legends, heights, strict=True):
+        canvas.text((16, top + 10), panel.title, INK, bold)
+        for row, placed in enumerate(rows):
+            for x, name in placed:
+                y = top + 46 + 22 * row
+                canvas.rectangle((x, y - 6, x + 12, y + 6), colors[name])
+                canvas.text((x + 18, y), name, INK, plain, anchor="lm")
+        first = top + 38 + 22 * len(rows)
+        scale = LENGTH / max(sum(bar.values()) for bar in panel.bars.values())
+        for number, (name, bar) in enumerate(panel.bars.items()):
+            middle, at = first + BAR * number + BAR // 2, float(LEFT)
+            canvas.text((LEFT - 8, middle), name, INK, plain, anchor="rm")
+            for segment, value in bar.items():
+                end = at + scale * value
+                canvas.rectangle(
+                    (round(at), middle - 9, max(round(at), round(end)), middle + 9), colors[segment]
+                )
+                at = end
+            canvas.text((at + 8, middle), f"{sum(bar.values()):.4g}", INK, plain, anchor="lm")
+        canvas.line((LEFT, first, LEFT, first + BAR * len(panel.bars)), PALE)
+        top += height
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _legend(panel: Panel, names: Sequence[str], font: ImageFont.ImageFont) -> list[list[tuple[float, str]]]:
+    """Return the place and name of each segment, in rows; no rows if each bar has one segment."""
+    if all(len(bar) == 1 for bar in panel.bars.values()):
+        return []
+    rows: list[list[tuple[float, str]]] = [[]]
+    at = 16.0
+    for name in names:
+        if not any(name in bar for bar in panel.bars.values()):
+            continue
+        length = 18 + font.getlength(name)
+        if at + length > WIDTH - 16:
+            rows.append([])
+            at = 16.0
+        rows[-1].append((at, name))
+        at += length + 20
+    return rows
