@@ -12,11 +12,11 @@ from utils.files import replacing
 #: Width of the chart; left edge and longest length of the bars; height of a bar with its gap.
 WIDTH, LEFT, LENGTH, BAR = 960, 290, 540, 26
 INK, PALE = (30, 30, 30), (222, 222, 222)
-#: Colors of the segments, in the order of their names.
+#: Colors of the segments, in the order of their names: first the convolutions, in blue.
 COLORS = (
-    (31, 119, 180), (110, 164, 205), (168, 200, 226), (200, 216, 232), (209, 102, 43), (150, 150, 150), (44, 140, 74),
-    (138, 79, 176), (214, 158, 96), (110, 110, 110), (205, 205, 205),
-)  # fmt: skip
+    *("#1f77b4", "#6ea4cd", "#a8c8e2", "#c8d8e8"),
+    *("#d1662b", "#969696", "#2c8c4a", "#8a4fb0", "#d69e60", "#6e6e6e", "#cdcdcd"),
+)
 
 
 class Panel(NamedTuple):
@@ -26,15 +26,14 @@ class Panel(NamedTuple):
     bars: Mapping[str, Mapping[str, float]]
 
 
-def draw(path: str, title: str, subtitle: str, panels: Sequence[Panel]) -> None:
+def draw(path: str, lines: Sequence[str], panels: Sequence[Panel]) -> None:
     """Write a chart.
 
     Args:
         path: PNG file.
-        title: first line.
-        subtitle: second line.
-        panels: groups of bars, one below the other. Those without bars are left out. A panel whose bars have several
-            segments gets a legend; a segment has the same color in all panels.
+        lines: text above the bars; the first line is bold.
+        panels: groups of bars, one below the other. Those without bars are left out. A panel whose bars have
+            several segments gets a legend; a segment has the same color in all panels.
     """
     bold, plain = ImageFont.load_default(17), ImageFont.load_default(14)
     panels = [panel for panel in panels if panel.bars]
@@ -44,11 +43,11 @@ def draw(path: str, title: str, subtitle: str, panels: Sequence[Panel]) -> None:
     heights = [
         64 + BAR * len(panel.bars) + 22 * len(rows) for panel, rows in zip(panels, legends, strict=True)
     ]
-    picture = Image.new("RGB", (WIDTH, 64 + sum(heights)), "white")
+    top = 16 + 24 * len(lines)
+    picture = Image.new("RGB", (WIDTH, top + sum(heights)), "white")
     canvas = ImageDraw.Draw(picture)
-    canvas.text((16, 10), title, INK, bold)
-    canvas.text((16, 34), subtitle, INK, plain)
-    top = 64
+    for number, line in enumerate(lines):
+        canvas.text((16, 10 + 24 * number), line, INK, plain if number else bold)
     for panel, rows, height in zip(panels, legends, heights, strict=True):
         canvas.text((16, top + 10), panel.title, INK, bold)
         for row, placed in enumerate(rows):
@@ -63,9 +62,7 @@ def draw(path: str, title: str, subtitle: str, panels: Sequence[Panel]) -> None:
             canvas.text((LEFT - 8, middle), name, INK, plain, anchor="rm")
             for segment, value in bar.items():
                 end = at + scale * value
-                canvas.rectangle(
-                    (round(at), middle - 9, max(round(at), round(end)), middle + 9), colors[segment]
-                )
+                canvas.rectangle((round(at), middle - 9, round(end), middle + 9), colors[segment])
                 at = end
             canvas.text((at + 8, middle), f"{sum(bar.values()):.4g}", INK, plain, anchor="lm")
         canvas.line((LEFT, first, LEFT, first + BAR * len(panel.bars)), PALE)
@@ -74,7 +71,9 @@ def draw(path: str, title: str, subtitle: str, panels: Sequence[Panel]) -> None:
         picture.save(temporary, format="PNG")
 
 
-def _legend(panel: Panel, names: Sequence[str], font: ImageFont.ImageFont) -> list[list[tuple[float, str]]]:
+def _legend(
+    panel: Panel, names: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[list[tuple[float, str]]]:
     """Return the place and name of each segment, in rows; no rows if each bar has one segment."""
     if all(len(bar) == 1 for bar in panel.bars.values()):
         return []

@@ -1,11 +1,11 @@
-"""Time of the parts of a training step or a prediction: convolutions, normalization, loss, attention and so on.
+"""Time of the parts of a training step or a prediction: convolutions, normalization, loss and so on.
 
-torch.profiler records the operators that run on the host. On a CPU, the time of an operator is its own, without
-that of the operators it calls. On a GPU, it is the time of the kernels that the operator starts.
+torch.profiler records the operators. On a CPU, the time of an operator is its own, without that of the
+operators it calls. On a GPU, it is the time of the kernels that the operator starts.
 
-The part of an operator is that of the outermost operator around it that is known here. The operators that compute the
-loss are known by a range around the criterion (`LOSS`), and their backward by the sequence numbers of autograd,
-which an operator and its backward share.
+The part of an operator is that of the outermost operator around it that is known here. A range around the
+criterion (`LOSS`) marks the operators that compute the loss. Autograd gives an operator and its backward the
+same sequence number, by which the backward of the loss is found.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ OPERATORS = {
     LOSS: rf"{LOSS}|fused::(segmentation_loss|coarse_probability|upsampled_classes)|"
     r"aten::(upsample_|cross_entropy|nll_loss|_?log_softmax|lerp|index_select|argmax|max$)",
     OPTIMIZER: r"Optimizer\.|aten::(_foreach_|_fused_|_amp_|linalg_vector_norm)",
-    ELEMENTWISE: r"aten::_?(relu|threshold|leaky_relu|clamp|add|addcmul|sub|mul|div|neg|abs|where|eq|ne|ge|to|to_copy|"
-    r"copy|clone|contiguous|fill|masked_fill|zero|zeros|ones|native_dropout)(_min|_like)?(_backward)?_?$",
+    ELEMENTWISE: r"aten::_?(relu|threshold|leaky_relu|clamp|add|addcmul|sub|mul|div|neg|abs|where|eq|ne|ge|"
+    r"to|to_copy|copy|clone|contiguous|fill|masked_fill|zero|zeros|ones)(_min|_like)?(_backward)?_?$",
 }
 #: Names of backward nodes by part, for the time of a node outside of the operators it calls.
 NODES = {
@@ -66,10 +66,7 @@ NODES = {
     ELEMENTWISE: r"(Relu|Threshold|Add|Sub|Mul|Div|Neg|Where|Addcmul|ToCopy|Clone|Copy)\w*Backward",
 }
 #: Names of the kernels of a convolution's backward.
-KERNELS = {
-    DATA: r"dgrad|bwd_?data|backward_?data",
-    WEIGHTS: r"wgrad|bwd_?(filter|weight)|backward_?(filter|weight)",
-}
+KERNELS = {DATA: r"dgrad|(bwd|backward)_?data", WEIGHTS: r"wgrad|(bwd|backward)_?(filter|weight)"}
 
 
 class Event(Protocol):
@@ -122,8 +119,7 @@ def microseconds(events: Iterable[Event], device: str) -> dict[str, float]:
         device: "cpu" for the time of the operators themselves, "cuda" for that of their kernels.
 
     Returns:
-        Microseconds of each part of PARTS. On CUDA, IDLE is 0. A kernel that no operator has started counts as
-        OTHER, if it is among the events.
+        Microseconds of each part of PARTS. On CUDA, IDLE is 0.
     """
     events = list(events)
     # A sequence number of the loss is one of its forward operators, which are not below a backward node.
@@ -173,12 +169,12 @@ class GradientTimer(TorchDispatchMode):
 def profile(run: timing.Run, device: torch.device) -> dict[str, Any]:
     """Profile a run that was called before.
 
-    On a CPU, the gradients of a convolution come from one operator. Its time is divided in the ratio in which a
-    separate run spends its time, in which they are computed one after the other.
+    On a CPU, one operator computes both gradients of a convolution. Its time is divided in the ratio of a
+    separate run that computes them one after the other.
 
     Returns:
-        seconds: median of runs without profiler; profiled: seconds of a run with the profiler; parts: seconds of
-        each part that occurs, which add up to `profiled` on a CPU, and to `seconds` on a GPU with idle time.
+        seconds: median of runs without the profiler; profiled: mean of runs with it; parts: seconds of each
+        part that occurs. On a CPU, their sum is about `profiled`. On a GPU, it is `seconds`.
     """
     seconds = statistics.median(timing.samples(run, device.type, RUNS))
     activities = [ProfilerActivity.CPU]

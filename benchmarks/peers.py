@@ -1,7 +1,7 @@
 """Networks of other projects, which compute the same function as ours or one of the same kind.
 
-mmsegmentation's CCNet is the same network as ours in the variant "mmseg". benchmarks/get_peers.sh installs it into a
-folder of its own. torchvision's FCN and DeepLabV3 are other networks on the same backbone.
+mmsegmentation's CCNet is the same network as ours in the variant "mmseg". benchmarks/get_peers.sh installs it
+into a folder of its own. torchvision's FCN and DeepLabV3 are other networks on the same backbone.
 """
 
 from __future__ import annotations

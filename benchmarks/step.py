@@ -1,24 +1,26 @@
-"""Measure a training step of train.py and a prediction: times, their parts, and peak memory, on a CPU or a GPU.
+"""Measure a training step of train.py and a prediction: times, their parts and peak memory.
 
     python -m benchmarks.step [--device cuda] [--backbone resnet50] [--batch-size 2] [--input-size 257,257]
         [--settings float32 bf16+channels_last ...] [--measure step prediction parts memory] [--compile]
         [--variant mmseg --peer-site DIR] [--out FILE.json] [--plot FILE.png]
 
-- step: engine.training.step.Stepper, so forward pass, loss of both heads, backward pass, check of the gradients,
-  update.
+- step: engine.training.step.Stepper: forward pass, loss of both heads, backward pass, check of the
+  gradients, update.
 - prediction: from a picture of --picture pixels to the class of each pixel. "as trained" is the network with
   separate batch norm and auxiliary head. --tile adds the prediction by tiles.
-- parts: time of the parts of a step and of a prediction (benchmarks/parts.py), of the settings of --profile.
-- memory: peak of two steps, each contender in a process of its own. On a CPU, this is the resident memory above that
-  of the process with the network and a batch, so it includes gradients and momentum. On a GPU, it is all memory that
-  PyTorch allocates in the second step.
+- parts: time of the parts of a step and of a prediction (benchmarks/parts.py), in the settings of --profile.
+- memory: peak of two steps, each contender in a process of its own. On a CPU, it is the resident memory
+  above that of the process with the network and a batch, so it includes gradients and momentum. On a GPU, it
+  is all memory that PyTorch has allocated for tensors during the second step.
 
-Peers are mmsegmentation's CCNet, which is the same network as ours in the variant mmseg, and for the prediction
-torchvision's FCN and DeepLabV3 on the same backbone. benchmarks/get_peers.sh installs mmsegmentation into a folder,
-which --peer-site names. Its network and ours start with the same weights; it is measured only if both have the same
-logits and the same loss. Otherwise, the exit status is 1.
+There are two kinds of peers. mmsegmentation's CCNet is the same network as ours in the variant mmseg.
+benchmarks/get_peers.sh installs it into a folder, which --peer-site names. Its network and ours start with
+the same weights. It is measured only if both give the same logits and the same loss; otherwise, the exit
+status is 1. torchvision's FCN and DeepLabV3, with the same backbone, are measured for scale, in the
+prediction only.
 
-Contenders take turns. The ratio is the time of the first contender of a group divided by the time of this one.
+Contenders take turns. The ratio is the time of the first contender of a group divided by the time of this
+one.
 """
 
 from __future__ import annotations
@@ -132,6 +134,9 @@ def make_network(args: argparse.Namespace, device: torch.device) -> Seg_Model:
     torch.manual_seed(0)
     model = Seg_Model(NUM_CLASSES, backbone=args.backbone, variant=args.variant)
     with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.fill_(0.2)  # scales of residuals start at 0, and products with zeros are faster
         model.head.cca.gamma.fill_(peers.GAMMA)
     return model.to(device)
 
@@ -340,7 +345,10 @@ def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
 
 
 def check_peer(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return version and differences of mmsegmentation, or why it is skipped. Then, --peer-site becomes None."""
+    """Return version and differences of mmsegmentation, or why it is skipped.
+
+    If it is skipped, `args.peer_site` becomes None.
+    """
     if not args.peer_site:
         return {"skipped": "no --peer-site"}
     try:
@@ -440,8 +448,8 @@ def words(args: argparse.Namespace) -> str:
     tiles = f" and by tiles of {args.tile[0]}x{args.tile[1]}, {args.tile_batch} at once" if args.tile else ""
     attention = ", attention by matrix products in PyTorch" if args.attention == "bmm" else ""
     return (
-        f"CCNet with {args.backbone}, R=2, variant {args.variant}{attention}; step: {args.batch_size} crops of "
-        f"{args.input_size[0]}x{args.input_size[1]}; prediction: one picture of "
+        f"CCNet with {args.backbone}, R=2, variant {args.variant}{attention}; step: {args.batch_size} crops "
+        f"of {args.input_size[0]}x{args.input_size[1]}; prediction: one picture of "
         f"{args.picture[0]}x{args.picture[1]}, whole{tiles}"
     )
 
@@ -450,26 +458,28 @@ def plot(report: dict[str, Any], path: str) -> None:
     """Draw a bar chart of the results."""
     panels = []
     for title, found in report.get("parts", {}).items():
-        stacks = {name: one["parts"] for name, one in found.items() if "parts" in one}
-        scaled = {
-            name: {part: 1e3 * one[part] for part in parts.PARTS if part in one}
-            for name, one in stacks.items()
+        stacks = {
+            name: {part: 1e3 * one["parts"][part] for part in parts.PARTS if part in one["parts"]}
+            for name, one in found.items()
+            if "parts" in one
         }
-        panels.append(bars.Panel(f"{title} by part, ms", scaled))
+        panels.append(bars.Panel(f"{title} by part, ms", stacks))
     for title in ("step", "prediction", "prediction by tiles"):
-        found = {name: one for name, one in report.get(title, {}).items() if "seconds" in one}
-        times = {name: {"time": 1e3 * one["seconds"]["median"]} for name, one in found.items()}
+        times = {
+            name: {"time": 1e3 * one["seconds"]["median"]}
+            for name, one in report.get(title, {}).items()
+            if "seconds" in one
+        }
         panels.append(bars.Panel(f"{title}, ms", times))
-    found = {name: one for name, one in report.get("memory", {}).items() if "bytes" in one}
-    panels.append(
-        bars.Panel(
-            "peak memory of a step, MB", {name: {"memory": one["bytes"] / 1e6} for name, one in found.items()}
-        )
-    )
+    peaks = {
+        name: {"memory": one["bytes"] / 1e6}
+        for name, one in report.get("memory", {}).items()
+        if "bytes" in one
+    }
+    panels.append(bars.Panel("peak memory of a step, MB", peaks))
     about = report["machine"]
-    bars.draw(
-        path, report["setting"], f"{about['name']}, PyTorch {about['torch']}; shorter is better", panels
-    )
+    machine_line = f"{about['name']}, PyTorch {about['torch']}; shorter is better"
+    bars.draw(path, [*report["setting"].split("; "), machine_line], panels)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -490,6 +500,7 @@ def main(argv: list[str] | None = None) -> int:
         "commit": commit(),
         "command": shlex.join(["python", "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)]),
         "setting": words(args),
+        "batch_size": args.batch_size,
         "peers": {MMSEG: check_peer(args, device)},
     }
     print(report["setting"], flush=True)
