@@ -62,7 +62,8 @@ def draw(path: str, lines: Sequence[str], panels: Sequence[Panel]) -> None:
             canvas.text((LEFT - 8, middle), name, INK, plain, anchor="rm")
             for segment, value in bar.items():
                 end = at + scale * value
-                canvas.rectangle((round(at), middle - 9, round(end), middle + 9), colors[segment])
+                if round(end) > round(at):
+                    canvas.rectangle((round(at), middle - 9, round(end) - 1, middle + 9), colors[segment])
                 at = end
             canvas.text((at + 8, middle), f"{sum(bar.values()):.4g}", INK, plain, anchor="lm")
         canvas.line((LEFT, first, LEFT, first + BAR * len(panel.bars)), PALE)
