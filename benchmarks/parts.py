@@ -11,6 +11,7 @@ same sequence number, by which the backward of the loss is found.
 from __future__ import annotations
 
 import functools
+import os
 import re
 import statistics
 import time
@@ -176,6 +177,7 @@ def profile(run: timing.Run, device: torch.device) -> dict[str, Any]:
         seconds: median of runs without the profiler; profiled: mean of runs with it; parts: seconds of each
         part that occurs. On a CPU, their sum is about `profiled`. On a GPU, it is `seconds`.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # only fatal errors: a machine without a GPU is none
     seconds = statistics.median(timing.samples(run, device.type, RUNS))
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -117,18 +117,21 @@ class MMSegmentation:
 
 @torch.no_grad()
 def differences(peer: MMSegmentation, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Compare mmsegmentation's network with ours, with the same weights, in evaluation mode.
+    """Compare mmsegmentation's network with ours, with the same weights, in evaluation mode, on the CPU.
+
+    Args:
+        peer: the network.
+        images: [N, 3, h, w].
+        labels: class indices [N, h, w], none of them ignored: mmsegmentation's mean counts ignored pixels.
 
     Returns:
         Relative differences: "logits", of the largest one, after upsampling; "loss".
     """
-    ours = peer.copied().to(images.device).eval()
-    training = peer.network.training
+    ours = peer.copied().eval()
     peer.network.eval()
     theirs, own = peer.logits(images), predict_whole(ours, images)
     their_loss = peer.loss(images, peer.labelled(labels))
-    own_loss = CriterionDSN().to(images.device)(ours(images), labels)
-    peer.network.train(training)
+    own_loss = CriterionDSN()(ours(images), labels)
     return {
         "logits": float((theirs - own).abs().max() / own.abs().max()),
         "loss": float((their_loss - own_loss).abs() / own_loss),

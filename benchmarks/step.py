@@ -150,6 +150,7 @@ def make_batch(args: argparse.Namespace, device: torch.device, setting: Setting)
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of ours and of the peer."""
     return torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=1e-4)
 
 
@@ -265,7 +266,7 @@ def measure_times(makes: Mapping[str, Make], device: torch.device, rounds: int) 
             failures[name] = timing.reason(error)
     times, others = timing.interleaved(runs, device.type, rounds)
     failures |= others
-    base = statistics.median(next(iter(times.values()))) if times else float("nan")
+    first = next(iter(makes))
     result: dict[str, Any] = {}
     for name in makes:
         if name in failures:
@@ -273,8 +274,12 @@ def measure_times(makes: Mapping[str, Make], device: torch.device, rounds: int) 
             print(f"  {name:42}  {failures[name]}", flush=True)
             continue
         median = statistics.median(times[name])
-        result[name] = {"seconds": timing.quartiles(times[name]), "ratio": base / median}
-        print(f"  {name:42}  {median:8.4f} s  {base / median:5.2f} x", flush=True)
+        result[name] = {"seconds": timing.quartiles(times[name])}
+        shown = ""
+        if first in times:
+            result[name]["ratio"] = statistics.median(times[first]) / median
+            shown = f"{result[name]['ratio']:5.2f} x"
+        print(f"  {name:42}  {median:8.4f} s  {shown}", flush=True)
     return result
 
 
@@ -292,18 +297,19 @@ def measure_parts(makes: Mapping[str, Make], device: torch.device) -> dict[str, 
     profiles = {name: one for name, one in result.items() if "parts" in one}
     if not profiles:
         return result
-    print("  " + " " * 36 + "".join(f"{name:>34}" for name in profiles))
-    for part in parts.PARTS:
-        if any(part in one["parts"] for one in profiles.values()):
-            cells = ""
-            for one in profiles.values():
-                value = one["parts"].get(part, 0.0)
-                cells += f"{1e3 * value:20.1f} ms {100 * value / sum(one['parts'].values()):8.1f} %"
-            print(f"  {part:36}{cells}")
+    widths = {name: max(20, len(name) + 2) for name in profiles}
+
+    def line(heading: str, cells: Mapping[str, str]) -> None:
+        print(f"  {heading:36}" + "".join(f"{cells[name]:>{widths[name]}}" for name in profiles), flush=True)
+
     sums = {name: sum(one["parts"].values()) for name, one in profiles.items()}
-    print(f"  {'sum':36}" + "".join(f"{1e3 * value:20.1f} ms {100:8.1f} %" for value in sums.values()))
-    without = "".join(f"{1e3 * one['seconds']:20.1f} ms{'':11}" for one in profiles.values())
-    print(f"  {'without profiler':36}{without}", flush=True)
+    line("", {name: name for name in profiles})
+    for part in parts.PARTS:
+        seconds = {name: one["parts"].get(part, 0.0) for name, one in profiles.items()}
+        if any(seconds.values()):
+            line(part, {n: f"{1e3 * s:.1f} ms {100 * s / sums[n]:5.1f} %" for n, s in seconds.items()})
+    line("sum", {name: f"{1e3 * seconds:.1f} ms {100:5.1f} %" for name, seconds in sums.items()})
+    line("without profiler", {name: f"{1e3 * one['seconds']:.1f} ms{'':8}" for name, one in profiles.items()})
     return result
 
 
@@ -326,6 +332,8 @@ def peak(run: timing.Run, device: torch.device) -> int:
 def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Measure the peak memory of training steps, each in a process of its own, and return the results."""
     result: dict[str, Any] = {}
+    if args.device == "cuda":
+        torch.cuda.empty_cache()  # leave the memory to the processes
     for name in names:
         if args.device == "cpu" and name.endswith("compiled"):
             result[name] = {"error": "can't be measured: the memory of the compiler is in the same process"}
@@ -335,6 +343,7 @@ def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
         command += ["--batch-size", str(args.batch_size), "--input-size", "{},{}".format(*args.input_size)]
         if name.startswith(MMSEG):
             command += ["--peer-site", os.path.abspath(args.peer_site)]
+        command += ["--compile"] * name.endswith("compiled")
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = (done.stderr if done.returncode else done.stdout).split("\n")
         last = next((line for line in reversed(lines) if line.strip()), f"exit status {done.returncode}")
@@ -344,17 +353,19 @@ def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
     return result
 
 
-def check_peer(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def check_peer(args: argparse.Namespace) -> dict[str, Any]:
     """Return version and differences of mmsegmentation, or why it is skipped.
 
-    If it is skipped, `args.peer_site` becomes None.
+    The comparison is on the CPU: the convolutions of a GPU round to TF32. If the peer is skipped,
+    `args.peer_site` becomes None.
     """
     if not args.peer_site:
         return {"skipped": "no --peer-site"}
     try:
-        peer = peers.MMSegmentation(args.peer_site, args.backbone, device)
-        batch = make_batch(args, device, SETTINGS["float32"])
-        found = peers.differences(peer, batch.images, batch.labels)
+        peer = peers.MMSegmentation(args.peer_site, args.backbone, torch.device("cpu"))
+        torch.manual_seed(1)
+        images, labels = torch.randn(2, 3, 65, 97) * 50, torch.randint(0, NUM_CLASSES, (2, 65, 97))
+        found = peers.differences(peer, images, labels)
     except ImportError as error:
         args.peer_site = None
         return {"skipped": str(error)}
@@ -501,7 +512,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)]),
         "setting": words(args),
         "batch_size": args.batch_size,
-        "peers": {MMSEG: check_peer(args, device)},
+        "peers": {MMSEG: check_peer(args)},
     }
     print(report["setting"], flush=True)
     if reason := report["peers"][MMSEG].get("skipped"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -230,6 +231,30 @@ def test_quick_report_on_the_cpu(tmp_path: Path):
     assert "| prediction by tiles | float32 |" in page and "| attention |" in page
 
 
+def test_page_of_the_steps():
+    def timed(name: str, **others: object) -> dict:
+        times = {name: {"seconds": {"median": 0.2}}, "broken": {"error": "out of memory"}}
+        return {"setting": "the setting", "batch_size": 8, "step": times, **others}
+
+    results = {
+        "step-parts": {"setting": "", "parts": {"step": {"bf16": {"parts": {"a": 0.003, "b": 0.001}}}}},
+        "step": timed("bf16", memory={"bf16": {"bytes": 3 * 2**30}}),
+        "step-bmm": timed("bf16"),
+        "step-compiled": timed("bf16, compiled"),
+    }
+    lines = gpu_report.step_page(results)
+    for line in (
+        "## Step by part, bf16",
+        "| a | 3 | 75 % |",
+        "| sum | 4 |  |",
+        "| bf16 | 200 | 40 | 3 |",
+        "| broken | out of memory |  |  |",
+        "| bf16, attention bmm | 200 | 40 |  |",
+        "| bf16, compiled | 200 | 40 |  |",
+    ):
+        assert line in lines, line
+
+
 class TestLoader:
     def test_both_ways_give_the_same_samples(self, scenes):
         dataset = CSDataSet(str(scenes), crop_size=loader.CROP)
@@ -451,7 +476,7 @@ class TestPeers:
     def test_a_missing_one_is_skipped_with_a_reason(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "path", list(sys.path))
         args = step.parse([*self.flags, "--backbone", "resnet50", "--peer-site", str(tmp_path)])
-        skipped = step.check_peer(args, torch.device("cpu"))["skipped"]
+        skipped = step.check_peer(args)["skipped"]
         assert str(tmp_path) in skipped and "get_peers.sh" in skipped and args.peer_site is None
         assert not any("mmseg" in name for name in [*step.steps(args, torch.device("cpu")),
                                                     *step.networks(args, torch.device("cpu"))])  # fmt: skip
@@ -459,7 +484,7 @@ class TestPeers:
     def test_an_equal_one_is_measured(self, monkeypatch):
         monkeypatch.setattr(peers, "MMSegmentation", self.Copy)
         args = step.parse([*self.flags, "--settings", "float32", "bf16", "--peer-site", "x"])
-        result = step.check_peer(args, torch.device("cpu"))
+        result = step.check_peer(args)
         assert result == {"version": "1", "differences": {"logits": 0, "loss": 0}}
         names = ["float32", "bf16", "mmsegmentation, float32", "mmsegmentation, bf16"]
         assert list(step.steps(args, torch.device("cpu"))) == names
@@ -480,7 +505,7 @@ class TestPeers:
         monkeypatch.setattr(step, "measure_times", lambda makes, *_: {name: {} for name in makes})
         flags = [*self.flags, "--settings", "float32", "--measure", "step", "--peer-site", "x"]
         args = step.parse(flags)
-        result = step.check_peer(args, torch.device("cpu"))
+        result = step.check_peer(args)
         assert result["differences"]["logits"] == pytest.approx(0.01, rel=0.01)
         assert "wrong" in result["skipped"] and args.peer_site is None
         assert step.main(flags) == 1
@@ -503,7 +528,8 @@ def test_lengths_of_bars(tmp_path):
     bars.draw(str(tmp_path / "a.png"), ["one", "two"], [panel, bars.Panel("empty", {})])
     with Image.open(tmp_path / "a.png") as image:
         pixels = image.convert("RGB")
-        rows = [[pixels.getpixel((x, y)) for x in range(bars.LEFT, image.width)] for y in range(image.height)]
+        width, height = image.size
+        rows = [[pixels.getpixel((x, y)) for x in range(bars.LEFT, width)] for y in range(height)]
     first, second = (ImageColor.getrgb(color) for color in bars.COLORS[:2])
     lengths = [(row.count(first), row.count(second)) for row in rows]
     long = max(lengths)
@@ -526,6 +552,14 @@ def test_bad_arguments_of_the_step(arguments: str, named: str, capsys):
     with pytest.raises(SystemExit) as ended:
         step.main(arguments.split())
     assert ended.value.code == 2 and named in last_line(capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_peers_are_not_installed_into_a_folder_that_exists(root, tmp_path):
+    done = subprocess.run(
+        ["bash", root / "benchmarks/get_peers.sh", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "does not exist" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_contender_is_named():
