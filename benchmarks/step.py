@@ -470,7 +470,7 @@ def plot(report: dict[str, Any], path: str) -> None:
     panels = []
     for title, found in report.get("parts", {}).items():
         stacks = {
-            name: {part: 1e3 * one["parts"][part] for part in parts.PARTS if part in one["parts"]}
+            name: {part: 1e3 * one["parts"].get(part, 0.0) for part in parts.PARTS}
             for name, one in found.items()
             if "parts" in one
         }
