@@ -12,6 +12,7 @@ process with a time limit, and none depends on another:
     step                training steps in several precisions: time and peak memory
     prediction          predictions of 1024x2048 pixels, whole and by tiles
     attention           benchmarks/attention.py with all peers that need no compilation, with CUDA graphs
+    step-fused-sgd      the training step with --fused-sgd
     step-bmm            the training step with the bmm formulation instead of our attention
     evaluation          benchmarks/evaluation.py: overhead of an evaluation over its forward passes
     memcheck            all kinds of kernels under compute-sanitizer, forward and backward
@@ -177,6 +178,7 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
         stepped("step", f"{sizes} --measure step memory --rounds 3 --settings {half} {others}", 120),
         stepped("prediction", f"{sizes} --measure prediction --rounds 3 --settings {half} float32", 60),
         Part("attention", [*attention, *peers, *written("attention")], 200),
+        stepped("step-fused-sgd", f"{sizes} --measure step --rounds 3 --settings {half} --fused-sgd", 60),
         stepped("step-bmm", f"{sizes} --measure step --rounds 3 --settings {half} --attention bmm", 60),
         Part("evaluation", [*evaluation, "--out", str(out / "evaluation.json")], 110),
         sanitized("memcheck", 60),
@@ -321,10 +323,11 @@ def step_page(results: dict[str, dict[str, Any]]) -> list[str]:
             rows.append(["sum", f"{1e3 * whole:.4g}", ""])
             lines += [f"## {title.capitalize()} by part, {name}", "", *table(["part", "ms", "share"], rows)]
     rows = []
-    for part in ("step", "step-bmm", "step-compiled"):
+    notes = {"step": "", "step-fused-sgd": ", fused SGD", "step-bmm": ", attention bmm", "step-compiled": ""}
+    for part, note in notes.items():
         report = results.get(part, {})
         for name, one in report.get("step", {}).items():
-            shown = f"{name}, attention bmm" if part == "step-bmm" else name
+            shown = name + note
             if "error" in one:
                 rows.append([shown, one["error"], "", ""])
                 continue

@@ -149,9 +149,10 @@ def make_batch(args: argparse.Namespace, device: torch.device, setting: Setting)
     return Batch(images.contiguous(memory_format=setting.layout), labels, [])
 
 
-def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of ours and of the peer."""
-    return torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=1e-4)
+def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of train.py, which the peer gets too."""
+    fused = args.fused_sgd or None
+    return torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=1e-4, fused=fused)
 
 
 def our_step(args: argparse.Namespace, device: torch.device, setting: Setting) -> timing.Run:
@@ -160,7 +161,7 @@ def our_step(args: argparse.Namespace, device: torch.device, setting: Setting) -
     model.to(memory_format=setting.layout)  # type: ignore[call-overload]
     criterion = RangedCriterion(CriterionDSN().to(device))
     network: Any = torch.compile(model) if setting.compiled else model
-    stepper = Stepper(network, criterion, make_optimizer(model), World(0, 1, device), setting.amp, 1, 0)
+    stepper = Stepper(network, criterion, make_optimizer(args, model), World(0, 1, device), setting.amp, 1, 0)
     batch = make_batch(args, device, setting)
     numbers = iter(range(1, 10**9))
     return lambda: stepper.step(next(numbers), batch)
@@ -170,7 +171,7 @@ def peer_step(args: argparse.Namespace, device: torch.device, setting: Setting) 
     """Return a training step of mmsegmentation: its network and loss, and the same update as ours."""
     peer = peers.MMSegmentation(args.peer_site, args.backbone, device)
     peer.network.to(memory_format=setting.layout)
-    optimizer = make_optimizer(peer.network)
+    optimizer = make_optimizer(args, peer.network)
     scaler = torch.amp.GradScaler(device.type, enabled=setting.amp == "fp16")
     batch = make_batch(args, device, setting)
     samples = peer.labelled(batch.labels)
@@ -343,7 +344,7 @@ def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
         command += ["--batch-size", str(args.batch_size), "--input-size", "{},{}".format(*args.input_size)]
         if name.startswith(MMSEG):
             command += ["--peer-site", os.path.abspath(args.peer_site)]
-        command += ["--compile"] * name.endswith("compiled")
+        command += ["--compile"] * name.endswith("compiled") + ["--fused-sgd"] * args.fused_sgd
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = (done.stderr if done.returncode else done.stdout).split("\n")
         last = next((line for line in reversed(lines) if line.strip()), f"exit status {done.returncode}")
@@ -408,6 +409,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="precisions and memory formats, such as float32 bf16+channels_last (default: all of the device)",
     )
     add("--compile", action="store_true", help="also measure each setting compiled with torch.compile")
+    add("--fused-sgd", action="store_true", help="update all weights in one kernel, as train.py --fused-sgd")
     add(
         "--attention",
         choices=("ours", "bmm"),
@@ -458,9 +460,10 @@ def words(args: argparse.Namespace) -> str:
     """Describe what is measured."""
     tiles = f" and by tiles of {args.tile[0]}x{args.tile[1]}, {args.tile_batch} at once" if args.tile else ""
     attention = ", attention by matrix products in PyTorch" if args.attention == "bmm" else ""
+    update = ", fused SGD" if args.fused_sgd else ""
     return (
         f"CCNet with {args.backbone}, R=2, variant {args.variant}{attention}; step: {args.batch_size} crops "
-        f"of {args.input_size[0]}x{args.input_size[1]}; prediction: one picture of "
+        f"of {args.input_size[0]}x{args.input_size[1]}{update}; prediction: one picture of "
         f"{args.picture[0]}x{args.picture[1]}, whole{tiles}"
     )
 

@@ -531,6 +531,7 @@ def test_lengths_of_bars(tmp_path):
         pixels = image.convert("RGB")
         width, height = image.size
         rows = [[pixels.getpixel((x, y)) for x in range(bars.LEFT, width)] for y in range(height)]
+    assert len(parts.PARTS) <= len(bars.COLORS)
     first, second = (ImageColor.getrgb(color) for color in bars.COLORS[:2])
     lengths = [(row.count(first), row.count(second)) for row in rows]
     long = max(lengths)
