@@ -36,6 +36,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -377,6 +378,15 @@ def check_peer(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def check_torchvision() -> dict[str, Any]:
+    """Return the version of torchvision, or why it is skipped."""
+    try:
+        peers.torchvision("resnet50", torch.device("cpu"))
+    except ImportError as error:
+        return {"skipped": timing.reason(error)}
+    return {"version": metadata.version("torchvision")}
+
+
 # The command
 
 
@@ -515,11 +525,12 @@ def main(argv: list[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)]),
         "setting": words(args),
         "batch_size": args.batch_size,
-        "peers": {MMSEG: check_peer(args)},
+        "peers": {MMSEG: check_peer(args), "torchvision": check_torchvision()},
     }
     print(report["setting"], flush=True)
-    if reason := report["peers"][MMSEG].get("skipped"):
-        print(f"mmsegmentation is not measured: {reason}", flush=True)
+    for name, found in report["peers"].items():
+        if "skipped" in found:
+            print(f"{name} is not measured: {found['skipped']}", flush=True)
 
     def finished(group: str, result: dict[str, Any]) -> None:
         report[group] = result
@@ -538,11 +549,11 @@ def main(argv: list[str] | None = None) -> int:
             finished("prediction by tiles", measure_times(tiles, device, args.rounds))
     if "parts" in args.measure:
         chosen = [name for one in args.profile for name in (one, f"{MMSEG}, {one}")]
-        found = {}
+        profiles = {}
         for title, makes in (("step", steps(args, device)), ("prediction", predictions(args, device))):
             print(f"{title} by part:", flush=True)
-            found[title] = measure_parts({n: make for n, make in makes.items() if n in chosen}, device)
-            finished("parts", found)
+            profiles[title] = measure_parts({n: make for n, make in makes.items() if n in chosen}, device)
+            finished("parts", profiles)
     if "memory" in args.measure:
         print("peak memory of a step:", flush=True)
         finished("memory", measure_memory(args, list(steps(args, device))))

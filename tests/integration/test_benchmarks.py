@@ -306,7 +306,8 @@ def test_step_prediction_parts_and_memory_are_measured(tmp_path, capsys):
     assert step.main([*flags.split(), "--out", str(numbers), "--plot", str(picture)]) == 0
     report = json.loads(numbers.read_text())
     assert {"name", "torch", "threads", "load"} <= report["machine"].keys() and flags in report["command"]
-    assert report["peers"] == {"mmsegmentation": {"skipped": "no --peer-site"}}
+    assert report["peers"]["mmsegmentation"] == {"skipped": "no --peer-site"}
+    assert report["peers"]["torchvision"].keys() == {"version"}
     settings = ["float32", "bf16, channels_last"]
     assert list(report["step"]) == list(report["prediction by tiles"]) == settings
     assert list(report["memory"]) == settings
@@ -510,6 +511,8 @@ class TestPeers:
         assert result["differences"]["logits"] == pytest.approx(0.01, rel=0.01)
         assert "wrong" in result["skipped"] and args.peer_site is None
         assert step.main(flags) == 1
+        monkeypatch.setitem(sys.modules, "torchvision.models", None)
+        assert step.check_torchvision()["skipped"].startswith("ModuleNotFoundError")
 
 
 def test_peak_of_two_runs_on_the_cpu():
