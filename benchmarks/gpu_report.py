@@ -8,17 +8,20 @@ process with a time limit, and none depends on another:
 
     environment         GPU, driver, clocks, PyTorch
     tests               GPU tests of the operator and of the loader
+    step-parts          benchmarks/step.py: time of a training step and a prediction by part
+    step                training steps in several precisions: time and peak memory
+    prediction          predictions of 1024x2048 pixels, whole and by tiles
     attention           benchmarks/attention.py with all peers that need no compilation, with CUDA graphs
-    training            training step: images per second, peak memory, share of the attention
-    training-bmm        the same with the bmm formulation instead of our attention
+    step-fused-sgd      the training step with --fused-sgd
+    step-bmm            the training step with the bmm formulation instead of our attention
     evaluation          benchmarks/evaluation.py: overhead of an evaluation over its forward passes
     memcheck            all kinds of kernels under compute-sanitizer, forward and backward
+    step-compiled       the training step under torch.compile
     attention-compiled  formulations in plain PyTorch under torch.compile, at 8x97x97
     racecheck, initcheck, synccheck   the other tools of compute-sanitizer
 
 OUT receives report.json and report.md, which are updated after each part, and for each part NAME.log and its
-own files. `--part NAME` runs environment, training, training-bmm or kernels (the part for the sanitizer) in
-this process.
+own files. `--part NAME` runs environment or kernels (the part for the sanitizer) in this process.
 
 Exit status: 0 on success, 1 if a part failed, 2 without a GPU. `--device cpu --quick` runs everything with
 tiny sizes on a machine without a GPU. It is meant for tests; its numbers have no meaning.
@@ -33,21 +36,15 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from utils.timing import Mark
 
 # Started as a file, this module can't import the project. Parts that need it run as `python -m`.
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +131,12 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
     def written(name: str) -> list[str]:
         return ["--out", str(out / f"{name}.json"), "--plot", str(out / f"{name}.png")]
 
+    def stepped(name: str, arguments: str, seconds: float) -> Part:
+        command = [*python, "benchmarks.step", "--device", device, *arguments.split()]
+        return Part(name, [*command, *written(name)], seconds)
+
     if quick:
+        small = "--batch-size 2 --input-size 17,17 --picture 33,33 --rounds 1 --settings float32"
         tiny = (
             "--shapes 1x5x7 --memory-shapes --dtypes float32 --channels 16 --rounds 1 --contenders ours bmm"
         )
@@ -142,9 +144,10 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
             Part(
                 "tests", [*python, "pytest", "-v", "tests/integration/test_benchmarks.py", "-k", "floors"], 60
             ),
+            stepped("step-parts", f"{small} --measure parts", 120),
+            stepped("step", f"{small} --measure step memory", 120),
+            stepped("prediction", f"{small} --measure prediction --tile 17,17", 120),
             Part("attention", [*attention, *tiny.split(), *written("attention")], 60),
-            Part("training", own("training"), 60),
-            Part("training-bmm", own("training-bmm"), 60),
             Part("kernels", own("kernels"), 60),
         ]
     tests = [
@@ -160,6 +163,9 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
         apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(tool, command, seconds, apart, "" if sanitizer else "compute-sanitizer not found")
 
+    sizes = "--backbone resnet101 --batch-size 8 --input-size 769,769 --picture 1024,2048"
+    sizes += " --tile 769,769 --tile-batch 4"
+    half, others = "bf16+channels_last", "bf16 fp16+channels_last float32+channels_last"
     peers = shlex.split("--contenders ours bmm einsum non-local --dtypes bfloat16 float32 tf32 --rounds 3")
     compiled = shlex.split(
         "--contenders ours bmm-compiled einsum-compiled --shapes 8x97x97 --dtypes bfloat16 float32"
@@ -168,11 +174,15 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
     evaluation += shlex.split("--tile 769,769 --tile-batch 4 --num-workers 8 --pictures 128 --rounds 2")
     return [
         Part("tests", [*python, "pytest", "-v", *(f"tests/{name}" for name in tests), "-k", "cuda"], 100),
+        stepped("step-parts", f"{sizes} --measure parts --settings {half}", 60),
+        stepped("step", f"{sizes} --measure step memory --rounds 3 --settings {half} {others}", 120),
+        stepped("prediction", f"{sizes} --measure prediction --rounds 3 --settings {half} float32", 60),
         Part("attention", [*attention, *peers, *written("attention")], 200),
-        Part("training", own("training"), 90),
-        Part("training-bmm", own("training-bmm"), 90),
+        stepped("step-fused-sgd", f"{sizes} --measure step --rounds 3 --settings {half} --fused-sgd", 60),
+        stepped("step-bmm", f"{sizes} --measure step --rounds 3 --settings {half} --attention bmm", 60),
         Part("evaluation", [*evaluation, "--out", str(out / "evaluation.json")], 110),
         sanitized("memcheck", 60),
+        stepped("step-compiled", f"{sizes} --measure step --rounds 3 --settings {half} --compile", 120),
         Part("attention-compiled", [*attention, *compiled, *written("attention-compiled")], 120),
         *(sanitized(tool, 45) for tool in ("racecheck", "initcheck", "synccheck")),
     ]
@@ -246,23 +256,7 @@ def page(report: dict[str, Any]) -> str:
     for name in ("attention", "attention-compiled"):
         if name in results:
             lines += attention_page(name, results[name])
-    rows = []
-    for name in ("training", "training-bmm"):
-        if result := results.get(name):
-            rows.append(
-                [
-                    result["attention"],
-                    f"{result['images_per_second']:.4g}",
-                    f"{1e3 * result['step_seconds']:.4g}",
-                    f"{result['peak_bytes'] / 2**30:.4g}",
-                    f"{1e3 * result['attention_seconds']:.4g}",
-                    f"{100 * result['attention_seconds'] / result['step_seconds']:.3g} %",
-                ]
-            )
-    if rows:
-        setting = next(results[name]["setting"] for name in ("training", "training-bmm") if name in results)
-        headings = ["attention", "images/s", "step, ms", "peak, GiB", "attention in a step, ms", "its share"]
-        lines += ["## Training step", "", setting, "", *table(headings, rows)]
+    lines += step_page(results)
     errors = [[name, results[name]["errors"]] for name in results if "errors" in results[name]]
     if errors:
         lines += ["## compute-sanitizer", "", *table(["tool", "errors"], errors)]
@@ -314,6 +308,47 @@ def attention_page(name: str, report: dict[str, Any]) -> list[str]:
     ]
 
 
+def step_page(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return tables of the results of benchmarks/step.py: by part, training steps, and predictions."""
+    lines: list[str] = []
+    for title, found in results.get("step-parts", {}).get("parts", {}).items():
+        for name, one in found.items():
+            if "parts" not in one:
+                continue
+            whole = sum(one["parts"].values())
+            rows: list[list[object]] = [
+                [part, f"{1e3 * value:.4g}", f"{100 * value / whole:.3g} %"]
+                for part, value in one["parts"].items()
+            ]
+            rows.append(["sum", f"{1e3 * whole:.4g}", ""])
+            lines += [f"## {title.capitalize()} by part, {name}", "", *table(["part", "ms", "share"], rows)]
+    rows = []
+    notes = {"step": "", "step-fused-sgd": ", fused SGD", "step-bmm": ", attention bmm", "step-compiled": ""}
+    for part, note in notes.items():
+        report = results.get(part, {})
+        for name, one in report.get("step", {}).items():
+            shown = name + note
+            if "error" in one:
+                rows.append([shown, one["error"], "", ""])
+                continue
+            seconds = one["seconds"]["median"]
+            peak = report.get("memory", {}).get(name, {}).get("bytes")
+            rows.append([shown, f"{1e3 * seconds:.4g}", f"{report['batch_size'] / seconds:.4g}"])
+            rows[-1].append(f"{peak / 2**30:.4g}" if peak else "")
+    if rows:
+        setting = next(results[part]["setting"] for part in results if part.startswith("step"))
+        headings = ["", "step, ms", "images/s", "peak, GiB"]
+        lines += ["## Training step", "", setting, "", *table(headings, rows)]
+    rows = []
+    for group in ("prediction", "prediction by tiles"):
+        for name, one in results.get("prediction", {}).get(group, {}).items():
+            rows.append([group, name, one.get("error") or f"{1e3 * one['seconds']['median']:.4g}"])
+    if rows:
+        setting = results["prediction"]["setting"]
+        lines += ["## Prediction", "", setting, "", *table(["", "", "ms"], rows)]
+    return lines
+
+
 # Parts in this process
 
 
@@ -334,107 +369,6 @@ def environment(device: str) -> dict[str, Any]:
             except (OSError, subprocess.TimeoutExpired) as error:
                 about[name] = timing.reason(error)
     return about
-
-
-class Stopwatch:
-    """An attention function that marks the beginning and the end of each forward and backward."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], device: str):
-        from utils.timing import mark
-
-        self.function = function
-        self.mark = lambda: mark(device)
-        self.spans: list[list[Mark]] = []
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Call the attention function."""
-        forward: list[Mark] = [self.mark()]
-        backward: list[Mark] = []
-        out = self.function(query, key, value)
-        forward.append(self.mark())
-        self.spans += [forward, backward]
-        # Autograd runs operations in reverse order: the backward of the attention has ended when the first
-        # gradient of its inputs arrives.
-        out.register_hook(lambda _: backward.append(self.mark()))
-        for operand in (query, key, value):
-            operand.register_hook(lambda _: backward.append(self.mark()) if len(backward) == 1 else None)
-        return out
-
-    def seconds(self) -> float:
-        """Return the sum over all calls so far."""
-        from utils.timing import seconds
-
-        return sum(seconds(begin, end) for begin, end in self.spans)
-
-
-def training(device: str, quick: bool, attention: str) -> dict[str, Any]:
-    """Measure a training step as in train.py, on random pictures, with bfloat16 autocast and channels_last.
-
-    Args:
-        device: "cuda" or "cpu".
-        quick: whether to use tiny sizes.
-        attention: "ours", or "bmm" for the formulation in plain PyTorch.
-
-    Returns:
-        setting in words; median seconds of a step and of its attention; images_per_second; peak_bytes of the
-        device, or of the process on the CPU.
-    """
-    import cc_attention.module
-    from benchmarks.attention import bmm_attention
-    from loss import CriterionDSN
-    from networks import Seg_Model
-    from utils import timing
-
-    backbone, batch, size, steps = ("resnet50", 2, 17, 1) if quick else ("resnet101", 8, 769, 10)
-    function = {"ours": cc_attention.module.criss_cross_attention, "bmm": bmm_attention}[attention]
-    watch = Stopwatch(function, device)
-    cc_attention.module.criss_cross_attention = watch
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(0)
-    model = (
-        Seg_Model(19, recurrence=2, backbone=backbone)
-        .to(memory_format=torch.channels_last)
-        .to(device)
-        .train()
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.fill_(0.2)  # gamma and scales of residuals start at 0, and zeros are faster
-    criterion = CriterionDSN()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4)
-    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(19, (batch, size, size), device=device)
-
-    def step() -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            loss = criterion(model(images), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    for _ in range(0 if quick else 3):
-        loss = step()
-    whole, parts = [], []
-    for _ in range(steps):
-        watch.spans.clear()
-        begin = timing.mark(device)
-        loss = step()
-        whole.append(timing.seconds(begin, timing.mark(device)))
-        parts.append(watch.seconds())
-    if not torch.isfinite(loss):
-        raise RuntimeError(f"the loss is {float(loss)}")
-    seconds = statistics.median(whole)
-    return {
-        "attention": attention,
-        "setting": f"CCNet {backbone}, R=2, SGD, batch {batch} of {size}x{size}, bfloat16, channels_last",
-        "step_seconds": seconds,
-        "attention_seconds": statistics.median(parts),
-        "images_per_second": batch / seconds,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else timing.resident_peak(),
-        "loss": float(loss),
-    }
 
 
 def kernels(device: str, quick: bool) -> dict[str, Any]:
@@ -498,8 +432,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="use tiny sizes, for tests")
     inside: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "environment": lambda args: environment(args.device),
-        "training": lambda args: training(args.device, args.quick, "ours"),
-        "training-bmm": lambda args: training(args.device, args.quick, "bmm"),
         "kernels": lambda args: kernels(args.device, args.quick),
     }
     parser.add_argument("--part", choices=inside, help="run only this part, in this process")

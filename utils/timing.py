@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import resource
 import statistics
@@ -152,9 +153,26 @@ def resident_peak() -> int:
 
     It is read from /proc, since getrusage starts with the size of the parent process.
     """
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return _status("VmHWM")
+
+
+def resident() -> int:
+    """Return the resident memory of this process, in bytes."""
+    return _status("VmRSS")
+
+
+def reset_resident_peak() -> None:
+    """Let `resident_peak` start again from the present memory, if the system permits this."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
-        raise RuntimeError("/proc/self/status has no VmHWM, the peak resident memory; this needs Linux")
+        raise RuntimeError(
+            f"/proc/self/status has no {name}, a size of the resident memory; this needs Linux"
+        )
     return int(found[1]) * 1024
 
 

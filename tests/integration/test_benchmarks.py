@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import last_line, run_process
-from PIL import Image
+from PIL import Image, ImageColor
 
-from benchmarks import attention, builds, evaluation, gpu_report, loader, step
+from benchmarks import attention, bars, builds, evaluation, gpu_report, loader, parts, peers, step
 from benchmarks.attention import Case, Contender
 from benchmarks.gpu_report import Part
 from cc_attention import ops
 from dataset import CSDataSet
+from engine.inference import predict_whole
+from loss import CriterionDSN
 from utils import timing
 from utils.errors import UsageError
 
@@ -154,7 +159,7 @@ def test_our_float32_over_our_bfloat16():
 
 
 @pytest.mark.slow
-class TestParts:
+class TestPartsOfTheReport:
     """A part of the GPU report is a process. However it ends, the report has an entry."""
 
     def entry(self, tmp_path: Path, code: str, seconds: float = 30, **options) -> dict:
@@ -203,20 +208,6 @@ class TestParts:
         assert entry["result"] == {"errors": 2}
 
 
-@pytest.mark.parametrize("name", ["ours", "bmm"])
-def test_stopwatch_marks_the_attention_and_nothing_behind_it(name: str):
-    _, function, _ = attention.FORMULATIONS[name]
-    watch = gpu_report.Stopwatch(function, "cpu")
-    events: list[str] = []
-    watch.mark = lambda: events.append("mark") or float(len(events))
-    x = torch.randn(1, 8, 3, 4, requires_grad=True)
-    operands = [torch.nn.functional.conv2d(x, torch.randn(k, 8, 1, 1)) for k in (2, 2, 8)]
-    out = watch(*operands)
-    x.register_hook(lambda _: events.append("behind"))
-    out.sum().backward()
-    assert events == ["mark"] * 4 + ["behind"] and watch.seconds() == 2
-
-
 def test_without_a_gpu_the_report_ends_in_status_2(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_report.main([str(tmp_path / "out")]) == 2
@@ -229,13 +220,39 @@ def test_quick_report_on_the_cpu(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert {name: entry["status"] for name, entry in report["parts"].items()} == dict.fromkeys(
-        ["environment", "tests", "attention", "training", "training-bmm", "kernels"], "passed"
+        ["environment", "tests", "step-parts", "step", "prediction", "attention", "kernels"], "passed"
     )
     assert report["parts"]["tests"]["result"]["passed"] == 1
-    step = report["parts"]["training"]["result"]
-    assert 0 < step["attention_seconds"] < step["step_seconds"] and step["images_per_second"] > 0
     page = (tmp_path / "report.md").read_text()
-    assert all(heading in page for heading in ("## Parts", "## Tests", "## attention", "## Training step"))
+    headings = ["Parts", "Tests", "attention", "Step by part, float32", "Training step", "Prediction"]
+    assert [heading for heading in headings if f"## {heading}\n" not in page] == []
+    seconds = report["parts"]["step"]["result"]["step"]["float32"]["seconds"]["median"]
+    assert f"| float32 | {1e3 * seconds:.4g} | {2 / seconds:.4g} |" in page
+    assert "| prediction by tiles | float32 |" in page and "| attention |" in page
+
+
+def test_page_of_the_steps():
+    def timed(name: str, **others: object) -> dict:
+        times = {name: {"seconds": {"median": 0.2}}, "broken": {"error": "out of memory"}}
+        return {"setting": "the setting", "batch_size": 8, "step": times, **others}
+
+    results = {
+        "step-parts": {"setting": "", "parts": {"step": {"bf16": {"parts": {"a": 0.003, "b": 0.001}}}}},
+        "step": timed("bf16", memory={"bf16": {"bytes": 3 * 2**30}}),
+        "step-bmm": timed("bf16"),
+        "step-compiled": timed("bf16, compiled"),
+    }
+    lines = gpu_report.step_page(results)
+    for line in (
+        "## Step by part, bf16",
+        "| a | 3 | 75 % |",
+        "| sum | 4 |  |",
+        "| bf16 | 200 | 40 | 3 |",
+        "| broken | out of memory |  |  |",
+        "| bf16, attention bmm | 200 | 40 |  |",
+        "| bf16, compiled | 200 | 40 |  |",
+    ):
+        assert line in lines, line
 
 
 class TestLoader:
@@ -281,25 +298,275 @@ def test_builds_beside_each_other(root, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_step_and_prediction_are_measured_in_every_setting(tmp_path, capsys):
+def test_step_prediction_parts_and_memory_are_measured(tmp_path, capsys):
     pytest.importorskip("torchvision")
-    step.main(["--batch-size", "2", "--input-size", "33,33", "--picture", "41,33", "--rounds", "1",
-               "--out", str(tmp_path / "a.json")])  # fmt: skip
-    report = json.loads((tmp_path / "a.json").read_text())
-    assert list(report["step"]) == list(step.SETTINGS)
-    assert next(iter(report["prediction"])) == "as trained, float32" and len(report["prediction"]) == 7
-    for group in ("step", "prediction"):
+    numbers, picture = tmp_path / "a.json", tmp_path / "a.png"
+    flags = "--batch-size 2 --input-size 33,33 --picture 41,33 --tile 33,33 --rounds 1 --profile float32"
+    flags += " --settings float32 bf16+channels_last"
+    assert step.main([*flags.split(), "--out", str(numbers), "--plot", str(picture)]) == 0
+    report = json.loads(numbers.read_text())
+    assert {"name", "torch", "threads", "load"} <= report["machine"].keys() and flags in report["command"]
+    assert report["peers"]["mmsegmentation"] == {"skipped": "no --peer-site"}
+    assert report["peers"]["torchvision"].keys() == {"version"}
+    settings = ["float32", "bf16, channels_last"]
+    assert list(report["step"]) == list(report["prediction by tiles"]) == settings
+    assert list(report["memory"]) == settings
+    torchvision = [f"torchvision's {name}, float32" for name in peers.TORCHVISION]
+    assert list(report["prediction"]) == ["as trained, float32", *settings, *torchvision]
+    for group in ("step", "prediction", "prediction by tiles"):
         found = list(report[group].values())
         assert not any("error" in each for each in found) and found[0]["ratio"] == 1
         for each in found:
             assert each["ratio"] == pytest.approx(found[0]["seconds"]["median"] / each["seconds"]["median"])
-    assert "bf16, channels_last" in capsys.readouterr().out
+
+    profiled, predicted = (report["parts"][group]["float32"] for group in ("step", "prediction"))
+    for each in (profiled, predicted):
+        assert sum(each["parts"].values()) == pytest.approx(each["profiled"], rel=0.1) and each["seconds"] > 0
+    assert profiled["parts"].keys() == set(parts.PARTS) - {parts.GRADIENTS}
+    training = {parts.DATA, parts.WEIGHTS, parts.GRADIENTS, parts.NORMALIZATION, parts.OPTIMIZER}
+    assert predicted["parts"].keys() == set(parts.PARTS) - training  # batch norm is folded
+    assert max(profiled["parts"][part] for part in (parts.OTHER, parts.IDLE)) < profiled["profiled"] / 4
+
+    weights = sum(parameter.numel() for parameter in step.Seg_Model(19, backbone="resnet50").parameters())
+    for each in report["memory"].values():  # at least gradients and momentum in float32
+        assert 2 * 4 * weights < each["bytes"] < 4 * 4 * weights
+    out = capsys.readouterr().out
+    assert "mmsegmentation is not measured: no --peer-site" in out and "bf16, channels_last" in out
+    with Image.open(picture) as image:
+        assert image.size[0] > 100 and len(image.convert("RGB").getcolors(1 << 16)) > 8
 
 
+@pytest.mark.usefixtures("small_network")
 def test_the_contenders_of_the_prediction_compute_the_same():
-    args = step.get_parser().parse_args(["--picture", "41,33"])
-    runs = step.predictions(args, torch.device("cpu"))
-    right = runs["as trained, float32"]()
-    for name, tolerance in (("float32", 1e-4), ("float32, channels_last", 1e-4), ("bf16", 0.1)):
-        difference = (runs[name]() - right).abs().max() / right.abs().max()
-        assert difference < tolerance and (name == "bf16") == (difference > 1e-3), name
+    args = step.parse(["--backbone", "small", "--picture", "41,33"])
+    builders = step.networks(args, torch.device("cpu"))
+    image = torch.randn(1, 3, 41, 33) * 50
+    with torch.inference_mode():
+        right = predict_whole(builders["as trained, float32"](), image)
+        for name, tolerance in (("float32", 1e-4), ("float32, channels_last", 1e-4), ("bf16", 0.1)):
+            difference = (predict_whole(builders[name](), image) - right).abs().max() / right.abs().max()
+            assert difference < tolerance and (name == "bf16") == (difference > 1e-3), name
+    whole = step.predictions(args, torch.device("cpu"))["float32"]()()
+    by_tiles = step.predictions(args, torch.device("cpu"), (33, 33))["float32"]()()
+    assert whole.shape == by_tiles.shape == (1, 41, 33) and whole.dtype == torch.uint8
+    assert 0 < (whole != by_tiles).float().mean() < 0.5
+
+
+class Recorded:
+    """An event of a profile; `below` is the event around it. Its kernels are given as name=microseconds."""
+
+    def __init__(self, name: str, own: float = 0, below: Recorded | None = None, number: int = -1, **kernels):
+        self.name, self.self_cpu_time_total, self.cpu_parent = name, own, below
+        self.sequence_nr, self.thread = number, 1
+        self.kernels = [SimpleNamespace(name=name, duration=time) for name, time in kernels.items()]
+
+
+class TestParts:
+    def events(self) -> list[Recorded]:
+        run = Recorded(parts.RUN, 1, whole=1000, **{parts.RUN: 999})
+        conv = Recorded("aten::convolution", 2, run, 3, implicit_gemm=20)
+        norm = Recorded("aten::batch_norm", 4, run, 4)
+        loss = Recorded(parts.LOSS, 8, run, **{parts.LOSS: 998})
+        back = Recorded(f"{parts.NODE}ConvolutionBackward0", 16, run, 3)
+        both = Recorded("aten::convolution_backward", 32, back, sm90_xmma_dgrad=320, Wgrad=640, reduce=5)
+        of_loss = Recorded(f"{parts.NODE}MulBackward0", 64, run, 6)
+        update = Recorded("Optimizer.step#SGD.step", 128, run)
+        other_thread = Recorded("aten::relu", 1e6)
+        other_thread.thread = 2
+        return [
+            *(run, conv, norm, loss, back, both, of_loss, update, other_thread),
+            Recorded("aten::empty", 256, norm, fill=7),
+            Recorded("aten::mul", 512, loss, 6, mul=9),
+            Recorded("aten::mul", 1024, of_loss, mul=11),
+            Recorded("aten::add", 2048, back, add=13),
+            Recorded("aten::mul", 4096, update, mul=15),
+            Recorded("aten::max_pool2d_with_indices", 8192, run, 5, pool=17),
+        ]
+
+    def test_on_a_cpu_the_own_times_of_all_operators_of_the_run_add_up(self):
+        sums = parts.microseconds(self.events(), "cpu")
+        assert {part: time for part, time in sums.items() if time} == {
+            parts.IDLE: 1,
+            parts.FORWARD: 2,
+            parts.NORMALIZATION: 4 + 256,
+            parts.GRADIENTS: 16 + 32,
+            parts.LOSS: 8 + 64 + 512 + 1024,
+            parts.ELEMENTWISE: 2048,
+            parts.OPTIMIZER: 128 + 4096,
+            parts.OTHER: 8192,
+        }
+
+    def test_on_a_gpu_the_kernels_count(self):
+        sums = parts.microseconds(self.events(), "cuda")
+        assert {part: time for part, time in sums.items() if time} == {
+            parts.FORWARD: 20,
+            parts.DATA: 320,
+            parts.WEIGHTS: 640,
+            parts.GRADIENTS: 5,
+            parts.NORMALIZATION: 7,
+            parts.LOSS: 9 + 11,
+            parts.ELEMENTWISE: 13,
+            parts.OPTIMIZER: 15,
+            parts.OTHER: 17 + 1000,
+        }
+
+    @pytest.mark.parametrize(
+        "name, part",
+        [
+            ("aten::cudnn_convolution", parts.FORWARD),
+            ("aten::native_batch_norm_backward", parts.NORMALIZATION),
+            ("fused::batch_norm_backward", parts.NORMALIZATION),
+            ("fused::segmentation_loss", parts.LOSS),
+            ("fused::coarse_probability", parts.LOSS),
+            ("fused::upsampled_classes", parts.LOSS),
+            ("aten::_log_softmax_backward_data", parts.LOSS),
+            ("aten::upsample_bilinear2d_backward", parts.LOSS),
+            ("cc_attention::criss_cross_attention_backward", parts.ATTENTION),
+            ("aten::_softmax", parts.ATTENTION),
+            ("aten::_foreach_norm", parts.OPTIMIZER),
+            ("aten::threshold_backward", parts.ELEMENTWISE),
+            ("aten::leaky_relu_backward", parts.ELEMENTWISE),
+            ("aten::clamp_min", parts.ELEMENTWISE),
+            ("aten::_to_copy", parts.ELEMENTWISE),
+            ("aten::add_", parts.ELEMENTWISE),
+            ("aten::addmm", parts.OTHER),
+            ("fused::unknown", parts.OTHER),
+            ("", parts.OTHER),
+        ],
+    )
+    def test_names(self, name: str, part: str):
+        assert parts.part_of(Recorded(name)) == part
+
+    def test_computing_the_two_gradients_one_after_the_other_changes_neither(self):
+        x = torch.randn(1, 3, 8, 8, requires_grad=True)
+        conv = torch.nn.Conv2d(3, 4, 3)
+        leaves = [x, *conv.parameters()]
+        right = torch.autograd.grad(conv(x).square().sum(), leaves)
+        with parts.GradientTimer() as timer:
+            timed = torch.autograd.grad(conv(x).square().sum(), leaves)
+        torch.testing.assert_close(timed, right)
+        assert all(seconds > 0 for seconds in timer.seconds.values())
+
+
+@pytest.mark.usefixtures("small_network")
+class TestPeers:
+    """Peers are optional, and measured only if they compute the same."""
+
+    class Copy:
+        """A peer with the interface of MMSegmentation, which is our network."""
+
+        version = "1"
+
+        def __init__(self, *_: object):
+            torch.manual_seed(0)
+            self.network = step.Seg_Model(19, backbone="small", variant="mmseg")
+
+        def copied(self) -> torch.nn.Module:
+            return copy.deepcopy(self.network)
+
+        def labelled(self, labels: torch.Tensor) -> torch.Tensor:
+            return labels
+
+        def logits(self, images: torch.Tensor) -> torch.Tensor:
+            return predict_whole(self.network, images)
+
+        def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return CriterionDSN()(self.network(images), labels)
+
+    flags = ("--variant", "mmseg", "--backbone", "small", "--input-size", "33,33")
+
+    def test_a_missing_one_is_skipped_with_a_reason(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        args = step.parse([*self.flags, "--backbone", "resnet50", "--peer-site", str(tmp_path)])
+        skipped = step.check_peer(args)["skipped"]
+        assert str(tmp_path) in skipped and "get_peers.sh" in skipped and args.peer_site is None
+        assert not any("mmseg" in name for name in [*step.steps(args, torch.device("cpu")),
+                                                    *step.networks(args, torch.device("cpu"))])  # fmt: skip
+
+    def test_an_equal_one_is_measured(self, monkeypatch):
+        monkeypatch.setattr(peers, "MMSegmentation", self.Copy)
+        args = step.parse([*self.flags, "--settings", "float32", "bf16", "--peer-site", "x"])
+        result = step.check_peer(args)
+        assert result == {"version": "1", "differences": {"logits": 0, "loss": 0}}
+        names = ["float32", "bf16", "mmsegmentation, float32", "mmsegmentation, bf16"]
+        assert list(step.steps(args, torch.device("cpu"))) == names
+        step.copied_network.cache_clear()
+        theirs, ours = self.Copy().network, step.make_network(args, torch.device("cpu"))
+        for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(own, other)
+        step.copied_network.cache_clear()
+        run = step.peer_step(args, torch.device("cpu"), step.SETTINGS["bf16"])
+        run()
+
+    def test_a_different_one_is_not_measured_and_ends_in_status_1(self, monkeypatch):
+        class Different(self.Copy):
+            def logits(self, images: torch.Tensor) -> torch.Tensor:
+                return super().logits(images) * 1.01
+
+        monkeypatch.setattr(peers, "MMSegmentation", Different)
+        monkeypatch.setattr(step, "measure_times", lambda makes, *_: {name: {} for name in makes})
+        flags = [*self.flags, "--settings", "float32", "--measure", "step", "--peer-site", "x"]
+        args = step.parse(flags)
+        result = step.check_peer(args)
+        assert result["differences"]["logits"] == pytest.approx(0.01, rel=0.01)
+        assert "wrong" in result["skipped"] and args.peer_site is None
+        assert step.main(flags) == 1
+        monkeypatch.setitem(sys.modules, "torchvision.models", None)
+        assert step.check_torchvision()["skipped"].startswith("ModuleNotFoundError")
+
+
+def test_peak_of_two_runs_on_the_cpu():
+    torch.ones(150_000_000)  # an earlier peak is not counted
+    sizes = iter([10, 60])
+    kept = []
+
+    def run() -> None:
+        kept.append(torch.ones(next(sizes) * 10**6))
+
+    # The smaller tensor may use memory that the process already has.
+    assert 4 * 60e6 <= step.peak(run, torch.device("cpu")) < 4 * 80e6
+
+
+def test_lengths_of_bars(tmp_path):
+    panel = bars.Panel("title", {"long": {"a": 3.0, "b": 1.0}, "short": {"a": 1.0, "b": 0.0}})
+    bars.draw(str(tmp_path / "a.png"), ["one", "two"], [panel, bars.Panel("empty", {})])
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = image.convert("RGB")
+        width, height = image.size
+        rows = [[pixels.getpixel((x, y)) for x in range(bars.LEFT, width)] for y in range(height)]
+    assert len(parts.PARTS) <= len(bars.COLORS)
+    first, second = (ImageColor.getrgb(color) for color in bars.COLORS[:2])
+    lengths = [(row.count(first), row.count(second)) for row in rows]
+    long = max(lengths)
+    assert long[0] + long[1] == pytest.approx(bars.LENGTH, abs=2)
+    assert long[0] == pytest.approx(3 * long[1], abs=3)
+    assert max(pair for pair in lengths if not pair[1])[0] == pytest.approx(long[1], abs=2)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ("--settings fp16", "--settings"),
+        ("--settings float64", "float64"),
+        ("--profile float32 fp16+channels_last", "--profile"),
+        ("--peer-site DIR", "--peer-site"),
+        ("--measure speed", "--measure"),
+    ],
+)
+def test_bad_arguments_of_the_step(arguments: str, named: str, capsys):
+    with pytest.raises(SystemExit) as ended:
+        step.main(arguments.split())
+    assert ended.value.code == 2 and named in last_line(capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_peers_are_not_installed_into_a_folder_that_exists(root, tmp_path):
+    done = subprocess.run(
+        ["bash", root / "benchmarks/get_peers.sh", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "does not exist" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_contender_is_named():
+    with pytest.raises(UsageError, match="--peak-of x: is not one of float32, "):
+        step.main(["--peak-of", "x"])
