@@ -7,12 +7,12 @@ TORCH_CUDA_ARCH_LIST is set. Then the following parts run, the most important on
 process with a time limit, and none depends on another:
 
     environment         GPU, driver, clocks, PyTorch
-    tests               GPU tests of the operator and of the loader
+    tests               GPU tests of the operators, of the networks and of the loader
     step-parts          benchmarks/step.py: time of a training step and a prediction by part
     step                training steps in several precisions: time and peak memory
-    prediction          predictions of 1024x2048 pixels, whole and by tiles
+    step-fused          the training step with --fused on, --recompute and --cuda-graph: time and peak memory
+    prediction          predictions of 1024x2048 pixels, whole and by tiles, also with --fused on, --cuda-graph
     attention           benchmarks/attention.py with all peers that need no compilation, with CUDA graphs
-    step-fused-sgd      the training step with --fused-sgd
     step-bmm            the training step with the bmm formulation instead of our attention
     evaluation          benchmarks/evaluation.py: overhead of an evaluation over its forward passes
     memcheck            all kinds of kernels under compute-sanitizer, forward and backward
@@ -152,7 +152,14 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
         ]
     tests = [
         name
-        for name in ("unit/test_cc_attention.py", "kernels/test_attention_kernels.py", "unit/test_loader.py")
+        for name in (
+            "unit/test_cc_attention.py",
+            "kernels/test_attention_kernels.py",
+            "kernels/test_fused_norm.py",
+            "kernels/test_fused_loss.py",
+            "unit/test_networks.py",
+            "unit/test_loader.py",
+        )
         if (ROOT / "tests" / name).exists()
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -174,11 +181,19 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
     evaluation += shlex.split("--tile 769,769 --tile-batch 4 --num-workers 8 --pictures 128 --rounds 2")
     return [
         Part("tests", [*python, "pytest", "-v", *(f"tests/{name}" for name in tests), "-k", "cuda"], 100),
-        stepped("step-parts", f"{sizes} --measure parts --settings {half}", 60),
+        stepped("step-parts", f"{sizes} --measure parts --settings {half} --fused off on", 80),
         stepped("step", f"{sizes} --measure step memory --rounds 3 --settings {half} {others}", 120),
-        stepped("prediction", f"{sizes} --measure prediction --rounds 3 --settings {half} float32", 60),
+        stepped(
+            "step-fused",
+            f"{sizes} --measure step memory --rounds 3 --settings {half} --fused on --recompute --cuda-graph",
+            90,
+        ),
+        stepped(
+            "prediction",
+            f"{sizes} --measure prediction --rounds 3 --settings {half} float32 --fused off on --cuda-graph",
+            90,
+        ),
         Part("attention", [*attention, *peers, *written("attention")], 200),
-        stepped("step-fused-sgd", f"{sizes} --measure step --rounds 3 --settings {half} --fused-sgd", 60),
         stepped("step-bmm", f"{sizes} --measure step --rounds 3 --settings {half} --attention bmm", 60),
         Part("evaluation", [*evaluation, "--out", str(out / "evaluation.json")], 110),
         sanitized("memcheck", 60),
@@ -323,7 +338,7 @@ def step_page(results: dict[str, dict[str, Any]]) -> list[str]:
             rows.append(["sum", f"{1e3 * whole:.4g}", ""])
             lines += [f"## {title.capitalize()} by part, {name}", "", *table(["part", "ms", "share"], rows)]
     rows = []
-    notes = {"step": "", "step-fused-sgd": ", fused SGD", "step-bmm": ", attention bmm", "step-compiled": ""}
+    notes = {"step": "", "step-fused": "", "step-bmm": ", attention bmm", "step-compiled": ""}
     for part, note in notes.items():
         report = results.get(part, {})
         for name, one in report.get("step", {}).items():

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step [--device cuda] [--backbone resnet50] [--batch-size 2] [--input-size 257,257]
         [--settings float32 bf16+channels_last ...] [--measure step prediction parts memory] [--compile]
-        [--variant mmseg --peer-site DIR] [--out FILE.json] [--plot FILE.png]
+        [--fused on off] [--variant mmseg --peer-site DIR] [--out FILE.json] [--plot FILE.png]
 
 - step: engine.training.step.Stepper: forward pass, loss of both heads, backward pass, check of the
   gradients, update.
@@ -44,16 +44,18 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import cc_attention.module
+import fused
 from benchmarks import bars, parts, peers
 from benchmarks.attention import bmm_attention
 from dataset.labels import NUM_CLASSES
-from engine.acceleration import accelerate, autocast
+from engine.acceleration import Speed, accelerate, autocast
 from engine.data.transfer import Batch
 from engine.inference import predict_classes
 from engine.runtime.distributed import World
-from engine.training.step import Criterion, Stepper, Total
+from engine.training.step import Criterion, StepOptions, Stepper, Total, waits_late
+from fused import MODES
 from loss import CriterionDSN
-from networks import Seg_Model, fold_batch_norm
+from networks import Seg_Model, fold_batch_norm, recompute
 from networks.variants import DEPTHS, VARIANTS
 from tools.common import end
 from utils import args as flags
@@ -64,11 +66,14 @@ from utils.files import check_output_file, write_file
 
 
 class Setting(NamedTuple):
-    """Precision, memory format and compilation of a network, as --amp, --channels-last and --compile."""
+    """The flags of train.py and evaluate.py that choose the precision and the implementation."""
 
     amp: str | None
     channels_last: bool
     compiled: bool = False
+    fused: str = "auto"
+    recompute: bool = False
+    cuda_graph: bool = False
 
     @property
     def layout(self) -> torch.memory_format:
@@ -114,12 +119,31 @@ class RangedCriterion:
 # The contenders
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Setting]:
-    """Return the settings to measure by name, with --compile also the compiled ones."""
-    chosen = {name: SETTINGS[name] for name in args.settings}
-    if args.compile:
-        chosen |= {f"{name}, compiled": one._replace(compiled=True) for name, one in chosen.items()}
-    return chosen
+def settings_of(args: argparse.Namespace, training: bool) -> dict[str, Setting]:
+    """Return the settings to measure by name: those of --settings, and each with the further flags."""
+    found = {}
+    for name in args.settings:
+        for mode in args.fused:
+            suffix = {"auto": "", "on": ", fused", "off": ", unfused"}[mode]
+            plain = SETTINGS[name]._replace(fused=mode)
+            found[f"{name}{suffix}"] = plain
+            if args.recompute and training and mode != "off":
+                found[f"{name}{suffix}, recomputed"] = plain._replace(recompute=True)
+            if args.cuda_graph and plain.amp != "fp16":
+                found[f"{name}{suffix}, graph"] = plain._replace(cuda_graph=True)
+        if args.compile:
+            found[f"{name}, compiled"] = SETTINGS[name]._replace(compiled=True)
+    return found
+
+
+def in_mode(mode: str, run: timing.Run) -> timing.Run:
+    """Return `run` with a mode of the fused operators."""
+
+    def changed() -> object:
+        with fused.using(mode):
+            return run()
+
+    return changed
 
 
 @functools.cache
@@ -150,29 +174,32 @@ def make_batch(args: argparse.Namespace, device: torch.device, setting: Setting)
     return Batch(images.contiguous(memory_format=setting.layout), labels, [])
 
 
-def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of train.py, which the peer gets too."""
-    fused = args.fused_sgd or None
-    return torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=1e-4, fused=fused)
+def make_optimizer(model: torch.nn.Module, in_one_kernel: bool) -> torch.optim.Optimizer:
+    """Return the optimizer of train.py."""
+    return torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=1e-4, fused=in_one_kernel or None)
 
 
 def our_step(args: argparse.Namespace, device: torch.device, setting: Setting) -> timing.Run:
     """Return the training step of train.py."""
     model = make_network(args, device).train()
     model.to(memory_format=setting.layout)  # type: ignore[call-overload]
+    recompute(model, setting.recompute)
     criterion = RangedCriterion(CriterionDSN().to(device))
     network: Any = torch.compile(model) if setting.compiled else model
-    stepper = Stepper(network, criterion, make_optimizer(args, model), World(0, 1, device), setting.amp, 1, 0)
+    with fused.using(setting.fused):
+        optimizer = make_optimizer(model, fused.active(device))
+        options = StepOptions(setting.amp, late=waits_late(device, setting.amp), graph=setting.cuda_graph)
+    stepper = Stepper(network, criterion, optimizer, World(0, 1, device), options)
     batch = make_batch(args, device, setting)
     numbers = iter(range(1, 10**9))
-    return lambda: stepper.step(next(numbers), batch)
+    return in_mode(setting.fused, lambda: stepper.step(next(numbers), batch))
 
 
 def peer_step(args: argparse.Namespace, device: torch.device, setting: Setting) -> timing.Run:
     """Return a training step of mmsegmentation: its network and loss, and the same update as ours."""
     peer = peers.MMSegmentation(args.peer_site, args.backbone, device)
     peer.network.to(memory_format=setting.layout)
-    optimizer = make_optimizer(args, peer.network)
+    optimizer = make_optimizer(peer.network, in_one_kernel=False)
     scaler = torch.amp.GradScaler(device.type, enabled=setting.amp == "fp16")
     batch = make_batch(args, device, setting)
     samples = peer.labelled(batch.labels)
@@ -191,7 +218,7 @@ def peer_step(args: argparse.Namespace, device: torch.device, setting: Setting) 
 def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Make]:
     """Return the contenders of the training step."""
     makes: dict[str, Make] = {}
-    for name, setting in settings_of(args).items():
+    for name, setting in settings_of(args, training=True).items():
         makes[name] = partial(our_step, args, device, setting)
     if args.peer_site:
         for name in args.settings:
@@ -202,7 +229,8 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Make]:
 def our_network(args: argparse.Namespace, device: torch.device, setting: Setting) -> Network:
     """Return the network for predictions, with folded batch norm and without the auxiliary head."""
     folded = fold_batch_norm(make_network(args, device).eval())
-    return accelerate(folded, device, setting.amp, setting.channels_last, setting.compiled)
+    speed = Speed(setting.amp, setting.channels_last, setting.compiled, setting.cuda_graph)
+    return accelerate(folded, device, speed)
 
 
 def peer_network(args: argparse.Namespace, device: torch.device, setting: Setting) -> Network:
@@ -222,7 +250,7 @@ def networks(args: argparse.Namespace, device: torch.device) -> dict[str, Callab
     builders: dict[str, Callable[[], Network]] = {
         "as trained, float32": lambda: make_network(args, device).eval(),
     }
-    for name, setting in settings_of(args).items():
+    for name, setting in settings_of(args, training=False).items():
         builders[name] = partial(our_network, args, device, setting)
     if args.peer_site:
         for name in args.settings:
@@ -241,18 +269,20 @@ def predictions(
     torch.manual_seed(1)
     image = torch.randn(1, 3, *args.picture, device=device) * 50
 
-    def make(build: Callable[[], Network]) -> timing.Run:
+    def make(build: Callable[[], Network], mode: str) -> timing.Run:
         network = build()
 
         @torch.inference_mode()
         def run() -> Tensor:
             return predict_classes(network, image, [1.0], False, tile, NUM_CLASSES, args.tile_batch)
 
-        return run
+        return in_mode(mode, run)
 
-    builders = networks(args, device)
-    names = settings_of(args) if tile else builders
-    return {name: partial(make, builders[name]) for name in names}
+    builders, settings = networks(args, device), settings_of(args, training=False)
+    names = settings if tile else builders
+    # Peers, and the network as it was trained, use PyTorch's own operators.
+    modes = {name: settings[name].fused if name in settings else "off" for name in names}
+    return {name: partial(make, builders[name], modes[name]) for name in names}
 
 
 # Measuring
@@ -345,7 +375,9 @@ def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
         command += ["--batch-size", str(args.batch_size), "--input-size", "{},{}".format(*args.input_size)]
         if name.startswith(MMSEG):
             command += ["--peer-site", os.path.abspath(args.peer_site)]
-        command += ["--compile"] * name.endswith("compiled") + ["--fused-sgd"] * args.fused_sgd
+        command += ["--fused", *args.fused]
+        for flag in ("compile", "recompute", "cuda_graph"):
+            command += [f"--{flag.replace('_', '-')}"] * getattr(args, flag)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = (done.stderr if done.returncode else done.stdout).split("\n")
         last = next((line for line in reversed(lines) if line.strip()), f"exit status {done.returncode}")
@@ -419,7 +451,9 @@ def get_parser() -> argparse.ArgumentParser:
         help="precisions and memory formats, such as float32 bf16+channels_last (default: all of the device)",
     )
     add("--compile", action="store_true", help="also measure each setting compiled with torch.compile")
-    add("--fused-sgd", action="store_true", help="update all weights in one kernel, as train.py --fused-sgd")
+    add("--fused", nargs="+", choices=MODES, default=["auto"], help="modes of the fused operators")
+    add("--recompute", action="store_true", help="also measure each step with train.py --recompute")
+    add("--cuda-graph", action="store_true", help="also measure each setting with --cuda-graph")
     add(
         "--attention",
         choices=("ours", "bmm"),
@@ -452,6 +486,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: no GPU found; give cpu")
+    if args.device == "cpu" and args.cuda_graph:
+        parser.error("argument --cuda-graph: needs a GPU; omit it")
+    if "on" in args.fused and args.device not in fused.DEVICE_TYPES:
+        parser.error("argument --fused: the fused operators are not built; give off")
     possible = [name for name, one in SETTINGS.items() if args.device == "cuda" or one.amp != "fp16"]
     args.settings = args.settings or possible
     args.profile = args.profile or [args.settings[0], args.settings[-1]]
@@ -470,10 +508,9 @@ def words(args: argparse.Namespace) -> str:
     """Describe what is measured."""
     tiles = f" and by tiles of {args.tile[0]}x{args.tile[1]}, {args.tile_batch} at once" if args.tile else ""
     attention = ", attention by matrix products in PyTorch" if args.attention == "bmm" else ""
-    update = ", fused SGD" if args.fused_sgd else ""
     return (
         f"CCNet with {args.backbone}, R=2, variant {args.variant}{attention}; step: {args.batch_size} crops "
-        f"of {args.input_size[0]}x{args.input_size[1]}{update}; prediction: one picture of "
+        f"of {args.input_size[0]}x{args.input_size[1]}; prediction: one picture of "
         f"{args.picture[0]}x{args.picture[1]}, whole{tiles}"
     )
 
@@ -548,7 +585,9 @@ def main(argv: list[str] | None = None) -> int:
             tiles = predictions(args, device, args.tile)
             finished("prediction by tiles", measure_times(tiles, device, args.rounds))
     if "parts" in args.measure:
-        chosen = [name for one in args.profile for name in (one, f"{MMSEG}, {one}")]
+        ends = ("", ", fused", ", unfused")
+        chosen = [f"{one}{suffix}" for one in args.profile for suffix in ends]
+        chosen += [f"{MMSEG}, {one}" for one in args.profile]
         profiles = {}
         for title, makes in (("step", steps(args, device)), ("prediction", predictions(args, device))):
             print(f"{title} by part:", flush=True)

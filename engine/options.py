@@ -22,7 +22,7 @@ import torch
 
 import fused
 from engine.acceleration import AUTO, PRECISIONS, Speed, choose_precision, use_fused
-from engine.training.step import StepOptions
+from engine.training.step import StepOptions, waits_late
 from fused import MODES
 from utils import args as flags
 from utils.errors import UsageError
@@ -460,9 +460,7 @@ class TrainOptions(
 
     def stepping(self, device: torch.device) -> StepOptions:
         """Return the options of a step on `device`."""
-        # Like the fused operators, this has not run on a GPU yet.
-        late = device.type == "cuda" and fused.active(device)
-        late = late and self.amp != "fp16" and self.backend == "torch"
+        late = self.backend == "torch" and waits_late(device, self.amp)
         return StepOptions(self.amp, self.grad_accum, self.random_seed, late, self.cuda_graph)
 
     def check(self, processes: int, device_type: str) -> None:

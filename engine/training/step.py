@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+import fused
 from engine.acceleration import autocast
 from engine.data.transfer import Batch, to_host
 from engine.randomness import seed_of
@@ -86,6 +87,14 @@ class StepOptions(NamedTuple):
     seed: int = 0
     late: bool = False
     graph: bool = False
+
+
+def waits_late(device: torch.device, precision: str | None) -> bool:
+    """Return whether train.py waits late for a step (see `StepOptions.late`).
+
+    Like the fused operators, this has not run on a GPU yet. On a CPU, nothing runs ahead.
+    """
+    return device.type == "cuda" and precision != "fp16" and fused.active(device)
 
 
 class StepNumbers(NamedTuple):

@@ -247,7 +247,7 @@ class TestTraining:
             "--class-weights",
             ",".join(["2", "0.5"] + ["1"] * 17),
         ]
-        flags += ["--ema", 0.9, "--val-every", 2, "--grad-accum", 2, "--fused-sgd", "--deterministic"]
+        flags += ["--ema", 0.9, "--val-every", 2, "--grad-accum", 2, "--deterministic"]
         done = run(TRAIN_PY, *arguments, *flags, "--num-steps", 3, "--snapshot-dir", tmp_path)
         assert done.returncode == 0, done.stderr
         start, end, average, best = (
