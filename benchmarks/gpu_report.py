@@ -10,7 +10,7 @@ process with a time limit, and none depends on another:
     tests               GPU tests of the operators, of the networks and of the loader
     step-parts          benchmarks/step.py: time of a training step and a prediction by part
     step                training steps in several precisions: time and peak memory
-    step-fused          the training step with --fused on, --recompute and --cuda-graph: time and peak memory
+    step-fused          training steps with --fused on, --recompute and --cuda-graph: time and peak memory
     prediction          predictions of 1024x2048 pixels, whole and by tiles, also with --fused on, --cuda-graph
     attention           benchmarks/attention.py with all peers that need no compilation, with CUDA graphs
     step-bmm            the training step with the bmm formulation instead of our attention
