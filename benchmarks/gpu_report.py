@@ -10,8 +10,8 @@ process with a time limit, and none depends on another:
     tests               GPU tests of the operators, of the networks and of the loader
     step-parts          benchmarks/step.py: time of a training step and a prediction by part
     step                training steps in several precisions: time and peak memory
-    step-fused          training steps with --fused on, --recompute and --cuda-graph: time and peak memory
-    prediction          predictions of 1024x2048 pixels, whole and by tiles, also with --fused on, --cuda-graph
+    step-fused          training steps with --fused on, --recompute, --cuda-graph: time and peak memory
+    prediction          predictions of 1024x2048 pixels, whole and by tiles, also with --fused, --cuda-graph
     attention           benchmarks/attention.py with all peers that need no compilation, with CUDA graphs
     step-bmm            the training step with the bmm formulation instead of our attention
     evaluation          benchmarks/evaluation.py: overhead of an evaluation over its forward passes

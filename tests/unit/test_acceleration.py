@@ -111,3 +111,22 @@ def test_given_precisions() -> None:
         choose_precision("fp16", CPU)
     with pytest.raises(UsageError, match="--amp half: is not one of auto, bf16, fp16"):
         choose_precision("half", CPU)
+
+
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(UsageError, match="--cuda-graph: requires a GPU"):
+        accelerate(torch.nn.Conv2d(3, 5, 1), CPU, Speed(cuda_graph=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_give_the_same_logits_for_each_size() -> None:
+    gpu = torch.device("cuda")
+    model = fold_batch_norm(Seg_Model(5, backbone="resnet50")).to(gpu)
+    plain, recorded = (
+        accelerate(model, gpu, Speed("bf16", True, cuda_graph=graph)) for graph in (False, True)
+    )
+    with torch.inference_mode():
+        for size in [(33, 33), (33, 49), (33, 33), (49, 33), (65, 33), (33, 65), (33, 49)]:
+            images = torch.randn(2, 3, *size, device=gpu) * 50
+            torch.testing.assert_close(recorded(images)[0], plain(images)[0], rtol=2e-2, atol=2e-2)

@@ -7,10 +7,12 @@ import dataclasses
 import re
 
 import pytest
+import torch
 
 import evaluate
+import fused
 import train
-from engine.options import EvaluateOptions, Options, ToolOptions, TrainOptions, add_flags
+from engine.options import EvaluateOptions, Options, ToolOptions, TrainOptions, add_flags, for_device
 from tools import predict
 from utils.args import Parser
 from utils.errors import UsageError
@@ -81,9 +83,38 @@ def test_flags_of_the_run_have_no_default_where_a_checkpoint_is_read() -> None:
         ({"data_list": "a", "val_every": 3}, 1, "cpu", "--val-every: .*--val-list"),
         ({"abn": "inplace", "amp": "bf16"}, 1, "cuda", "--amp bf16: .*--abn torch"),
         ({"backend": "apex", "compile": True}, 1, "cuda", "--compile: not supported by --backend apex"),
+        ({"recompute": True}, 1, "cuda", "--recompute: requires the fused operators; add --fused on"),
+        ({"cuda_graph": True}, 1, "cpu", "--cuda-graph: requires a single process on a GPU"),
+        ({"cuda_graph": True}, 2, "cuda", "--cuda-graph: requires a single process on a GPU"),
+        ({"cuda_graph": True, "amp": "fp16"}, 1, "cuda", "--cuda-graph: not supported by .*--amp fp16"),
     ],
 )
 def test_contradictions_are_named(values: dict, processes: int, device: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         options(**values).check(processes, device)
     options().check(1, "cpu")
+
+
+def test_fused_on_needs_operators_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "DEVICE_TYPES", frozenset())
+    for mode in ("auto", "off"):
+        assert for_device(options(fused=mode), torch.device("cpu"))[1] == []
+    with pytest.raises(UsageError, match="--fused on: there are no fused operators for this processor"):
+        for_device(options(fused="on"), torch.device("cpu"))
+
+
+def test_precision_auto_is_chosen_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, amp in ((True, "bf16"), (False, None)):
+        monkeypatch.setattr("engine.acceleration.has_fast_bf16", lambda device, fast=fast: fast)
+        found, (line,) = for_device(options(amp="auto"), torch.device("cpu"))
+        assert found.amp == amp and line.startswith("--amp auto: ")
+
+
+def test_a_gpu_waits_late_only_with_the_fused_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("fused._library.DEVICE_TYPES", frozenset({"cpu", "cuda"}))
+    assert not options().stepping(gpu).late and not options().stepping(torch.device("cpu")).late
+    with fused.using("on"):
+        assert options().stepping(gpu).late and options(amp="bf16").stepping(gpu).late
+        assert not options(amp="fp16").stepping(gpu).late
+        assert not options().stepping(torch.device("cpu")).late

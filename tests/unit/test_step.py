@@ -149,3 +149,22 @@ def test_average_follows_its_definition_and_changes_places():
     with average.in_model():
         assert torch.equal(model.weight, averaged)
     assert torch.equal(model.weight, own) and torch.equal(average.state_dict()["weight"], averaged)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_is_the_same_step():
+    gpu = torch.device("cuda")
+    models = [Small().to(gpu) for _ in range(2)]
+    losses = []
+    for model, graph in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        stepper = Stepper(model, CriterionDSN(), optimizer, World(0, 1, gpu), StepOptions(graph=graph))
+        images, labels, records = samples()
+        losses.append([])
+        for number in range(1, 5):
+            batch = Batch(images.to(gpu) * number, labels.to(gpu), records)
+            losses[-1].append(stepper.step(number, batch).numbers().loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(models[0].mean, models[1].mean, rtol=1e-4, atol=1e-5)
