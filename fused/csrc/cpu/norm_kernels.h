@@ -14,12 +14,12 @@ namespace {
 
 using namespace cc_attention;
 
-constexpr int64_t kTask = 1 << 15;    // elements that are worth a thread
-constexpr int64_t kStrip = 512;       // channels whose numbers and sums stay in the first-level cache
-constexpr int64_t kRowsOfStrip = 16;  // pixels of a channels_last map that are processed strip by strip
-constexpr int64_t kRowsTogether = 8;  // pixels that are added to the sums of their channels at once
-constexpr int64_t kSumRows = 128;     // pixels of a partial sum of a channels_last map, at least
-constexpr int64_t kPartialSums = 64;  // partial sums of a channels_last map, at most
+constexpr int64_t kTask = 1 << 15;                           // elements that are worth a thread
+constexpr int64_t kNearNumbers = 1 << 12;                    // numbers that stay in the first-level cache
+constexpr int64_t kStrip = 512;                              // channels whose sums stay there
+constexpr int64_t kSumRows = 128;                            // pixels of a partial sum of a channels_last map, at least
+constexpr int64_t kPartialSums = 64;                         // partial sums of a channels_last map, at most
+constexpr std::integral_constant<int64_t, 8> kRowsTogether;  // pixels that are added to the sums of channels at once
 
 // The number of elements of a whole vector, as a constant. An int64_t in its place is the length of a last, shorter
 // one.
@@ -157,6 +157,15 @@ void for_each_vector(int64_t begin, int64_t end, const Body& body) {
   if (i < end) body(i, end - i);
 }
 
+// Calls body(i) for 0 <= i < count, where count is mostly `usual`, a constant.
+template <typename Usual, typename Body>
+void for_each_row(Usual usual, int64_t count, const Body& body) {
+  if (count == usual)
+    for (int64_t i = 0; i < usual; ++i) body(i);
+  else
+    for (int64_t i = 0; i < count; ++i) body(i);
+}
+
 // Calls body(offset, numbers, count) in parallel with every vector of a map: the offset of its first element, the
 // numbers of its channels, and how many elements it has.
 // The loops use copies of body: stores of vectors may alias everything that has an address.
@@ -164,15 +173,22 @@ template <typename S, int kNumbers, typename Body>
 void for_each_vector_of_map(const MapSizes& s, const Table<S, kNumbers>& table, const Body& body) {
   if (s.N == 0 || s.C == 0 || s.P == 0) return;
   if (s.channels_last) {
-    torch::stable::parallel_for(0, s.N * s.P, ceil_div(kTask, s.C), [&](int64_t first, int64_t last) {
-      const Body copy = body;
-      for (int64_t begin_row = first; begin_row < last; begin_row += kRowsOfStrip)
-        for (int64_t strip = 0; strip < s.C; strip += kStrip)
-          for (int64_t row = begin_row; row < std::min(last, begin_row + kRowsOfStrip); ++row)
-            for_each_vector<S>(strip, std::min(s.C, strip + kStrip), [&](int64_t channel, auto count) {
-              copy(row * s.C + channel, OfChannels<S, kNumbers>(table, channel), count);
-            });
-    });
+    const auto run = [&](auto rows) {
+      torch::stable::parallel_for(0, s.N * s.P, ceil_div(kTask, s.C), [&](int64_t first, int64_t last) {
+        const Body copy = body;
+        for (int64_t row = first; row < last; row += rows)
+          for_each_vector<S>(0, s.C, [&](int64_t channel, auto count) {
+            const OfChannels<S, kNumbers> numbers(table, channel);
+            for_each_row(rows, std::min<int64_t>(rows, last - row),
+                         [&](int64_t i) { copy((row + i) * s.C + channel, numbers, count); });
+          });
+      });
+    };
+    // Several pixels at once read the numbers less often, but a single one reads the memory in order.
+    if (kNumbers * s.C <= kNearNumbers)
+      run(std::integral_constant<int64_t, 1>());
+    else
+      run(std::integral_constant<int64_t, 4>());
   } else {
     Pieces(s).run([&](int64_t, int64_t channel, int64_t begin, int64_t end) {
       const Body copy = body;
@@ -219,6 +235,13 @@ struct Sums {
     }
   }
 
+  // Returns the first or the second sum over all lanes.
+  double total(int which) const {
+    Vector<double> lanes = sums[which][0];
+    for (int i = 1; i < kParts; ++i) lanes += sums[which][i];
+    return reduce<double>(lanes, [&](const Vector<double>& a, const Vector<double>& b) { return a + b; });
+  }
+
   Vector<double> sums[2][kParts] = {};
 };
 
@@ -234,9 +257,8 @@ void sum_over_pixels(const MapSizes& s, const Table<S, kNumbers>& table, const B
       const OfOneChannel<S, kNumbers> numbers(table, channel);
       Sums<S> sums;
       for_each_vector<S>(begin, end, [&](int64_t offset, auto count) { copy(offset, numbers, count, sums); });
-      double lanes[Sums<S>::kSize];
-      std::memcpy(lanes, sums.sums, sizeof(lanes));
-      for (int64_t i = 0; i < Sums<S>::kSize; ++i) partial[2 * index + i / kLanes<S>] += lanes[i];
+      partial[2 * index] = sums.total(0);
+      partial[2 * index + 1] = sums.total(1);
     });
     for (int64_t channel = 0; channel < s.C; ++channel) {
       double first = 0, second = 0;
@@ -260,15 +282,13 @@ void sum_over_pixels(const MapSizes& s, const Table<S, kNumbers>& table, const B
       const int64_t end_row = std::min(rows, (block + 1) * each), end = std::min(s.C, strip + kStrip);
       double* block_sums = &partial[block * size];
       for (int64_t row = block * each; row < end_row; row += kRowsTogether) {
-        const int64_t together = std::min(kRowsTogether, end_row - row);
+        const int64_t together = std::min<int64_t>(kRowsTogether, end_row - row);
         for_each_vector<S>(strip, end, [&](int64_t channel, auto count) {
           const OfChannels<S, kNumbers> numbers(table, channel);
           Sums<S> sums;
           std::memcpy(sums.sums, block_sums + 2 * channel, sizeof(sums.sums));
-          if (together == kRowsTogether)
-            for (int64_t i = 0; i < kRowsTogether; ++i) copy((row + i) * s.C + channel, numbers, count, sums);
-          else
-            for (int64_t i = 0; i < together; ++i) copy((row + i) * s.C + channel, numbers, count, sums);
+          for_each_row(kRowsTogether, together,
+                       [&](int64_t i) { copy((row + i) * s.C + channel, numbers, count, sums); });
           std::memcpy(block_sums + 2 * channel, sums.sums, sizeof(sums.sums));
         });
       }
