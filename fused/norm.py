@@ -253,7 +253,7 @@ def _sums_shape(x: Tensor) -> Tensor:
     return x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
 
 
-def _statistics_shape(  # noqa: PLR0913
+def _statistics_shape(
     sums: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
