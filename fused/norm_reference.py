@@ -16,7 +16,7 @@ from fused.norm import NormOptions, computing_dtype
 
 
 class _AllReduce(torch.autograd.Function):
-    """A sum over processes. The sum reaches the losses of all processes, so its gradient is the sum of theirs."""
+    """A sum over processes. It enters the losses of all processes, so its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, all_reduce: Callable[[Tensor], None]) -> Tensor:
@@ -41,9 +41,9 @@ def activated_batch_norm(
 ) -> Tensor:
     """Normalize x over its batch and pixels, add a residual and apply an activation.
 
-    See `fused.activated_batch_norm` for the arguments. Half-precision maps are computed in float32, float64 maps in
-    float64. The sums from which the statistics follow are in float64, which keeps the variance exact if the mean is
-    far from zero.
+    See `fused.activated_batch_norm` for the arguments. Half-precision maps are computed in float32. The sums
+    from which the statistics follow are in float64, which keeps the variance accurate if the mean is far from
+    zero.
     """
     axes = [axis for axis in range(x.dim()) if axis != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)

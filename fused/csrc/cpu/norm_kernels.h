@@ -449,13 +449,14 @@ void sum_gradients(const NormBackwardSums& a) {
 
 // With s0 and s1 the two sums, the gradient of x is
 //   scale * (grad - s0 / count - (x - mean) * inverse * s1 / count) = scale * grad - ((x - mean) * factor + offset)
-template <typename T>
+// and without sums scale * grad. The two cases have code of their own: in common code, the compiler would fuse the
+// multiplication and the subtraction in some loops only, and the bits would depend on the loop.
+template <typename T, bool kConstant>
 void input_gradient(const NormBackwardInput& a) {
   using S = Sum<T>;
   const int64_t channels = a.norm.sizes.C;
   Table<S, 5> table = table_of<S, 5>(a.norm);
-  const bool constant = a.sums == nullptr;
-  if (!constant) {
+  if constexpr (!kConstant) {
     const S* inverse = static_cast<const S*>(a.norm.statistics) + channels;
     const S* sums = static_cast<const S*>(a.sums);
     for (int64_t i = 0; i < channels; ++i) {
@@ -469,12 +470,11 @@ void input_gradient(const NormBackwardInput& a) {
   with_gradient<T>(a.norm, a.y, a.grad, a.masked, [&](const auto& gradient) {
     for_each_vector_of_map(a.norm.sizes, table, [=](int64_t offset, const auto& numbers, auto count) {
       const Vector<S> centered = load(x + offset, count) - numbers[kMean];
-      const Vector<S> grad = gradient(offset, centered, numbers, count);
-      if (constant)
-        store(grad_x + offset, numbers[kScale] * grad, count);
+      const Vector<S> scaled = numbers[kScale] * gradient(offset, centered, numbers, count);
+      if constexpr (kConstant)
+        store(grad_x + offset, scaled, count);
       else
-        store(grad_x + offset, numbers[kScale] * grad - affine<Vector<S>>(centered, numbers[kFactor], numbers[kOffset]),
-              count);
+        store(grad_x + offset, scaled - affine<Vector<S>>(centered, numbers[kFactor], numbers[kOffset]), count);
     });
   });
 }
@@ -507,7 +507,9 @@ void norm_backward_sums(const NormBackwardSums& a) {
 }
 
 void norm_backward_input(const NormBackwardInput& a) {
-  with_norm_type(a.norm.dtype, [&](auto type) { input_gradient<decltype(type)>(a); });
+  with_norm_type(a.norm.dtype, [&](auto type) {
+    a.sums == nullptr ? input_gradient<decltype(type), true>(a) : input_gradient<decltype(type), false>(a);
+  });
 }
 
 }  // namespace
