@@ -150,8 +150,11 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         options: NormOptions = ctx.options
         operands = (x, y, statistics, weight, bias)
-        sums = grad_weight = grad_bias = None
-        masked = ctx.residual and options.activation != "identity"  # the map is needed more than once
+        sums: Any = None
+        grad_x = grad_weight = grad_bias = None
+        masked = (
+            ctx.residual and options.activation != "identity"
+        )  # the gradient of residual, a map of its own
         if masked or needs_weight or needs_bias or (needs_x and count is not None):
             sums, grad_weight, grad_z = OPERATORS.batch_norm_backward_sums(
                 grad, *operands, *options.arguments, masked
@@ -159,7 +162,6 @@ class _ActivatedBatchNorm(torch.autograd.Function):
             grad_weight, grad_bias = grad_weight.to(weight.dtype), sums[0].to(bias.dtype, copy=True)
             if masked:
                 grad = grad_z
-        grad_x = None
         if needs_x:
             if count is None:
                 sums = None
