@@ -258,6 +258,20 @@ def test_a_mean_far_from_zero(backend: Backend, mean: float, layout: str) -> Non
     torch.testing.assert_close(results[5].cpu(), s.x.double().var((0, 2, 3)).float(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_conversions(backend: Backend, dtype: torch.dtype) -> None:
+    """Every number of 16 bits is multiplied, and rounded as PyTorch does."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1).to(backend.device)
+    zero, one = torch.zeros(1, device=backend.device), torch.ones(1, device=backend.device)
+    for scale in (1.0, 1 / 3, 3.0, 1e-4, 7e3):
+        y = backend.operators.batch_norm_apply(
+            x, torch.stack([zero, scale * one]), one, zero, None, 0.0, 0, 0.0
+        )
+        expected = (x.float() * torch.tensor(scale)).to(dtype)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.nan_to_num(1.0), expected.nan_to_num(1.0))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
 def test_sums(backend: Backend, dtype: torch.dtype, layout: str) -> None:
@@ -308,30 +322,31 @@ def test_output_again_from_the_statistics(
         assert torch.equal(norm.normalize(s.x, statistics, s.weight, s.bias, options, s.residual), y)
 
 
-def near_zero(dtype: torch.dtype) -> tuple[Sample, Tensor]:
+def near_zero(dtype: torch.dtype, channels: int) -> tuple[Sample, Tensor]:
     """Return operands whose z is 0 but for rounding, and their statistics.
 
     x takes one value in most pixels of a channel, and the bias is the rounded product that z has to cancel.
     """
-    s = sample((4, 64, 8, 8), dtype)
+    s = sample((3, channels, 5, 5), dtype)
     wide = s.weight.dtype
     generator = torch.Generator().manual_seed(0)
     s.weight[1] = 0.5
-    value = (1 + torch.rand(64, generator=generator, dtype=F64)).to(dtype).view(1, -1, 1, 1)
+    value = (1 + torch.rand(channels, generator=generator, dtype=F64)).to(dtype).view(1, -1, 1, 1)
     s.x = torch.where(torch.rand(s.x.shape, generator=generator) < 0.8, value, s.x)
-    statistics = torch.rand(2, 64, generator=generator, dtype=F64).to(wide)
+    statistics = torch.rand(2, channels, generator=generator, dtype=F64).to(wide)
     s.bias = -(value.to(wide).flatten() - statistics[0]) * ((s.weight.abs() + 1e-5) * statistics[1])
     return s, statistics
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", [1, 2])
+@pytest.mark.parametrize("channels", [64, 1030])
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
 def test_the_mask_is_the_sign_of_the_output(
-    backend: Backend, dtype: torch.dtype, activation: int, layout: str
+    backend: Backend, dtype: torch.dtype, channels: int, activation: int, layout: str
 ) -> None:
     """The backward pass computes z again from x; rounding must not turn its sign."""
-    s, statistics = near_zero(dtype)
+    s, statistics = near_zero(dtype, channels)
     s, statistics = (
         (s.map(channels_last) if layout == "channels_last" else s).to(backend.device),
         statistics.to(backend.device),
@@ -340,7 +355,8 @@ def test_the_mask_is_the_sign_of_the_output(
     z = operators.batch_norm_apply(s.x, statistics, s.weight, s.bias, None, 1e-5, 0, 0.0)
     assert z.abs().median() < 1e-3
     y = operators.batch_norm_apply(s.x, statistics, s.weight, s.bias, None, *options)
-    assert torch.equal(y, torch.where(z > 0, z, z * (0.0 if activation == 1 else 0.25)))
+    assert torch.equal(y > 0, z > 0)
+    torch.testing.assert_close(y, torch.where(z > 0, z, z * (0.0 if activation == 1 else 0.25)))
     vectors = (statistics, s.weight, s.bias)
     _, _, masked = operators.batch_norm_backward_sums(s.grad, s.x, None, *vectors, *options, True)
     assert torch.equal(masked, torch.where(y > 0, s.grad, s.grad * (0.0 if activation == 1 else 0.25)))

@@ -14,12 +14,12 @@ namespace {
 
 using namespace cc_attention;
 
-constexpr int64_t kTask = 1 << 15;                           // elements that are worth a thread
-constexpr int64_t kNearNumbers = 1 << 12;                    // numbers that stay in the first-level cache
-constexpr int64_t kStrip = 512;                              // channels whose sums stay there
-constexpr int64_t kSumRows = 128;                            // pixels of a partial sum of a channels_last map, at least
-constexpr int64_t kPartialSums = 64;                         // partial sums of a channels_last map, at most
-constexpr std::integral_constant<int64_t, 8> kRowsTogether;  // pixels that are added to the sums of channels at once
+constexpr int64_t kTask = 1 << 15;         // elements that are worth a thread
+constexpr int64_t kNearNumbers = 1 << 12;  // numbers that stay in the first-level cache
+constexpr int64_t kStrip = 512;            // channels whose sums stay there
+constexpr int64_t kSumRows = 128;          // pixels of a partial sum of a channels_last map, at least
+constexpr int64_t kPartialSums = 64;       // partial sums of a channels_last map, at most
+constexpr std::integral_constant<int64_t, 8> kRowsTogether{};  // pixels that are added to the sums of channels at once
 
 // The number of elements of a whole vector, as a constant. An int64_t in its place is the length of a last, shorter
 // one.
@@ -29,39 +29,67 @@ using Whole = std::integral_constant<int64_t, kLanes<S>>;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Unsigned integers of a vector of float32, and half as many bytes.
+// The bits of a vector of float32, signed for comparisons, and a vector of as many 16-bit numbers at any address.
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
-typedef uint16_t UpperBits __attribute__((vector_size(kVectorBytes / 2), may_alias, aligned(2)));
+typedef int32_t SignedBits __attribute__((vector_size(kVectorBytes), may_alias));
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2), may_alias, aligned(2)));
+
+inline Bits bits_of(const Vector<float>& vector) { return reinterpret_cast<Bits>(vector); }
+
+inline Vector<float> float_of(const Bits& bits) { return reinterpret_cast<Vector<float>>(bits); }
+
+// Selects where a < b, for numbers below 2^31.
+inline Bits select_less(const Bits& a, int32_t b, const Bits& less, const Bits& otherwise) {
+  return reinterpret_cast<SignedBits>(a) < b ? less : otherwise;
+}
+
+// The type of the argument is only a tag.
+inline Vector<float> widen(const Bits& bits, BFloat16) { return float_of(bits << 16); }  // the upper half of a float32
+
+inline Bits narrow(const Vector<float>& x, BFloat16) {
+  const Bits bits = bits_of(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+  return x == x ? rounded : Bits{} + 0x7fc0;
+}
+
+// float16 has 5 bits of exponent with a bias of 15, and 10 bits of mantissa.
+inline Vector<float> widen(const Bits& bits, Half) {
+  const Bits magnitude = (bits & 0x7fff) << 13, normal = magnitude + ((127 - 15) << 23);
+  const Bits subnormal = bits_of(float_of(normal + (1 << 23)) - 0x1p-14f);  // takes off the leading 1
+  const Bits finite = select_less(magnitude, 0x0400 << 13, subnormal, normal);
+  return float_of(select_less(magnitude, 0x7c00 << 13, finite, magnitude | 0x7f800000) | (bits & 0x8000) << 16);
+}
+
+inline Bits narrow(const Vector<float>& x, Half) {
+  const Bits bits = bits_of(x), sign = bits & 0x80000000, magnitude = bits ^ sign;
+  const Bits normal = (magnitude - ((127 - 15) << 23) + 0x0fff + (magnitude >> 13 & 1)) >> 13;
+  const Bits subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;  // the sum has the spacing of the results
+  const Bits infinite = select_less(magnitude, 0x7f800001, Bits{} + 0x7c00, Bits{} + 0x7e00);  // or NaN
+  const Bits finite = select_less(magnitude, 0x38800000, subnormal, normal);                   // 2^-14
+  return select_less(magnitude, 0x47800000, finite, infinite) | sign >> 16;                    // 2^16
+}
 
 // Returns a whole vector in the summing type.
 template <typename T>
 Vector<Sum<T>> load_whole(const T* from) {
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    return load_vector(from);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of a float32
-    return reinterpret_cast<Vector<float>>(__builtin_convertvector(*reinterpret_cast<const UpperBits*>(from), Bits)
-                                           << 16);
-  } else {
-    alignas(kVectorBytes) float lanes[kLanes<float>];
-    convert(from, lanes, kLanes<float>);
-    return vector_at(lanes);
-  }
+  if constexpr (std::is_same_v<T, Sum<T>>) return load_vector(from);
+#ifdef __AVX512F__  // GCC defines it after its pragma; the code for all instruction sets takes twice as long
+  if constexpr (std::is_same_v<T, Half>)
+    return reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#endif
+  if constexpr (!std::is_same_v<T, Sum<T>>)
+    return widen(__builtin_convertvector(*reinterpret_cast<const HalfBits*>(from), Bits), T());
 }
 
 template <typename T>
 void store_whole(T* to, const Vector<Sum<T>>& vector) {
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    store_vector(to, vector);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const Bits bits = reinterpret_cast<Bits>(vector);
-    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
-    *reinterpret_cast<UpperBits*>(to) =
-        __builtin_convertvector(vector == vector ? rounded : Bits{} + 0x7fc0, UpperBits);
-  } else {
-    alignas(kVectorBytes) float lanes[kLanes<float>];
-    vector_at(lanes) = vector;
-    convert(lanes, to, kLanes<float>);
-  }
+  if constexpr (std::is_same_v<T, Sum<T>>) return store_vector(to, vector);
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, Half>)
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                               _mm512_cvtps_ph(reinterpret_cast<__m512>(vector), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  if constexpr (!std::is_same_v<T, Sum<T>>)
+    *reinterpret_cast<HalfBits*>(to) = __builtin_convertvector(narrow(vector, T()), HalfBits);
 }
 
 // Returns `count` elements in the summing type, followed by zeros.
@@ -174,12 +202,13 @@ void for_each_vector_of_map(const MapSizes& s, const Table<S, kNumbers>& table, 
   if (s.N == 0 || s.C == 0 || s.P == 0) return;
   if (s.channels_last) {
     const auto run = [&](auto rows) {
-      torch::stable::parallel_for(0, s.N * s.P, ceil_div(kTask, s.C), [&](int64_t first, int64_t last) {
+      const int64_t groups = ceil_div(s.N * s.P, rows);
+      torch::stable::parallel_for(0, groups, ceil_div(kTask, rows * s.C), [&](int64_t first, int64_t last) {
         const Body copy = body;
-        for (int64_t row = first; row < last; row += rows)
+        for (int64_t row = first * rows; row < std::min(last * rows, s.N * s.P); row += rows)
           for_each_vector<S>(0, s.C, [&](int64_t channel, auto count) {
             const OfChannels<S, kNumbers> numbers(table, channel);
-            for_each_row(rows, std::min<int64_t>(rows, last - row),
+            for_each_row(rows, std::min<int64_t>(rows, s.N * s.P - row),
                          [&](int64_t i) { copy((row + i) * s.C + channel, numbers, count); });
           });
       });
@@ -306,15 +335,15 @@ void sum_over_pixels(const MapSizes& s, const Table<S, kNumbers>& table, const B
 // The product with 0 would not do: that of infinity is NaN.
 template <typename S>
 struct Negative {
-  typedef std::conditional_t<sizeof(S) == 4, int32_t, int64_t> Mask __attribute__((vector_size(kVectorBytes)));
+  typedef std::conditional_t<sizeof(S) == 4, int32_t, int64_t> Lanes __attribute__((vector_size(kVectorBytes)));
 
   explicit Negative(const Norm& norm)
       : slope(norm.activation == Activation::identity ? S(1) : static_cast<S>(norm.slope)),
         kept(norm.activation == Activation::relu ? 0 : -1) {}
 
   // Returns the product where the mask is set, and otherwise x.
-  Vector<S> where(const Mask& mask, const Vector<S>& x) const {
-    const Mask product = reinterpret_cast<Mask>(x * slope) & (Mask{} + kept);
+  Vector<S> where(const Lanes& mask, const Vector<S>& x) const {
+    const Lanes product = reinterpret_cast<Lanes>(x * slope) & (Lanes{} + kept);
     return mask ? reinterpret_cast<Vector<S>>(product) : x;
   }
 
