@@ -1,7 +1,7 @@
 """Activated batch norm: batch norm, a residual and an activation in one operator.
 
-The forward pass reads the input twice, and the backward pass reads the input and the gradient twice. Nothing but
-the input is kept for the backward pass, except where a residual is added.
+The forward pass reads the input twice, and the backward pass reads the input and the gradient twice. Nothing
+but the input is kept for the backward pass, except where a residual is added.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class NormOptions(NamedTuple):
     """What an activated batch norm computes.
 
     Args:
-        training: whether to use the statistics of the batch, and update the running ones; otherwise the running
-            statistics are used as constants.
+        training: whether to use the statistics of the batch, and update the running ones; otherwise the
+            running statistics are used as constants.
         momentum: value used for the computation of the running statistics, as in torch.nn.BatchNorm2d.
         eps: added to |weight| and to the variance.
         activation: "identity", "relu" or "leaky_relu".
@@ -70,7 +70,8 @@ def batch_statistics(
         The number is None if the statistics are constants.
 
     Raises:
-        ValueError: there is only one value per channel in training, or there are no running statistics otherwise.
+        ValueError: there is only one value per channel in training, or there are no running statistics
+            otherwise.
     """
     dtype = computing_dtype(x.dtype)
     with torch.no_grad():
@@ -79,16 +80,15 @@ def batch_statistics(
                 raise ValueError("batch norm needs running statistics unless it is in training mode")
             inverse = (running_var.to(dtype) + options.eps).rsqrt()
             return torch.stack([running_mean.to(dtype), inverse]), None
-        if options.all_reduce is None:
-            if x.numel() == x.shape[1]:
-                raise ValueError(
-                    f"batch norm needs more than one value per channel in training, got shape {list(x.shape)}"
-                )
-            if x.numel() == 0:  # nothing to learn from
-                running_mean = running_var = None
         sums = OPERATORS.batch_norm_sums(x)
         if options.all_reduce is not None:
             options.all_reduce(sums)
+        elif x.numel() == 0:  # nothing to learn from
+            running_mean = running_var = None
+        elif x.numel() == x.shape[1]:
+            raise ValueError(
+                f"batch norm needs more than one value per channel in training, got shape {list(x.shape)}"
+            )
         statistics = OPERATORS.batch_norm_statistics(
             sums, running_mean, running_var, options.eps, options.momentum, x.dtype
         )
@@ -123,7 +123,7 @@ def normalize(
 
 
 class _ActivatedBatchNorm(torch.autograd.Function):
-    """`normalize` with gradients, also those through the statistics unless these are constants (count is None)."""
+    """`normalize` with gradients, also through the statistics unless they are constants (count is None)."""
 
     @staticmethod
     def forward(  # noqa: PLR0913
@@ -150,8 +150,11 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         options: NormOptions = ctx.options
         operands = (x, y, statistics, weight, bias)
-        sums = grad_weight = grad_bias = None
-        masked = ctx.residual and options.activation != "identity"  # the map is needed more than once
+        sums: Any = None
+        grad_x = grad_weight = grad_bias = None
+        masked = (
+            ctx.residual and options.activation != "identity"
+        )  # the gradient of residual, a map of its own
         if masked or needs_weight or needs_bias or (needs_x and count is not None):
             sums, grad_weight, grad_z = OPERATORS.batch_norm_backward_sums(
                 grad, *operands, *options.arguments, masked
@@ -159,7 +162,6 @@ class _ActivatedBatchNorm(torch.autograd.Function):
             grad_weight, grad_bias = grad_weight.to(weight.dtype), sums[0].to(bias.dtype, copy=True)
             if masked:
                 grad = grad_z
-        grad_x = None
         if needs_x:
             if count is None:
                 sums = None
@@ -190,9 +192,10 @@ def activated_batch_norm(
 ) -> Tensor:
     """Normalize x over its batch and pixels, add a residual and apply an activation.
 
-    It computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias + residual)``, as networks.abn.ABN
-    does. Half-precision maps are computed in float32, and the result is rounded once. An autocast region changes
-    nothing. The same inputs give the same bits, for any number of threads. Differentiable once.
+    It computes ``activation((|weight| + eps) * (x - mean) / sqrt(var + eps) + bias + residual)``, like
+    networks.abn.ABN. Half-precision maps are computed in float32, and the result is rounded once. An autocast
+    region changes nothing. The same inputs give the same bits, for any number of threads. The gradient can't
+    be differentiated again.
 
     Args:
         x: [N, C, ...], float32, float64, float16 or bfloat16.
@@ -208,8 +211,8 @@ def activated_batch_norm(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not match.
-        ValueError: the activation is unknown; there is only one value per channel in training; or there are no
-            running statistics otherwise.
+        ValueError: the activation is unknown; there is only one value per channel in training; or there are
+            no running statistics otherwise.
     """
     return activated_batch_norm_with_statistics(
         x, weight, bias, running_mean, running_var, options, residual

@@ -1,4 +1,4 @@
-// The operators of the activated batch norm: schemas, checks and output shapes. reference.py specifies the results;
+// The operators of the activated batch norm: schemas, checks and output shapes. norm_reference.py specifies the results;
 // cpu/ and cuda/ compute them.
 //
 // Maps are [N,C,...] of any strides. A map that is dense in neither [N,C,P] nor [N,P,C] (channels_last) is copied; for

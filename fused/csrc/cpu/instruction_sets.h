@@ -1,6 +1,10 @@
 // The kernels compiled for each instruction set, as in cc_attention/csrc/cpu/instruction_sets.h.
 #pragma once
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include <cstring>
 #include <memory>
 
