@@ -220,6 +220,13 @@ __device__ __forceinline__ uint32_t pack<float16>(float low, float high) {
   return result;
 }
 
+#else
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return from_sum<T>(low).bits | static_cast<uint32_t>(from_sum<T>(high).bits) << 16;
+}
+
 #endif  // CC_TENSOR_CORES
 
 // Queues kernel<<<grid, block, shared_bytes, stream>>>(arguments...).
