@@ -89,29 +89,30 @@ __device__ __forceinline__ Share share_of(const Grid& grid, Order order) {
 // them.
 template <class T, int run>
 struct Run {
-  static constexpr int kBytes = run * sizeof(T);
-  std::conditional_t<run == 1, T, uint32_t[kRunBytes / 4]> held;
+  using Word = std::conditional_t<run == 1, T, uint4>;
+  Word word;
 
-  __device__ __forceinline__ void load(const T* from) { memcpy(&held, __builtin_assume_aligned(from, kBytes), kBytes); }
+  __device__ __forceinline__ void load(const T* from) { word = *reinterpret_cast<const Word*>(from); }
   __device__ __forceinline__ Sum<T> at(int i) const {
     T elements[run];
-    memcpy(elements, &held, kBytes);
+    memcpy(elements, &word, sizeof word);
     return device::to_sum(elements[i]);
   }
 };
 
 template <class T, int run>
-__device__ __forceinline__ void store(void* to, const Sum<T> (&values)[run]) {
-  if constexpr (run > 1 && sizeof(T) == 2) {
-    uint32_t words[run / 2];
-#pragma unroll
-    for (int i = 0; i < run / 2; ++i) words[i] = device::pack<T>(values[2 * i], values[2 * i + 1]);
-    memcpy(__builtin_assume_aligned(to, kRunBytes), words, kRunBytes);
+__device__ __forceinline__ void store(T* to, const Sum<T> (&values)[run]) {
+  if constexpr (run == 1) {
+    *to = device::from_sum<T>(values[0]);
   } else {
-    T elements[run];
+    uint32_t words[kRunBytes / 4];
+    if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < run; ++i) elements[i] = device::from_sum<T>(values[i]);
-    memcpy(__builtin_assume_aligned(to, run * sizeof(T)), elements, run * sizeof(T));
+      for (int i = 0; i < run / 2; ++i) words[i] = device::pack<T>(values[2 * i], values[2 * i + 1]);
+    } else {
+      memcpy(words, values, kRunBytes);
+    }
+    device::store_words(to, words);
   }
 }
 
@@ -127,9 +128,14 @@ __device__ __forceinline__ void load_runs(Run<T, run> (&runs)[kAhead], const T* 
 // Loads numbers of the thread's channels, from vectors of all channels.
 template <class S, int run>
 __device__ __forceinline__ void load_numbers(S (&numbers)[run], const void* vector, int64_t channel) {
-  const S* from = static_cast<const S*>(vector) + channel;
-  constexpr int kBytes = run * sizeof(S);
-  memcpy(numbers, __builtin_assume_aligned(from, kBytes < kRunBytes ? kBytes : kRunBytes), kBytes);
+  constexpr int kEach = run == 1 ? 1 : kRunBytes / sizeof(S);
+#pragma unroll
+  for (int i = 0; i < run; i += kEach) {
+    Run<S, kEach> part;
+    part.load(static_cast<const S*>(vector) + channel + i);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) numbers[i + k] = part.at(k);
+  }
 }
 
 // z = (x - mean) * scale + bias.
@@ -312,7 +318,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(NormApply a, Grid grid)
           if (residuals) z += residual[k].at(i);
           y[i] = activate(z, z);
         }
-        store<T>(static_cast<T*>(a.y) + at + k * share.apart, y);
+        store(static_cast<T*>(a.y) + at + k * share.apart, y);
       }
   }
 }
@@ -360,7 +366,7 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(NormBackwardSum
         if (k < left) {
           S gradient[run];
           gradient_of_z(gradient, mask, affine, activate, x[k], y[k], grad[k]);
-          if (masked) store<T>(masked + at + k * share.apart, gradient);
+          if (masked) store(masked + at + k * share.apart, gradient);
 #pragma unroll
           for (int i = 0; i < run; ++i) {
             sums[i] += gradient[i];
@@ -417,7 +423,7 @@ __global__ void __launch_bounds__(kThreads) backward_input_kernel(NormBackwardIn
           if (a.sums) gradient[i] -= (x[k].at(i) - affine.mean[i]) * slope[i] + level[i];
           gradient[i] *= affine.scale[i];
         }
-        store<T>(static_cast<T*>(a.grad_x) + at + k * share.apart, gradient);
+        store(static_cast<T*>(a.grad_x) + at + k * share.apart, gradient);
       }
   }
 }
