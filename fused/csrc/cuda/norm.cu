@@ -152,7 +152,7 @@ struct Affine {
 #pragma unroll
     for (int i = 0; i < run; ++i) scale[i] = (std::abs(scale[i]) + static_cast<S>(norm.eps)) * inverse[i];
   }
-  // An explicit fma: the backward must get the bits of the forward, and the compiler might round them differently.
+  // An explicit fma here and below: kernels must agree to the last bit, whatever the compiler makes of an expression.
   __device__ __forceinline__ S z(int i, S x) const { return std::fma(x - mean[i], scale[i], bias[i]); }
 };
 
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(NormSums a, Grid grid) {
         for (int i = 0; i < run; ++i) {
           const S distance = x[k].at(i) - first.at(i);
           distances[i] += distance;
-          squares[i] += distance * distance;
+          squares[i] = std::fma(distance, distance, squares[i]);
         }
   }
   double numbers[2 * run];
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(NormBackwardSum
 #pragma unroll
           for (int i = 0; i < run; ++i) {
             sums[i] += gradient[i];
-            products[i] += gradient[i] * (x[k].at(i) - affine.mean[i]);
+            products[i] = std::fma(gradient[i], x[k].at(i) - affine.mean[i], products[i]);
           }
         }
     }
@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(kThreads) backward_input_kernel(NormBackwardIn
         gradient_of_z(gradient, mask, affine, activate, x[k], y[k], grad[k]);
 #pragma unroll
         for (int i = 0; i < run; ++i) {
-          if (a.sums) gradient[i] -= (x[k].at(i) - affine.mean[i]) * slope[i] + level[i];
+          if (a.sums) gradient[i] -= std::fma(x[k].at(i) - affine.mean[i], slope[i], level[i]);
           gradient[i] *= affine.scale[i];
         }
         store(static_cast<T*>(a.grad_x) + at + k * share.apart, gradient);
