@@ -1,7 +1,7 @@
 """The CUDA kernels of the activated batch norm, in the emulator, against float64."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -65,10 +65,14 @@ def sample(
 
 
 def run(kernels: NormEmulator, case: Case, masked: bool = False, **settings: int) -> list[Tensor]:
-    """Run forward and backward as the operator does; return the sums and the statistics after the tensors of NAMES.
+    """Run forward and backward as the operator does.
 
-    masked: the first half of the backward writes the gradient of z, which the second half reads. It is written in
-        any case with a residual. Otherwise the gradient of the residual in the result is empty.
+    masked: the first half of the backward writes the gradient of z, which the second half reads. With a
+        residual, it always does.
+
+    Returns:
+        The tensors of NAMES, the second sum of the backward, the sums and the statistics. Without a masked
+        map, the gradient of the residual is empty.
     """
     x, grad = case.x, case.grad
     sums = kernels.sums(x, **settings)
@@ -107,8 +111,8 @@ def activate(z: Tensor, activation: str) -> Tensor:
 def plain(case: Case, dtype: torch.dtype, y: Tensor) -> list[Tensor]:
     """Compute the tensors of NAMES in plain PyTorch, with maps of a dtype.
 
-    y: an output whose sign is the mask of the activation in the backward. The sign of a number near zero depends on
-        its rounding, and the gradient on the sign.
+    y: an output whose sign is the mask of the activation in the backward. The sign of a number near zero
+        depends on its rounding, and the gradient on the sign.
     """
     wide = precision(dtype)
     x = case.x.to(dtype).requires_grad_()
@@ -129,17 +133,19 @@ def plain(case: Case, dtype: torch.dtype, y: Tensor) -> list[Tensor]:
 
 
 def check(results: list[Tensor], case: Case) -> None:
-    """Check the results of `run`: errors of at most twice those of plain PyTorch in the dtype, plus one rounding.
+    """Check that errors are at most twice those of plain PyTorch in the dtype, plus one rounding.
 
-    The rounding is that of the sum of the absolute terms, where terms may cancel. In float64, the error is at most
-    1e-12 of it.
+    The rounding is that of the sum of the absolute terms, where terms may cancel. In float64, the error is at
+    most 1e-12 of it.
+
+    Args:
+        results: those of `run`.
     """
     dtype, y = case.x.dtype, results[0]
     exact, theirs = plain(case, F64, y), plain(case, dtype, y)
     statistics = results[7] if case.frozen is None else case.frozen
     mean, inverse, scale, bias = (
-        t.to(F64)[:, None, None]
-        for t in (*statistics, (case.weight.abs() + EPS) * statistics[1], case.bias)
+        t.to(F64)[:, None, None] for t in (*statistics, (case.weight.abs() + EPS) * statistics[1], case.bias)
     )
     normalized, grad = (case.x.to(F64) - mean) * inverse, exact[3]
     terms = {
@@ -218,7 +224,7 @@ def test_constant_statistics(kernels: NormEmulator, activation: str, dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_pixels_for_each_thread(kernels: NormEmulator, dtype: torch.dtype) -> None:
-    """From 528 blocks on, the threads get more pixels instead: here more than they load at once, and not all equally many."""
+    """Large maps have 528 blocks, whose threads have more pixels than they load at once."""
     case = sample((1, 16 // dtype.itemsize, 600_000), dtype, "leaky_relu")
     check(run(kernels, case), case)
 
@@ -331,9 +337,7 @@ def test_the_recomputed_sign_is_that_of_y(
     sums = kernels.sums(case.x)
     parameters = case.parameters(kernels.statistics(sums, None, dtype))
     y = kernels.apply(case.x, parameters, None)
-    one, other = (
-        kernels.backward_sums(case.grad, case.x, known, parameters, True) for known in (y, None)
-    )
+    one, other = (kernels.backward_sums(case.grad, case.x, known, parameters, True) for known in (y, None))
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a, b)
     one, other = (
@@ -341,6 +345,28 @@ def test_the_recomputed_sign_is_that_of_y(
         for known in (y, None)
     )
     assert torch.equal(one, other)
+
+
+def test_sums_of_all_processes(kernels: NormEmulator) -> None:
+    """Two processes with a part of the batch each get what one process with all of it gets."""
+    whole = sample((3, 24, 33), F32, "relu")
+    parts = [replace(whole, x=whole.x[half], grad=whole.grad[half]) for half in (slice(1), slice(1, 3))]
+    y, grad_weight, grad_bias, _, grad_x, *_ = run(kernels, whole)
+    sums = torch.stack([kernels.sums(part.x) for part in parts]).sum(0)
+    parameters = whole.parameters(kernels.statistics(sums, None, F32, eps=EPS))
+    outs = [kernels.apply(part.x, parameters, None) for part in parts]
+    totals, weights, _ = zip(
+        *(kernels.backward_sums(part.grad, part.x, None, parameters, False) for part in parts), strict=True
+    )
+    known = (torch.stack(totals).sum(0), sums[-1].item())
+    grads = [kernels.backward_input(part.grad, part.x, None, parameters, known, False) for part in parts]
+    for ours, expected in (
+        (torch.cat(outs), y),
+        (torch.stack(weights).sum(0), grad_weight),
+        (known[0][0], grad_bias),
+        (torch.cat(grads), grad_x),
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_constant_statistics_do_not_read_x(kernels: NormEmulator) -> None:
@@ -368,7 +394,7 @@ def test_empty_maps(kernels: NormEmulator, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("channels, lanes", [(1, 1), (8, 8), (512, 32)])
 def test_a_thread_has_few_pixels_of_any_map(kernels: NormEmulator, channels: int, lanes: int) -> None:
-    """At most 128, so that the rounding error of its sums stays small. The workspace tells the number of parts."""
+    """At most 128, so that the error of its sums stays small. The workspace tells the number of parts."""
     pixels = 2**34
     size = kernels.workspace_bytes(F32, MapSizes(1, channels, pixels, True))
     parts = size // (16 * channels)

@@ -33,8 +33,9 @@ constexpr int kLanes = 8;         // threads side by side along the channels, wi
 constexpr int kScalarLanes = 32;  // the same with runs of one channel
 constexpr int kAhead = 4;         // pixels whose loads are started together
 constexpr int kMostRows = 128;    // pixels that a thread adds up, so that the rounding error of its sums stays small
-// The number of blocks for large maps: four for each of the 132 multiprocessors of an H100 or H200. A block has up to
-// 48 KB of loads under way, so a part of the blocks saturates the memory, and other GPUs need no other number.
+// The number of blocks for large maps: four for each of the 132 multiprocessors of an H100 or H200. Where fewer fit, they
+// run one after the other. On other GPUs, the last blocks may run on a part of the multiprocessors. That costs little: a
+// block has 16 KB of loads under way for each map that it reads, so some of the blocks saturate the memory.
 constexpr int64_t kBlocks = 528;
 
 // How a map is divided. Block b works on tile b % tiles of the channels, and on rows of part b / tiles.
@@ -206,7 +207,7 @@ __device__ __forceinline__ void write_partial_sums(const double (&numbers)[2 * r
 // A thread sums the distances from its first pixel. Their squares are not much larger than the variance, so it shows in
 // them also if the mean is far from zero.
 template <class T, int run>
-__global__ void __launch_bounds__(kThreads) sums_kernel(NormSums a, Grid grid) {
+__global__ void __launch_bounds__(kThreads, 4) sums_kernel(NormSums a, Grid grid) {
   using S = Sum<T>;
   const Share share = share_of<run>(grid, Order::last_to_first);
   const T* const map = static_cast<const T*>(a.x);
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(NormStatistics a) 
 }
 
 template <class T, int run>
-__global__ void __launch_bounds__(kThreads) apply_kernel(NormApply a, Grid grid) {
+__global__ void __launch_bounds__(kThreads, 3) apply_kernel(NormApply a, Grid grid) {
   using S = Sum<T>;
   const Share share = share_of<run>(grid, Order::first_to_last);
   if (share.count == 0) return;
@@ -346,7 +347,7 @@ __device__ __forceinline__ void gradient_of_z(Sum<T> (&gradient)[run], Mask mask
 }
 
 template <class T, int run, Mask mask>
-__global__ void __launch_bounds__(kThreads) backward_sums_kernel(NormBackwardSums a, Grid grid) {
+__global__ void __launch_bounds__(kThreads, 2) backward_sums_kernel(NormBackwardSums a, Grid grid) {
   using S = Sum<T>;
   const Share share = share_of<run>(grid, Order::last_to_first);
   T* const masked = static_cast<T*>(a.masked);
@@ -387,7 +388,7 @@ __global__ void __launch_bounds__(kThreads) backward_sums_kernel(NormBackwardSum
 //   scale * (gradient - s0 / count - (x - mean) * inverse * s1 / count) = scale * (gradient - (x - mean) * slope -
 //   level)
 template <class T, int run, Mask mask>
-__global__ void __launch_bounds__(kThreads) backward_input_kernel(NormBackwardInput a, Grid grid) {
+__global__ void __launch_bounds__(kThreads, 2) backward_input_kernel(NormBackwardInput a, Grid grid) {
   using S = Sum<T>;
   const Share share = share_of<run>(grid, Order::first_to_last);
   if (share.count == 0) return;

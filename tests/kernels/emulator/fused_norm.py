@@ -118,7 +118,7 @@ class NormEmulator(Emulator):
         self.call(f"emulated_{name}", byref(arguments), **settings)
         check(operands)
 
-    def run_norm(  # noqa: PLR0913
+    def run_norm(
         self,
         name: str,
         arguments: NormApply | NormBackwardSums | NormBackwardInput,
@@ -185,7 +185,7 @@ class NormEmulator(Emulator):
         self.run_norm("norm_apply", NormApply(), x, parameters, operands, **settings)
         return map_of(operands["y"])
 
-    def backward_sums(  # noqa: PLR0913
+    def backward_sums(
         self,
         grad: Tensor,
         x: Tensor,
@@ -195,7 +195,7 @@ class NormEmulator(Emulator):
         offset: int = 0,
         **settings: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run norm_backward_sums_cuda; return the sums [2,C], the gradient of weight [C] and the masked map."""
+        """Run norm_backward_sums_cuda; return the sums [2,C], the gradient of weight [C], the masked map."""
         wide = precision(x.dtype)
         operands = {
             "x": map_operand(x, offset),
@@ -212,7 +212,7 @@ class NormEmulator(Emulator):
         result = map_of(operands["masked"]) if masked else None
         return operands["sums"].tensor, operands["grad_weight"].tensor, result
 
-    def backward_input(  # noqa: PLR0913
+    def backward_input(
         self,
         grad: Tensor,
         x: Tensor,
