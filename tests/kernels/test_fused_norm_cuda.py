@@ -276,11 +276,12 @@ def test_statistics(kernels: NormEmulator, channels: int, dtype: torch.dtype) ->
     running = (before[0].clone(), before[1].clone())
     ours = kernels.statistics(sums, running, dtype, eps=EPS, momentum=MOMENTUM)
     variance, mean = torch.var_mean(x, 0, correction=0)
-    tolerance = {"rtol": 2 * torch.finfo(dtype).eps if dtype == F32 else 1e-12, "atol": 0.0}
-    torch.testing.assert_close(ours, torch.stack([mean, (variance + EPS).rsqrt()]).to(dtype), **tolerance)
+    tolerance = 2 * torch.finfo(dtype).eps if dtype == F32 else 1e-12
+    expected = torch.stack([mean, (variance + EPS).rsqrt()]).to(dtype)
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=0.0)
     for new, old, value in zip(running, before, (mean, x.var(0)), strict=True):
         expected = (1 - MOMENTUM) * old.to(F64) + MOMENTUM * value
-        torch.testing.assert_close(new, expected.to(dtype), rtol=tolerance["rtol"], atol=1e-7)
+        torch.testing.assert_close(new, expected.to(dtype), rtol=tolerance, atol=1e-7)
     assert torch.equal(ours, kernels.statistics(sums, None, dtype, eps=EPS, momentum=MOMENTUM))
 
 
@@ -339,12 +340,13 @@ def test_the_recomputed_sign_is_that_of_y(
     y = kernels.apply(case.x, parameters, None)
     one, other = (kernels.backward_sums(case.grad, case.x, known, parameters, True) for known in (y, None))
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a, b)
-    one, other = (
-        kernels.backward_input(case.grad, case.x, known, parameters, (one[0], sums[-1].item()), False)
+        assert a is not None and b is not None and torch.equal(a, b)
+    sums_of_all = (one[0], sums[-1].item())
+    first, second = (
+        kernels.backward_input(case.grad, case.x, known, parameters, sums_of_all, False)
         for known in (y, None)
     )
-    assert torch.equal(one, other)
+    assert torch.equal(first, second)
 
 
 def test_sums_of_all_processes(kernels: NormEmulator) -> None:
