@@ -55,8 +55,8 @@ def nvcc_version(nvcc: str) -> str:
 
 def short(name: str) -> str:
     """Shorten a demangled name to forward_kernel<float, 7, 7, 2>."""
-    name = name.replace("cc_attention::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
-    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|general::Result)\)", "", name)).strip()
+    name = re.sub(r"cc_attention::|fused::|\(anonymous namespace\)::", "", name).removeprefix("void ")
+    return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|general::Result|Mask)\)", "", name)).strip()
 
 
 def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[str, int]]:
@@ -105,7 +105,7 @@ def shared_memory() -> dict[str, dict[str, int]]:
 
 def measure(nvcc: str) -> dict[str, dict[str, dict[str, int]]]:
     """Return the resources of all kernels, by architecture and name."""
-    sources = sorted((ROOT / "cc_attention/csrc/cuda").glob("*.cu"))
+    sources = sorted(ROOT.glob("cc_attention/csrc/cuda/*.cu")) + sorted(ROOT.glob("fused/csrc/cuda/*.cu"))
     jobs = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(lambda job: compile_for(nvcc, *job), jobs))

@@ -5,16 +5,12 @@
 All of them take minutes. The exit status is 1 if one is not caught.
 
 Each is what a slip of the pen would leave: a barrier, a wait, a mask or a tail check dropped, a transposition
-swapped, a buffer taken too early. "Caught" means that the results of one of CASES are wrong, or differ
-between orders of threads, or that the emulator itself objects.
+swapped, a buffer taken too early. "Caught" means that results are wrong, or differ between orders of threads,
+or that the emulator itself objects.
 """
 
-import multiprocessing
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +18,13 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # run as a script, outside pytest
 
-from emulator import CSRC, SCHEDULES, Emulator, build  # noqa: E402
+from emulator import CSRC, SCHEDULES, Emulator  # noqa: E402
+from planted_norm_bugs import NORM  # noqa: E402
+from planting import Bug, Suite  # noqa: E402
 from test_attention_kernels import BF16, F32, Backend, check, check_where_finite, masked, run, sample  # noqa: E402
 
 FORWARD, BACKWARD = "cuda/tensor_core_forward.cu", "cuda/tensor_core_backward.cu"
 COMMON, GENERAL, LINE = "cuda/tensor_core.h", "cuda/general.cu", "cuda/line.h"
-
-
-@dataclass
-class Bug:
-    name: str
-    file: str
-    right: str  # occurs once in the file
-    wrong: str
-
-    def plant(self) -> dict[str, str]:
-        text = (CSRC / self.file).read_text()
-        assert text.count(self.right) == 1, f"{self.name}: {text.count(self.right)} times in {self.file}"
-        return {self.file: text.replace(self.right, self.wrong)}
-
 
 BUGS: list[Bug] = [
     # The forward on tensor cores
@@ -335,21 +319,6 @@ CASES: list[tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = [
 ]
 
 
-def caught(edits: dict[str, str]) -> str | None:
-    """Return how the tests catch the edited kernels, or None if they do not.
-
-    They run in a process of their own, whose memory a bug may write all over.
-    """
-    library = build(edits)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["planted_bugs"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(failure, library).result()
-        except BrokenProcessPool:
-            return "the process died"
-
-
 def failure(library: Path) -> str | None:
     """Return the first failure of the kernels in a library, or None."""
     emulator = Emulator(library)
@@ -378,21 +347,27 @@ def failure(library: Path) -> str | None:
     return None
 
 
+ATTENTION = Suite(CSRC, BUGS, failure)
+SUITES = [ATTENTION, NORM]
+
+
 def main(names: list[str]) -> int:
-    if unknown := set(names) - {bug.name for bug in BUGS}:
+    if unknown := set(names) - {bug.name for suite in SUITES for bug in suite.bugs}:
         print(f"planted_bugs.py: no such bug: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    chosen = [bug for bug in BUGS if not names or bug.name in names]
-    if how := caught({}):
-        print(f"planted_bugs.py: the kernels fail without a bug: {how}", file=sys.stderr)
-        return 1
-    missed = 0
-    for bug in chosen:
-        start = time.monotonic()
-        how = caught(bug.plant())
-        missed += how is None
-        print(f"{bug.name:32} {time.monotonic() - start:5.1f} s  {how or 'NOT CAUGHT'}", flush=True)
-    print(f"{len(chosen) - missed} of {len(chosen)} planted bugs caught")
+    planted = missed = 0
+    for suite in SUITES:
+        chosen = [bug for bug in suite.bugs if not names or bug.name in names]
+        if chosen and (how := suite.caught(None)):
+            print(f"planted_bugs.py: the kernels fail without a bug: {how}", file=sys.stderr)
+            return 1
+        for bug in chosen:
+            start = time.monotonic()
+            how = suite.caught(bug)
+            planted += 1
+            missed += how is None
+            print(f"{bug.name:32} {time.monotonic() - start:5.1f} s  {how or 'NOT CAUGHT'}", flush=True)
+    print(f"{planted - missed} of {planted} planted bugs caught")
     return 1 if missed else 0
 
 

@@ -1,6 +1,7 @@
 """The CUDA kernels compile for every architecture and need the resources in the table."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -66,3 +67,27 @@ def test_shared_memory_is_not_read_byte_by_byte(nvcc: str, source: str, tmp_path
     ptx = tmp_path / "kernels.ptx"
     subprocess.run([nvcc, "-O3", "-std=c++20", "-arch=sm_80", "-ptx", path, "-o", ptx], check=True)
     assert "ldmatrix" in ptx.read_text() and "ld.shared.u8" not in ptx.read_text()
+
+
+def test_the_norm_kernels_have_enough_threads() -> None:
+    """Two blocks of 256 threads fit in a multiprocessor, so that enough loads are under way."""
+    kernels = [
+        kernel
+        for kernels in EXPECTED["kernels"].values()
+        for name, kernel in kernels.items()
+        if name.startswith("norm:")
+    ]
+    assert kernels and all(2 * 256 * kernel["registers"] <= 64 * 1024 for kernel in kernels)
+
+
+@pytest.mark.build
+def test_the_norm_kernels_access_16_bytes_at_once(nvcc: str, tmp_path: Path) -> None:
+    """Kernels whose threads have several channels load and store them in one instruction."""
+    ptx = tmp_path / "norm.ptx"
+    source = kernel_resources.ROOT / "fused/csrc/cuda/norm.cu"
+    subprocess.run([nvcc, "-O3", "-std=c++20", "-arch=sm_80", "-ptx", source, "-o", ptx], check=True)
+    kernels = [text for text in ptx.read_text().split(".entry ")[1:] if re.match(r"\w+Li[248]E", text)]
+    assert len(kernels) == 4 * (1 + 1 + 3 + 3)
+    for text in kernels:
+        assert "ld.global.v4.u32" in text
+        assert not re.search(r"(ld|st)\.global\.[usbf](8|16|32)\b", text), text[:200]

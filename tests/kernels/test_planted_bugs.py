@@ -2,19 +2,24 @@
 
 import pytest
 from emulator import COMPILER
-from planted_bugs import BUGS, Bug, caught
+from planted_bugs import SUITES
+from planting import Bug, Suite
 
-SAMPLE = ("forward: values without a barrier", "backward: dS without a barrier", "general: weights overtake")
+SAMPLE = (
+    *("forward: values without a barrier", "backward: dS without a barrier", "general: weights overtake"),
+    *("norm: partial sums without a barrier", "norm: channels beyond the end"),
+)
+PLACES = [pytest.param(suite, bug, id=bug.name) for suite in SUITES for bug in suite.bugs]
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_the_place_of_each_bug_is_there(bug: Bug) -> None:
-    assert bug.plant()
+@pytest.mark.parametrize("suite, bug", PLACES)
+def test_the_place_of_each_bug_is_there(suite: Suite, bug: Bug) -> None:
+    assert suite.plant(bug)
 
 
 @pytest.mark.build
-@pytest.mark.parametrize("bug", [b for b in BUGS if b.name in SAMPLE], ids=lambda bug: bug.name)
-def test_bugs_are_caught(bug: Bug) -> None:
+@pytest.mark.parametrize("suite, bug", [place for place in PLACES if place.id in SAMPLE])
+def test_bugs_are_caught(suite: Suite, bug: Bug) -> None:
     if COMPILER is None:
         pytest.skip("no C++ compiler here for the emulator")
-    assert caught(bug.plant()) is not None
+    assert suite.caught(bug) is not None

@@ -126,6 +126,13 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return shared_memory;
 }
 
+// Stores 16 bytes to global memory, aligned to 16, in one instruction. The compiler splits some assignments of a uint4.
+__device__ __forceinline__ void store_words(void* global, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -218,6 +225,13 @@ __device__ __forceinline__ uint32_t pack<float16>(float low, float high) {
   uint32_t result;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
+}
+
+#else
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return from_sum<T>(low).bits | static_cast<uint32_t>(from_sum<T>(high).bits) << 16;
 }
 
 #endif  // CC_TENSOR_CORES

@@ -160,19 +160,23 @@ class Backward(ctypes.Structure):
 
 
 class Operand:
-    """Memory of a tensor surrounded by NaN: a copy of a tensor, or all NaN for a shape."""
+    """Memory of a tensor surrounded by NaN: a copy of a tensor, or all NaN for a shape.
 
-    def __init__(self, content: Tensor | tuple[int, ...], dtype: torch.dtype) -> None:
+    offset: elements by which its address is not a multiple of 64 bytes.
+    """
+
+    def __init__(self, content: Tensor | tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
         shape = tuple(content.shape) if isinstance(content, Tensor) else content
         count = torch.Size(shape).numel()
         size = torch.empty(0, dtype=dtype).element_size()
         self.memory = torch.full(((count + 2 * GUARD) * size,), 0xFF, dtype=torch.uint8)
-        self.tensor = self.memory.view(dtype)[GUARD : GUARD + count].view(shape)
+        first = GUARD + offset
+        self.tensor = self.memory.view(dtype)[first : first + count].view(shape)
         self.before = None
         if isinstance(content, Tensor):
             self.tensor.copy_(content)
             self.before = self.memory.clone()
-        self.inside = slice(GUARD * size, (GUARD + count) * size)
+        self.inside = slice(first * size, (first + count) * size)
 
     @property
     def pointer(self) -> int:

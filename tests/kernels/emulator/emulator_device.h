@@ -19,6 +19,12 @@ inline float exp2_approximate(float x) {
 
 using emulator::dynamic_shared;
 
+inline void store_words(void* global, const uint32_t (&words)[4]) {
+  emulator::interrupt();
+  if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("the address in global memory is not a multiple of 16");
+  memcpy(global, words, sizeof words);
+}
+
 inline void copy_async(void* shared, const void* global, bool valid,
                        emulator::Where where = emulator::Where::current()) {
   emulator::copy_async(shared, global, valid, where);

@@ -3,3 +3,23 @@
 #include "../norm.h"
 
 using namespace fused;
+
+extern "C" int emulated_norm_sums(const NormSums* arguments) { return norm_sums_cuda(*arguments, nullptr); }
+
+extern "C" int emulated_norm_statistics(const NormStatistics* arguments) {
+  return norm_statistics_cuda(*arguments, nullptr);
+}
+
+extern "C" int emulated_norm_apply(const NormApply* arguments) { return norm_apply_cuda(*arguments, nullptr); }
+
+extern "C" int emulated_norm_backward_sums(const NormBackwardSums* arguments) {
+  return norm_backward_sums_cuda(*arguments, nullptr);
+}
+
+extern "C" int emulated_norm_backward_input(const NormBackwardInput* arguments) {
+  return norm_backward_input_cuda(*arguments, nullptr);
+}
+
+extern "C" int64_t emulated_norm_workspace(int dtype, const MapSizes* sizes) {
+  return norm_workspace_cuda(static_cast<Dtype>(dtype), *sizes);
+}
