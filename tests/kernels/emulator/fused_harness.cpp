@@ -3,3 +3,21 @@
 #include "../norm.h"
 
 using namespace fused;
+
+// loss.h
+
+extern "C" int emulated_segmentation_loss(const SegmentationLoss* arguments) {
+  return segmentation_loss_cuda(*arguments, nullptr);
+}
+
+extern "C" int emulated_coarse_probability(const CoarseProbability* arguments) {
+  return coarse_probability_cuda(*arguments, nullptr);
+}
+
+extern "C" int emulated_upsampled_classes(const UpsampledClasses* arguments) {
+  return upsampled_classes_cuda(*arguments, nullptr);
+}
+
+extern "C" int64_t emulated_loss_workspace(bool wide, const LossSizes* sizes) {
+  return loss_workspace_cuda(wide, *sizes);
+}
