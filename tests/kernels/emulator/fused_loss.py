@@ -98,9 +98,7 @@ class LossKernels(Emulator):
             "target": Operand(target, torch.int64),
             "probability": Operand((sizes.N, rows, columns), dtype),
         }
-        arguments = CoarseProbability(
-            to_logits(operands, sizes), ignored=ignored, rows=rows, columns=columns
-        )
+        arguments = CoarseProbability(to_logits(operands, sizes), ignored=ignored, rows=rows, columns=columns)
         self.run("emulated_coarse_probability", arguments, operands, **settings)
         return operands["probability"].tensor
 
