@@ -18,6 +18,7 @@
 // operations that the compiler does not fuse.
 #include "../loss.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "../../../cc_attention/csrc/cuda/device.h"
@@ -31,7 +32,7 @@ using device::kWarp;
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kNodeRows = 8;  // per thread of vertical_kernel; it reads one interval more than that
+constexpr int kNodeRows = 8;  // per thread of vertical_kernel; it computes one interval more than that
 
 // Pixel rows that a thread works on at a time. They share the loads of logits, and their exponentials overlap.
 template <class S>
@@ -58,10 +59,11 @@ struct Axis {
         scale(fine > 1 ? static_cast<S>(coarse - 1) / static_cast<S>(fine - 1) : 0) {}
 
   __device__ S position(int pixel) const { return device::multiply(scale, static_cast<S>(pixel)); }
+  // The last node is its own upper neighbor.
   __device__ int lower(int pixel) const { return min(static_cast<int>(position(pixel)), coarse - 1); }
-  __device__ int upper(int pixel) const { return min(lower(pixel) + 1, coarse - 1); }
-  __device__ Weights<S> weights(int pixel) const {
-    const S upper = position(pixel) - static_cast<S>(lower(pixel));
+  __device__ bool last(int node) const { return node == coarse - 1; }
+  __device__ Weights<S> weights(int pixel, int lower) const {
+    const S upper = position(pixel) - static_cast<S>(lower);
     return {1 - upper, upper};
   }
 
@@ -88,39 +90,47 @@ struct Upsampling {
         classes(static_cast<int>(input.sizes.C)),
         logits(static_cast<const S*>(input.logits)) {}
 
-  __device__ int64_t plane() const { return static_cast<int64_t>(rows.coarse) * columns.coarse; }
-  __device__ int64_t pixel(int image, int y, int x) const {
-    return (static_cast<int64_t>(image) * rows.fine + y) * columns.fine + x;
-  }
+  // The number of nodes and of pixels of an image. It fits in 32 bits (fits()), and so do positions in an image.
+  __device__ int nodes() const { return rows.coarse * columns.coarse; }
+  __device__ int pixels() const { return rows.fine * columns.fine; }
 };
 
 // The column x of interval `node` of an image.
 template <class S>
 struct Column {
-  const S* corner;  // the lower left node, class 0
-  int64_t plane;
+  const S* corner;  // the node above and to the left of the pixels, class 0
+  int plane;
   int right, down;  // distances to the other corners; 0 on the last node
   Weights<S> weights;
 
-  __device__ Column(const Upsampling<S>& a, int image, int node, int x)
-      : plane(a.plane()),
-        right(a.columns.upper(x) - a.columns.lower(x)),
-        down(node + 1 < a.rows.coarse ? a.columns.coarse : 0),
-        weights(a.columns.weights(x)) {
-    corner = a.logits + image * a.classes * plane + static_cast<int64_t>(node) * a.columns.coarse + a.columns.lower(x);
+  __device__ Column(const Upsampling<S>& a, int image, int node, int x) : plane(a.nodes()) {
+    const int left = a.columns.lower(x);
+    corner = a.logits + static_cast<int64_t>(image) * a.classes * plane + (node * a.columns.coarse + left);
+    right = a.columns.last(left) ? 0 : 1;
+    down = a.rows.last(node) ? 0 : a.columns.coarse;
+    weights = a.columns.weights(x, left);
   }
 
   // The logits on the node rows above and below the pixels.
-  __device__ S above(int64_t c) const { return weights.blend(corner[c * plane], corner[c * plane + right]); }
-  __device__ S below(int64_t c) const {
-    return weights.blend(corner[c * plane + down], corner[c * plane + down + right]);
-  }
+  __device__ S above(int c) const { return blend(c * plane); }
+  __device__ S below(int c) const { return blend(c * plane + down); }
+
+ private:
+  __device__ S blend(int node) const { return weights.blend(corner[node], corner[node + right]); }
 };
 
-// exp(logit - top) / total is the softmax of a pixel. As in PyTorch, the largest logit is subtracted first.
+// Returns exp(a - b). As in PyTorch, the numbers are subtracted first: of large ones, little else would remain.
+__device__ __forceinline__ float exp_difference(float a, float b) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  return device::exp2_approximate(device::multiply(a - b, kLog2e));
+}
+__device__ __forceinline__ double exp_difference(double a, double b) { return exp(a - b); }
+
+// exp(logit - top) / total is the softmax of a pixel.
 template <class S>
 struct Softmax {
-  S top, total;
+  S top;  // the largest logit
+  S total;
 };
 
 // Computes the softmax of some pixels of a column.
@@ -138,13 +148,13 @@ __device__ __forceinline__ void compute_softmax(const Column<S>& column, int cla
     const S above = column.above(c), below = column.below(c);
 #pragma unroll
     for (int r = 0; r < R; ++r)
-      result[r].total = device::add(result[r].total, std::exp(rows[r].blend(above, below) - result[r].top));
+      result[r].total = device::add(result[r].total, exp_difference(rows[r].blend(above, below), result[r].top));
   }
 }
 
 template <class S>
 __device__ __forceinline__ S probability_of(S logit, const Softmax<S>& softmax) {
-  return std::exp(logit - softmax.top) / softmax.total;
+  return exp_difference(logit, softmax.top) / softmax.total;
 }
 
 // The targets of the pixels and the weights of the classes.
@@ -210,23 +220,25 @@ __global__ void __launch_bounds__(kThreads)
   Sums own{0, 0};
   const Item item(a.rows.coarse * a.columns.fine);
   if (item.exists) {
-    const int node = item.index / a.columns.fine, x = item.index % a.columns.fine;
+    const int width = a.columns.fine, node = item.index / width, x = item.index % width;
     const Column<S> column(a, item.image, node, x);
+    const int64_t image = static_cast<int64_t>(item.image) * a.pixels();
     const int end = a.rows.first(node + 1);
     for (int first = a.rows.first(node); first < end; first += R) {
       Weights<S> rows[R];
       Softmax<S> softmax[R];
 #pragma unroll
-      for (int r = 0; r < R; ++r) rows[r] = a.rows.weights(min(first + r, end - 1));
+      for (int r = 0; r < R; ++r) rows[r] = a.rows.weights(min(first + r, end - 1), node);
       compute_softmax(column, a.classes, rows, softmax);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (first + r >= end) continue;
-        const int64_t pixel = a.pixel(item.image, first + r, x), label = labels.target[pixel];
+        const int64_t pixel = image + ((first + r) * width + x), label = labels.target[pixel];
         S weight = 0;
         if (label != labels.ignored) {
           const bool is_class = labels.is_class(label);
-          const S logit = is_class ? rows[r].blend(column.above(label), column.below(label)) : NAN;
+          const int c = static_cast<int>(label);
+          const S logit = is_class ? rows[r].blend(column.above(c), column.below(c)) : NAN;
           if (!is_class || !threshold || probability_of(logit, softmax[r]) <= *threshold) {
             weight = labels.weight(label);
             own.loss += weight * (std::log(softmax[r].total) - (logit - softmax[r].top));
@@ -260,43 +272,48 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const Sums* block_sums,
 template <class S, int K>
 __global__ void __launch_bounds__(kThreads)
     vertical_kernel(Upsampling<S> a, Labels<S> labels, const Pixel<S>* pixels, S* vertical) {
-  const int width = a.columns.fine, groups = (a.classes + K - 1) / K;
-  const Item item((a.rows.coarse + kNodeRows - 1) / kNodeRows * groups * width);
+  const int width = a.columns.fine, height = a.rows.coarse, groups = (a.classes + K - 1) / K;
+  const Item item((height + kNodeRows - 1) / kNodeRows * groups * width);
   if (!item.exists) return;
   const int x = item.index % width, first_class = item.index / width % groups * K;
-  const int first_node = item.index / width / groups * kNodeRows;
-  const int end_node = min(first_node + kNodeRows, a.rows.coarse);
+  const int first_node = item.index / width / groups * kNodeRows, end_node = min(first_node + kNodeRows, height);
+  const int node_before = max(first_node - 1, 0);
+  const int64_t* const target = labels.target + (static_cast<int64_t>(item.image) * a.pixels() + x);
+  pixels += static_cast<int64_t>(item.image) * a.pixels() + x;
+  vertical += static_cast<int64_t>(item.image) * a.classes * height * width + (first_class * height * width + x);
 
-  S sums[K] = {};
-  for (int node = max(first_node - 1, 0); node < end_node; ++node) {
+  const auto class_of = [&](int k) { return min(first_class + k, a.classes - 1); };  // the last group may be short
+  S below[K], sums[K] = {};
+  const Column<S> start(a, item.image, node_before, x);
+#pragma unroll
+  for (int k = 0; k < K; ++k) below[k] = start.above(class_of(k));
+  int y = a.rows.first(node_before);
+  for (int node = node_before; node < end_node; ++node) {
     const Column<S> column(a, item.image, node, x);
-    S above[K], below[K], next[K] = {};
+    S above[K], next[K] = {};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int c = min(first_class + k, a.classes - 1);
-      above[k] = column.above(c);
-      below[k] = column.below(c);
+      above[k] = below[k];
+      below[k] = column.below(class_of(k));
     }
-    const int end = a.rows.first(node + 1);
-    for (int y = a.rows.first(node); y < end; ++y) {
-      const int64_t p = a.pixel(item.image, y, x), label = labels.target[p];
-      const Pixel<S> pixel = pixels[p];
+    for (const int end = a.rows.first(node + 1); y < end; ++y) {
+      const int64_t label = target[y * width];
+      const Pixel<S> pixel = pixels[y * width];
       const S weight = pixel.scale == 0 ? 0 : labels.weight(label);
-      const Weights<S> row = a.rows.weights(y);
+      const int own = labels.is_class(label) ? static_cast<int>(label) - first_class : -1;
+      const Weights<S> row = a.rows.weights(y, node);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        const S probability = std::exp(row.blend(above[k], below[k]) - pixel.top) * pixel.scale;
-        const S gradient = probability - (label == first_class + k ? weight : 0);
+        const S probability = exp_difference(row.blend(above[k], below[k]), pixel.top) * pixel.scale;
+        const S gradient = probability - (own == k ? weight : 0);
         sums[k] += row.lower * gradient;
         next[k] += row.upper * gradient;
       }
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      // The last node is its own upper neighbor.
-      const S sum = node + 1 < a.rows.coarse ? sums[k] : sums[k] + next[k];
-      const int64_t plane = static_cast<int64_t>(item.image) * a.classes + first_class + k;
-      if (node >= first_node && first_class + k < a.classes) vertical[(plane * a.rows.coarse + node) * width + x] = sum;
+      const S sum = a.rows.last(node) ? sums[k] + next[k] : sums[k];
+      if (node >= first_node && first_class + k < a.classes) vertical[(k * height + node) * width] = sum;
       sums[k] = next[k];
     }
   }
@@ -305,18 +322,19 @@ __global__ void __launch_bounds__(kThreads)
 // An item is an element of the gradient.
 template <class S>
 __global__ void __launch_bounds__(kThreads) horizontal_kernel(Upsampling<S> a, const S* vertical, S* grad) {
-  const int items = a.classes * a.rows.coarse * a.columns.coarse;
+  const int items = a.classes * a.nodes();
   const Item item(items);
   if (!item.exists) return;
   const int node = item.index % a.columns.coarse, line = item.index / a.columns.coarse;
   const int64_t lines = static_cast<int64_t>(item.image) * a.classes * a.rows.coarse + line;
   const S* const pixels = vertical + lines * a.columns.fine;
+  const int middle = a.columns.first(node), end = a.columns.first(node + 1);
   S sum = 0;
-  const int end = a.columns.first(node + 1);
-  for (int x = a.columns.first(node - 1); x < end; ++x) {
-    const Weights<S> weights = a.columns.weights(x);
-    if (a.columns.lower(x) == node) sum += weights.lower * pixels[x];
-    if (a.columns.upper(x) == node) sum += weights.upper * pixels[x];
+  for (int x = a.columns.first(node - 1); x < middle; ++x) sum += a.columns.weights(x, node - 1).upper * pixels[x];
+  for (int x = middle; x < end; ++x) {
+    const Weights<S> weights = a.columns.weights(x, node);
+    sum += weights.lower * pixels[x];
+    if (a.columns.last(node)) sum += weights.upper * pixels[x];
   }
   grad[static_cast<int64_t>(item.image) * items + item.index] = sum;
 }
@@ -358,7 +376,11 @@ __global__ void __launch_bounds__(kThreads)
   const Zoom::Sample row = vertical.sample(item.index / horizontal.samples);
   const Zoom::Sample column = horizontal.sample(item.index % horizontal.samples);
   const bool inside = row.inside && column.inside;
-  const int64_t label = inside ? labels.target[a.pixel(item.image, row.nearest, column.nearest)] : 0;
+  const int64_t label =
+      inside
+          ? labels
+                .target[static_cast<int64_t>(item.image) * a.pixels() + (row.nearest * a.columns.fine + column.nearest)]
+          : 0;
   double sum = 0;
   if (!labels.is_class(label)) {
     sum = label == labels.ignored ? INFINITY : NAN;
@@ -368,11 +390,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
     for (int corner = 0; corner < 4; ++corner) {
       const int y = corner / 2 ? row.upper : row.lower, x = corner % 2 ? column.upper : column.lower;
-      const Column<S> pixels(a, item.image, a.rows.lower(y), x);
-      const Weights<S> rows[1] = {a.rows.weights(y)};
+      const int node = a.rows.lower(y), c = static_cast<int>(label);
+      const Column<S> pixels(a, item.image, node, x);
+      const Weights<S> rows[1] = {a.rows.weights(y, node)};
       Softmax<S> softmax[1];
       compute_softmax(pixels, a.classes, rows, softmax);
-      const double probability = probability_of(rows[0].blend(pixels.above(label), pixels.below(label)), softmax[0]);
+      const double probability = probability_of(rows[0].blend(pixels.above(c), pixels.below(c)), softmax[0]);
       const double part = device::multiply(probability, corner / 2 ? row.weights.upper : row.weights.lower);
       sum = device::add(sum, device::multiply(part, corner % 2 ? column.weights.upper : column.weights.lower));
     }
@@ -386,16 +409,17 @@ __global__ void __launch_bounds__(kThreads) class_kernel(Upsampling<S> a, uint8_
   constexpr int R = kRows<S>;
   const Item item(a.rows.coarse * a.columns.fine);
   if (!item.exists) return;
-  const int node = item.index / a.columns.fine, x = item.index % a.columns.fine;
+  const int width = a.columns.fine, node = item.index / width, x = item.index % width;
   const Column<S> column(a, item.image, node, x);
   const int end = a.rows.first(node + 1);
+  classes += static_cast<int64_t>(item.image) * a.pixels() + x;
   for (int first = a.rows.first(node); first < end; first += R) {
     Weights<S> rows[R];
     S best[R];
     int best_class[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      rows[r] = a.rows.weights(min(first + r, end - 1));
+      rows[r] = a.rows.weights(min(first + r, end - 1), node);
       best[r] = -INFINITY;
       best_class[r] = 0;
     }
@@ -413,8 +437,13 @@ __global__ void __launch_bounds__(kThreads) class_kernel(Upsampling<S> a, uint8_
 #pragma unroll
     for (int r = 0; r < R; ++r)
       if (first + r < end)
-        classes[a.pixel(item.image, first + r, x)] = static_cast<uint8_t>(best[r] == best[r] ? best_class[r] : 255);
+        classes[(first + r) * width] = static_cast<uint8_t>(best[r] == best[r] ? best_class[r] : 255);
   }
+}
+
+// The kernels number the elements of an image with 32 bits.
+bool fits(const LossSizes& s) {
+  return std::max(s.C * s.H * std::max(s.W, s.w), s.h * s.w) <= std::numeric_limits<int>::max() - kThreads;
 }
 
 // Queues kernel launches. After a launch fails, the following ones are skipped.
@@ -435,7 +464,6 @@ struct Queue {
   // Launches a thread for each item of each image.
   template <class... Parameters, class... Arguments>
   void launch_items(void (*kernel)(Parameters...), int64_t images, int64_t items, Arguments... arguments) {
-    if (items > std::numeric_limits<int>::max() - kThreads) error = cudaErrorInvalidConfiguration;
     launch(kernel, images * ceil_div(items, kThreads), arguments...);
   }
 };
@@ -507,14 +535,17 @@ int run_classes(const UpsampledClasses& arguments, void* stream) {
 }  // namespace
 
 int segmentation_loss_cuda(const SegmentationLoss& arguments, void* stream) {
+  if (!fits(arguments.input.sizes)) return cudaErrorInvalidConfiguration;
   return arguments.input.wide ? run_loss<double>(arguments, stream) : run_loss<float>(arguments, stream);
 }
 
 int coarse_probability_cuda(const CoarseProbability& arguments, void* stream) {
+  if (!fits(arguments.input.sizes)) return cudaErrorInvalidConfiguration;
   return arguments.input.wide ? run_coarse<double>(arguments, stream) : run_coarse<float>(arguments, stream);
 }
 
 int upsampled_classes_cuda(const UpsampledClasses& arguments, void* stream) {
+  if (!fits(arguments.input.sizes)) return cudaErrorInvalidConfiguration;
   return arguments.input.wide ? run_classes<double>(arguments, stream) : run_classes<float>(arguments, stream);
 }
 
