@@ -51,12 +51,14 @@ struct Weights {
 template <class S>
 struct Axis {
   int coarse, fine;  // number of nodes and of pixels
-  S scale;
+  S scale;           // nodes per pixel
+  S inverse;         // pixels per node, or 0
 
   Axis(int64_t nodes, int64_t pixels)
       : coarse(static_cast<int>(nodes)),
         fine(static_cast<int>(pixels)),
-        scale(fine > 1 ? static_cast<S>(coarse - 1) / static_cast<S>(fine - 1) : 0) {}
+        scale(fine > 1 ? static_cast<S>(coarse - 1) / static_cast<S>(fine - 1) : 0),
+        inverse(scale > 0 ? 1 / scale : 0) {}
 
   __device__ S position(int pixel) const { return device::multiply(scale, static_cast<S>(pixel)); }
   // The last node is its own upper neighbor.
@@ -70,8 +72,8 @@ struct Axis {
   // Returns the first pixel of interval `node`, or of the next one that has pixels.
   __device__ int first(int node) const {
     if (node <= 0) return 0;
-    if (node >= coarse || scale == 0) return fine;
-    int pixel = min(static_cast<int>(static_cast<S>(node) / scale), fine);  // exact but for rounding
+    if (node >= coarse) return fine;
+    int pixel = min(static_cast<int>(static_cast<S>(node) * inverse), fine);  // exact but for rounding
     while (pixel > 0 && lower(pixel - 1) >= node) --pixel;
     while (pixel < fine && lower(pixel) < node) ++pixel;
     return pixel;
@@ -277,10 +279,10 @@ __global__ void __launch_bounds__(kThreads)
   if (!item.exists) return;
   const int x = item.index % width, first_class = item.index / width % groups * K;
   const int first_node = item.index / width / groups * kNodeRows, end_node = min(first_node + kNodeRows, height);
-  const int node_before = max(first_node - 1, 0);
+  const int node_before = max(first_node - 1, 0), plane = height * width;
   const int64_t* const target = labels.target + (static_cast<int64_t>(item.image) * a.pixels() + x);
   pixels += static_cast<int64_t>(item.image) * a.pixels() + x;
-  vertical += static_cast<int64_t>(item.image) * a.classes * height * width + (first_class * height * width + x);
+  vertical += static_cast<int64_t>(item.image) * a.classes * plane + (first_class * plane + node_before * width + x);
 
   const auto class_of = [&](int k) { return min(first_class + k, a.classes - 1); };  // the last group may be short
   S below[K], sums[K] = {};
@@ -313,9 +315,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const S sum = a.rows.last(node) ? sums[k] + next[k] : sums[k];
-      if (node >= first_node && first_class + k < a.classes) vertical[(k * height + node) * width] = sum;
+      if (node >= first_node && first_class + k < a.classes) vertical[k * plane] = sum;
       sums[k] = next[k];
     }
+    vertical += width;
   }
 }
 
