@@ -14,7 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulator import COMPILER, SCHEDULES, build
-from emulator.fused_loss import FUSED, Logits, LossKernels, LossSizes, UpsampledClasses
+from emulator.fused_loss import (
+    FUSED,
+    CoarseProbability,
+    Logits,
+    LossKernels,
+    LossSizes,
+    SegmentationLoss,
+    UpsampledClasses,
+)
 from torch import Tensor
 
 from loss.ohem import OhemCrossEntropy2d, total_cross_entropy
@@ -38,6 +46,7 @@ SHAPES = [
     (1, 2, 1, 1, 7, 6),
     (1, 255, 2, 2, 41, 3),
     (1, 5, 2, 3, 67, 100),
+    (2, 3, 8, 5, 57, 32),
 ]
 
 
@@ -404,8 +413,27 @@ def test_the_same_bits_in_every_order_of_threads(
 
 
 @pytest.mark.build
-def test_sizes_beyond_32_bits_are_refused(kernels: LossKernels) -> None:
-    """The kernels number the items of an image with 32 bits. Nothing is launched, so no memory is needed."""
-    arguments = UpsampledClasses(Logits(False, LossSizes(1, 1, 70_000, 1, 1, 70_000), None), None)
-    with pytest.raises(RuntimeError, match="code 9"):
-        kernels.call("emulated_upsampled_classes", byref(arguments))
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 70_000, 1, 1, 70_000),
+        (1, 1, 1, 1, 70_000, 70_000),
+        (1, 255, 3000, 3000, 1, 1),
+        (1, 1, 2**23, 1, 1, 1),
+    ],
+    ids=str,
+)
+def test_sizes_beyond_32_bits_are_refused(kernels: LossKernels, sizes: tuple[int, ...]) -> None:
+    """The kernels number the elements of an image with 32 bits. Nothing is launched, so no memory is needed."""
+    logits = Logits(False, LossSizes(*sizes), None)
+    for name, arguments in (
+        ("segmentation_loss", SegmentationLoss(logits)),
+        ("coarse_probability", CoarseProbability(logits)),
+        (
+            "coarse_probability",
+            CoarseProbability(Logits(False, LossSizes(*[1] * 6)), rows=2**16, columns=2**16),
+        ),
+        ("upsampled_classes", UpsampledClasses(logits)),
+    ):
+        with pytest.raises(RuntimeError, match="code 9"):
+            kernels.call(f"emulated_{name}", byref(arguments))

@@ -38,6 +38,9 @@ constexpr int kNodeRows = 8;  // per thread of vertical_kernel; it computes one 
 template <class S>
 constexpr int kRows = sizeof(S) == 4 ? 8 : 4;
 
+// Maximum number of rows or columns. Up to here, the error of a position in float32 is less than a pixel.
+constexpr int64_t kLongest = 1 << 22;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The shares of the lower and the upper neighbor in an interpolated value.
@@ -62,7 +65,7 @@ struct Axis {
 
   __device__ S position(int pixel) const { return device::multiply(scale, static_cast<S>(pixel)); }
   // The last node is its own upper neighbor.
-  __device__ int lower(int pixel) const { return min(static_cast<int>(position(pixel)), coarse - 1); }
+  __device__ int lower(int pixel) const { return static_cast<int>(position(pixel)); }
   __device__ bool last(int node) const { return node == coarse - 1; }
   __device__ Weights<S> weights(int pixel, int lower) const {
     const S upper = position(pixel) - static_cast<S>(lower);
@@ -73,8 +76,7 @@ struct Axis {
   __device__ int first(int node) const {
     if (node <= 0) return 0;
     if (node >= coarse) return fine;
-    int pixel = min(static_cast<int>(static_cast<S>(node) * inverse), fine);  // exact but for rounding
-    while (pixel > 0 && lower(pixel - 1) >= node) --pixel;
+    int pixel = max(static_cast<int>(static_cast<S>(node) * inverse) - 1, 0);  // rounding does not exceed one pixel
     while (pixel < fine && lower(pixel) < node) ++pixel;
     return pixel;
   }
@@ -92,7 +94,7 @@ struct Upsampling {
         classes(static_cast<int>(input.sizes.C)),
         logits(static_cast<const S*>(input.logits)) {}
 
-  // The number of nodes and of pixels of an image. It fits in 32 bits (fits()), and so do positions in an image.
+  // The number of nodes and of pixels of an image. They fit in 32 bits, like every index in an image (see fits).
   __device__ int nodes() const { return rows.coarse * columns.coarse; }
   __device__ int pixels() const { return rows.fine * columns.fine; }
 };
@@ -358,10 +360,9 @@ struct Zoom {
     Weights<double> weights;
   };
   __device__ Sample sample(int i) const {
-    const double last = pixels - 1, exact = device::multiply(static_cast<double>(i), step);
-    const double position = std::fmin(exact, last), upper = position - std::floor(position);
+    const double position = device::multiply(static_cast<double>(i), step), upper = position - std::floor(position);
     const int lower = static_cast<int>(position);
-    return {exact <= last,
+    return {position <= pixels - 1,
             lower,
             min(lower + 1, pixels - 1),
             static_cast<int>(std::floor(position + 0.5)),
@@ -379,16 +380,13 @@ __global__ void __launch_bounds__(kThreads)
   const Zoom::Sample row = vertical.sample(item.index / horizontal.samples);
   const Zoom::Sample column = horizontal.sample(item.index % horizontal.samples);
   const bool inside = row.inside && column.inside;
-  const int64_t label =
-      inside
-          ? labels
-                .target[static_cast<int64_t>(item.image) * a.pixels() + (row.nearest * a.columns.fine + column.nearest)]
-          : 0;
+  const int64_t* const target = labels.target + static_cast<int64_t>(item.image) * a.pixels();
+  const int64_t label = inside ? target[row.nearest * a.columns.fine + column.nearest] : 0;
   double sum = 0;
-  if (!labels.is_class(label)) {
-    sum = label == labels.ignored ? INFINITY : NAN;
-  } else if (label == labels.ignored) {
+  if (label == labels.ignored) {
     sum = INFINITY;
+  } else if (!labels.is_class(label)) {
+    sum = NAN;
   } else if (inside) {
 #pragma unroll 1
     for (int corner = 0; corner < 4; ++corner) {
@@ -445,8 +443,9 @@ __global__ void __launch_bounds__(kThreads) class_kernel(Upsampling<S> a, uint8_
 }
 
 // The kernels number the elements of an image with 32 bits.
+bool fits(int64_t elements) { return elements <= std::numeric_limits<int>::max() - kThreads; }
 bool fits(const LossSizes& s) {
-  return std::max(s.C * s.H * std::max(s.W, s.w), s.h * s.w) <= std::numeric_limits<int>::max() - kThreads;
+  return fits(s.C * s.H * std::max(s.W, s.w)) && fits(s.h * s.w) && std::max({s.H, s.W, s.h, s.w}) <= kLongest;
 }
 
 // Queues kernel launches. After a launch fails, the following ones are skipped.
@@ -543,7 +542,7 @@ int segmentation_loss_cuda(const SegmentationLoss& arguments, void* stream) {
 }
 
 int coarse_probability_cuda(const CoarseProbability& arguments, void* stream) {
-  if (!fits(arguments.input.sizes)) return cudaErrorInvalidConfiguration;
+  if (!fits(arguments.input.sizes) || !fits(arguments.rows * arguments.columns)) return cudaErrorInvalidConfiguration;
   return arguments.input.wide ? run_coarse<double>(arguments, stream) : run_coarse<float>(arguments, stream);
 }
 
