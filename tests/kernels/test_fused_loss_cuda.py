@@ -423,16 +423,13 @@ def test_the_same_bits_in_every_order_of_threads(
     ],
     ids=str,
 )
-def test_sizes_beyond_32_bits_are_refused(kernels: LossKernels, sizes: tuple[int, ...]) -> None:
-    """The kernels number the elements of an image with 32 bits. Nothing is launched, so no memory is needed."""
-    logits = Logits(False, LossSizes(*sizes), None)
+def test_sizes_beyond_the_limits_are_refused(kernels: LossKernels, sizes: tuple[int, ...]) -> None:
+    """The kernels number the elements of an image with 32 bits. Nothing is launched: no memory is needed."""
+    logits, small = Logits(False, LossSizes(*sizes), None), Logits(False, LossSizes(*[1] * 6), None)
     for name, arguments in (
         ("segmentation_loss", SegmentationLoss(logits)),
         ("coarse_probability", CoarseProbability(logits)),
-        (
-            "coarse_probability",
-            CoarseProbability(Logits(False, LossSizes(*[1] * 6)), rows=2**16, columns=2**16),
-        ),
+        ("coarse_probability", CoarseProbability(small, rows=2**16, columns=2**16)),
         ("upsampled_classes", UpsampledClasses(logits)),
     ):
         with pytest.raises(RuntimeError, match="code 9"):
