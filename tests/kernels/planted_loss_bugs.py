@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # run as a script, outside pytest
 
@@ -80,8 +81,8 @@ BUGS = [
         "std::exp(logit - softmax[r].top) / softmax[r].total <=",
     ),
     Bug("loss: no class weights", "return class_weights ? class_weights[label] : 1;", "return 1;"),
-    Bug("loss: unweighted", "own.loss += weight * (", "own.loss += ("),
-    Bug("loss: counts pixels", "            own.weight += weight;", "            own.weight += 1;"),
+    Bug("loss: unweighted", "loss += weight * (", "loss += ("),
+    Bug("loss: counts pixels", "weights += weight;", "weights += 1;"),
     Bug("sum: warps", "for (int warp = 1; warp < kWarps;", "for (int warp = 1; warp < kWarps - 1;"),
     Bug("sum: lanes", "lanes = kWarp / 2; lanes > 0;", "lanes = kWarp / 2; lanes > 1;"),
     Bug("sum: no barrier", "  __syncthreads();\n  for (int warp = 1;", "  for (int warp = 1;"),
@@ -178,6 +179,7 @@ def caught(edits: dict[str, str]) -> str | None:
 
 def failure(library: Path) -> str | None:
     """Return the first failure of the kernels in a library, or None."""
+    torch.set_num_threads(1)  # the tensors are small
     kernels = LossKernels(library)
     backend = tests.on_emulator(kernels)
     for test, arguments in CHECKS:

@@ -234,6 +234,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int r = 0; r < R; ++r) rows[r] = a.rows.weights(min(first + r, end - 1), node);
       compute_softmax(column, a.classes, rows, softmax);
+      S loss = 0, weights = 0;  // of R pixels in S: some GPUs are slow in double
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (first + r >= end) continue;
@@ -245,12 +246,14 @@ __global__ void __launch_bounds__(kThreads)
           const S logit = is_class ? rows[r].blend(column.above(c), column.below(c)) : NAN;
           if (!is_class || !threshold || probability_of(logit, softmax[r]) <= *threshold) {
             weight = labels.weight(label);
-            own.loss += weight * (std::log(softmax[r].total) - (logit - softmax[r].top));
-            own.weight += weight;
+            loss += weight * (std::log(softmax[r].total) - (logit - softmax[r].top));
+            weights += weight;
           }
         }
         pixels[pixel] = {softmax[r].top, weight / softmax[r].total};
       }
+      own.loss += loss;
+      own.weight += weights;
     }
   }
   own = block_sum(own);
