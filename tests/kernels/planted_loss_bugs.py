@@ -45,9 +45,6 @@ BUGS = [
     Bug("weights swapped", "return {1 - upper, upper};", "return {upper, 1 - upper};"),
     Bug("first pixel: not searched", "while (pixel < fine && lower(pixel) < node) ++pixel;", ""),
     Bug("first pixel: starts too high", "* inverse) - 1, 0);", "* inverse) + 1, 0);"),
-    Bug(
-        "last node without pixels", "if (node >= coarse) return fine;", "if (node >= coarse - 1) return fine;"
-    ),
     Bug("right of the last node", "right = a.columns.last(left) ? 0 : 1;", "right = 1;"),
     Bug(
         "below the last node", "down = a.rows.last(node) ? 0 : a.columns.coarse;", "down = a.columns.coarse;"
@@ -91,7 +88,6 @@ BUGS = [
     Bug("gradient: no interval above", "node_before = max(first_node - 1, 0)", "node_before = first_node"),
     Bug("gradient: row of others", "if (node >= first_node && first_class", "if (first_class"),
     Bug("gradient: not passed on", "sums[k] = next[k];", "sums[k] = 0;"),
-    Bug("gradient: last row", "a.rows.last(node) ? sums[k] + next[k] : sums[k]", "sums[k]"),
     Bug("gradient: classes too many", " && first_class + k < a.classes) vertical", ") vertical"),
     Bug("gradient: classes overlap", "% groups * K;", "% groups * (K - 1);"),
     Bug("gradient: class of first group", "static_cast<int>(label) - first_class", "static_cast<int>(label)"),
@@ -108,16 +104,14 @@ BUGS = [
         "{softmax[r].top, 1 / softmax[r].total}",
     ),
     Bug("gradient: columns before", "int x = a.columns.first(node - 1);", "int x = middle;"),
-    Bug("gradient: last column", "if (a.columns.last(node)) sum += weights.upper * pixels[x];", ""),
     Bug("workspace: one image", "pixels(s.N * s.h * s.w)", "pixels(s.h * s.w)"),
     Bug("workspace: width", "vertical(s.N * s.C * s.H * s.w)", "vertical(s.N * s.C * s.H * s.W)"),
     # Coarse probability
     Bug("coarse: outside", "return {position <= pixels - 1,", "return {true,"),
-    Bug("coarse: one sample", "/ (samples - 1) : 1) {}", "/ (samples - 1) : 0.5) {}"),
     Bug(
         "coarse: contraction",
-        "device::add(sum, device::multiply(part, ",
-        "(device::fused_multiply_add(sum, 1, part * (",
+        "device::add(sum, device::multiply(device::multiply(probability, y_weight), x_weight))",
+        "device::fused_multiply_add(device::multiply(probability, y_weight), x_weight, sum)",
     ),
     Bug("coarse: nearest", "std::floor(position + 0.5)", "std::floor(position)"),
     Bug("coarse: upper neighbor", "min(lower + 1, pixels - 1),", "lower,"),

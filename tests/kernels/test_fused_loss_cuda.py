@@ -268,7 +268,8 @@ def test_target_that_is_no_class_gives_nan(backend: Backend, wrong: int, optiona
     arguments = {optional: values[optional].to(backend.device)} if optional else {}
     assert backend.loss(logits, target, IGNORED, **arguments)[0][0].isfinite()
     target[1, 40, 50] = wrong
-    assert backend.loss(logits, target, IGNORED, **arguments)[0][0].isnan()
+    totals, grad = backend.loss(logits, target, IGNORED, **arguments)
+    assert totals[0].isnan() and grad[1].isnan().any() and grad[0].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -334,16 +335,14 @@ def test_ohem_with_the_same_bits(
     coarse = backend.coarse(logits, target, ignored, rows, columns)
     assert torch.equal(coarse, ohem._coarse_probability(probability, target))
 
-    # Thresholds that are probabilities of the coarse grid: many of them that of a pixel.
+    # Thresholds of the coarse grid, and probabilities of pixels, which count at their own.
     valid = target != ignored
     of_true_class = probability.gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)
-    finite = coarse[coarse.isfinite()].sort().values
-    for threshold in (finite[0], finite[len(finite) // 3], finite[-1]):
-        totals, _ = backend.loss(logits, target, ignored, threshold=threshold[None])
-        assert totals[1] == (valid & (of_true_class <= threshold)).sum()
-        below = torch.nextafter(threshold, torch.zeros_like(threshold))[None]
-        totals, _ = backend.loss(logits, target, ignored, threshold=below)
-        assert totals[1] == (valid & (of_true_class <= below)).sum()
+    finite, pixels = coarse[coarse.isfinite()].sort().values, of_true_class[valid]
+    for threshold in (finite[0], finite[-1], *pixels[:: len(pixels) // 10]):
+        for chosen in (threshold, torch.nextafter(threshold, torch.zeros_like(threshold))):
+            totals, _ = backend.loss(logits, target, ignored, threshold=chosen[None])
+            assert totals[1] == (pixels <= chosen).sum()
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)

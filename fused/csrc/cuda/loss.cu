@@ -64,7 +64,7 @@ struct Axis {
         inverse(scale > 0 ? 1 / scale : 0) {}
 
   __device__ S position(int pixel) const { return device::multiply(scale, static_cast<S>(pixel)); }
-  // The last node is its own upper neighbor.
+  // The last node has no upper neighbor. The share of it is 0 but for rounding, which the gradient leaves out.
   __device__ int lower(int pixel) const { return static_cast<int>(position(pixel)); }
   __device__ bool last(int node) const { return node == coarse - 1; }
   __device__ Weights<S> weights(int pixel, int lower) const {
@@ -319,8 +319,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const S sum = a.rows.last(node) ? sums[k] + next[k] : sums[k];
-      if (node >= first_node && first_class + k < a.classes) vertical[k * plane] = sum;
+      if (node >= first_node && first_class + k < a.classes) vertical[k * plane] = sums[k];
       sums[k] = next[k];
     }
     vertical += width;
@@ -339,11 +338,7 @@ __global__ void __launch_bounds__(kThreads) horizontal_kernel(Upsampling<S> a, c
   const int middle = a.columns.first(node), end = a.columns.first(node + 1);
   S sum = 0;
   for (int x = a.columns.first(node - 1); x < middle; ++x) sum += a.columns.weights(x, node - 1).upper * pixels[x];
-  for (int x = middle; x < end; ++x) {
-    const Weights<S> weights = a.columns.weights(x, node);
-    sum += weights.lower * pixels[x];
-    if (a.columns.last(node)) sum += weights.upper * pixels[x];
-  }
+  for (int x = middle; x < end; ++x) sum += a.columns.weights(x, node).lower * pixels[x];
   grad[static_cast<int64_t>(item.image) * items + item.index] = sum;
 }
 
@@ -400,8 +395,9 @@ __global__ void __launch_bounds__(kThreads)
       Softmax<S> softmax[1];
       compute_softmax(pixels, a.classes, rows, softmax);
       const double probability = probability_of(rows[0].blend(pixels.above(c), pixels.below(c)), softmax[0]);
-      const double part = device::multiply(probability, corner / 2 ? row.weights.upper : row.weights.lower);
-      sum = device::add(sum, device::multiply(part, corner % 2 ? column.weights.upper : column.weights.lower));
+      const double y_weight = corner / 2 ? row.weights.upper : row.weights.lower;
+      const double x_weight = corner % 2 ? column.weights.upper : column.weights.lower;
+      sum = device::add(sum, device::multiply(device::multiply(probability, y_weight), x_weight));
     }
   }
   result[static_cast<int64_t>(item.image) * items + item.index] = static_cast<S>(sum);
