@@ -6,6 +6,7 @@ The exit status is 1 if one is not caught. "Caught" means that one of CHECKS fai
 emulator.
 """
 
+import math
 import multiprocessing
 import sys
 import time
@@ -69,13 +70,17 @@ BUGS = [
     ),
     Bug("loss: ignored class counts", "if (label != labels.ignored) {", "if (labels.is_class(label)) {"),
     Bug("loss: wrong target", "if (!is_class(label)) return NAN;", "if (!is_class(label)) return 0;"),
-    Bug("loss: wrong target and threshold", "if (!is_class || !threshold ||", "if (!threshold ||"),
     Bug("loss: target of 32 bits", "is_class(int64_t label) const", "is_class(int label) const"),
-    Bug("loss: at the threshold", "softmax[r]) <= *threshold", "softmax[r]) < *threshold"),
+    Bug("loss: at the threshold", "softmax[r]) > *threshold", "softmax[r]) >= *threshold"),
+    Bug(
+        "loss: NaN and a threshold",
+        "!(probability_of(logit, softmax[r]) > *threshold)",
+        "probability_of(logit, softmax[r]) <= *threshold",
+    ),
     Bug(
         "loss: another exponential",
-        "probability_of(logit, softmax[r]) <=",
-        "std::exp(logit - softmax[r].top) / softmax[r].total <=",
+        "probability_of(logit, softmax[r]) >",
+        "std::exp(logit - softmax[r].top) / softmax[r].total >",
     ),
     Bug("loss: no class weights", "return class_weights ? class_weights[label] : 1;", "return 1;"),
     Bug("loss: unweighted", "loss += weight * (", "loss += ("),
@@ -91,18 +96,14 @@ BUGS = [
     Bug("gradient: classes too many", " && first_class + k < a.classes) vertical", ") vertical"),
     Bug("gradient: classes overlap", "% groups * K;", "% groups * (K - 1);"),
     Bug("gradient: class of first group", "static_cast<int>(label) - first_class", "static_cast<int>(label)"),
-    Bug("gradient: of pixels that do not count", "pixel.scale == 0 ? 0 : labels.weight", "labels.weight"),
     Bug(
         "gradient: one row of logits",
         "below[k] = column.below(class_of(k));",
         "below[k] = column.above(class_of(k));",
     ),
     Bug("gradient: weight of rows", "sums[k] += row.lower * gradient;", "sums[k] += row.upper * gradient;"),
-    Bug(
-        "gradient: scale",
-        "{softmax[r].top, weight / softmax[r].total}",
-        "{softmax[r].top, 1 / softmax[r].total}",
-    ),
+    Bug("gradient: of pixels that do not count", "if (pixel.scale == 0) continue;", ""),
+    Bug("gradient: scale", "scale = weight / softmax[r].total;", "scale = 1 / softmax[r].total;"),
     Bug("gradient: columns before", "int x = a.columns.first(node - 1);", "int x = middle;"),
     Bug("workspace: one image", "pixels(s.N * s.h * s.w)", "pixels(s.h * s.w)"),
     Bug("workspace: width", "vertical(s.N * s.C * s.H * s.w)", "vertical(s.N * s.C * s.H * s.W)"),
@@ -131,6 +132,7 @@ CHECKS: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     *((tests.test_as_exact_as_pytorch, (dtype, shape)) for dtype in BOTH for shape in SHAPES),
     *((tests.test_class_weights_and_threshold, (dtype, SHAPES[0])) for dtype in BOTH),
     (tests.test_ignored_may_be_any_number, (0,)),
+    (tests.test_logits_that_are_not_finite, (math.nan,)),
     *((tests.test_large_logits, (dtype,)) for dtype in BOTH),
     *(
         (tests.test_target_that_is_no_class_gives_nan, (wrong, optional))

@@ -91,7 +91,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         threshold: Tensor | None = None,
         **_: int,
     ) -> tuple[Tensor, Tensor]:
-        return operators.segmentation_loss(logits, target, ignored, class_weights, threshold)
+        return operators.segmentation_loss(logits, target, ignored, class_weights, threshold, True)
 
     def coarse(*arguments: Any, **_: int) -> Tensor:
         return operators.coarse_probability(*arguments)
@@ -174,7 +174,7 @@ def separated_threshold(logits: Tensor, target: Tensor, ignored: int) -> Tensor:
 
 
 def check(
-    results: tuple[Tensor, Tensor], operands: tuple[Any, ...], optional: dict[str, Tensor] | None = None
+    results: tuple[Tensor, Tensor], operands: tuple[Any, ...], optional: dict[str, Any] | None = None
 ) -> None:
     """Compare the totals and the gradient with float64.
 
@@ -185,7 +185,7 @@ def check(
     optional = optional or {}
     dtype = operands[0].dtype
     wide = (operands[0].to(F64), *operands[1:])
-    wide_optional = {name: tensor.to(F64) for name, tensor in optional.items()}
+    wide_optional: dict[str, Any] = {name: tensor.to(F64) for name, tensor in optional.items()}
     exact, theirs = plain(*wide, **wide_optional), plain(*operands, **optional)
     pixels = pixel_losses(*wide, **wide_optional) - pixel_losses(*operands, **optional).to(F64)
     for name, ours, other, truth in zip(("totals", "grad"), results, theirs, exact, strict=True):
@@ -256,8 +256,8 @@ def test_all_ignored(backend: Backend) -> None:
 @pytest.mark.build
 def test_gradient_is_optional(kernels: LossKernels) -> None:
     operands = (*sample(SHAPES[0], F32), IGNORED)
-    totals, grad = kernels.segmentation_loss(*operands, with_grad=False)
-    assert grad is None and torch.equal(totals, kernels.segmentation_loss(*operands)[0])
+    totals, grad = kernels.segmentation_loss(*operands, needs_grad=False)
+    assert grad.numel() == 0 and torch.equal(totals, kernels.segmentation_loss(*operands)[0])
 
 
 @pytest.mark.parametrize("optional", ["", "class_weights", "threshold"])
@@ -274,18 +274,23 @@ def test_target_that_is_no_class_gives_nan(backend: Backend, wrong: int, optiona
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite(backend: Backend, value: float) -> None:
-    """NaN and infinities spread as in PyTorch; the loss of an ignored pixel is 0 all the same."""
+    """The loss is NaN or infinite as in PyTorch. Pixels that do not count add nothing, not even NaN."""
     logits, target = sample((1, 5, 6, 7, 41, 49), F64, backend.device)
+    finite = logits.clone()
     logits[0, 2, 3, 4] = value
     near = upsample(logits, target.shape[1:]).isfinite().logical_not().any(1)
     assert 0 < near.sum() < near.numel()
+    totals, grad = backend.loss(logits, target, IGNORED)
+    assert torch.allclose(totals, plain(logits, target, IGNORED)[0], rtol=1e-12, equal_nan=True)
+    assert not totals[0].isfinite() and grad.isnan().any()
+    if math.isnan(value):
+        threshold = torch.full((1,), 0.5, dtype=F64, device=backend.device)
+        totals, grad = backend.loss(logits, target, IGNORED, threshold=threshold)
+        assert totals[0].isnan() and grad.isnan().any()
     hidden = target.where(~near, IGNORED)
-    for chosen in (target, hidden):
-        totals, grad = backend.loss(logits, chosen, IGNORED)
-        expected, expected_grad = plain(logits, chosen, IGNORED)
-        assert torch.allclose(totals, expected, rtol=1e-12, atol=0, equal_nan=True)
-        assert torch.equal(grad.isnan(), expected_grad.isnan())
-    assert totals.isfinite().all()
+    expected = plain(finite, hidden, IGNORED)
+    for ours, theirs in zip(backend.loss(logits, hidden, IGNORED), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

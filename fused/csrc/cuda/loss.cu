@@ -239,18 +239,18 @@ __global__ void __launch_bounds__(kThreads)
       for (int r = 0; r < R; ++r) {
         if (first + r >= end) continue;
         const int64_t pixel = image + ((first + r) * width + x), label = labels.target[pixel];
-        S weight = 0;
+        S scale = 0;
         if (label != labels.ignored) {
-          const bool is_class = labels.is_class(label);
           const int c = static_cast<int>(label);
-          const S logit = is_class ? rows[r].blend(column.above(c), column.below(c)) : NAN;
-          if (!is_class || !threshold || probability_of(logit, softmax[r]) <= *threshold) {
-            weight = labels.weight(label);
+          const S logit = labels.is_class(label) ? rows[r].blend(column.above(c), column.below(c)) : NAN;
+          if (!threshold || !(probability_of(logit, softmax[r]) > *threshold)) {  // NaN counts
+            const S weight = labels.weight(label);
             loss += weight * (std::log(softmax[r].total) - (logit - softmax[r].top));
             weights += weight;
+            scale = weight / softmax[r].total;
           }
         }
-        pixels[pixel] = {softmax[r].top, weight / softmax[r].total};
+        pixels[pixel] = {softmax[r].top, scale};
       }
       own.loss += loss;
       own.weight += weights;
@@ -306,7 +306,8 @@ __global__ void __launch_bounds__(kThreads)
     for (const int end = a.rows.first(node + 1); y < end; ++y) {
       const int64_t label = target[y * width];
       const Pixel<S> pixel = pixels[y * width];
-      const S weight = pixel.scale == 0 ? 0 : labels.weight(label);
+      if (pixel.scale == 0) continue;
+      const S weight = labels.weight(label);
       const int own = labels.is_class(label) ? static_cast<int>(label) - first_class : -1;
       const Weights<S> row = a.rows.weights(y, node);
 #pragma unroll

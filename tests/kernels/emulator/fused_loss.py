@@ -62,17 +62,17 @@ class LossKernels(Emulator):
         ignored: int,
         class_weights: Tensor | None = None,  # [C]
         threshold: Tensor | None = None,  # [1]
-        with_grad: bool = True,
+        needs_grad: bool = True,
         **settings: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run segmentation_loss_cuda; return the two totals [2], and their gradient [N,C,H,W]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Run segmentation_loss_cuda; return totals [2], and gradient [N,C,H,W] or an empty tensor."""
         dtype, sizes = logits.dtype, sizes_of(logits, *target.shape[1:])
         operands = {"logits": Operand(logits, dtype), "target": Operand(target, torch.int64)}
         for name, optional in (("class_weights", class_weights), ("threshold", threshold)):
             if optional is not None:
                 operands[name] = Operand(optional, dtype)
         operands["totals"] = Operand((2,), dtype)
-        if with_grad:
+        if needs_grad:
             operands["grad"] = Operand(tuple(logits.shape), dtype)
         workspace_bytes = self.library.emulated_loss_workspace
         workspace_bytes.restype = c_int64
@@ -80,7 +80,7 @@ class LossKernels(Emulator):
         operands["workspace"] = Operand((count,), torch.uint8)
         arguments = SegmentationLoss(to_logits(operands, sizes), ignored=ignored)
         self.run("emulated_segmentation_loss", arguments, operands, **settings)
-        return operands["totals"].tensor, operands["grad"].tensor if with_grad else None
+        return operands["totals"].tensor, operands["grad"].tensor if needs_grad else logits.new_empty(0)
 
     def coarse_probability(
         self,
