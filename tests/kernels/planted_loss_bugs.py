@@ -46,10 +46,9 @@ BUGS = [
     Bug("weights swapped", "return {1 - upper, upper};", "return {upper, 1 - upper};"),
     Bug("first pixel: not searched", "while (pixel < fine && lower(pixel) < node) ++pixel;", ""),
     Bug("first pixel: starts too high", "* inverse) - 1, 0);", "* inverse) + 1, 0);"),
-    Bug("right of the last node", "right = a.columns.last(left) ? 0 : 1;", "right = 1;"),
-    Bug(
-        "below the last node", "down = a.rows.last(node) ? 0 : a.columns.coarse;", "down = a.columns.coarse;"
-    ),
+    Bug("right of the last node", "right = a.columns.step(left);", "right = 1;"),
+    Bug("below the last node", "down = a.rows.step(node) * a.columns.coarse;", "down = a.columns.coarse;"),
+    Bug("NaN without upsampling", "coarse && coarse != fine ? 1 : 0", "coarse ? 1 : 0"),
     Bug("logits of the first image", "static_cast<int64_t>(image) * a.classes * plane + ", ""),
     Bug("pitch of the pixels", "(node * a.columns.coarse + left)", "(node * a.columns.fine + left)"),
     # Items
@@ -90,7 +89,8 @@ BUGS = [
     Bug("sum: no barrier", "  __syncthreads();\n  for (int warp = 1;", "  for (int warp = 1;"),
     Bug("sum: last block", "block < blocks; block +=", "block < blocks - 1; block +="),
     # Gradient
-    Bug("gradient: no interval above", "node_before = max(first_node - 1, 0)", "node_before = first_node"),
+    Bug("gradient: no interval above", "(first_node > 0 ? a.rows.step(first_node - 1) : 0)", "0"),
+    Bug("gradient: strips without upsampling", "s.H == s.h ? 1 : kNodeRows", "kNodeRows"),
     Bug("gradient: row of others", "if (node >= first_node && first_class", "if (first_class"),
     Bug("gradient: not passed on", "sums[k] = next[k];", "sums[k] = 0;"),
     Bug("gradient: classes too many", " && first_class + k < a.classes) vertical", ") vertical"),

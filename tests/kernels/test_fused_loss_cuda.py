@@ -394,9 +394,10 @@ def test_classes_of_equal_and_of_missing_logits(backend: Backend) -> None:
     for c in range(3):
         missing = logits.clone()
         missing[0, c, 2, 3] = math.nan
-        classes = backend.classes(missing, 33, 41)
-        where_nan = upsample(missing, (33, 41)).isnan().any(1)
-        assert torch.equal(classes == 255, where_nan) and 0 < where_nan.sum() < where_nan.numel()
+        for size in ((33, 41), (5, 6)):
+            classes = backend.classes(missing, *size)
+            where_nan = upsample(missing, size).isnan().any(1)
+            assert torch.equal(classes == 255, where_nan) and 0 < where_nan.sum() < where_nan.numel()
 
 
 @pytest.mark.build

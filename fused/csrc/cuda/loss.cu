@@ -32,7 +32,7 @@ using device::kWarp;
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kNodeRows = 8;  // per thread of vertical_kernel; it computes one interval more than that
+constexpr int kNodeRows = 8;  // maximum per thread of vertical_kernel, which computes one interval more than that
 
 // Pixel rows that a thread works on at a time. They share the loads of logits, and their exponentials overlap.
 template <class S>
@@ -64,9 +64,10 @@ struct Axis {
         inverse(scale > 0 ? 1 / scale : 0) {}
 
   __device__ S position(int pixel) const { return device::multiply(scale, static_cast<S>(pixel)); }
-  // The last node has no upper neighbor. The share of it is 0 but for rounding, which the gradient leaves out.
+  // The neighbors of a pixel are nodes `lower` and lower + step(lower). The last node has no upper neighbor; without
+  // upsampling, none has. Its share is then 0 but for rounding, which the gradient leaves out.
   __device__ int lower(int pixel) const { return static_cast<int>(position(pixel)); }
-  __device__ bool last(int node) const { return node == coarse - 1; }
+  __device__ int step(int node) const { return node + 1 < coarse && coarse != fine ? 1 : 0; }
   __device__ Weights<S> weights(int pixel, int lower) const {
     const S upper = position(pixel) - static_cast<S>(lower);
     return {1 - upper, upper};
@@ -104,14 +105,14 @@ template <class S>
 struct Column {
   const S* corner;  // the node above and to the left of the pixels, class 0
   int plane;
-  int right, down;  // distances to the other corners; 0 on the last node
+  int right, down;  // distances to the other corners
   Weights<S> weights;
 
   __device__ Column(const Upsampling<S>& a, int image, int node, int x) : plane(a.nodes()) {
     const int left = a.columns.lower(x);
     corner = a.logits + static_cast<int64_t>(image) * a.classes * plane + (node * a.columns.coarse + left);
-    right = a.columns.last(left) ? 0 : 1;
-    down = a.rows.last(node) ? 0 : a.columns.coarse;
+    right = a.columns.step(left);
+    down = a.rows.step(node) * a.columns.coarse;
     weights = a.columns.weights(x, left);
   }
 
@@ -274,17 +275,18 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const Sums* block_sums,
   }
 }
 
-// An item is a pixel column, a strip of kNodeRows node rows and K classes. A node row gets gradients from the interval
-// above it and from the interval below it, so the thread carries sums from one interval to the next.
+// An item is a pixel column, a strip of node rows and K classes. A node row gets gradients from the interval above it
+// and from the interval below it, so the thread carries sums from one interval to the next. Without upsampling, a node
+// row does not depend on others; then a strip must be one node row.
 template <class S, int K>
 __global__ void __launch_bounds__(kThreads)
-    vertical_kernel(Upsampling<S> a, Labels<S> labels, const Pixel<S>* pixels, S* vertical) {
+    vertical_kernel(Upsampling<S> a, Labels<S> labels, const Pixel<S>* pixels, int node_rows, S* vertical) {
   const int width = a.columns.fine, height = a.rows.coarse, groups = (a.classes + K - 1) / K;
-  const Item item((height + kNodeRows - 1) / kNodeRows * groups * width);
+  const Item item((height + node_rows - 1) / node_rows * groups * width);
   if (!item.exists) return;
   const int x = item.index % width, first_class = item.index / width % groups * K;
-  const int first_node = item.index / width / groups * kNodeRows, end_node = min(first_node + kNodeRows, height);
-  const int node_before = max(first_node - 1, 0), plane = height * width;
+  const int first_node = item.index / width / groups * node_rows, end_node = min(first_node + node_rows, height);
+  const int node_before = first_node - (first_node > 0 ? a.rows.step(first_node - 1) : 0), plane = height * width;
   const int64_t* const target = labels.target + (static_cast<int64_t>(item.image) * a.pixels() + x);
   pixels += static_cast<int64_t>(item.image) * a.pixels() + x;
   vertical += static_cast<int64_t>(item.image) * a.classes * plane + (first_class * plane + node_before * width + x);
@@ -485,8 +487,9 @@ struct Workspace {
 template <class S, int K>
 void launch_vertical(Queue& queue, const LossSizes& s, const Upsampling<S>& a, const Labels<S>& labels,
                      const Pixel<S>* pixels, S* vertical) {
-  const int64_t items = ceil_div(s.H, kNodeRows) * ceil_div(s.C, K) * s.w;
-  queue.launch_items(vertical_kernel<S, K>, s.N, items, a, labels, pixels, vertical);
+  const int node_rows = s.H == s.h ? 1 : kNodeRows;
+  const int64_t items = ceil_div(s.H, node_rows) * ceil_div(s.C, K) * s.w;
+  queue.launch_items(vertical_kernel<S, K>, s.N, items, a, labels, pixels, node_rows, vertical);
 }
 
 template <class S>
