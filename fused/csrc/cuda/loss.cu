@@ -339,8 +339,9 @@ __global__ void __launch_bounds__(kThreads) horizontal_kernel(Upsampling<S> a, c
   const int64_t lines = static_cast<int64_t>(item.image) * a.classes * a.rows.coarse + line;
   const S* const pixels = vertical + lines * a.columns.fine;
   const int middle = a.columns.first(node), end = a.columns.first(node + 1);
+  const int begin = a.columns.step(node - 1) == 1 ? a.columns.first(node - 1) : middle;
   S sum = 0;
-  for (int x = a.columns.first(node - 1); x < middle; ++x) sum += a.columns.weights(x, node - 1).upper * pixels[x];
+  for (int x = begin; x < middle; ++x) sum += a.columns.weights(x, node - 1).upper * pixels[x];
   for (int x = middle; x < end; ++x) sum += a.columns.weights(x, node).lower * pixels[x];
   grad[static_cast<int64_t>(item.image) * items + item.index] = sum;
 }
