@@ -113,6 +113,16 @@ __device__ __forceinline__ float16 from_sum<float16>(float x) {
   return result;
 }
 
+// One rounding each. The compiler does not fuse them with other operations, so the same expression gives the same bits
+// in every kernel.
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
+// Returns a * b + c.
+__device__ __forceinline__ float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+
 // Returns 2^x, accurate to two units in the last place; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float result;

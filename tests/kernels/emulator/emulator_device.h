@@ -11,6 +11,14 @@ __device__ __forceinline__ float16 from_sum<float16>(float x) {
   return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
 }
 
+// Functions of their own, or the compiler could fuse them with other operations.
+[[gnu::noinline]] inline float multiply(float a, float b) { return a * b; }
+[[gnu::noinline]] inline double multiply(double a, double b) { return a * b; }
+[[gnu::noinline]] inline float add(float a, float b) { return a + b; }
+[[gnu::noinline]] inline double add(double a, double b) { return a + b; }
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+
 inline float exp2_approximate(float x) {
   emulator::interrupt();
   const float result = std::exp2(x);

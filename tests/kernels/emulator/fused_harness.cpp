@@ -4,6 +4,8 @@
 
 using namespace fused;
 
+// norm.h
+
 extern "C" int emulated_norm_sums(const NormSums* arguments) { return norm_sums_cuda(*arguments, nullptr); }
 
 extern "C" int emulated_norm_statistics(const NormStatistics* arguments) {
@@ -22,4 +24,22 @@ extern "C" int emulated_norm_backward_input(const NormBackwardInput* arguments) 
 
 extern "C" int64_t emulated_norm_workspace(int dtype, const MapSizes* sizes) {
   return norm_workspace_cuda(static_cast<Dtype>(dtype), *sizes);
+}
+
+// loss.h
+
+extern "C" int emulated_segmentation_loss(const SegmentationLoss* arguments) {
+  return segmentation_loss_cuda(*arguments, nullptr);
+}
+
+extern "C" int emulated_coarse_probability(const CoarseProbability* arguments) {
+  return coarse_probability_cuda(*arguments, nullptr);
+}
+
+extern "C" int emulated_upsampled_classes(const UpsampledClasses* arguments) {
+  return upsampled_classes_cuda(*arguments, nullptr);
+}
+
+extern "C" int64_t emulated_loss_workspace(bool wide, const LossSizes* sizes) {
+  return loss_workspace_cuda(wide, *sizes);
 }
