@@ -104,8 +104,7 @@ BUGS = [
     Bug("gradient: weight of rows", "sums[k] += row.lower * gradient;", "sums[k] += row.upper * gradient;"),
     Bug("gradient: of pixels that do not count", "if (pixel.scale == 0) continue;", ""),
     Bug("gradient: scale", "scale = weight / softmax[r].total;", "scale = 1 / softmax[r].total;"),
-    Bug("gradient: columns before", "for (int x = begin; x < middle;", "for (int x = middle; x < middle;"),
-    Bug("gradient: columns without upsampling", "a.columns.step(node - 1) == 1", "true"),
+    Bug("gradient: columns before", "int x = a.columns.first(node - 1);", "int x = middle;"),
     Bug("workspace: one image", "pixels(s.N * s.h * s.w)", "pixels(s.h * s.w)"),
     Bug("workspace: width", "vertical(s.N * s.C * s.H * s.w)", "vertical(s.N * s.C * s.H * s.W)"),
     # Coarse probability

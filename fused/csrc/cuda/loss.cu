@@ -227,7 +227,8 @@ __global__ void __launch_bounds__(kThreads)
   if (item.exists) {
     const int width = a.columns.fine, node = item.index / width, x = item.index % width;
     const Column<S> column(a, item.image, node, x);
-    const int64_t image = static_cast<int64_t>(item.image) * a.pixels();
+    const int64_t* const target = labels.target + (static_cast<int64_t>(item.image) * a.pixels() + x);
+    pixels += static_cast<int64_t>(item.image) * a.pixels() + x;
     const int end = a.rows.first(node + 1);
     for (int first = a.rows.first(node); first < end; first += R) {
       Weights<S> rows[R];
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (first + r >= end) continue;
-        const int64_t pixel = image + ((first + r) * width + x), label = labels.target[pixel];
+        const int64_t label = target[(first + r) * width];
         S scale = 0;
         if (label != labels.ignored) {
           const int c = static_cast<int>(label);
@@ -251,7 +252,7 @@ __global__ void __launch_bounds__(kThreads)
             scale = weight / softmax[r].total;
           }
         }
-        pixels[pixel] = {softmax[r].top, scale};
+        pixels[(first + r) * width] = {softmax[r].top, scale};
       }
       own.loss += loss;
       own.weight += weights;
@@ -339,9 +340,8 @@ __global__ void __launch_bounds__(kThreads) horizontal_kernel(Upsampling<S> a, c
   const int64_t lines = static_cast<int64_t>(item.image) * a.classes * a.rows.coarse + line;
   const S* const pixels = vertical + lines * a.columns.fine;
   const int middle = a.columns.first(node), end = a.columns.first(node + 1);
-  const int begin = a.columns.step(node - 1) == 1 ? a.columns.first(node - 1) : middle;
   S sum = 0;
-  for (int x = begin; x < middle; ++x) sum += a.columns.weights(x, node - 1).upper * pixels[x];
+  for (int x = a.columns.first(node - 1); x < middle; ++x) sum += a.columns.weights(x, node - 1).upper * pixels[x];
   for (int x = middle; x < end; ++x) sum += a.columns.weights(x, node).lower * pixels[x];
   grad[static_cast<int64_t>(item.image) * items + item.index] = sum;
 }
@@ -407,9 +407,9 @@ __global__ void __launch_bounds__(kThreads)
   result[static_cast<int64_t>(item.image) * items + item.index] = static_cast<S>(sum);
 }
 
-// An item is a column of an interval.
+// An item is a column of an interval. The 1 allows more than 64 registers; some compilers would rather spill.
 template <class S>
-__global__ void __launch_bounds__(kThreads) class_kernel(Upsampling<S> a, uint8_t* classes) {
+__global__ void __launch_bounds__(kThreads, 1) class_kernel(Upsampling<S> a, uint8_t* classes) {
   constexpr int R = kRows<S>;
   const Item item(a.rows.coarse * a.columns.fine);
   if (!item.exists) return;
