@@ -68,28 +68,41 @@ inline Bits narrow(const Vector<float>& x, Half) {
   return select_less(magnitude, 0x47800000, finite, infinite) | sign >> 16;                    // 2^16
 }
 
-// Returns a whole vector in the summing type.
+// Returns a whole vector in the summing type. AVX-512 has instructions for what takes several operations elsewhere, or
+// in the code of GCC 12 for the general expression.
 template <typename T>
 Vector<Sum<T>> load_whole(const T* from) {
-  if constexpr (std::is_same_v<T, Sum<T>>) return load_vector(from);
-#ifdef __AVX512F__  // GCC defines it after its pragma; the code for all instruction sets takes twice as long
-  if constexpr (std::is_same_v<T, Half>)
-    return reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    return load_vector(from);
+#ifdef __x86_64__
+  } else if constexpr (sizeof(T) == 2 && kVectorBytes == 64) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if constexpr (std::is_same_v<T, Half>)
+      return reinterpret_cast<Vector<float>>(_mm512_maskz_cvtph_ps(0xffff, halves));
+    else
+      return widen(reinterpret_cast<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, halves)), T());
 #endif
-  if constexpr (!std::is_same_v<T, Sum<T>>)
+  } else {
     return widen(__builtin_convertvector(*reinterpret_cast<const HalfBits*>(from), Bits), T());
+  }
 }
 
 template <typename T>
 void store_whole(T* to, const Vector<Sum<T>>& vector) {
-  if constexpr (std::is_same_v<T, Sum<T>>) return store_vector(to, vector);
-#ifdef __AVX512F__
-  if constexpr (std::is_same_v<T, Half>)
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                               _mm512_cvtps_ph(reinterpret_cast<__m512>(vector), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    store_vector(to, vector);
+#ifdef __x86_64__
+  } else if constexpr (sizeof(T) == 2 && kVectorBytes == 64) {
+    __m256i halves;
+    if constexpr (std::is_same_v<T, Half>)
+      halves = _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(vector), _MM_FROUND_TO_NEAREST_INT);
+    else
+      halves = _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(narrow(vector, T())));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
 #endif
-  if constexpr (!std::is_same_v<T, Sum<T>>)
+  } else {
     *reinterpret_cast<HalfBits*>(to) = __builtin_convertvector(narrow(vector, T()), HalfBits);
+  }
 }
 
 // Returns `count` elements in the summing type, followed by zeros.
