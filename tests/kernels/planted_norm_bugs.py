@@ -115,7 +115,7 @@ TABLE = [
     ("gradient of weight without a sign", "negative ? -sum : sum", "sum"),
     ("pixels of this process", "static_cast<S>(1 / *a.count)", "static_cast<S>(1.0 / grid.rows)"),
     ("the second sum without the deviation", "slope[i] *= each * inverse[i];", "slope[i] *= each;"),
-    ("x read for nothing", "mask == Mask::input || a.sums;", "true;"),
+    ("constants corrected", "if (a.sums) gradient[i] -=", "gradient[i] -="),
 ]
 BUGS = [Bug(f"norm: {name}", NORM_CU, right, wrong) for name, right, wrong in TABLE]
 

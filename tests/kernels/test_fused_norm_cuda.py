@@ -222,6 +222,7 @@ def test_constant_statistics(kernels: NormEmulator, activation: str, dtype: torc
         check(run(kernels, case), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_pixels_for_each_thread(kernels: NormEmulator, dtype: torch.dtype) -> None:
     """Large maps have 528 blocks, whose threads have more pixels than they load at once."""

@@ -33,9 +33,9 @@ constexpr int kLanes = 8;         // threads side by side along the channels, wi
 constexpr int kScalarLanes = 32;  // the same with runs of one channel
 constexpr int kAhead = 4;         // pixels whose loads are started together
 constexpr int kMostRows = 128;    // pixels that a thread adds up, so that the rounding error of its sums stays small
-// The number of blocks for large maps: four for each of the 132 multiprocessors of an H100 or H200. Where fewer fit, they
-// run one after the other. On other GPUs, the last blocks may run on a part of the multiprocessors. That costs little: a
-// block has 16 KB of loads under way for each map that it reads, so some of the blocks saturate the memory.
+// The number of blocks for large maps: four for each of the 132 multiprocessors of an H100 or H200. Where fewer fit,
+// they run one after the other. On other GPUs, the last blocks may run on a part of the multiprocessors. That costs
+// little: a block has 16 KB of loads under way for each map that it reads, so some of the blocks saturate the memory.
 constexpr int64_t kBlocks = 528;
 
 // How a map is divided. Block b works on tile b % tiles of the channels, and on rows of part b / tiles.
@@ -54,7 +54,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // `run` is the number of channels of a thread.
 Grid make_grid(const MapSizes& sizes, int run) {
-  Grid grid{sizes.N * sizes.P, sizes.C};
+  Grid grid;
+  grid.rows = sizes.N * sizes.P;
+  grid.channels = sizes.C;
   const int64_t runs = ceil_div(sizes.C, run);
   grid.lanes = 1;
   while (grid.lanes < (run > 1 ? kLanes : kScalarLanes) && grid.lanes < runs) grid.lanes *= 2;
@@ -86,8 +88,8 @@ __device__ __forceinline__ Share share_of(const Grid& grid, Order order) {
   return {channel, (grid.rows - 1 - row) * grid.channels + channel, -step * grid.channels, count};
 }
 
-// A run as it lies in memory. It is held as words: the compiler would unpack 16-bit elements at once, and wait for
-// them.
+// A run as it lies in memory. It is held as words: the compiler would unpack 16-bit elements as soon as they are
+// loaded.
 template <class T, int run>
 struct Run {
   using Word = std::conditional_t<run == 1, T, uint4>;
@@ -332,7 +334,7 @@ Mask mask_of(const Norm& norm, const void* y, bool masked) {
   return y ? Mask::output : Mask::input;
 }
 
-// Computes the gradient of z, gradient[run], of a pixel. It writes and adds that up.
+// Computes the gradient of z for the run of a pixel. Of x and y, only what the mask needs is read.
 template <class T, int run>
 __device__ __forceinline__ void gradient_of_z(Sum<T> (&gradient)[run], Mask mask, const Affine<Sum<T>, run>& affine,
                                               const Activate<Sum<T>>& activate, const Run<T, run>& x,
