@@ -1,5 +1,5 @@
-// The operators of the activated batch norm: schemas, checks and output shapes. norm_reference.py specifies the results;
-// cpu/ and cuda/ compute them.
+// The operators of the activated batch norm: schemas, checks and output shapes. norm_reference.py specifies the
+// results; cpu/ and cuda/ compute them.
 //
 // Maps are [N,C,...] of any strides. A map that is dense in neither [N,C,P] nor [N,P,C] (channels_last) is copied; for
 // CUDA, it is copied unless it is channels_last. All maps of a call take the layout of x, and returned maps have it.

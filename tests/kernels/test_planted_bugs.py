@@ -8,6 +8,7 @@ from planting import Bug, Suite
 SAMPLE = (
     *("forward: values without a barrier", "backward: dS without a barrier", "general: weights overtake"),
     *("norm: partial sums without a barrier", "norm: channels beyond the end"),
+    *("loss: sum: no barrier", "loss: gradient: row of others"),
 )
 PLACES = [pytest.param(suite, bug, id=bug.name) for suite in SUITES for bug in suite.bugs]
 
