@@ -431,7 +431,72 @@ def kernels(device: str, quick: bool) -> dict[str, Any]:
                 print(f"{precision} {'x'.join(map(str, shape))} channels {channels}: {worst:.1e}", flush=True)
                 if not worst <= ERROR_LIMITS[precision]:
                     raise RuntimeError(f"{precision} {shape} {channels}: relative error {worst:.2g}")
+    import fused
+
+    if device in fused.DEVICE_TYPES:
+        errors |= fused_kernels(device)
     return {"relative_error": errors}
+
+
+def fused_kernels(device: str) -> dict[str, float]:
+    """Compare the fused operators, forward and backward, with float64 on the CPU, like `kernels`.
+
+    Returns:
+        The largest relative error of each operator and precision.
+
+    Raises:
+        RuntimeError: an error is larger than rounding.
+    """
+    import fused
+    from benchmarks.attention import ERROR_LIMITS
+    from fused import loss_reference, norm_reference
+
+    errors: dict[str, float] = {}
+
+    def compare(name: str, limit: float, ours: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> None:
+        found = [(a.cpu().double() - b).norm() / b.norm() for a, b in zip(ours, exact, strict=True)]
+        worst = float(torch.stack(found).max())
+        errors[name] = max(errors.get(name, 0.0), worst)
+        print(f"{name}: {worst:.1e}", flush=True)
+        if not worst <= limit:
+            raise RuntimeError(f"{name}: relative error {worst:.2g}")
+
+    generator = torch.Generator().manual_seed(0)
+    options = fused.NormOptions(True, activation="relu")
+    for precision in ("float32", "bfloat16", "float16"):
+        for channels in (64, 3):
+            maps = [torch.randn(2, channels, 9, 11, generator=generator) for _ in range(3)]
+            x, residual, grad = (
+                each.to(getattr(torch, precision)).contiguous(memory_format=torch.channels_last)
+                for each in maps
+            )
+            weight = torch.rand(channels, generator=generator) + 0.5
+            bias = torch.randn(channels, generator=generator)
+            results = []
+            for module, move in (
+                (fused, lambda t: t.to(device)),
+                (norm_reference, lambda t: t.double()),
+            ):
+                inputs = [move(each).requires_grad_() for each in (x, weight, bias, residual)]
+                y = module.activated_batch_norm(*inputs[:3], None, None, options, inputs[3])
+                results.append([y.detach(), *torch.autograd.grad(y, inputs, move(grad))])
+            compare(f"norm {precision}", ERROR_LIMITS[precision], *results)
+    for size in ((5, 7), (33, 47)):
+        logits = 3 * torch.randn(2, 19, 5, 7, generator=generator)
+        target = torch.randint(0, 19, (2, *size), generator=generator)
+        target[:, 0] = 255
+        results = []
+        for module, move in ((fused, lambda t: t.to(device)), (loss_reference, lambda t: t.double())):
+            moved = move(logits).requires_grad_()
+            labels = target.to(moved.device)
+            coarse = module.coarse_probability(moved.detach(), labels, (4, 5))
+            total, weight = module.segmentation_loss(moved, labels)
+            classes = module.upsampled_classes(moved, size)
+            (grad,) = torch.autograd.grad(total, moved)
+            finite = coarse.where(coarse.isfinite(), 0)
+            results.append([total.detach(), weight.detach(), grad, finite, classes.double()])
+        compare("loss float32", ERROR_LIMITS["float32"], *results)
+    return errors
 
 
 def main(argv: list[str] | None = None) -> int:
