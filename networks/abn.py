@@ -111,13 +111,19 @@ class ABN(nn.Module):
         the operators need channels_last.
         """
         return (
-            self.backend == "torch"
+            self.backend != "inplace"
+            and not self._is_by_apex(x)
             and fused.active(x.device)
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
             and (x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last))
         )
+
+    def _is_by_apex(self, x: Tensor) -> bool:
+        """Return whether apex computes this layer; it has kernels for two dtypes."""
+        synchronized = self.training and self.group is not None
+        return self.backend == "apex" and synchronized and x.dtype in (torch.float32, torch.float16)
 
     def _forward_fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
         """Return the output, and a function that computes it again from x, without a residual."""
@@ -135,9 +141,8 @@ class ABN(nn.Module):
         """Normalize x without an activation, by PyTorch or apex."""
         weight = torch.where(self.weight >= 0, self.weight, -self.weight) + self.eps
         if self.training and self.group is not None:
-            # apex has kernels for these two dtypes only.
-            by_apex = self.backend == "apex" and x.dtype in (torch.float32, torch.float16)
-            return (_apex_batch_norm if by_apex else _synchronized_batch_norm)(x, weight, self, self.group)
+            synchronized = _apex_batch_norm if self._is_by_apex(x) else _synchronized_batch_norm
+            return synchronized(x, weight, self, self.group)
         statistics = (self.running_mean, self.running_var)
         return F.batch_norm(x, *statistics, weight, self.bias, self.training, self.momentum, self.eps)
 
