@@ -28,7 +28,7 @@ dependencies = ["cv2", "numpy", "PIL", "torch"]
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 #: Packages and modules of the repository that are imported below the prefix.
-_OWN = ("dataset", "engine", "loss", "networks", "segmenter", "tools", "utils")
+_OWN = ("dataset", "engine", "fused", "loss", "networks", "segmenter", "tools", "utils")
 #: Package of the modules of this clone in sys.modules; another clone has another name.
 PREFIX = f"ccnet_{hashlib.sha256(_FOLDER.encode()).hexdigest()[:8]}"
 

@@ -13,15 +13,21 @@ MODES = ("auto", "on", "off")
 TESTED = frozenset({"cpu"})
 
 
+PROBE = "fused::upsampled_classes"  # an operator of the library
+
+
 def _load_library() -> bool:
-    """Register the compiled operators with PyTorch; return whether there are any.
+    """Register the compiled operators with PyTorch; return whether this call has done so.
+
+    Operators are registered once in a process. Another copy of this package may have registered them: that
+    of another clone, or the same one under another name (hubconf.py).
 
     Raises:
         ImportError: the library does not load. A silent fallback would make programs slower without an
             explanation.
     """
-    spec = importlib.util.find_spec("fused._C")
-    if spec is None or spec.origin is None:
+    spec = importlib.util.find_spec(f"{__package__}._C")
+    if spec is None or spec.origin is None or _is_registered():
         return False
     try:
         torch.ops.load_library(spec.origin)
@@ -33,13 +39,19 @@ def _load_library() -> bool:
     return True
 
 
+def _is_registered() -> bool:
+    return PROBE in torch._C._dispatch_get_all_op_names()
+
+
+#: Whether this copy of the package registered the operators, and has to register their shapes.
+REGISTERS = _load_library()
 #: Device types that have compiled operators.
 DEVICE_TYPES: frozenset[str] = frozenset()
-if _load_library():
+if _is_registered():
     DEVICE_TYPES = frozenset(
         device_type
         for device_type in ("cpu", "cuda")
-        if torch._C._dispatch_has_kernel_for_dispatch_key("fused::upsampled_classes", device_type.upper())
+        if torch._C._dispatch_has_kernel_for_dispatch_key(PROBE, device_type.upper())
     )
 
 _mode = "auto"

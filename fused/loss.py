@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused._library import DEVICE_TYPES
+from fused._library import REGISTERS
 
 
 def segmentation_loss(
@@ -154,5 +154,5 @@ def _register_shapes() -> None:
         return logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
 
 
-if DEVICE_TYPES:
+if REGISTERS:
     _register_shapes()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused._library import DEVICE_TYPES
+from fused._library import REGISTERS
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")  # enum Activation of csrc/norm.h
 OPERATORS = torch.ops.fused
@@ -284,7 +284,7 @@ def _backward_input_shape(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return _empty_map(x)
 
 
-if DEVICE_TYPES:
+if REGISTERS:
     torch.library.register_fake("fused::batch_norm_sums", _sums_shape)
     torch.library.register_fake("fused::batch_norm_statistics", _statistics_shape)
     torch.library.register_fake("fused::batch_norm_apply", _apply_shape)

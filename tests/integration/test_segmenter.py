@@ -246,8 +246,8 @@ np.savez({out!r}, classes=found.classes, probabilities=found.probabilities, colo
          attention=again.attention({picture!r}, [(3, 4)]))
 assert isinstance(again, type(segmenter))
 # Neither the modules nor the path of the process changed.
-import loss
-assert [utils.mine, dataset.mine, loss.mine] == [1, 2, 3]
+import loss, fused
+assert [utils.mine, dataset.mine, loss.mine, fused.mine] == [1, 2, 3, 4]
 assert not any(name.partition(".")[0] in ("networks", "segmenter", "engine") for name in sys.modules)
 assert {folder!r} not in sys.path
 """
@@ -257,7 +257,7 @@ assert {folder!r} not in sys.path
 def test_hub_in_a_process_with_packages_of_the_same_names(
     segmenter: Segmenter, checkpoint: Path, rgb: np.ndarray, tmp_path: Path
 ) -> None:
-    for number, name in enumerate(("utils", "dataset", "loss"), 1):
+    for number, name in enumerate(("utils", "dataset", "loss", "fused"), 1):
         (tmp_path / "own" / name).mkdir(parents=True)
         (tmp_path / "own" / name / "__init__.py").write_text(f"mine = {number}\n")
     picture, out = str(tmp_path / "a.png"), str(tmp_path / "out.npz")
