@@ -10,8 +10,9 @@
   separate batch norm and auxiliary head. --tile adds the prediction by tiles.
 - parts: time of the parts of a step and of a prediction (benchmarks/parts.py), in the settings of --profile.
 - memory: peak of two steps, each contender in a process of its own. On a CPU, it is the resident memory
-  above that of the process with the network and a batch, so it includes gradients and momentum. On a GPU, it
-  is all memory that PyTorch has allocated for tensors during the second step.
+  above that of the process with the network and a batch, so it includes gradients and momentum; that of the
+  first step alone, before there is momentum, is given too. On a GPU, it is all memory that PyTorch has
+  allocated for tensors during the second step.
 
 There are two kinds of peers. mmsegmentation's CCNet is the same network as ours in the variant mmseg.
 benchmarks/get_peers.sh installs it into a folder, which --peer-site names. Its network and ours start with
@@ -345,20 +346,28 @@ def measure_parts(makes: Mapping[str, Make], device: torch.device) -> dict[str, 
     return result
 
 
-def peak(run: timing.Run, device: torch.device) -> int:
-    """Return the peak memory of two runs in bytes (see the docstring of the module), for a new process."""
+class Peaks(NamedTuple):
+    """Peak memory in bytes (see the docstring of the module)."""
+
+    later: int
+    first: int | None  # None on a GPU, where cuDNN tries algorithms in the first run
+
+
+def peaks(run: timing.Run, device: torch.device) -> Peaks:
+    """Return the peak memory of the first and of later runs, for a new process."""
     if device.type == "cuda":
         run()  # cuDNN tries its algorithms, some with a large workspace
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        return Peaks(torch.cuda.max_memory_allocated(device), None)
     timing.reset_resident_peak()
     before = timing.resident()
     run()
+    first = timing.resident_peak() - before
     run()
-    return timing.resident_peak() - before
+    return Peaks(timing.resident_peak() - before, first)
 
 
 def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -381,8 +390,14 @@ def measure_memory(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = (done.stderr if done.returncode else done.stdout).split("\n")
         last = next((line for line in reversed(lines) if line.strip()), f"exit status {done.returncode}")
-        result[name] = {"error": last[:200]} if done.returncode else {"bytes": int(last)}
-        shown = last[:200] if done.returncode else f"{int(last) / 1e6:8.0f} MB"
+        if done.returncode:
+            result[name], shown = {"error": last[:200]}, last[:200]
+        else:
+            found = Peaks(*json.loads(last))
+            result[name], shown = {"bytes": found.later}, f"{found.later / 1e6:8.0f} MB"
+            if found.first is not None:
+                result[name]["first_bytes"] = found.first
+                shown += f", first step {found.first / 1e6:.0f} MB"
         print(f"  {name:42}  {shown}", flush=True)
     return result
 
@@ -475,7 +490,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--peak-of",
         metavar="NAME",
-        help="only print the peak memory of this contender's step in bytes; --measure memory uses this",
+        help="only print the peaks of this contender's memory in bytes; --measure memory uses this",
     )
     return parser
 
@@ -554,7 +569,7 @@ def main(argv: list[str] | None = None) -> int:
         makes = steps(args, device)
         if args.peak_of not in makes:
             raise UsageError(f"--peak-of {args.peak_of}: is not one of {', '.join(makes)}")
-        print(peak(makes[args.peak_of](), device))
+        print(json.dumps(peaks(makes[args.peak_of](), device)))
         return 0
     report: dict[str, Any] = {
         "machine": machine(device.type),
