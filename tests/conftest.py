@@ -28,6 +28,8 @@ import numpy as np
 import pytest
 import torch
 
+import fused
+from fused import _library as fused_library
 from utils.args import exit_status
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,7 +172,8 @@ def state_restored() -> Iterator[None]:
     dtype, threads, opencv_threads = torch.get_default_dtype(), torch.get_num_threads(), cv2.getNumThreads()
     random_state = torch.get_rng_state()
     try:
-        yield
+        with fused.using(fused_library._mode):
+            yield
     finally:
         torch.set_rng_state(random_state)
         cv2.setNumThreads(opencv_threads)

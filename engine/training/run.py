@@ -125,6 +125,7 @@ class Run:
         self.validation = Validation()
         self._waited = 0.0  # seconds for batches since the last line of the log
         self._step = self.start  # steps done
+        self._latest: StepResult | None = None  # result of the last step
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
@@ -209,7 +210,7 @@ class Run:
         state = snapshot or validate or self._due(step, self.options.save_state_every)
         if log or state:
             result.numbers()  # raises an error if they are not finite
-        self._step = step
+        self._step, self._latest = step, result
         if log:
             self._log(step, batch, result)
         if state and not self._is_finite():
@@ -314,6 +315,8 @@ class Run:
 
     def _end(self, error: Exception) -> NoReturn:
         """Save the state of the last step and raise `error`, on every process."""
+        if self._latest is not None:
+            self._latest.numbers()  # raises its own error if they are not finite
         if self._step > self.start:
             self._save_state(self._step)
         self.world.barrier()  # a launcher may end rank 0 as soon as another process is gone

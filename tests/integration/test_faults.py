@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, last_line, longest_file, run, write_pair
+
+import fused
 
 #: Flags of a run that would take many minutes.
 ENDLESS = [
@@ -253,6 +256,18 @@ class TestInput:
         step = newest(tmp_path) + 1
         assert f"step {step}: the loss is" in last and "on process 0" in last and "ulm_000000_" in last
         assert_nothing_lost(tmp_path)
+
+    @pytest.mark.skipif(not fused.active(torch.device("cpu")), reason="the fused operators are not built")
+    @pytest.mark.parametrize("log_every", [1, 100])
+    def test_loss_that_explodes_where_steps_wait_late(self, data, tmp_path, monkeypatch, log_every):
+        """No state is saved after the step, whether its numbers are wanted at once or one step later."""
+        monkeypatch.setattr("engine.options.waits_late", lambda *_: True)
+        flags = [*ENDLESS, *CPU, "--learning-rate", 1e30, "--print-frequency", log_every]
+        done = run(SCRIPT, "--data-dir", data, "--snapshot-dir", tmp_path, *flags, "--save-state-every", 50)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        last = last_line(done.stderr)
+        assert re.search(r"step \d+: the loss is .*on process 0.*ulm_000000_", last)
+        assert not list(tmp_path.glob("state_*")) and not list(tmp_path.glob(".writing*"))
 
     def test_weights_that_overflow_in_the_last_step_are_not_saved(self, data, tmp_path):
         """The weights of the last step are checked too, although no later step uses them."""
