@@ -8,7 +8,8 @@
 FOLDER is a clone of this repository. The process may have packages of its own with the names of the packages
 here, such as utils or dataset: the modules of the repository are imported below a name of their own (PREFIX),
 and their imports of each other are rewritten to it. cc_attention is imported under its own name, because its
-operators can be registered only once in a process.
+operators can be registered only once in a process. The operators of fused are those of the copy that is
+imported first.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from engine.acceleration import Speed, accelerate, autocast, choose_precision
 from engine.data.transfer import subtract_mean
 from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
 from engine.runtime.distributed import choose_devices
+from fused import using
 from networks import MODELS, Seg_Model, fold_batch_norm, load_weights
 from networks.attention import picture_attention
 from networks.of_run import Description, OfRun, args_file, check_value, describe
@@ -94,6 +95,7 @@ class Segmenter:
         self.device = device
         self.amp, _ = choose_precision(speed.amp, device)
         self.model = cast(Seg_Model, fold_batch_norm(model)).to(device)
+        self._fused = speed.fused
         self._network = accelerate(self.model, device, speed._replace(amp=self.amp))
         self.path: str | None = None
         self.description = description
@@ -104,7 +106,7 @@ class Segmenter:
         self._mean = torch.tensor(IMG_MEAN, device=self.device)
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913
         cls,
         path: str | os.PathLike | None,
         *,
@@ -113,6 +115,7 @@ class Segmenter:
         channels_last: bool = False,
         compile: bool = False,
         cuda_graph: bool = False,
+        fused: str = "auto",
         say: Callable[[str], object] = lambda line: warnings.warn(line, stacklevel=3),
         **flags: Any,
     ) -> Segmenter:
@@ -129,6 +132,8 @@ class Segmenter:
             channels_last: whether to store tensors as [N, h, w, C].
             compile: whether to compile the network with torch.compile.
             cuda_graph: whether to record the kernels of the network once for each size of its input.
+            fused: "on" to choose classes with the fused operator, "off" for PyTorch's own, "auto" for the
+                fused operator on a CPU. Probabilities do not need it.
             say: function that gets a line about each flag that differs from the recorded one, and about the
                 precision that "auto" chooses.
             **flags: model, backbone, recurrence, num_classes or classes (path of a class table), as the flags
@@ -167,7 +172,7 @@ class Segmenter:
         if path is not None:
             load_weights(model, path, complete=True, state=state)
         labels = LabelReader(table, num_classes=number)
-        speed = Speed(amp, channels_last, compile, cuda_graph)
+        speed = Speed(amp, channels_last, compile, cuda_graph, fused)
         segmenter = cls(cast(Seg_Model, model), found, labels, device, speed)
         segmenter.path, segmenter.run = path, recorded.run
         if path is not None:
@@ -230,7 +235,7 @@ class Segmenter:
             side <= tile for side, tile in zip(image.shape[2:], tile_size, strict=True)
         )
         averaging = (scales, flip, None if fits else tile_size, self.num_classes)
-        with torch.inference_mode():
+        with torch.inference_mode(), using(self._fused):
             if probabilities:
                 logits = predict_multiscale(self._network, image, *averaging)[0]
                 classes, shares = logits.argmax(0).to(torch.uint8), logits.softmax(0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import fused
 from utils.errors import UsageError
+
+Result = TypeVar("Result")
 
 #: Autocast type of each precision.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,18 +59,25 @@ def choose_precision(amp: str | None, device: torch.device) -> tuple[str | None,
     return None, f"--amp auto: float32, because this {_name(device)} has no fast products of bf16"
 
 
-def use_fused(mode: str, device: torch.device) -> None:
+def use_fused(mode: str, device: torch.device) -> str | None:
     """Use fused operators in this process, as --fused says.
+
+    Returns:
+        A line, if they are not built and would be used by default.
 
     Raises:
         UsageError: fused operators are requested, and there are none for the device.
     """
-    if mode == "on" and device.type not in fused.DEVICE_TYPES:
+    built = device.type in fused.DEVICE_TYPES
+    if mode == "on" and not built:
         raise UsageError(
             f"--fused on: there are no fused operators for this {_name(device)}; build them with python "
             "setup.py build_ext --inplace, or omit the flag"
         )
     fused.use(mode)
+    if mode == "auto" and device.type in fused.TESTED and not built:
+        return "the fused operators are not built: python setup.py build_ext --inplace makes steps faster"
+    return None
 
 
 class Speed(NamedTuple):
@@ -79,12 +88,14 @@ class Speed(NamedTuple):
         channels_last: whether to store tensors as [N, h, w, C].
         compile: whether to compile the network with torch.compile.
         cuda_graph: whether to record its kernels as CUDA graphs.
+        fused: mode of the fused operators (`fused.use`).
     """
 
     amp: str | None = None
     channels_last: bool = False
     compile: bool = False
     cuda_graph: bool = False
+    fused: str = "auto"
 
 
 def accelerate(
@@ -136,25 +147,37 @@ class _Graphs:
         if images.shape not in self._recorded:
             if len(self._recorded) == self.MOST:
                 return _as_sequence(self.function(images))
-            self._recorded[images.shape] = self._record(images)
+            inputs = images.clone()
+            graph, outputs = record(lambda: _as_sequence(self.function(inputs)), images.device)
+            self._recorded[images.shape] = graph, inputs, outputs
         graph, inputs, outputs = self._recorded[images.shape]
         inputs.copy_(images)
         graph.replay()
         return [output.clone() for output in outputs]
 
-    def _record(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Sequence[Tensor]]:
-        inputs = images.clone()
-        # Libraries choose their kernels and allocate their workspaces in the first runs.
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.function(inputs)
-        torch.cuda.current_stream(images.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = _as_sequence(self.function(inputs))
-        return graph, inputs, outputs
+
+def record(function: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Record the kernels of a function as a CUDA graph.
+
+    Args:
+        function: function that computes tensors from tensors at fixed addresses. It is called a few times.
+        device: the GPU.
+
+    Returns:
+        The graph, and the result of `function`, which each replay overwrites.
+    """
+    # Libraries choose their kernels and allocate their workspaces in the first runs.
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use the GPU meanwhile: they wait for predictions, or pin the memory of batches.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function()
+    return graph, result
 
 
 def _as_sequence(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

@@ -189,7 +189,7 @@ def _predicted_once(
     Wrong arguments also give False: `_multiscale` raises their errors.
     """
     size = tuple(image.shape[2:])
-    if not fused.active(image.device) or flip or [_scaled(size, scale) for scale in scales] != [size]:
+    if not fused.applies(image) or flip or [_scaled(size, scale) for scale in scales] != [size]:
         return False
     if tile_size is None:
         return True

@@ -108,18 +108,19 @@ def _flag_of(each: Field[Any]) -> Flag:
 
 
 def for_device(options: Group, device: torch.device) -> tuple[Group, list[str]]:
-    """Replace --amp auto by the precision for `device`, and check --fused.
+    """Replace --amp auto and --fused auto by their values for `device`, and check both.
 
     Returns:
-        The options, and lines about the choice.
+        The options, and lines about the choices.
 
     Raises:
         UsageError: the device does not support a flag.
     """
     values: Any = options
-    use_fused(values.fused, device)
+    notes = [use_fused(values.fused, device)]
     amp, chosen = choose_precision(values.amp, device)
-    return replace(options, **{"amp": amp}), [chosen] if chosen else []
+    resolved = {"amp": amp, "fused": "on" if fused.active(device) else "off"}
+    return replace(options, **resolved), [note for note in (*notes, chosen) if note]
 
 
 def add_flags(
@@ -501,6 +502,8 @@ class TrainOptions(
             )
         if self.recompute and not fused.active(torch.device(device_type)):
             raise UsageError("--recompute: requires the fused operators; add --fused on, or omit it")
+        if self.recompute and device_type == "cuda" and not self.channels_last:
+            raise UsageError("--recompute: requires --channels-last on a GPU; add it")
         if self.recompute and (self.abn != "torch" or self.compile):
             raise UsageError("--recompute: not supported by --abn inplace and --compile; omit one of them")
         if self.cuda_graph and (device_type != "cuda" or processes > 1):
@@ -573,7 +576,7 @@ class InferenceOptions(Options):
     @property
     def speed(self) -> Speed:
         """The precision and the implementation of the network."""
-        return Speed(self.amp, self.channels_last, self.compile, self.cuda_graph)
+        return Speed(self.amp, self.channels_last, self.compile, self.cuda_graph, self.fused)
 
 
 @dataclass(frozen=True, kw_only=True)

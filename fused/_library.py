@@ -7,9 +7,13 @@ import importlib.util
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 MODES = ("auto", "on", "off")
-#: Device types whose compiled operators are used by default. No GPU has run the CUDA kernels yet.
+#: Device types whose compiled operators are used by default. No GPU has run the CUDA kernels yet. The rest of
+#: what has not run on a GPU follows the same switch: steps that wait late (engine.training.step.waits_late)
+#: and a communicator for batch statistics (engine.runtime.distributed.World.statistics).
 TESTED = frozenset({"cpu"})
 
 
@@ -89,3 +93,32 @@ def active(device: torch.device) -> bool:
     if device.type not in DEVICE_TYPES or _mode == "off":
         return False
     return _mode == "on" or device.type in TESTED
+
+
+def applies(tensor: Tensor) -> bool:
+    """Return whether a fused operator computes a result of `tensor`.
+
+    The operators have no derivatives for torch.func and forward-mode differentiation, and torch.jit.trace
+    can't save them.
+    """
+    return (
+        active(tensor.device)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def refuse_double_backward(operator: str) -> None:
+    """Raise an error in a backward pass with create_graph=True.
+
+    Without it, the derivatives of the gradient would be missing silently.
+
+    Raises:
+        RuntimeError: the backward pass is recorded.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{operator}: a backward pass with create_graph=True is not supported by the fused operators; "
+            "fused.use('off') restores PyTorch's own"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused._library import REGISTERS
+from fused._library import REGISTERS, refuse_double_backward
 
 
 def segmentation_loss(
@@ -115,11 +115,7 @@ class _SegmentationLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_totals: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "segmentation_loss: double backward is not supported; fused.use('off') makes the loss "
-                "differentiable twice"
-            )
+        refuse_double_backward("segmentation_loss")
         (grad,) = ctx.saved_tensors
         # In the precision of the sums: the factor is small, and a half-precision gradient without it could
         # overflow.

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fused._library import REGISTERS
+from fused._library import REGISTERS, refuse_double_backward
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")  # enum Activation of csrc/norm.h
 OPERATORS = torch.ops.fused
@@ -144,17 +143,16 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("activated_batch_norm")
         x, weight, bias, statistics, count, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         options: NormOptions = ctx.options
         operands = (x, y, statistics, weight, bias)
         sums: Any = None
         grad_x = grad_weight = grad_bias = None
-        masked = (
-            ctx.residual and options.activation != "identity"
-        )  # the gradient of residual, a map of its own
+        # The gradient of the residual is then a map of its own.
+        masked = ctx.residual and options.activation != "identity"
         if masked or needs_weight or needs_bias or (needs_x and count is not None):
             sums, grad_weight, grad_z = OPERATORS.batch_norm_backward_sums(
                 grad, *operands, *options.arguments, masked

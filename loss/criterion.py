@@ -78,7 +78,7 @@ class CriterionDSN(nn.Module):
 
     def total(self, logits: Tensor, target: Tensor) -> Total:
         """Return the sums of the cross entropy of upsampled logits, for the same arguments."""
-        if fused.active(logits.device):
+        if fused.applies(logits):
             return self._fused_total(logits, target)
         return self._plain_total(upsample(logits, target.shape[1:]), target)
 
@@ -121,7 +121,7 @@ class CriterionOhemDSN(CriterionDSN):
 
     def main_total(self, logits: Tensor, target: Tensor) -> Total:
         """Return the sums of the main head over the hard pixels."""
-        if fused.active(logits.device):
+        if fused.applies(logits):
             return self._fused_total(logits, target, self.ohem.fused_threshold(logits, target))
         upsampled = upsample(logits, target.shape[1:])
         return self._plain_total(upsampled, self.ohem.hard_target(upsampled, target))

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import fused
@@ -91,7 +90,7 @@ class ABN(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize x [N, C, ...], add a residual of the same shape, if given, and apply the activation."""
-        if self._is_fused(x):
+        if self._is_fused(x, residual):
             return self._forward_fused(x, residual)[0]
         if self.backend == "inplace":
             # The backward pass of the package recomputes the input from the output, which is impossible after
@@ -104,20 +103,18 @@ class ABN(nn.Module):
             y = self._forward_torch(x)
         return _activate(y if residual is None else y + residual, self.activation, self.slope)
 
-    def _is_fused(self, x: Tensor) -> bool:
+    def _is_fused(self, x: Tensor, residual: Tensor | None = None) -> bool:
         """Return whether fused operators compute this layer.
 
-        Their derivatives can't be differentiated, and torch.compile fuses PyTorch's own operators. On a GPU,
-        the operators need channels_last.
+        torch.compile fuses PyTorch's own operators. On a GPU, the operators need channels_last.
         """
         return (
             self.backend != "inplace"
             and not self._is_by_apex(x)
-            and fused.active(x.device)
+            and fused.applies(x)
             and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
             and (x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last))
+            and (residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype))
         )
 
     def _is_by_apex(self, x: Tensor) -> bool:
@@ -202,7 +199,8 @@ def norm_then(norm: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor) -> 
     """Return layer(norm(x)).
 
     If `norm` is an `ABN` that recomputes, the backward pass keeps x, but not norm(x), which it computes again
-    where `layer` needs it. The gradients are the same, bit for bit.
+    where `layer` needs it. The gradients are the same, bit for bit. `layer` must not save its own output for
+    the backward pass: the graph would then keep itself alive.
     """
     if not (isinstance(norm, ABN) and norm.recompute and norm._is_fused(x) and torch.is_grad_enabled()):
         return layer(norm(x))

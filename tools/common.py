@@ -62,6 +62,7 @@ def open_network(args: argparse.Namespace) -> Segmenter:
         channels_last=getattr(args, "channels_last", False),
         compile=getattr(args, "compile", False),
         cuda_graph=getattr(args, "cuda_graph", False),
+        fused=getattr(args, "fused", "auto"),
         say=lambda line: print(line, flush=True),
         **flags_of_network,
     )

@@ -401,6 +401,8 @@ def main() -> None:
         fused=args.fused,
         recompute=args.recompute,
     )
+    if args.recompute and args.gpu != "cpu" and not args.channels_last:
+        raise UsageError("--recompute: requires --channels-last on a GPU; add it")
     if args.recompute and not args.fused:
         raise UsageError("--recompute: requires --fused; add it")
     if args.fused:

@@ -87,8 +87,9 @@ def main() -> None:
             print(f"{package}: {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             print(f"{package}: not installed")
-    library = next((ROOT / "cc_attention").glob("_C*.so"), None)
-    print(f"operator: {library.name if library else 'not built'}")
+    for name, package in (("operator", "cc_attention"), ("fused operators", "fused")):
+        library = next((ROOT / package).glob("_C*.so"), None)
+        print(f"{name}: {library.name if library else 'not built'}")
     print(f"commit: {commit()}")
 
 

@@ -80,11 +80,21 @@ class World:
             dist.all_reduce(tensor)
 
     def statistics(self) -> Statistics:
-        """Return the processes of this run, as the group that shares batch statistics."""
+        """Return the processes of this run, as the group that shares batch statistics.
+
+        Raises:
+            UsageError: only some processes use the fused operators.
+        """
         if self.size == 1:
             return Statistics(1, None)
         # Like the fused operators, connections of their own have not run on a GPU yet.
-        return Statistics(self.size, dist.new_group() if fused.active(self.device) else dist.group.WORLD)
+        own = fused.active(self.device)
+        if len(set(self.gather(own))) > 1:
+            raise UsageError(
+                "--fused: the fused operators are built on some machines only; build them on all, or give "
+                "--fused off"
+            )
+        return Statistics(self.size, dist.new_group() if own else dist.group.WORLD)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the `value` of every process, in the order of the ranks, on every process."""

@@ -90,7 +90,8 @@ class Run:
 
     A signal, an unreadable picture, a loss that is not finite, or a dead data worker ends the run on all
     processes. The run ends between two steps, after the state of the last step is saved. If the disk is full,
-    the run ends without a new state, and the saved states remain.
+    the run ends without a new state, and the saved states remain. So it does if the loss is not finite and
+    steps wait late (`engine.training.step.StepOptions.late`).
 
     On a CPU, a resumed run is bit-identical to an uninterrupted run.
 

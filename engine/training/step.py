@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fused
-from engine.acceleration import autocast
+from engine.acceleration import autocast, record
 from engine.data.transfer import Batch, to_host
 from engine.randomness import seed_of
 from engine.runtime.distributed import World
@@ -232,6 +232,7 @@ class Stepper:
         scale = self.scaler.get_scale()
         overflow = self.scaler.is_enabled() and not _finite(norm) and scale >= SMALLEST_SCALE
         if not _finite(loss) or not (_finite(norm) or overflow):
+            # These are the statistics before the newest step. If it was a later one, nothing is saved.
             torch._foreach_copy_(self._statistics, self._statistics_before)
             self.optimizer.zero_grad()
             raise self._diverged(number, loss, norm, bool(own.isfinite().all()), records)
@@ -295,11 +296,13 @@ class Stepper:
         guilty = [rank for rank, (finite, _) in enumerate(shares) if not finite]
         where = f"on process {', '.join(map(str, guilty))}" if guilty else "over all processes"
         names = [record for rank in guilty or range(len(shares)) for record in shares[rank][1]]
+        late = self.options.late
+        then = "--resume continues from the newest state. " if late else ""
         return Diverged(
             f"step {number}: the loss is {loss:.6g} {where} and the gradient's norm {norm:.6g}; stopped "
-            "before the weights were changed. Lower --learning-rate, or check the samples: "
+            f"before the weights were changed. {then}Lower --learning-rate, or check the samples: "
             + "; ".join(names),
-            late=self.options.late,
+            late,
         )
 
 
@@ -319,16 +322,7 @@ class _Graph:
         labels: Tensor,
     ):
         self._inputs = images.clone(), labels.clone()
-        # Libraries choose their kernels and allocate their workspaces in the first runs.
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function(*self._inputs)
-        torch.cuda.current_stream(images.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = function(*self._inputs)
+        self._graph, self._outputs = record(lambda: function(*self._inputs), images.device)
 
     def replay(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Compute the function of a batch. The next call overwrites the last of the three results."""

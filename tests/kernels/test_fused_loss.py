@@ -497,9 +497,9 @@ def test_compiled_criterion(compiled):
 
 @pytest.fixture
 def modes() -> list[str]:
-    """Return the modes that turn the operators on and off, and restore the default afterwards."""
-    yield ["on", "off"]
-    fused.use("auto")
+    """Return the modes that turn the operators on and off; restore the mode afterwards."""
+    with fused.using("auto"):
+        yield ["on", "off"]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)

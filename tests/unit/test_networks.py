@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import weakref
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fill
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import fused
@@ -322,6 +324,62 @@ class TestABN:
                     results[-1].append(norm.eval()(x.clone(), residual).detach())
             for one, other in zip(*results, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not fused.active(torch.device("cpu")), reason="the fused operators are not built")
+class TestFusedLayer:
+    """Where the fused operators are used, and where they would be wrong."""
+
+    x = torch.randn(2, 6, 4, 3, generator=torch.Generator().manual_seed(5))
+
+    def results(self, compute) -> list[torch.Tensor]:
+        found = []
+        for mode in ("auto", "off"):
+            torch.manual_seed(0)
+            with fused.using(mode):
+                found.append(compute(ABN(6)))
+        return found
+
+    def test_they_are_used(self, monkeypatch):
+        monkeypatch.setattr(ABN, "_forward_torch", None)
+        ABN(6)(self.x)
+
+    @pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
+    def test_transforms(self, transform):
+        def compute(norm: ABN) -> torch.Tensor:
+            norm.eval()
+            if transform == "jvp":
+                return torch.func.jvp(norm, (self.x,), (self.x * 2 + 1,))[1]
+            if transform == "grad":
+                return torch.func.grad(lambda x: norm(x).square().sum())(self.x)
+            return torch.func.vmap(norm)(self.x[:, None])
+
+        torch.testing.assert_close(*self.results(compute))
+
+    def test_forward_mode(self):
+        def compute(norm: ABN) -> torch.Tensor:
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(norm(forward_ad.make_dual(self.x, self.x.square()))).tangent
+
+        torch.testing.assert_close(*self.results(compute))
+
+    def test_traced_networks_can_be_saved(self):
+        torch.jit.trace(ABN(6).eval(), self.x).save(io.BytesIO())
+
+    def test_compiled_layers_are_not_fused(self, monkeypatch):
+        monkeypatch.setattr(ABN, "_forward_fused", None)
+        torch.compile(ABN(6), backend="eager", fullgraph=True)(self.x)
+
+    def test_residuals_of_another_shape_or_dtype(self):
+        for residual in (torch.ones(1, 6, 1, 1), torch.ones(2, 6, 4, 3, dtype=torch.float64)):
+            torch.testing.assert_close(*self.results(lambda norm, r=residual: norm(self.x, r)))
+
+    def test_a_recorded_backward_pass_is_refused(self):
+        x = self.x.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match=r"create_graph=True.*fused\.use"):
+            torch.autograd.grad(ABN(6)(x).square().sum(), x, create_graph=True)
+        with fused.using("off"):
+            torch.autograd.grad(ABN(6)(x).square().sum(), x, create_graph=True)
 
 
 @pytest.mark.skipif(not fused.active(torch.device("cpu")), reason="the fused operators are not built")

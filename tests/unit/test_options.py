@@ -84,23 +84,48 @@ def test_flags_of_the_run_have_no_default_where_a_checkpoint_is_read() -> None:
         ({"abn": "inplace", "amp": "bf16"}, 1, "cuda", "--amp bf16: .*--abn torch"),
         ({"backend": "apex", "compile": True}, 1, "cuda", "--compile: not supported by --backend apex"),
         ({"recompute": True}, 1, "cuda", "--recompute: requires the fused operators; add --fused on"),
+        ({"recompute": True, "abn": "inplace"}, 1, "cpu", "--recompute: not supported by --abn inplace"),
+        ({"recompute": True, "compile": True}, 1, "cpu", "--recompute: not supported by .*--compile"),
+        ({"recompute": True, "backend": "apex"}, 1, "cpu", "--recompute: not supported by --backend apex"),
         ({"cuda_graph": True}, 1, "cpu", "--cuda-graph: requires a single process on a GPU"),
+        ({"cuda_graph": True, "grad_accum": 2}, 1, "cuda", "--cuda-graph: not supported by --grad-accum"),
+        ({"cuda_graph": True, "compile": True}, 1, "cuda", "--cuda-graph: not supported by .*--compile"),
         ({"cuda_graph": True}, 2, "cuda", "--cuda-graph: requires a single process on a GPU"),
         ({"cuda_graph": True, "amp": "fp16"}, 1, "cuda", "--cuda-graph: not supported by .*--amp fp16"),
     ],
 )
 def test_contradictions_are_named(values: dict, processes: int, device: str, message: str) -> None:
+    if values.get("recompute") and device == "cpu" and "cpu" not in fused.DEVICE_TYPES:
+        pytest.skip("the fused operators are not built")
     with pytest.raises(UsageError, match=message):
         options(**values).check(processes, device)
     options().check(1, "cpu")
 
 
+def test_recomputation_on_a_gpu_needs_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused._library.DEVICE_TYPES", frozenset({"cuda"}))
+    with fused.using("on"):
+        options(recompute=True, channels_last=True).check(1, "cuda")
+        with pytest.raises(UsageError, match="--recompute: requires --channels-last on a GPU"):
+            options(recompute=True).check(1, "cuda")
+
+
 def test_fused_on_needs_operators_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "DEVICE_TYPES", frozenset())
-    for mode in ("auto", "off"):
-        assert for_device(options(fused=mode), torch.device("cpu"))[1] == []
+    monkeypatch.setattr("fused._library.DEVICE_TYPES", frozenset())
+    (line,) = for_device(options(fused="auto"), torch.device("cpu"))[1]
+    assert line.startswith("the fused operators are not built")
+    assert for_device(options(fused="off"), torch.device("cpu"))[1] == []
     with pytest.raises(UsageError, match="--fused on: there are no fused operators for this processor"):
         for_device(options(fused="on"), torch.device("cpu"))
+
+
+def test_the_mode_of_the_fused_operators_is_recorded_as_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for built, recorded in (({"cpu"}, "on"), (set(), "off")):
+        monkeypatch.setattr(fused, "DEVICE_TYPES", built)
+        monkeypatch.setattr("fused._library.DEVICE_TYPES", built)
+        assert for_device(options(), torch.device("cpu"))[0].recipe()["fused"] == recorded
+        assert for_device(options(fused="off"), torch.device("cpu"))[0].fused == "off"
 
 
 def test_precision_auto_is_chosen_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
