@@ -18,9 +18,10 @@ from PIL import Image
 from small_network import SmallNetwork
 
 import evaluate
+import fused
 import train
 from dataset.labels import CITYSCAPES
-from networks import Seg_Model
+from networks import ABN, Seg_Model
 from utils import args as flags_of
 
 #: The commands, which know the small network here (tests/small).
@@ -235,6 +236,26 @@ class TestTraining:
             assert done.returncode == 0, done.stderr
             losses.append(np.array([entry["loss"] for entry in entries(tmp_path / str(number))]))
         assert (np.abs(losses[1] / losses[0] - 1) < 0.02).all() and (losses[1] != losses[0]).all()
+
+    @pytest.mark.skipif(not fused.active(torch.device("cpu")), reason="the fused operators are not built")
+    def test_recomputation_changes_no_bit(self, trained, tmp_path, monkeypatch):
+        """train.py passes the flag on, and the run ends with the same weights."""
+        _, _, arguments = trained
+        ends, recomputed = [], []
+        forward = ABN._forward_fused
+
+        def spied(norm, x, residual):
+            recomputed.append(norm.recompute)
+            return forward(norm, x, residual)
+
+        monkeypatch.setattr(ABN, "_forward_fused", spied)
+        for flags in ([], ["--recompute"]):
+            folder = tmp_path / str(len(flags))
+            done = run(TRAIN_PY, *arguments, *flags, "--num-steps", 2, "--snapshot-dir", folder)
+            assert done.returncode == 0, done.stderr
+            assert any(recomputed) == bool(flags)
+            ends.append((folder / "CS_scenes_2.pth").read_bytes())
+        assert ends[0] == ends[1]
 
     def test_fine_tuning_options(self, trained, tmp_path):
         """All fine-tuning options work together: frozen statistics, averaged and best weights, the log."""

@@ -17,6 +17,8 @@ import torch
 from conftest import ROOT, TINY, last_line, longest_file, run, write_pair
 
 import fused
+from engine.training.run import Run
+from utils.errors import RunError
 
 #: Flags of a run that would take many minutes.
 ENDLESS = [
@@ -268,6 +270,24 @@ class TestInput:
         last = last_line(done.stderr)
         assert re.search(r"step \d+: the loss is .*on process 0.*ulm_000000_", last)
         assert not list(tmp_path.glob("state_*")) and not list(tmp_path.glob(".writing*"))
+
+    @pytest.mark.skipif(not fused.active(torch.device("cpu")), reason="the fused operators are not built")
+    def test_a_run_that_ends_before_it_knows_the_numbers_of_its_last_step(self, data, tmp_path, monkeypatch):
+        """The state of a step whose loss is not finite is not saved, whatever else ends the run."""
+        monkeypatch.setattr("engine.options.waits_late", lambda *_: True)
+        ends = Run._stopped
+
+        def stopped(self: Run, step: int) -> RunError | None:
+            bad = self._latest is not None and not all(
+                output.isfinite().all() for output in self._latest.outputs
+            )
+            return RunError("ended by the test") if bad else ends(self, step)
+
+        monkeypatch.setattr(Run, "_stopped", stopped)
+        flags = [*ENDLESS, *CPU, "--learning-rate", 1e30, "--print-frequency", 100, "--save-state-every", 50]
+        done = run(SCRIPT, "--data-dir", data, "--snapshot-dir", tmp_path, *flags)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "the loss is" in last_line(done.stderr) and not list(tmp_path.glob("state_*"))
 
     def test_weights_that_overflow_in_the_last_step_are_not_saved(self, data, tmp_path):
         """The weights of the last step are checked too, although no later step uses them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 
@@ -12,6 +13,7 @@ from conftest import run_process
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import fused
 from cc_attention import criss_cross_attention, ops, reference
 from networks import Seg_Model
 from networks.variants import DEPTHS
@@ -152,6 +154,22 @@ def test_memory_of_a_step():
     # A single pass has no gradients of an earlier one.
     assert simulate(setting).peak < two.peak
     assert sum(c.memory for c in simulate(setting._replace(amp="bf16")).parts.values()) < 0.8 * kept
+
+
+@compiled
+@pytest.mark.skipif("cpu" not in fused.DEVICE_TYPES, reason="the fused operators are not built")
+def test_recomputation_keeps_less():
+    settings = [SMALL._replace(fused=True, recompute=each) for each in (False, True)]
+    kept, less = (simulate(setting) for setting in settings)
+    model = Seg_Model(5, backbone="tiny")
+    sides = {"layer1": (17, 25), "layer2": (9, 13), "layer3": (9, 13), "layer4": (9, 13)}
+    for part, side in sides.items():
+        saved = 0
+        for number, block in enumerate(getattr(model, part)):
+            before = sides["layer1"] if (part, number) == ("layer2", 0) else side  # its conv2 has stride 2
+            saved += 4 * SMALL.batch * block.conv1.out_channels * (math.prod(before) + math.prod(side))
+        assert kept.parts[part].memory - less.parts[part].memory == saved, part
+    assert less.peak < kept.peak < simulate(SMALL).peak
 
 
 def test_prediction_keeps_nothing():

@@ -524,6 +524,25 @@ def test_criterion(compiled, modes, made, ohem, weighted, dtype):
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+@pytest.mark.parametrize("made", [CriterionDSN(), CriterionOhemDSN(255, 0.4, 20)], ids=["plain", "ohem"])
+@pytest.mark.parametrize("transform", ["jvp", "grad"])
+def test_the_criterion_in_a_transform(compiled, modes, transform, made):
+    logits, target = sample((1, 3, 4, 5, 17, 19), F64)
+    results = []
+    for mode in modes:
+        fused.use(mode)
+
+        def loss(z: Tensor) -> Tensor:
+            return made([z], target)
+
+        if transform == "jvp":
+            results.append(torch.func.jvp(loss, (logits,), (logits.square(),))[1])
+        else:
+            results.append(torch.func.grad(loss)(logits))
+    assert results[0].abs().max() > 0
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_the_main_head_is_finished_before_the_auxiliary_head_begins(compiled, modes, monkeypatch, mode):
     """Then only one head at a time needs memory for upsampled logits."""

@@ -543,9 +543,8 @@ def test_gradcheck(backend: Backend, activation: str, training: bool) -> None:
 def test_a_second_derivative_is_an_error(backend: Backend) -> None:
     s = sample((2, 3, 3, 2)).to(backend.device)
     s.x.requires_grad_()
-    (grad,) = torch.autograd.grad(ours(s, NormOptions(True)).square().sum(), s.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(ours(s, NormOptions(True)).square().sum(), s.x, create_graph=True)
 
 
 # Several processes
