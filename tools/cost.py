@@ -166,8 +166,8 @@ class Alive(TorchDispatchMode):
 class Kept:
     """Count the bytes that autograd keeps for the backward pass, without weights and statistics.
 
-    Where `networks.abn.norm_then` recomputes an input, the other tensors that the layer saves are not counted:
-    a convolution in lower precision saves its converted weights, and max pooling its indices.
+    Where `networks.abn.norm_then` recomputes an input, the other tensors that the layer saves are not
+    counted: a convolution in lower precision saves its converted weights, and max pooling its indices.
     """
 
     def __init__(self, model: nn.Module):
