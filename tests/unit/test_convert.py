@@ -317,15 +317,24 @@ def test_original_out_and_in_again(tmp_path, monkeypatch):
     )
 
 
+class PlainNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d, the residual and the activation in place of an activated batch norm."""
+
+    def __init__(self, norm: ABN):
+        super().__init__(len(norm.weight))
+        self.slope = {"identity": 1.0, "relu": 0.0, "leaky_relu": 0.01}[norm.activation]
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().forward(x)
+        return F.leaky_relu(y if residual is None else y + residual, self.slope)
+
+
 def plain(model: nn.Module) -> nn.Module:
-    """Return `model` with nn.BatchNorm2d and an activation in place of every activated batch norm."""
+    """Return `model` with `PlainNorm` in place of every activated batch norm."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, ABN):
-                norm = nn.BatchNorm2d(len(child.weight))
-                if child.activation == "leaky_relu":
-                    norm.register_forward_hook(lambda _module, _input, y: F.leaky_relu(y, 0.01))
-                setattr(module, name, norm)
+                setattr(module, name, PlainNorm(child))
     return model
 
 
