@@ -30,7 +30,7 @@ from engine.training import checkpoint
 from engine.training.ema import WeightAverage
 from engine.training.run import Data, Parts, Run, exclusive
 from engine.training.schedule import poly_lr, set_learning_rate
-from engine.training.step import Stepper
+from engine.training.step import Stepper, updates_at_once
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
 from networks import MODELS, Seg_Model, load_weights, match_weights, recompute, synchronize, train_mode
@@ -215,8 +215,8 @@ def make_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Optim
     lr, momentum, decay = options.learning_rate, options.momentum, options.weight_decay
     if options.backend == "apex":
         return apex.optimizer(model.parameters(), lr, momentum, decay)
-    in_one_kernel = True if fused.active(next(model.parameters()).device) else None
-    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay, fused=in_one_kernel)
+    at_once = updates_at_once(next(model.parameters()).device, options.channels_last) or None
+    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay, fused=at_once)
 
 
 def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.World) -> nn.Module:

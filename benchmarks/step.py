@@ -53,7 +53,7 @@ from engine.acceleration import Speed, accelerate, autocast
 from engine.data.transfer import Batch
 from engine.inference import predict_classes
 from engine.runtime.distributed import World
-from engine.training.step import Criterion, StepOptions, Stepper, Total, waits_late
+from engine.training.step import Criterion, StepOptions, Stepper, Total, updates_at_once, waits_late
 from fused import MODES
 from loss import CriterionDSN
 from networks import Seg_Model, fold_batch_norm, recompute
@@ -188,7 +188,7 @@ def our_step(args: argparse.Namespace, device: torch.device, setting: Setting) -
     criterion = RangedCriterion(CriterionDSN().to(device))
     network: Any = torch.compile(model) if setting.compiled else model
     with fused.using(setting.fused):
-        optimizer = make_optimizer(model, fused.active(device))
+        optimizer = make_optimizer(model, updates_at_once(device, setting.channels_last))
         options = StepOptions(setting.amp, late=waits_late(device, setting.amp), graph=setting.cuda_graph)
     stepper = Stepper(network, criterion, optimizer, World(0, 1, device), options)
     batch = make_batch(args, device, setting)

@@ -97,6 +97,14 @@ def waits_late(device: torch.device, precision: str | None) -> bool:
     return device.type == "cuda" and precision != "fp16" and fused.active(device)
 
 
+def updates_at_once(device: torch.device, channels_last: bool) -> bool:
+    """Return whether train.py updates all weights in one kernel.
+
+    On a CPU, this kernel is slower than the default for channels_last weights (benchmarks/step.py).
+    """
+    return fused.active(device) and (device.type == "cuda" or not channels_last)
+
+
 class StepNumbers(NamedTuple):
     """The numbers of one step, over all processes.
 
