@@ -80,6 +80,12 @@ def use_fused(mode: str, device: torch.device) -> str | None:
     return None
 
 
+def resolve_fused(mode: str, device: torch.device) -> str:
+    """Return what a value of --fused means on `device`: "on" or "off"."""
+    with fused.using(mode):
+        return "on" if fused.active(device) else "off"
+
+
 class Speed(NamedTuple):
     """The precision and the implementation of a network in evaluation mode.
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 
 import fused
-from engine.acceleration import AUTO, PRECISIONS, Speed, choose_precision, use_fused
+from engine.acceleration import AUTO, PRECISIONS, Speed, choose_precision, resolve_fused, use_fused
 from engine.training.step import StepOptions, waits_late
 from fused import MODES
 from utils import args as flags
@@ -119,7 +119,7 @@ def for_device(options: Group, device: torch.device) -> tuple[Group, list[str]]:
     values: Any = options
     notes = [use_fused(values.fused, device)]
     amp, chosen = choose_precision(values.amp, device)
-    resolved = {"amp": amp, "fused": "on" if fused.active(device) else "off"}
+    resolved = {"amp": amp, "fused": resolve_fused(values.fused, device)}
     return replace(options, **resolved), [note for note in (*notes, chosen) if note]
 
 

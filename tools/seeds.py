@@ -23,7 +23,7 @@ from typing import Any
 
 import evaluate
 import train
-from engine.acceleration import choose_precision
+from engine.acceleration import choose_precision, resolve_fused
 from engine.options import EvaluateOptions, TrainOptions
 from engine.runtime.distributed import choose_devices
 from networks.of_run import table_path
@@ -126,7 +126,9 @@ def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
         each.name: each.default for each in fields(EvaluateOptions)
     }  # for results before a flag was added
     device = choose_devices(wanted["gpu"], wanted["nproc"])[0]
-    wanted["amp"] = choose_precision(wanted["amp"], device)[0]  # result.txt has what "auto" chose
+    # result.txt has what "auto" chose.
+    wanted["amp"] = choose_precision(wanted["amp"], device)[0]
+    wanted["fused"] = resolve_fused(wanted["fused"], device)
     for name in EvaluateOptions.names(lambda flag: flag.from_run):
         if wanted[name] is None:
             wanted[name] = of_run.get(name, noted.get(name))
