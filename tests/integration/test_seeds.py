@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import evaluate
 import train
+from engine.acceleration import resolve_fused
 from engine.options import EvaluateOptions
 from tools import seeds
 from utils.errors import RunError, UsageError
@@ -38,9 +40,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             path = Path(args.restore_from)
             if args.recurrence is None:
                 args.recurrence = json.loads(path.with_name("args.json").read_text())["recurrence"]
+            used = resolve_fused(args.fused, torch.device("cpu"))  # as evaluate.py notes it
             result = {
                 "meanIU": int(path.read_text()) / 100 + 0.2 * args.flip,
-                "arguments": {name: getattr(args, name) for name in NOTED},
+                "arguments": {name: getattr(args, name) for name in NOTED} | {"fused": used},
             }
             path.with_name("result.txt").write_text(json.dumps(result))
 
