@@ -12,14 +12,19 @@ if [ $# -ne 1 ] || [ -e "$1" ]; then
     exit 2
 fi
 python=${PYTHON:-python}
+folder=${1%/}
 
-"$python" -m pip install --quiet --no-deps --target "$1" \
+# The folder gets its name when it is complete, so that an interrupted installation can be started again.
+mkdir -p "$(dirname "$folder")"
+unfinished=$(mktemp -d "$folder.XXXXXX")
+trap 'rm -rf "$unfinished"' EXIT
+"$python" -m pip install --quiet --no-deps --target "$unfinished" \
     mmcv-lite==2.2.0 mmengine==0.10.7 onedl-mmsegmentation==1.4.2 \
     addict ftfy packaging platformdirs prettytable pygments pyyaml regex rich scipy termcolor tqdm wcwidth yapf
 
 # mmcv-lite has the sources of mmcv's operators, but not their compiled part. CCNet needs only its attention, which is
 # written in PyTorch. The other names are imported by networks that are not used here.
-cat > "$1/mmcv/ops/__init__.py" <<'PYTHON'
+cat > "$unfinished/mmcv/ops/__init__.py" <<'PYTHON'
 """mmcv's criss-cross attention; every other operator is an empty module."""
 import torch
 
@@ -31,4 +36,6 @@ def __getattr__(name):
         raise AttributeError(name)
     return type(name, (torch.nn.Module,), {})
 PYTHON
-echo "installed; run: $python -m benchmarks.step --variant mmseg --peer-site $1"
+chmod 755 "$unfinished"
+mv "$unfinished" "$folder"
+echo "installed; run: $python -m benchmarks.step --variant mmseg --peer-site $folder"

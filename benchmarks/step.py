@@ -571,10 +571,14 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"--peak-of {args.peak_of}: is not one of {', '.join(makes)}")
         print(json.dumps(peaks(makes[args.peak_of](), device)))
         return 0
+    given = sys.argv[1:] if argv is None else argv
+    # The folder of the peers says something about the machine, and nothing about the results.
+    site = args.peer_site
+    command = [argument.replace(site, "DIR") if site else argument for argument in given]
     report: dict[str, Any] = {
         "machine": machine(device.type),
         "commit": commit(),
-        "command": shlex.join(["python", "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "-m", "benchmarks.step", *command]),
         "setting": words(args),
         "batch_size": args.batch_size,
         "peers": {MMSEG: check_peer(args), "torchvision": check_torchvision()},

@@ -19,7 +19,7 @@ OPERATORS = torch.ops.fused
 
 
 class NormOptions(NamedTuple):
-    """What an activated batch norm computes.
+    """Options of an activated batch norm.
 
     Args:
         training: whether to use the statistics of the batch, and update the running ones; otherwise the

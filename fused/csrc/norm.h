@@ -23,7 +23,8 @@ struct MapSizes {
   bool channels_last;
 };
 
-// What determines y besides x and residual. All vectors have C elements of type S, except `statistics`.
+// Parameters of the norm: y is a function of them, x and residual. All vectors have C elements of type S, except
+// `statistics`.
 struct Norm {
   Dtype dtype;  // of all maps
   MapSizes sizes;
@@ -35,8 +36,9 @@ struct Norm {
   double slope;  // of leaky_relu
 };
 
-// sums[0:C] = sum over N and P of x, sums[C:2C] = sum of x * x, sums[2C] = N * P. Variances computed from them must be
-// as accurate as those of a two-pass or Welford sum in S, also if the mean is far from zero.
+// sums[0:C] = sum over N and P of x, sums[C:2C] = sum of x * x, sums[2C] = N * P. For maps of
+// 32 or 16 bits, variances computed from them must be as accurate as those of a two-pass or Welford sum in S, also if
+// the mean is far from zero. For float64 maps, the error grows with the square of mean / deviation.
 struct NormSums {
   Dtype dtype;
   MapSizes sizes;

@@ -328,7 +328,7 @@ class TestABN:
 
 @pytest.mark.skipif(not fused.active(torch.device("cpu")), reason="the fused operators are not built")
 class TestFusedLayer:
-    """Where the fused operators are used, and where they would be wrong."""
+    """The layer uses the fused operators, except where they would be wrong."""
 
     x = torch.randn(2, 6, 4, 3, generator=torch.Generator().manual_seed(5))
 

@@ -31,6 +31,15 @@ extern const Kernels kBaseline;
 #ifdef __x86_64__
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+
+// Returns the kernels of the best instruction set that the processor supports.
+template <typename K>
+const K& best_of(const K& baseline, const K& avx2, const K& avx512) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    return avx512;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : baseline;
+}
 #endif
 
 }  // namespace cc_attention

@@ -6,12 +6,10 @@ namespace {
 
 const Kernels& choose() {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-    return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
+  return cc_attention::best_of(kBaseline, kAvx2, kAvx512);
+#else
   return kBaseline;
+#endif
 }
 
 const Kernels& kernels() {

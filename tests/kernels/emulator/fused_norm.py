@@ -76,7 +76,7 @@ class NormBackwardInput(ctypes.Structure):
 
 
 class Parameters(NamedTuple):
-    """What determines y besides x and the residual; vectors in the precision S of the statistics."""
+    """Parameters of the norm; vectors have the precision S of the statistics."""
 
     statistics: Tensor  # [2,C]
     weight: Tensor  # [C]
