@@ -33,7 +33,7 @@ from engine.training.schedule import poly_lr, set_learning_rate
 from engine.training.step import Stepper, updates_at_once
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
-from networks import MODELS, Seg_Model, load_weights, match_weights, recompute, synchronize, train_mode
+from networks import MODELS, Seg_Model, load_weights, match_weights, synchronize, train_mode
 from networks.abn import require_inplace_abn
 from networks.attention import picture_attention
 from networks.pretrained import read_weights
@@ -123,7 +123,8 @@ def train(options: TrainOptions, classes: Classes, world: distributed.World) -> 
         model = make_start(options).to(world.device).to(memory_format=options.memory_format)
         average = WeightAverage(model, options.ema) if options.ema is not None else None
         synchronize(model, world.statistics())
-        recompute(model, options.recompute)
+        if isinstance(model, Seg_Model):
+            model.recompute = options.recompute
         train_mode(model, options.freeze_bn)
         optimizer = make_optimizer(options, model)
         parallel = make_parallel(options, model, world)

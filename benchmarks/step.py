@@ -56,7 +56,7 @@ from engine.runtime.distributed import World
 from engine.training.step import Criterion, StepOptions, Stepper, Total, updates_at_once, waits_late
 from fused import MODES
 from loss import CriterionDSN
-from networks import Seg_Model, fold_batch_norm, recompute
+from networks import Seg_Model, fold_batch_norm
 from networks.variants import DEPTHS, VARIANTS
 from tools.common import end
 from utils import args as flags
@@ -184,7 +184,7 @@ def our_step(args: argparse.Namespace, device: torch.device, setting: Setting) -
     """Return the training step of train.py."""
     model = make_network(args, device).train()
     model.to(memory_format=setting.layout)  # type: ignore[call-overload]
-    recompute(model, setting.recompute)
+    model.recompute = setting.recompute
     criterion = RangedCriterion(CriterionDSN().to(device))
     network: Any = torch.compile(model) if setting.compiled else model
     with fused.using(setting.fused):

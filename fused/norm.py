@@ -134,20 +134,25 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         statistics: Tensor,
         count: Tensor | None,
         options: NormOptions,
+        keep: bool,
     ) -> Tensor:
         y = normalize(x, statistics, weight, bias, options, residual)
         # Without a residual, the sign of y is computed again from x.
         needs_y = residual is not None and options.activation != "identity"
-        ctx.save_for_backward(x, weight, bias, statistics, count, y if needs_y else None)
-        ctx.options, ctx.residual = options, residual is not None
+        y_or_residual = (y if keep else residual) if needs_y else None
+        ctx.save_for_backward(x, weight, bias, statistics, count, y_or_residual)
+        ctx.options, ctx.residual, ctx.keep = options, residual is not None, keep
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("activated_batch_norm")
-        x, weight, bias, statistics, count, y = ctx.saved_tensors
+        x, weight, bias, statistics, count, y_or_residual = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         options: NormOptions = ctx.options
+        y = y_or_residual
+        if not ctx.keep and y_or_residual is not None:
+            y = normalize(x, statistics, weight, bias, options, y_or_residual)
         operands = (x, y, statistics, weight, bias)
         sums: Any = None
         grad_x = grad_weight = grad_bias = None
@@ -173,9 +178,7 @@ class _ActivatedBatchNorm(torch.autograd.Function):
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             grad if needs_residual else None,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -217,7 +220,7 @@ def activated_batch_norm(
     )[0]
 
 
-def activated_batch_norm_with_statistics(
+def activated_batch_norm_with_statistics(  # noqa: PLR0913
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -225,10 +228,15 @@ def activated_batch_norm_with_statistics(
     running_var: Tensor | None,
     options: NormOptions,
     residual: Tensor | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output of `activated_batch_norm`, and the statistics [2, C] for `normalize`."""
+    """Return the output of `activated_batch_norm`, and the statistics [2, C] for `normalize`.
+
+    The gradient of a sum with a residual needs the output. With `keep` = False, the residual is kept instead,
+    and the output is computed again.
+    """
     statistics, count = batch_statistics(x, running_mean, running_var, options)
-    y = _ActivatedBatchNorm.apply(x, weight, bias, residual, statistics, count, options)
+    y = _ActivatedBatchNorm.apply(x, weight, bias, residual, statistics, count, options, keep)
     return y, statistics
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from networks.abn import ABN, recompute, synchronize, train_mode
+from networks.abn import ABN, synchronize, train_mode
 from networks.ccnet import Seg_Model
 from networks.dropout import ChannelDropout
 from networks.folding import fold_batch_norm
@@ -19,7 +19,6 @@ __all__ = [
     "fold_batch_norm",
     "load_weights",
     "match_weights",
-    "recompute",
     "synchronize",
     "train_mode",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused
+from networks.recompute import current_outputs
 from utils.errors import UsageError
 
 BACKENDS = ("torch", "inplace", "apex")
@@ -80,7 +79,6 @@ class ABN(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.group: StatisticsGroup | None = None  # set by synchronize()
-        self.recompute = False  # set by recompute()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.running_mean: Tensor
@@ -91,7 +89,7 @@ class ABN(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize x [N, C, ...], add a residual of the same shape, if given, and apply the activation."""
         if self._is_fused(x, residual):
-            return self._forward_fused(x, residual)[0]
+            return self._forward_fused(x, residual)
         if self.backend == "inplace":
             # The backward pass of the package recomputes the input from the output, which is impossible after
             # a ReLU or a residual. So these are applied separately below, at the cost of their memory.
@@ -122,17 +120,22 @@ class ABN(nn.Module):
         synchronized = self.training and self.group is not None
         return self.backend == "apex" and synchronized and x.dtype in (torch.float32, torch.float16)
 
-    def _forward_fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Return the output, and a function that computes it again from x, without a residual."""
+    def _forward_fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Normalize x, add a residual and apply the activation in one operator."""
         reduced = self.group.all_reduce if self.training and self.group is not None else None
         options = fused.NormOptions(
             self.training, self.momentum, self.eps, self.activation, self.slope, reduced
         )
+        outputs = current_outputs()
+        recomputed = outputs is not None and outputs.accepts(residual)
+        running = (self.running_mean, self.running_var)
         y, statistics = fused.activated_batch_norm_with_statistics(
-            x, self.weight, self.bias, self.running_mean, self.running_var, options, residual
+            x, self.weight, self.bias, *running, options, residual, not recomputed
         )
-        operands = (x.detach(), statistics, self.weight.detach(), self.bias.detach())
-        return y, partial(fused.normalize, *operands, options)
+        if outputs is not None and recomputed:
+            operands = (x.detach(), statistics, self.weight.detach(), self.bias.detach(), options)
+            outputs.add(y, partial(fused.normalize, *operands), residual)
+        return y
 
     def _forward_torch(self, x: Tensor) -> Tensor:
         """Normalize x without an activation, by PyTorch or apex."""
@@ -193,35 +196,6 @@ def _activate(x: Tensor, activation: str, slope: float, inplace: bool = False) -
     if activation == "relu":
         return F.relu(x, inplace)
     return F.leaky_relu(x, slope, inplace) if activation == "leaky_relu" else x
-
-
-def norm_then(norm: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return layer(norm(x)).
-
-    If `norm` is an `ABN` that recomputes, the backward pass keeps x, but not norm(x), which it computes again
-    where `layer` needs it. The gradients are the same, bit for bit. `layer` must not save its own output for
-    the backward pass: the graph would then keep itself alive.
-    """
-    if not (isinstance(norm, ABN) and norm.recompute and norm._is_fused(x) and torch.is_grad_enabled()):
-        return layer(norm(x))
-    y, again = norm._forward_fused(x, None)
-    output = weakref.ref(y)  # PyTorch keeps the hooks, which must not keep the output
-
-    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        return again if saved is output() else saved
-
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return layer(y)
-
-
-def recompute(model: nn.Module, enabled: bool = True) -> None:
-    """Choose whether every `ABN` of `model` recomputes its output in the backward pass (see `norm_then`)."""
-    for module in model.modules():
-        if isinstance(module, ABN):
-            module.recompute = enabled
 
 
 def require_inplace_abn(processes: int, device_type: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from networks.abn import ABN
 from networks.dropout import ChannelDropout
 from networks.heads import RCCAHead
+from networks.recompute import recomputation
 from networks.resnet import ResNet
 from networks.weights import load_weights
 
@@ -65,6 +67,8 @@ class Seg_Model(ResNet):  # noqa: N801
             nn.Conv2d(dsn_channels, num_classes, 1),
         )
         self.criterion = criterion
+        #: Whether the outputs of batch norm are computed again in the backward pass (networks/recompute.py).
+        self.recompute = False
         if pretrained_model is not None:
             load_weights(self, pretrained_model)
 
@@ -80,10 +84,11 @@ class Seg_Model(ResNet):  # noqa: N801
             of the input size. Without the auxiliary head (`networks.fold_batch_norm`), only [logits]. If
             `labels` and a criterion were given, the loss.
         """
-        layer3, layer4 = self.features(images)
-        outputs = [self.head(layer4)]
-        if self.dsn is not None:
-            outputs.append(self.dsn(layer3))
+        with recomputation() if self.recompute else contextlib.nullcontext():
+            layer3, layer4 = self.features(images)
+            outputs = [self.head(layer4)]
+            if self.dsn is not None:
+                outputs.append(self.dsn(layer3))
         if self.criterion is not None and labels is not None:
             return self.criterion(outputs, labels)
         return outputs

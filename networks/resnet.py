@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.abn import ABN, norm_then
+from networks.abn import ABN
 from networks.variants import DEPTHS, VARIANTS
 
 
@@ -48,9 +46,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to x [N, in_channels, H, W]."""
-        y = norm_then(self.bn1, self.conv2, self.conv1(x))
-        y = norm_then(self.bn2, self.conv3, y)
-        return self.bn3(y, x if self.downsample is None else self.downsample(x))
+        y = self.bn1(self.conv1(x))
+        y = self.bn2(self.conv2(y))
+        return self.bn3(self.conv3(y), x if self.downsample is None else self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -113,13 +111,11 @@ class ResNet(nn.Module):
         H and W are about h / 8 and w / 8. In the "ccnet" variant, 1024 x 2048 images give 129 x 257 features.
         """
         x = images if self.shift is None else images + self.shift.view(3, 1, 1)
-        x, last = self.conv1(x), self.bn1
+        x = self.bn1(self.conv1(x))
         if len(self.variant.stem) == 3:
-            x = norm_then(self.bn1, self.conv2, x)
-            x = norm_then(self.bn2, self.conv3, x)
-            last = self.bn3
+            x = self.bn2(self.conv2(x))
+            x = self.bn3(self.conv3(x))
         # The released checkpoints of CCNet were trained with ceil_mode.
-        pool = partial(F.max_pool2d, kernel_size=3, stride=2, padding=1, ceil_mode=self.variant.ceil_mode)
-        x = norm_then(last, pool, x)
+        x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=self.variant.ceil_mode)
         x = self.layer3(self.layer2(self.layer1(x)))
         return x, self.layer4(x)

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import fused
 from engine.acceleration import autocast
 from loss import CriterionDSN, CriterionOhemDSN
-from networks import Seg_Model, recompute
+from networks import Seg_Model
+from networks.recompute import recomputation
 from utils.progress import Progress
 from utils.timing import mark, seconds
 
@@ -164,11 +165,7 @@ class Alive(TorchDispatchMode):
 
 
 class Kept:
-    """Count the bytes that autograd keeps for the backward pass, without weights and statistics.
-
-    Where `networks.abn.norm_then` recomputes an input, the other tensors that the layer saves are not
-    counted: a convolution in lower precision saves its converted weights, and max pooling its indices.
-    """
+    """Count the bytes that autograd keeps for the backward pass, without weights and statistics."""
 
     def __init__(self, model: nn.Module):
         self.bytes = 0
@@ -293,7 +290,7 @@ def simulate(
         with mode:
             model.head.cca = attention()  # type: ignore[assignment]
     model.train(setting.train)
-    recompute(model, setting.recompute)
+    model.recompute = False  # this function does it, in order to count
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas or {}))
     with fused_of(setting), mode, Alive(model) as alive, contextlib.ExitStack() as stack:
         weights = alive.now
@@ -309,6 +306,11 @@ def simulate(
         labels = torch.zeros(setting.batch, *setting.size, dtype=torch.long)
         kept = Kept(model)
 
+        def saving(pack: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
+            if setting.recompute:
+                return recomputation(pack)
+            return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
         def read() -> tuple[int, int, int]:
             peak, alive.peak = alive.peak, alive.now
             peaks.append(peak)
@@ -321,8 +323,7 @@ def simulate(
         for number in range(passes):
             passage.start()
             with torch.set_grad_enabled(setting.train):
-                saved = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor)
-                with saved if number == 0 else contextlib.nullcontext():
+                with saving(kept.pack if number == 0 else lambda tensor: tensor):
                     with autocast_of(setting, "cpu"):
                         outputs = model(images)
                     if setting.train:
@@ -361,7 +362,7 @@ def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     torch.backends.cudnn.benchmark = True
     model.to(device).to(memory_format=layout).train(setting.train)
-    recompute(model, setting.recompute)
+    model.recompute = setting.recompute
     criterion = criterion_of(setting)
     optimizer = optimizer_of(model)
     generator = torch.Generator().manual_seed(0)
