@@ -72,8 +72,9 @@ def one(folder: str, device: str, shapes: list[str], channels: list[int]) -> dic
 
     def both(inputs: Sequence[Tensor], tf32: bool) -> list[Tensor]:
         q, k, v, grad = inputs
-        out, normalizer = operator.criss_cross_attention(q, k, v, tf32)
-        return [out, *operator.criss_cross_attention_backward(grad, q, k, v, out, normalizer, tf32)]
+        out, normalizer, *_ = operator.criss_cross_attention(q, k, v, tf32=tf32)
+        gradients = operator.criss_cross_attention_backward(grad, q, k, v, out, normalizer, tf32=tf32)
+        return [out, *gradients[:3]]
 
     result: dict[str, Any] = {"worst_relative_error": {}, "times": {}}
     for name, dtype in TYPES.items():
@@ -92,13 +93,13 @@ def one(folder: str, device: str, shapes: list[str], channels: list[int]) -> dic
                 worst[name] = np.maximum(worst.get(name, 0.0), error).item()
         for shape in shapes:
             sets = [operands(shape, dtype, device, channels, seed) for seed in range(INPUTS)]
-            kept = [operator.criss_cross_attention(*inputs[:3], tf32) for inputs in sets]
+            kept = [operator.criss_cross_attention(*inputs[:3], tf32=tf32)[:2] for inputs in sets]
 
             def forward(i: int, sets: list = sets, tf32: bool = tf32) -> None:
-                operator.criss_cross_attention(*sets[i][:3], tf32)
+                operator.criss_cross_attention(*sets[i][:3], tf32=tf32)
 
             def backward(i: int, sets: list = sets, kept: list = kept, tf32: bool = tf32) -> None:
-                operator.criss_cross_attention_backward(sets[i][3], *sets[i][:3], *kept[i], tf32)
+                operator.criss_cross_attention_backward(sets[i][3], *sets[i][:3], *kept[i], tf32=tf32)
 
             for what, run in (("forward", forward), ("backward", backward)):
                 runs: list[Callable[[], object]] = [partial(run, i) for i in range(INPUTS)]

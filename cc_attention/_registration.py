@@ -5,7 +5,9 @@ the module is enough. The compiled library must be loaded before.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from cc_attention import reference
-from cc_attention.reference import check_channels, check_operands
+from cc_attention.reference import check_attention, check_channels, check_operands
 
 OPERATORS = torch.ops.cc_attention
 POSITIONS = "H + W - 1, the positions of a criss-cross"
@@ -27,31 +29,56 @@ _LIBRARY = torch.library.Library("cc_attention", "FRAGMENT")
 # the checks of csrc/common.h do not run while tracing.
 
 
-def _empty_map(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def _empty_map(like: Tensor, channels: int | None = None) -> Tensor:
+    shape = list(like.shape)
+    shape[1] = shape[1] if channels is None else channels
+    layout = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _summing_dtype(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 @torch.library.register_fake("cc_attention::criss_cross_attention")
-def _attention_shapes(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
-    check_operands("criss_cross_attention", value=value, query=query, key=key)
-    check_channels("criss_cross_attention", query.shape[1], "those of query", key=key)
-    n, _, h, w = value.shape
-    summed = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return _empty_map(value), value.new_empty((n, h, w, 2), dtype=summed)
+def _attention_shapes(  # noqa: PLR0913
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    heads: int = 1,
+    scale: float = 1.0,
+    axes: int = 6,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_attention("criss_cross_attention", query, key, value, residual, gamma, heads)
+    normalizer = value.new_empty((value.shape[0], *value.shape[2:], heads, 2), dtype=_summing_dtype(value))
+    return _empty_map(value), normalizer, value.new_empty(0) if residual is None else _empty_map(value)
 
 
 @torch.library.register_fake("cc_attention::criss_cross_attention_backward")
-def _attention_backward_shapes(
+def _attention_backward_shapes(  # noqa: PLR0913
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     out: Tensor,
     normalizer: Tensor,
+    gamma: Tensor | None = None,
+    heads: int = 1,
+    scale: float = 1.0,
+    axes: int = 6,
+    joint: bool = False,
     tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_operands("criss_cross_attention_backward", value=value, query=query, key=key, out=out, grad=grad)
-    return _empty_map(query), _empty_map(key), _empty_map(value)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = {"value": value, "query": query, "key": key, "out": out, "grad": grad}
+    check_operands("criss_cross_attention_backward", video=True, **operands)
+    of_gamma = value.new_empty(0) if gamma is None else gamma.new_empty(1)
+    if joint:
+        whole = _empty_map(value, 2 * query.shape[1] + value.shape[1])
+        return whole, value.new_empty(0), value.new_empty(0), of_gamma
+    return _empty_map(query), _empty_map(key), _empty_map(value), of_gamma
 
 
 @torch.library.register_fake("cc_attention::ca_weight")
@@ -79,6 +106,17 @@ def _ca_map_shapes(weight: Tensor, value: Tensor) -> Tensor:
 def _ca_map_backward_shapes(grad: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     check_operands("ca_map_backward", weight=weight, value=value, grad=grad)
     return weight.new_empty(weight.shape), _empty_map(value)
+
+
+def _with_defaults(args: tuple[Any, ...], name: str = "criss_cross_attention") -> tuple[Any, ...]:
+    """Return the arguments of an operator, with the default values that PyTorch leaves out at the end."""
+    schema = getattr(OPERATORS, name).default._schema.arguments
+    return *args, *(argument.default_value for argument in schema[len(args) :])
+
+
+def _axes_of(mask: int, dim: int) -> tuple[int, ...]:
+    """Return the spatial axes, counted from 0, of the operators' argument `axes`."""
+    return tuple(axis for axis in range(dim - 2) if mask & 1 << (axis + 5 - dim))
 
 
 # Derivatives. torch.library.register_autograd does not support torch.func.grad, vjp and jacrev, and drops the
@@ -128,39 +166,69 @@ class _Level(_SingleLevelFunction):
 
 
 class _Attention(_Level):
+    """The fused operator. Its arguments after `keyset` are those of the operator."""
+
     @staticmethod
-    def forward(
-        ctx: Any, keyset: Any, query: Tensor, key: Tensor, value: Tensor, tf32: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, residual, gamma, *options = _with_defaults(args)
         operator = OPERATORS.criss_cross_attention.default
-        out, normalizer = _below_autograd(keyset, operator, query, key, value, tf32)
-        ctx.tf32 = tf32
-        ctx.mark_non_differentiable(normalizer)
+        out, normalizer, total = _below_autograd(keyset, operator, *args)
+        ctx.options, ctx.arguments = options, len(args)
+        # With a residual, the sum is the only differentiable result.
+        ctx.mark_non_differentiable(normalizer, total if residual is None else out)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, normalizer)
-        ctx.save_for_forward(query, key, value)
-        return out, normalizer
+        ctx.save_for_backward(query, key, value, out, normalizer, gamma)
+        ctx.save_for_forward(query, key, value, gamma)
+        return out, normalizer, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 5
-        gradients = OPERATORS.criss_cross_attention_backward(grad, *ctx.saved_tensors, ctx.tf32)
-        return None, *gradients, None
+    def backward(
+        ctx: Any, grad_out: Tensor | None, _: Tensor | None, grad_sum: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *saved, gamma = ctx.saved_tensors
+        grad = grad_out if gamma is None else grad_sum
+        gradients: list[Tensor | None] = [None] * 5
+        if grad is not None:
+            heads, scale, axes, tf32 = ctx.options
+            *of_maps, of_gamma = OPERATORS.criss_cross_attention_backward(
+                grad, *saved, gamma, heads, scale, axes, False, tf32
+            )
+            gradients[:3] = of_maps
+            if gamma is not None:
+                gradients[3:] = [grad, of_gamma.reshape(gamma.shape)]
+        return None, *(gradients + [None] * 4)[: ctx.arguments]
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, None]:
-        with _tangents(*ctx.saved_tensors) as inputs:
-            wide = torch.promote_types(inputs[2].dtype, torch.float32)
-            query, key, value = (t.to(wide) for t in inputs)
-            dquery, dkey, dvalue = (None if t is None else t.to(wide) for t in tangents[:3])
-            weight = OPERATORS.ca_weight(query, key).softmax(1)
-            dweight = None
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+        heads, scale, mask, _tf32 = ctx.options
+        tangents = (*tangents, None, None)  # residual and gamma may have been left out
+        with _tangents(*ctx.saved_tensors) as (*inputs, gamma):
+            dtype, axes = inputs[2].dtype, _axes_of(mask, inputs[2].dim())
+            wide = torch.promote_types(dtype, torch.float32)
+            query, key, value = (reference.fold_heads(t.to(wide), heads) for t in inputs)
+            dquery, dkey, dvalue = (
+                None if t is None else reference.fold_heads(t.to(wide), heads) for t in tangents[:3]
+            )
+            scores = partial(reference.scores, axes=axes)
+            weighted_sum = partial(reference.weighted_sum, axes=axes)
+            weight = (scale * scores(query, key)).softmax(1)
+            parts = [(weight, dvalue)]
             if dquery is not None or dkey is not None:
-                dscore = _sum_of_products(OPERATORS.ca_weight, (dquery, key), (query, dkey))
-                dweight = weight * (dscore - (weight * dscore).sum(1, keepdim=True))
-            tangent = _sum_of_products(OPERATORS.ca_map, (dweight, value), (weight, dvalue))
-            return tangent.to(inputs[2].dtype), None
+                dscore = scale * _sum_of_products(scores, (dquery, key), (query, dkey))
+                parts.append((weight * (dscore - (weight * dscore).sum(1, keepdim=True)), value))
+            attended = any(part is not None for _, part in parts)
+            out = None
+            if attended:
+                out = reference.unfold_heads(_sum_of_products(weighted_sum, *parts), heads)
+            if gamma is None:
+                return None if out is None else out.to(dtype), None, None
+            dresidual, dgamma = tangents[3:5]
+            terms = [] if dresidual is None else [dresidual.to(wide)]
+            if out is not None:
+                terms.append(gamma * out)
+            if dgamma is not None:
+                terms.append(dgamma * reference.unfold_heads(weighted_sum(weight, value), heads))
+            return None, None, sum(terms[1:], terms[0]).to(dtype)
 
 
 class _Weight(_Level):
@@ -227,12 +295,21 @@ class _Gradient(_Level):
         )
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = reference.ca_weight(query.to(wide), key.to(wide))
+def _plain_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, residual, gamma, heads, scale, mask, _ = _with_defaults(args)
+    axes = _axes_of(mask, value.dim())
+    options = {"heads": heads, "scale": scale, "axes": axes}
+    out = reference.criss_cross_attention(query, key, value, **options)
+    wide = _summing_dtype(value)
+    folded_query, folded_key = (reference.fold_heads(t.to(wide), heads) for t in (query, key))
+    scores = scale * reference.scores(folded_query, folded_key, axes)
+    scores = scores.unflatten(0, (-1, heads)).movedim(1, -1)  # [N, L, *spatial, heads]
     top = scores.amax(1)
     normalizer = torch.stack([top, (scores - top.unsqueeze(1)).exp().sum(1)], dim=-1)
-    return reference.criss_cross_attention(query, key, value), normalizer
+    if residual is None:
+        return out, normalizer, out.new_empty(0)
+    total = reference.criss_cross_attention(query, key, value, residual=residual, gamma=gamma, **options)
+    return out, normalizer, total
 
 
 def _implement_autograd(
@@ -274,22 +351,31 @@ for _name in ("criss_cross_attention_backward", "ca_weight_backward", "ca_map_ba
 # vmap: the mapped dimension is folded into the batch dimension.
 
 
-def _implement_vmap(name: str) -> None:
+def _batched(size: int, tensor: Tensor, dim: int | None) -> Tensor:
+    """Return the tensor with the mapped dimension first."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _check_sample(
+    name: str, size: int, dims: Mapping[str, int | None], tensors: Mapping[str, Tensor], video: bool
+) -> None:
+    """Check one sample, so that errors show the shapes that the caller sees."""
+    if size:
+        samples = {n: _batched(size, t, dims[n])[0] for n, t in tensors.items()}
+        check_operands(name, video=video, **samples)
+
+
+def _implement_vmap(name: str, maps: int) -> None:
+    """Register the vmap rule of an operator whose first `maps` arguments are maps."""
     operator = getattr(OPERATORS, name).default
-    names = [argument.name for argument in operator._schema.arguments]
+    names = [argument.name for argument in operator._schema.arguments][:maps]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        dims = {n: dim for n, arg, dim in zip(names, args, in_dims, strict=False) if isinstance(arg, Tensor)}
-        tensors = dict(zip(dims, args, strict=False))
-        if info.batch_size:  # check one sample, so that errors show the shapes that the caller sees
-            samples = {n: t if dims[n] is None else t.select(dims[n], 0) for n, t in tensors.items()}
-            check_operands(name, **{n: t for n, t in samples.items() if n != "normalizer"})
-        batched = [
-            t.expand(info.batch_size, *t.shape) if dims[n] is None else t.movedim(dims[n], 0)
-            for n, t in tensors.items()
-        ]
-        folded, size = (t.flatten(0, 1) for t in batched), batched[0].shape[:2]
-        result = operator(*folded, *args[len(dims) :])
+        dims, tensors = (dict(zip(names, each, strict=False)) for each in (in_dims, args))
+        _check_sample(name, info.batch_size, dims, tensors, False)
+        batched = [_batched(info.batch_size, t, dims[n]) for n, t in tensors.items()]
+        size = batched[0].shape[:2]
+        result = operator(*(t.flatten(0, 1) for t in batched))
         if isinstance(result, Tensor):
             return result.unflatten(0, size), 0
         return tuple(t.unflatten(0, size) for t in result), (0,) * len(result)
@@ -297,19 +383,68 @@ def _implement_vmap(name: str) -> None:
     torch.library.register_vmap(f"cc_attention::{name}", rule)
 
 
-for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
-    _implement_vmap(_name)
-    _implement_vmap(f"{_name}_backward")
+for _name, _maps in (("ca_weight", 2), ("ca_map", 2), ("ca_weight_backward", 3), ("ca_map_backward", 3)):
+    _implement_vmap(_name, _maps)
+
+
+def _factors(size: int, gamma: Tensor, dim: int | None, like: Tensor) -> Tensor:
+    """Return gamma of each sample, in a shape that multiplies [size, N, C, *spatial]."""
+    return _batched(size, gamma, dim).reshape(size, *[1] * (like.dim() - 1))
+
+
+def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    query, key, value, residual, gamma, *options = _with_defaults(args)
+    dims, size = [*in_dims, None, None], info.batch_size
+    names = ("value", "query", "key")
+    order = dict(zip(names, (dims[2], dims[0], dims[1]), strict=True))
+    _check_sample(
+        "criss_cross_attention", size, order, dict(zip(names, (value, query, key), strict=True)), True
+    )
+    batched = [_batched(size, t, dim) for t, dim in zip((query, key, value), dims, strict=False)]
+    out, normalizer, total = OPERATORS.criss_cross_attention(
+        *(t.flatten(0, 1) for t in batched), None, None, *options
+    )
+    out, normalizer = (t.unflatten(0, batched[0].shape[:2]) for t in (out, normalizer))
+    if residual is None:
+        return (out, normalizer, total), (0, 0, None)
+    wide = _summing_dtype(out)
+    product = _factors(size, gamma, dims[4], out) * out.to(wide)
+    total = (_batched(size, residual, dims[3]).to(wide) + product).to(out.dtype)
+    return (out, normalizer, total), (0, 0, 0)
+
+
+def _attention_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    name, size = "criss_cross_attention_backward", info.batch_size
+    *tensors, gamma, heads, scale, axes, joint, tf32 = _with_defaults(args, name)
+    grad, query, key, value, out, normalizer = (
+        _batched(size, t, dim) for t, dim in zip(tensors, in_dims, strict=False)
+    )
+    of_gamma = value.new_empty(size, 0)
+    if gamma is not None:  # each sample has its own gradient of gamma
+        wide = _summing_dtype(out)
+        of_gamma = (grad.to(wide) * out.to(wide)).flatten(1).sum(1, keepdim=True)
+        grad = (_factors(size, gamma, in_dims[6], grad) * grad.to(wide)).to(out.dtype)
+    maps = (t.flatten(0, 1) for t in (grad, query, key, value, out, normalizer))
+    *gradients, _ = OPERATORS.criss_cross_attention_backward(*maps, None, heads, scale, axes, joint, tf32)
+    unfolded = (
+        value.new_empty(size, 0) if joint and number else t.unflatten(0, value.shape[:2])
+        for number, t in enumerate(gradients)
+    )
+    return (*unfolded, of_gamma), (0,) * 4
+
+
+torch.library.register_vmap("cc_attention::criss_cross_attention", _attention_vmap)
+torch.library.register_vmap("cc_attention::criss_cross_attention_backward", _attention_backward_vmap)
 
 
 # Autocast. The fused operator runs in the dtype of the region, like PyTorch's own attention, since its scores
 # are float32 in any case. torch.library.register_autocast would fix the dtype at registration.
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
-    operands = reference.cast_for_autocast(query, key, value)
-    with torch.autocast(value.device.type, enabled=False):
-        return OPERATORS.criss_cross_attention(*operands, tf32)
+def _autocast(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    maps = (arg if arg is None else reference.cast_for_autocast(arg)[0] for arg in args[:4])
+    with torch.autocast(args[2].device.type, enabled=False):
+        return OPERATORS.criss_cross_attention(*maps, *args[4:])
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
@@ -321,40 +456,53 @@ for _name in ("cc_attention::ca_weight", "cc_attention::ca_map"):
         torch.library.register_autocast(_name, _device_type, torch.float32)
 
 
-# FLOP formulas: a multiply-add counts as two operations. The softmax is not counted, as in PyTorch's own
-# formulas.
+# FLOP formulas: a multiply-add counts as two operations. The softmax and the residual are not counted, as in
+# PyTorch's own formulas.
 
 
-def _products(channels: Any, n: int, _: int, h: int, w: int) -> int:
-    """Return the FLOPs of criss-cross scores or weighted sums of n maps [channels, h, w]."""
-    return 2 * n * h * w * (h + w - 1) * channels
+def _products(channels: Any, shape: Any, axes: int = 6) -> int:
+    """Return the FLOPs of criss-cross scores or weighted sums, for maps of this shape but with `channels`."""
+    n, _, *spatial = shape
+    used = _axes_of(axes, len(shape))
+    positions = sum(spatial[axis] for axis in used) - len(used) + 1
+    return 2 * n * math.prod(spatial) * positions * channels
+
+
+def _axes_argument(operator: Any, args: tuple[Any, ...], given: Mapping[str, Any]) -> int:
+    names = [argument.name for argument in operator.default._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **given}.get("axes", 6)
 
 
 @register_flop_formula(OPERATORS.criss_cross_attention)
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_flops(query: Any, key: Any, value: Any, *more: Any, out_val: Any = None, **given: Any) -> int:
     """Return the FLOPs of the scores and the weighted sums."""
-    return _products(query[1] + value[1], *value)
+    axes = _axes_argument(OPERATORS.criss_cross_attention, (query, key, value, *more), given)
+    return _products(query[1] + value[1], value, axes)
 
 
 @register_flop_formula(OPERATORS.criss_cross_attention_backward)
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *more: Any, out_val: Any = None, **given: Any
+) -> int:
     """Return the FLOPs of the backward pass.
 
     The scores are computed again. For each product of the forward pass, there are two more products.
     """
-    return _products(3 * query[1] + 2 * value[1], *value)
+    arguments = (grad, query, key, value, *more)
+    axes = _axes_argument(OPERATORS.criss_cross_attention_backward, arguments, given)
+    return _products(3 * query[1] + 2 * value[1], value, axes)
 
 
 @register_flop_formula(OPERATORS.ca_weight)
 def _ca_weight_flops(query: Any, key: Any, **_: Any) -> int:
-    return _products(query[1], *query)
+    return _products(query[1], query)
 
 
 @register_flop_formula(OPERATORS.ca_map)
 def _ca_map_flops(weight: Any, value: Any, **_: Any) -> int:
-    return _products(value[1], *value)
+    return _products(value[1], value)
 
 
 @register_flop_formula([OPERATORS.ca_weight_backward, OPERATORS.ca_map_backward])
 def _half_backward_flops(grad: Any, first: Any, second: Any, **_: Any) -> int:
-    return _products(2 * second[1], *second)
+    return _products(2 * second[1], second)

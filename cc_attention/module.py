@@ -1,4 +1,6 @@
-"""Criss-cross attention modules, as used in CCNet's head."""
+"""Criss-cross attention modules, as used in CCNet's head, and their forms for videos."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -7,16 +9,84 @@ from torch.overrides import handle_torch_function, has_torch_function
 from cc_attention.ops import criss_cross_attention, to_channels_last
 
 
-def _operand(x: Tensor, channels: int, module: str) -> Tensor:
-    """Return x [N, channels, H, W] in channels_last; raise RuntimeError for any other shape."""
+def _operand(x: Tensor, channels: int, dim: int, module: str) -> Tensor:
+    """Return x [N, channels, ...] of `dim` dimensions in channels_last; raise RuntimeError otherwise."""
     if has_torch_function((x,)):
-        return handle_torch_function(_operand, (x,), x, channels, module)
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise RuntimeError(f"{module}: x must be [N, {channels}, H, W], got shape {list(x.shape)}")
+        return handle_torch_function(_operand, (x,), x, channels, dim, module)
+    if x.dim() != dim or x.shape[1] != channels:
+        sizes = "H, W" if dim == 4 else "T, H, W"
+        raise RuntimeError(f"{module}: x must be [N, {channels}, {sizes}], got shape {list(x.shape)}")
     return to_channels_last(x)
 
 
-class CrissCrossAttention(nn.Module):
+class _Attention(nn.Module):
+    """The layers and the computation that the modules share."""
+
+    convolution: type[nn.Conv2d] | type[nn.Conv3d]
+
+    def __init__(self, in_dim: int) -> None:
+        super().__init__()
+        self.in_dim = in_dim
+        if in_dim < 8:
+            raise ValueError(
+                f"{type(self).__name__} needs in_dim >= 8 (query and key get in_dim // 8), got {in_dim}"
+            )
+        self.query_conv = self.convolution(in_dim, in_dim // 8, kernel_size=1)
+        self.key_conv = self.convolution(in_dim, in_dim // 8, kernel_size=1)
+        self.value_conv = self.convolution(in_dim, in_dim, kernel_size=1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Apply the attention once to x [N, in_dim, ...]."""
+        # Convert once for all three convolutions; a no-op if the network runs in channels_last.
+        x = _operand(x, self.in_dim, self.value_conv.weight.dim(), type(self).__name__)
+        return criss_cross_attention(
+            self.query_conv(x), self.key_conv(x), self.value_conv(x), residual=x, gamma=self.gamma
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention.
+
+        Args:
+            x: [N, in_dim, H, W] or, for the 3-D form, [N, in_dim, T, H, W].
+
+        Returns:
+            Map in the shape of x, channels_last. In an autocast region, it has the dtype of the region.
+
+        Raises:
+            RuntimeError: x has another shape.
+        """
+        return self.attend(x)
+
+
+class _RecurrentAttention(_Attention):
+    """A module that applies the attention `recurrence` times."""
+
+    def __init__(self, in_dim: int, recurrence: int) -> None:
+        if recurrence < 0:
+            raise ValueError(f"recurrence must be 0 or more, got {recurrence}")
+        super().__init__(in_dim)
+        self.recurrence = recurrence
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention `recurrence` times.
+
+        Args:
+            x: [N, in_dim, H, W] or, for the 3-D form, [N, in_dim, T, H, W].
+
+        Returns:
+            Map in the shape of x, channels_last (x itself if recurrence is 0). In an autocast region, it has
+            the dtype of the region.
+
+        Raises:
+            RuntimeError: x has another shape.
+        """
+        for _ in range(self.recurrence):
+            x = self.attend(x)
+        return x
+
+
+class CrissCrossAttention(_Attention):
     """Criss-cross attention with 1x1 convolutions for query, key and value, and a residual connection.
 
     The module computes ``x + gamma * criss_cross_attention(query_conv(x), key_conv(x), value_conv(x))``.
@@ -32,38 +102,10 @@ class CrissCrossAttention(nn.Module):
         ValueError: in_dim is below 8, so query and key would have no channels.
     """
 
-    def __init__(self, in_dim: int) -> None:
-        super().__init__()
-        self.in_dim = in_dim
-        if in_dim < 8:
-            raise ValueError(
-                f"CrissCrossAttention needs in_dim >= 8 (query and key get in_dim // 8), got {in_dim}"
-            )
-        self.query_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
-        self.key_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
-        self.value_conv = nn.Conv2d(in_dim, in_dim, kernel_size=1)
-        self.gamma = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention.
-
-        Args:
-            x: [N, in_dim, H, W].
-
-        Returns:
-            [N, in_dim, H, W], channels_last.
-
-        Raises:
-            RuntimeError: x has another shape.
-        """
-        # Convert once for all three convolutions; a no-op if the network runs in channels_last.
-        x = _operand(x, self.in_dim, type(self).__name__)
-        attention = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
-        # One pass over memory, not two. In an autocast region, a float32 gamma would promote the result.
-        return torch.addcmul(x, self.gamma.to(attention.dtype), attention)
+    convolution = nn.Conv2d
 
 
-class RecurrentCrissCrossAttention(CrissCrossAttention):
+class RecurrentCrissCrossAttention(_RecurrentAttention, CrissCrossAttention):
     """Recurrent criss-cross attention (RCCA): CrissCrossAttention applied repeatedly with shared weights.
 
     With recurrence 2, every pixel receives information from every other pixel. The information passes through
@@ -80,23 +122,40 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
     """
 
     def __init__(self, in_dim: int, recurrence: int = 2) -> None:
-        if recurrence < 0:
-            raise ValueError(f"recurrence must be 0 or more, got {recurrence}")
-        super().__init__(in_dim)
-        self.recurrence = recurrence
+        super().__init__(in_dim, recurrence)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention `recurrence` times.
 
-        Args:
-            x: [N, in_dim, H, W].
+class CrissCrossAttention3d(_Attention):
+    """Criss-cross attention of a video: `CrissCrossAttention` over [N, in_dim, T, H, W].
 
-        Returns:
-            [N, in_dim, H, W], channels_last (x itself if recurrence is 0).
+    Each pixel attends to its row and its column in its frame, and to the same place in all frames.
 
-        Raises:
-            RuntimeError: x has another shape.
-        """
-        for _ in range(self.recurrence):
-            x = super().forward(x)
-        return x
+    Source: CCNet, arXiv 1811.11721v2 (TPAMI), section on 3-D criss-cross attention. The authors have not
+    released code for it.
+
+    Args:
+        in_dim: number of input channels, at least 8; query and key have in_dim // 8 channels.
+
+    Raises:
+        ValueError: in_dim is below 8.
+    """
+
+    convolution = nn.Conv3d
+
+
+class RecurrentCrissCrossAttention3d(_RecurrentAttention, CrissCrossAttention3d):
+    """CrissCrossAttention3d applied repeatedly with shared weights.
+
+    With recurrence 3, every pixel receives information from every other pixel of the video. With recurrence
+    2, it receives none from pixels that differ in frame, row and column.
+
+    Args:
+        in_dim: number of input channels, at least 8.
+        recurrence: number of applications; 0 is the identity.
+
+    Raises:
+        ValueError: in_dim is below 8, or recurrence is negative.
+    """
+
+    def __init__(self, in_dim: int, recurrence: int = 3) -> None:
+        super().__init__(in_dim, recurrence)

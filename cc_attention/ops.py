@@ -1,9 +1,13 @@
 """Public operators: the compiled kernels if they were built, otherwise the plain PyTorch reference."""
 
+from __future__ import annotations
+
 import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +64,13 @@ if _load_library():
     )
 
 
+#: Device types whose kernels serve all of `criss_cross_attention`. No GPU has run the CUDA kernels for heads,
+#: scale, axes, videos, a residual and parts of larger maps yet. Until "cuda" is here, these are composed on a
+#: GPU of what has been tested.
+WHOLE_DEVICE_TYPES = {"cpu"}
+PICTURE_MASK = 2 | 4  # the axes of a picture, as in csrc/kernels.h
+
+
 @functools.cache
 def _warn_no_cuda() -> None:
     warnings.warn(
@@ -89,15 +100,71 @@ def _tf32_allowed() -> bool:
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """Return x [N, C, H, W] in channels_last, the memory format of the kernels.
+    """Return x [N, C, H, W] or [N, C, T, H, W] in channels_last, the memory format of the kernels.
 
-    A tensor without 4 dimensions is returned unchanged, and the operator rejects the tensor. Inside a
-    torch.func transform, the format can't be changed: x is also returned unchanged, and the operator converts
-    x.
+    A tensor with another number of dimensions is returned unchanged, and the operator rejects the tensor.
+    Inside a torch.func transform, the format can't be changed: x is also returned unchanged, and the operator
+    converts x.
     """
-    if x.dim() != 4 or torch._C._are_functorch_transforms_active():
+    if x.dim() not in (4, 5) or torch._C._are_functorch_transforms_active():
         return x
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return x, converted to channels_last unless the kernels read it in place.
+
+    They read some channels of a larger map in channels_last, such as a part of a joint projection.
+    """
+    if x.dim() in (4, 5) and not torch._C._are_functorch_transforms_active():
+        pixels, pitch = 1, x.stride(-1)
+        in_place = x.stride(1) == 1 and pitch >= x.shape[1]
+        for axis in (*range(x.dim() - 1, 1, -1), 0):
+            in_place = in_place and x.stride(axis) == pixels * pitch
+            pixels *= x.shape[axis]
+        if in_place:
+            return x
+    return to_channels_last(x)
+
+
+def _axes_mask(axes: Sequence[int] | None, dim: int) -> int:
+    """Return the operators' argument `axes`: 1 for T, 2 for H, 4 for W, added up."""
+    if dim not in (4, 5):  # the operator rejects the maps
+        return PICTURE_MASK
+    return sum(1 << (axis + 5 - dim) for axis in reference.used_axes("criss_cross_attention", axes, dim))
+
+
+def _summing_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype of gamma in a call of the operator."""
+    dtype = value.dtype
+    if reference.autocast_enabled(value) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(value.device.type)
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _composed(  # noqa: PLR0913
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    axes: Sequence[int] | None,
+) -> Tensor:
+    """Compute `criss_cross_attention` where the kernels serve pictures with one head and no option only."""
+    if value.dim() != 4 or reference.used_axes("criss_cross_attention", axes, 4) != reference.PICTURE:
+        return reference.criss_cross_attention(
+            query, key, value, heads=heads, scale=scale, residual=residual, gamma=gamma, axes=axes
+        )
+    reference.check_options("criss_cross_attention", query, value, residual, gamma, heads)
+    query = query if scale == 1 else scale * query
+    out = criss_cross_attention(*(reference.fold_heads(t, heads) for t in (query, key, value)))
+    out = reference.unfold_heads(out, heads)
+    if residual is None or gamma is None:
+        return out
+    return torch.addcmul(residual.to(out.dtype), gamma.to(out.dtype), out)
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
@@ -148,7 +215,17 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     return reference.ca_map(weight, value)
 
 
-def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def criss_cross_attention(  # noqa: PLR0913
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    heads: int = 1,
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+) -> Tensor:
     """Compute fused criss-cross attention: each pixel attends to its row and its column.
 
     The result is that of ``ca_map(softmax(ca_weight(query, key), dim=1), value)``, but the compiled kernels
@@ -163,35 +240,66 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     A second application reaches all 12 pixels: every pixel shares a row or a column with one of these 6.
 
+    In a video [N, c, T, H, W], a pixel also attends to the same place in all frames: T + H + W - 2 positions.
+    A third application then reaches all pixels. With `axes`, pixels attend along some axes only: ``axes=[1]``
+    of a picture is row attention, as in axial attention.
+
     Numerics: scores, softmax and sums of half-precision inputs are computed in float32. On a GPU, float32
     products use TF32 if ``torch.backends.cuda.matmul.fp32_precision`` is "tf32" (or if its older name,
-    ``allow_tf32``, is set). An autocast region casts all inputs to its dtype, as in
+    ``allow_tf32``, is set). An autocast region casts all maps to its dtype, as in
     `torch.nn.functional.scaled_dot_product_attention`. Forward and backward are deterministic: the same
     inputs give the same bits. A score of -inf masks a position. A pixel with all positions masked gets NaN.
 
     The gradient of the operator can't be differentiated again. docs/operator.md lists the supported
-    torch.func transforms.
-    The kernels use the channels_last memory format, and inputs in another format are copied once.
+    torch.func transforms. The kernels use the channels_last memory format. They read some channels of a
+    larger map in place, so parts of a joint projection are not copied. Inputs in another format are copied
+    once.
 
-    Source: CCNet, arXiv 1811.11721, section 3.2, eq. 1-2, without the residual; cc_attention/functions.py of
-    the original CCNet repository.
+    Source: CCNet, arXiv 1811.11721, section 3.2, eq. 1-2; cc_attention/functions.py of the original CCNet
+    repository. The TPAMI version of the paper (arXiv 1811.11721v2) adds the frames.
 
     Args:
-        query: [N, c, H, W], float32, float64, float16 or bfloat16.
-        key: [N, c, H, W], same dtype and device.
-        value: [N, C, H, W], same dtype and device.
+        query: [N, c, H, W] or [N, c, T, H, W], float32, float64, float16 or bfloat16.
+        key: same shape, dtype and device as query.
+        value: [N, C, H, W] or [N, C, T, H, W], same dtype and device.
+        heads: number of equal groups of channels of query, key and value, each of which attends separately.
+        scale: factor of the scores.
+        residual: map in the shape and dtype of value; requires gamma.
+        gamma: factor of the attention, one element of any dtype. With a residual, the result is
+            ``residual + gamma * attention``, computed in the same pass.
+        axes: spatial axes to attend along, counted from 0: (H, W) or (T, H, W). None is all of them.
 
     Returns:
-        Weighted sums [N, C, H, W] in the dtype of value, channels_last.
+        Weighted sums in the shape and dtype of value, channels_last.
 
     Raises:
         RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).
+        ValueError: axes are given twice or do not exist.
     """
-    if has_torch_function((query, key, value)):
-        return handle_torch_function(criss_cross_attention, (query, key, value), query, key, value)
+    maps = (query, key, value)
+    options: dict[str, Any] = {
+        "heads": heads,
+        "scale": scale,
+        "residual": residual,
+        "gamma": gamma,
+        "axes": axes,
+    }
+    given = [t for t in (*maps, residual, gamma) if t is not None]
+    if has_torch_function(given):
+        return handle_torch_function(criss_cross_attention, given, *maps, **options)
     if not _compiled_for(value):
-        return reference.criss_cross_attention(query, key, value)
+        return reference.criss_cross_attention(*maps, **options)
+    mask = _axes_mask(axes, value.dim())
+    whole = value.device.type in WHOLE_DEVICE_TYPES
+    if not whole and (heads, scale, mask, residual) != (1, 1.0, PICTURE_MASK, None):
+        return _composed(*maps, **options)
     # Convert here and not inside the operator, so that the backward pass reuses the copies.
-    query, key, value = (to_channels_last(t) for t in (query, key, value))
+    convert = readable if whole else to_channels_last
+    query, key, value = (convert(t) for t in maps)
+    if residual is not None and gamma is not None:
+        residual, gamma = convert(residual), gamma.to(_summing_dtype(value))
     tf32 = value.is_cuda and _tf32_allowed()
-    return torch.ops.cc_attention.criss_cross_attention(query, key, value, tf32)[0]
+    out, _, total = torch.ops.cc_attention.criss_cross_attention(
+        query, key, value, residual, gamma, heads, scale, mask, tf32
+    )
+    return out if residual is None else total

@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -35,18 +36,23 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-// Throws unless all operands are [N, any, H, W] with H and W at least 1, and share N, H, W, dtype and device.
-inline void check_operands(const char* op, std::initializer_list<Operand> operands) {
+// Throws unless all operands are [N, any, H, W], or [N, any, T, H, W] if `video` is allowed, with H and W at least 1,
+// and share all sizes but the channels, the dtype and the device.
+inline void check_operands(const char* op, std::initializer_list<Operand> operands, bool video = false) {
   const Operand& first = *operands.begin();
   for (const Operand& operand : operands) {
     const Tensor& tensor = operand.tensor;
-    STD_TORCH_CHECK(tensor.dim() == 4, op, ": ", operand.name, " must have 4 dimensions, got shape ", shape_of(tensor));
-    STD_TORCH_CHECK(tensor.size(2) > 0 && tensor.size(3) > 0, op, ": ", operand.name,
-                    " must have at least one row and one column, got shape ", shape_of(tensor));
-    for (const int64_t d : {0, 2, 3})
-      STD_TORCH_CHECK(tensor.size(d) == first.tensor.size(d), op, ": ", first.name, " and ", operand.name,
-                      " must agree in batch, height and width, got shapes ", shape_of(first.tensor), " and ",
-                      shape_of(tensor));
+    const int64_t dim = first.tensor.dim();
+    STD_TORCH_CHECK(tensor.dim() == dim && (dim == 4 || (dim == 5 && video)), op, ": ", operand.name, " must have 4 ",
+                    video ? "or 5 " : "", "dimensions", dim == 5 && video ? ", like the others" : "", ", got shape ",
+                    shape_of(tensor));
+    for (int64_t d = 2; d < dim; ++d)
+      STD_TORCH_CHECK(tensor.size(d) > 0, op, ": ", operand.name, " must have at least one row and one column",
+                      dim == 5 ? " and frame" : "", ", got shape ", shape_of(tensor));
+    for (int64_t d = 0; d < dim; ++d)
+      STD_TORCH_CHECK(d == 1 || tensor.size(d) == first.tensor.size(d), op, ": ", first.name, " and ", operand.name,
+                      " must agree in batch, ", dim == 5 ? "frames, " : "", "height and width, got shapes ",
+                      shape_of(first.tensor), " and ", shape_of(tensor));
     STD_TORCH_CHECK(tensor.scalar_type() == first.tensor.scalar_type(), op, ": ", first.name, " and ", operand.name,
                     " must have the same dtype, got ", torch::headeronly::toString(first.tensor.scalar_type()), " and ",
                     torch::headeronly::toString(tensor.scalar_type()));
@@ -61,40 +67,71 @@ inline void check_channels(const char* op, const Operand& operand, int64_t expec
                   meaning, "), got shape ", shape_of(operand.tensor));
 }
 
-// The dtype of the normalizers that the forward saves (kernels.h).
-inline ScalarType normalizer_dtype(const Tensor& tensor) {
+// The dtype of the normalizers that the forward saves, and of gamma (kernels.h).
+inline ScalarType summing_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Throws unless normalizer is [N,H,W,2] for value [N,C,H,W], with the dtype of normalizer_dtype(value).
-inline void check_normalizer(const char* op, const Tensor& normalizer, const Tensor& value) {
-  STD_TORCH_CHECK(normalizer.dim() == 4 && normalizer.size(0) == value.size(0) && normalizer.size(1) == value.size(2) &&
-                      normalizer.size(2) == value.size(3) && normalizer.size(3) == 2 &&
-                      normalizer.scalar_type() == normalizer_dtype(value) && normalizer.device() == value.device(),
-                  op, ": normalizer must be the one that the forward gave for value of shape ", shape_of(value),
-                  ", got shape ", shape_of(normalizer));
+// The shape of the normalizers: [N,H,W,heads,2] or [N,T,H,W,heads,2].
+inline std::vector<int64_t> normalizer_shape(const Tensor& value, int64_t heads) {
+  std::vector<int64_t> shape = {value.size(0)};
+  for (int64_t d = 2; d < value.dim(); ++d) shape.push_back(value.size(d));
+  shape.insert(shape.end(), {heads, 2});
+  return shape;
 }
 
-inline Sizes sizes_of(const Tensor& query, const Tensor& value) {
-  return {value.size(0), query.size(1), value.size(1), value.size(2), value.size(3)};
+// Throws unless normalizer is the one of the forward.
+inline void check_normalizer(const char* op, const Tensor& normalizer, const Tensor& value, int64_t heads) {
+  const std::vector<int64_t> shape = normalizer_shape(value, heads);
+  bool same = normalizer.dim() == static_cast<int64_t>(shape.size()) &&
+              normalizer.scalar_type() == summing_dtype(value) && normalizer.device() == value.device();
+  for (size_t d = 0; same && d < shape.size(); ++d) same = normalizer.size(d) == shape[d];
+  STD_TORCH_CHECK(same, op, ": normalizer must be the one that the forward gave for value of shape ", shape_of(value),
+                  ", got shape ", shape_of(normalizer));
 }
 
 inline int64_t positions(const Tensor& map) { return map.size(2) + map.size(3) - 1; }
 
-// Returns the map in the memory format of the kernels, [N,H,W,C] in memory.
-inline Tensor channels_last(const Tensor& map) {
-  return torch::stable::contiguous(map, torch::headeronly::MemoryFormat::ChannelsLast);
+inline torch::headeronly::MemoryFormat memory_format(const Tensor& map) {
+  return map.dim() == 5 ? torch::headeronly::MemoryFormat::ChannelsLast3d
+                        : torch::headeronly::MemoryFormat::ChannelsLast;
 }
 
-// Returns an uninitialized [N,channels,H,W] in channels_last, with the dtype and device of `map`.
+// Returns the map in the memory format of the kernels, [N,T,H,W,channels] in memory.
+inline Tensor channels_last(const Tensor& map) { return torch::stable::contiguous(map, memory_format(map)); }
+
+// Returns the elements between neighboring pixels if the kernels can read the map in place, otherwise 0.
+inline int64_t pitch_of(const Tensor& map) {
+  if (map.numel() == 0 || (map.size(1) > 1 && map.stride(1) != 1)) return 0;
+  int64_t pitch = 0, pixels = 1;
+  for (int64_t d = map.dim() - 1; d >= 0; --d) {
+    if (d == 1) continue;
+    if (map.size(d) > 1) {
+      if (pitch == 0 && map.stride(d) % pixels == 0) pitch = map.stride(d) / pixels;
+      if (pitch < map.size(1) || map.stride(d) != pitch * pixels) return 0;
+    }
+    pixels *= map.size(d);
+  }
+  return pitch == 0 ? map.size(1) : pitch;
+}
+
+// Returns the map, copied to channels_last if the kernels can't read it in place.
+inline Tensor readable(const Tensor& map) { return pitch_of(map) != 0 ? map : channels_last(map); }
+
+inline Map map_of(const Tensor& map) {
+  const int64_t pitch = pitch_of(map);
+  return {map.const_data_ptr(), pitch != 0 ? pitch : map.size(1)};
+}
+inline MutableMap mutable_map_of(Tensor& map) {
+  const int64_t pitch = pitch_of(map);
+  return {map.mutable_data_ptr(), pitch != 0 ? pitch : map.size(1)};
+}
+
+// Returns an uninitialized map with the given number of channels in channels_last, otherwise like `map`.
 inline Tensor empty_map(const Tensor& map, int64_t channels) {
-  return torch::stable::empty({map.size(0), channels, map.size(2), map.size(3)}, map.scalar_type(), std::nullopt,
-                              map.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-// Returns an uninitialized [N,H,W,2]: one Normalizer per pixel.
-inline Tensor empty_normalizer(const Tensor& value) {
-  return torch::stable::new_empty(value, {value.size(0), value.size(2), value.size(3), 2}, normalizer_dtype(value));
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < map.dim(); ++d) shape.push_back(d == 1 ? channels : map.size(d));
+  return torch::stable::empty(shape, map.scalar_type(), std::nullopt, map.device(), std::nullopt, memory_format(map));
 }
 
 inline Dtype kernel_dtype(const char* op, const Tensor& tensor) {

@@ -14,6 +14,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 
 #include "common.h"
@@ -21,71 +22,144 @@
 namespace cc_attention {
 namespace {
 
-// query [N,c,H,W], key [N,c,H,W], value [N,C,H,W] -> out [N,C,H,W], normalizer [N,H,W,2] (kernels.h).
-// tf32: float32 products may run on tensor cores, if the device has them.
-std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_,
-                                                 bool tf32) {
+// How pixels attend (kernels.h).
+struct Attention {
+  int64_t heads;
+  double scale;
+  int64_t axes;
+  bool tf32;  // float32 products may run on tensor cores, if the device has them
+};
+
+// Checks the operands of the attention, and returns their sizes.
+Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                      const Attention& how) {
+  check_operands(op, {{"value", value}, {"query", query}, {"key", key}}, true);
+  check_channels(op, {"key", key}, query.size(1), "those of query");
+  STD_TORCH_CHECK(how.heads > 0, op, ": heads must be at least 1, got ", how.heads);
+  for (const Operand& operand : {Operand{"query", query}, Operand{"value", value}})
+    STD_TORCH_CHECK(operand.tensor.size(1) % how.heads == 0, op, ": the channels of ", operand.name,
+                    " must be divisible by heads=", how.heads, ", got shape ", shape_of(operand.tensor));
+  const int64_t dim = value.dim(), all = dim == 5 ? 7 : 6;
+  STD_TORCH_CHECK(how.axes > 0 && (how.axes & ~all) == 0, op, ": axes must be a set of axes of value, got ", how.axes);
+  return {value.size(0),
+          how.heads,
+          query.size(1) / how.heads,
+          value.size(1) / how.heads,
+          dim == 5 ? value.size(2) : 1,
+          value.size(dim - 2),
+          value.size(dim - 1)};
+}
+
+void check_gamma(const char* op, const Tensor& gamma, const Tensor& value) {
+  STD_TORCH_CHECK(gamma.numel() == 1 && gamma.scalar_type() == summing_dtype(value) && gamma.device() == value.device(),
+                  op, ": gamma must have one element, in ", torch::headeronly::toString(summing_dtype(value)),
+                  " and on the device of value, got shape ", shape_of(gamma), " in ",
+                  torch::headeronly::toString(gamma.scalar_type()));
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// query, key [N,heads*c,H,W], value [N,heads*C,H,W] -> out [N,heads*C,H,W], normalizer [N,H,W,heads,2] (kernels.h), and
+// residual + gamma * out, or an empty tensor without a residual. All maps may have a dimension T before H.
+std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_,
+                                                         const std::optional<Tensor>& residual_,
+                                                         const std::optional<Tensor>& gamma, int64_t heads,
+                                                         double scale, int64_t axes, bool tf32) {
   constexpr const char* op = "criss_cross_attention";
-  check_operands(op, {{"value", value_}, {"query", query_}, {"key", key_}});
-  check_channels(op, {"key", key_}, query_.size(1), "those of query");
-  const Tensor query = channels_last(query_), key = channels_last(key_), value = channels_last(value_);
+  const Attention how{heads, scale, axes, tf32};
+  const Sizes sizes = check_attention(op, query_, key_, value_, how);
+  STD_TORCH_CHECK(residual_.has_value() == gamma.has_value(), op, ": residual and gamma must be given together");
+  if (residual_.has_value()) {
+    check_operands(op, {{"value", value_}, {"residual", *residual_}}, true);
+    check_channels(op, {"residual", *residual_}, value_.size(1), "those of value");
+    check_gamma(op, *gamma, value_);
+  }
+  const Tensor query = readable(query_), key = readable(key_), value = readable(value_);
+  const Tensor residual = residual_.has_value() ? readable(*residual_) : nothing(value);
   Tensor out = empty_map(value, value.size(1));
-  Tensor normalizer = empty_normalizer(value);
-  const Forward arguments = {kernel_dtype(op, value),      sizes_of(query, value), query.const_data_ptr(),
-                             key.const_data_ptr(),         value.const_data_ptr(), out.mutable_data_ptr(),
-                             normalizer.mutable_data_ptr()};
+  Tensor normalizer = torch::stable::new_empty(value, normalizer_shape(value, heads), summing_dtype(value));
+  Tensor sum = residual_.has_value() ? empty_map(value, value.size(1)) : nothing(value);
+  const bool with_residual = residual_.has_value();
+  const Forward arguments = {kernel_dtype(op, value),
+                             sizes,
+                             static_cast<int>(axes),
+                             scale,
+                             map_of(query),
+                             map_of(key),
+                             map_of(value),
+                             mutable_map_of(out),
+                             normalizer.mutable_data_ptr(),
+                             with_residual ? map_of(residual) : Map{nullptr, 0},
+                             with_residual ? mutable_map_of(sum) : MutableMap{nullptr, 0},
+                             with_residual ? gamma->const_data_ptr() : nullptr};
 #ifdef USE_CUDA
   if (value.is_cuda()) {
     const CudaCall call(value, tf32);
     call.check(forward_cuda(arguments, call.device, call.stream));
-    return {out, normalizer};
+    return {out, normalizer, sum};
   }
 #endif
   forward_cpu(arguments);
-  return {out, normalizer};
+  return {out, normalizer, sum};
 }
 
-// grad [N,C,H,W], the gradient of out -> the gradients of query [N,c,H,W], key [N,c,H,W] and value [N,C,H,W].
-std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_, const Tensor& query_,
-                                                                  const Tensor& key_, const Tensor& value_,
-                                                                  const Tensor& out_, const Tensor& normalizer,
-                                                                  bool tf32) {
+// grad, the gradient of out or of the sum with the residual, has the shape of out -> the gradients of query, key, value
+// and gamma (empty without a residual). If `joint`, the first result is a map with the channels of all three gradients,
+// one after the other, and the next two are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_, const Tensor& query_,
+                                                                          const Tensor& key_, const Tensor& value_,
+                                                                          const Tensor& out_, const Tensor& normalizer,
+                                                                          const std::optional<Tensor>& gamma,
+                                                                          int64_t heads, double scale, int64_t axes,
+                                                                          bool joint, bool tf32) {
   constexpr const char* op = "criss_cross_attention_backward";
-  check_operands(op, {{"value", value_}, {"query", query_}, {"key", key_}, {"out", out_}, {"grad", grad_}});
-  check_channels(op, {"key", key_}, query_.size(1), "those of query");
+  const Attention how{heads, scale, axes, tf32};
+  const Sizes sizes = check_attention(op, query_, key_, value_, how);
+  check_operands(op, {{"value", value_}, {"out", out_}, {"grad", grad_}}, true);
   check_channels(op, {"out", out_}, value_.size(1), "those of value");
   check_channels(op, {"grad", grad_}, value_.size(1), "those of value");
-  check_normalizer(op, normalizer, value_);
-  const Tensor query = channels_last(query_), key = channels_last(key_), value = channels_last(value_);
-  const Tensor out = channels_last(out_), grad = channels_last(grad_),
-               dense_normalizer = torch::stable::contiguous(normalizer);
-  Tensor grad_query = empty_map(query, query.size(1));
-  Tensor grad_key = empty_map(key, key.size(1));
-  Tensor grad_value = empty_map(value, value.size(1));
+  check_normalizer(op, normalizer, value_, heads);
+  if (gamma.has_value()) check_gamma(op, *gamma, value_);
+  const Tensor query = readable(query_), key = readable(key_), value = readable(value_), out = readable(out_),
+               grad = readable(grad_), dense_normalizer = torch::stable::contiguous(normalizer);
+  const int64_t c = query.size(1), C = value.size(1);
+  Tensor grad_query = empty_map(value, joint ? 2 * c + C : c);
+  Tensor grad_key = joint ? torch::stable::narrow(grad_query, 1, c, c) : empty_map(value, c);
+  Tensor grad_value = joint ? torch::stable::narrow(grad_query, 1, 2 * c, C) : empty_map(value, C);
+  Tensor grad_gamma = gamma.has_value() ? torch::stable::new_empty(*gamma, {1}) : nothing(value);
+  const int64_t joint_pitch = grad_query.size(1);
   Backward arguments = {kernel_dtype(op, value),
-                        sizes_of(query, value),
-                        query.const_data_ptr(),
-                        key.const_data_ptr(),
-                        value.const_data_ptr(),
-                        out.const_data_ptr(),
+                        sizes,
+                        static_cast<int>(axes),
+                        scale,
+                        map_of(query),
+                        map_of(key),
+                        map_of(value),
+                        map_of(out),
                         dense_normalizer.const_data_ptr(),
-                        grad.const_data_ptr(),
-                        grad_query.mutable_data_ptr(),
-                        grad_key.mutable_data_ptr(),
-                        grad_value.mutable_data_ptr(),
+                        map_of(grad),
+                        gamma.has_value() ? gamma->const_data_ptr() : nullptr,
+                        {grad_query.mutable_data_ptr(), joint_pitch},
+                        {grad_key.mutable_data_ptr(), joint ? joint_pitch : c},
+                        {grad_value.mutable_data_ptr(), joint ? joint_pitch : C},
+                        gamma.has_value() ? grad_gamma.mutable_data_ptr() : nullptr,
                         nullptr};
+  const auto results = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    if (joint) return {grad_query, nothing(value), nothing(value), grad_gamma};
+    return {grad_query, grad_key, grad_value, grad_gamma};
+  };
 #ifdef USE_CUDA
   if (value.is_cuda()) {
     const CudaCall call(value, tf32);
-    const int64_t bytes = backward_workspace_cuda(arguments.dtype, arguments.sizes);
+    const int64_t bytes = backward_workspace_cuda(arguments, call.device);
     Tensor workspace = torch::stable::new_empty(value, {bytes}, ScalarType::Byte);
     arguments.workspace = workspace.mutable_data_ptr();
     call.check(backward_cuda(arguments, call.device, call.stream));
-    return {grad_query, grad_key, grad_value};
+    return results();
   }
 #endif
   backward_cpu(arguments);
-  return {grad_query, grad_key, grad_value};
+  return results();
 }
 
 // out = primitive(first, second). For the score, first is a feature map; otherwise it holds weights over positions.
@@ -93,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
 void run(const char* op, Primitive primitive, const Tensor& map, const Tensor& first, const Tensor& second,
          Tensor& out) {
   const Dtype dtype = kernel_dtype(op, map);
-  const Sizes sizes = sizes_of(map, map);
+  const Sizes sizes = {map.size(0), 1, map.size(1), map.size(1), 1, map.size(2), map.size(3)};
   const Tensor a = primitive == Primitive::score ? channels_last(first) : torch::stable::contiguous(first);
   const Tensor b = channels_last(second);
 #ifdef USE_CUDA
@@ -173,13 +247,14 @@ void implement(torch::stable::detail::StableLibrary& library) {
 }  // namespace cc_attention
 
 STABLE_TORCH_LIBRARY(cc_attention, library) {
+  // axes: 1 for T, 2 for H, 4 for W, added up.
   library.def(
-      "criss_cross_attention(Tensor query, Tensor key, Tensor value, bool tf32=False) -> (Tensor out, Tensor "
-      "normalizer)");
+      "criss_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? residual=None, Tensor? gamma=None, int "
+      "heads=1, float scale=1.0, int axes=6, bool tf32=False) -> (Tensor out, Tensor normalizer, Tensor sum)");
   library.def(
       "criss_cross_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor "
-      "normalizer, "
-      "bool tf32=False) -> (Tensor, Tensor, Tensor)");
+      "normalizer, Tensor? gamma=None, int heads=1, float scale=1.0, int axes=6, bool joint=False, bool tf32=False) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   library.def("ca_weight(Tensor query, Tensor key) -> Tensor");
   library.def("ca_weight_backward(Tensor grad, Tensor query, Tensor key) -> (Tensor, Tensor)");
   library.def("ca_map(Tensor weight, Tensor value) -> Tensor");

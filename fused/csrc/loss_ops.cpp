@@ -31,7 +31,7 @@ Tensor dense_logits(const char* op, const Tensor& logits) {
                   ": logits must be [N, C, H, W] with at least one class, row and column, got shape ",
                   shape_of(logits));
   kernel_dtype(op, logits);  // throws unless they are floating
-  return converted(logits, normalizer_dtype(logits));
+  return converted(logits, summing_dtype(logits));
 }
 
 // Returns the target [N,h,w], dense and int64.

@@ -1,9 +1,9 @@
 // Criss-cross attention on the CPU, compiled once for each instruction set (see product.h).
 //
-// A line is a row or a column of pixels, and a separate attention problem. Its maps are [pixels, channels] with a
-// constant stride between pixels. All rows come first and write the outputs; all columns follow and add to them. A line
-// is processed in chunks of channels. Each chunk is packed and converted to the summing type, so it stays in the
-// caches.
+// A line is the pixels along one axis, for one head: a separate attention problem. Its maps are [pixels, channels] with
+// a constant stride between pixels. There is one pass over all lines of each axis. The first one is along the last
+// axis; its lines include the pixel itself, and it writes the outputs. The others add to them. A line is processed in
+// chunks of channels. Each chunk is packed and converted to the summing type, so it stays in the caches.
 //
 // bfloat16 is converted to float32 as well: its own instruction (vdpbf16ps) computes half as many products per second
 // on the processors measured (a Xeon of 2023).
@@ -18,26 +18,73 @@ namespace {
 constexpr int64_t kChunk = 64;       // channels; a multiple of the lanes of every vector
 constexpr int64_t kGrain = 1 << 16;  // multiplications below which a task is not worth a thread
 
+// A pass over all lines of an axis.
+struct Pass {
+  Axis axis;
+  bool first, last;
+};
+
+// Calls body with each pass.
+template <typename Body>
+void for_each_pass(int axes, const Body& body) {
+  bool first = true;
+  for (const Axis axis : {kRow, kColumn, kFrames}) {
+    if (!(axes & 1 << axis)) continue;
+    axes &= ~(1 << axis);
+    body(Pass{axis, first, axes == 0});
+    first = false;
+  }
+}
+
 struct Line {
   int64_t first, step, count;  // in pixels: index of the first, stride, number
   int64_t next;                // pixels from this line to the next
-  bool column;                 // in a column, a pixel does not attend to itself
+  int64_t head, heads;
+  bool self;  // whether a pixel attends to itself
 
   int64_t pixel(int64_t i) const { return first + i * step; }
+  // The index of a head's pixel in [pixels, heads].
+  int64_t entry(int64_t i) const { return pixel(i) * heads + head; }
 };
 
-// Calls body in parallel on ranges of lines, for the columns or the rows of all samples. body gets a function that
-// calls its argument with each Line of the range.
+inline int64_t length(const Sizes& s, Axis axis) { return axis == kRow ? s.W : axis == kColumn ? s.H : s.T; }
+
+// Calls body in parallel on ranges of lines, for all samples and heads. body gets a function that calls its argument
+// with each Line of the range. multiplications: the number for a pair of pixels.
 template <typename Body>
-void for_each_line(const Sizes& s, bool column, int64_t channels, const Body& body) {
-  const int64_t count = column ? s.H : s.W, lines = s.N * (column ? s.W : s.H);
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, count * count * channels));
+void for_each_line(const Sizes& s, const Pass& pass, int64_t multiplications, const Body& body) {
+  const int64_t count = length(s, pass.axis), lines = count == 0 ? 0 : s.pixels() / count * s.heads;
+  const int64_t step = pass.axis == kRow ? 1 : pass.axis == kColumn ? s.W : s.H * s.W;
+  const int64_t next = pass.axis == kRow ? s.W : 1;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, count * count * multiplications));
   torch::stable::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
     body([&](const auto& each) {
-      for (int64_t i = begin; i < end; ++i)
-        each(column ? Line{i / s.W * s.H * s.W + i % s.W, s.W, s.H, 1, true} : Line{i * s.W, 1, s.W, s.W, false});
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t line = i / s.heads;  // the lines of a block of `step` pixels start next to each other
+        each(Line{line / step * step * count + line % step, step, count, next, i % s.heads, s.heads, pass.first});
+      }
     });
   });
+}
+
+// The channels of one head of a feature map: [pixels, channels], pitch elements from a pixel to the next.
+template <typename T>
+struct Channels {
+  T* data;
+  int64_t pitch, count;
+
+  // The address of a channel of a line's first pixel, and the elements from a pixel of the line to the next.
+  T* at(const Line& line, int64_t channel) const { return data + line.first * pitch + channel; }
+  int64_t row(const Line& line) const { return line.step * pitch; }
+};
+
+template <typename T>
+Channels<const T> channels_of(const Map& map, int64_t count, const Line& line) {
+  return {static_cast<const T*>(map.data) + line.head * count, map.pitch, count};
+}
+template <typename T>
+Channels<T> channels_of(const MutableMap& map, int64_t count, const Line& line) {
+  return {static_cast<T*>(map.data) + line.head * count, map.pitch, count};
 }
 
 // An array of zeros, aligned to cache lines.
@@ -86,11 +133,11 @@ struct Workspace {
   Strided<S> rows_matrix() { return {rows.data(), kChunk, 1}; }
 };
 
-// Copies a chunk of the channels of a line from [pixels, channels] to [n, kChunk], padded with zeros to whole vectors.
+// Copies a chunk of the channels of a line to [n, kChunk], padded with zeros to whole vectors.
 template <typename T, typename S>
-void load(const T* map, int64_t channels, int64_t begin, int64_t width, const Line& line, S* rows) {
-  for (int64_t i = 0; i < line.count; ++i) {
-    const T* from = map + line.pixel(i) * channels + begin;
+void load(const Channels<const T>& map, int64_t begin, int64_t width, const Line& line, S* rows) {
+  const T* from = map.at(line, begin);
+  for (int64_t i = 0; i < line.count; ++i, from += map.row(line)) {
     convert(from, rows + i * kChunk, width);
     for (int64_t j = width; j % kLanes<S> != 0; ++j) rows[i * kChunk + j] = 0;
   }
@@ -98,10 +145,13 @@ void load(const T* map, int64_t channels, int64_t begin, int64_t width, const Li
 
 // Returns the next chunk in two maps, for prefetching: the next channels of this line, or the first of the next line.
 template <typename T>
-Ahead chunk_after(const T* first, const T* second, int64_t channels, int64_t begin, const Line& line) {
-  const int64_t next = begin + kChunk < channels ? begin + kChunk : line.next * channels;
-  const int64_t offset = line.first * channels + next, size = sizeof(T);
-  return {first + offset, second + offset, line.step * channels * size, std::min(kChunk, channels) * size};
+Ahead chunk_after(const Channels<const T>& first, const Channels<const T>& second, int64_t begin, const Line& line) {
+  const bool same = begin + kChunk < first.count;
+  const auto next = [&](const Channels<const T>& map) {
+    return map.at(line, 0) + (same ? begin + kChunk : line.next * map.pitch);
+  };
+  const int64_t size = sizeof(T);
+  return {next(first), next(second), first.row(line) * size, std::min(kChunk, first.count) * size};
 }
 
 template <typename Body>
@@ -109,58 +159,59 @@ void for_each_chunk(int64_t channels, const Body& body) {
   for (int64_t begin = 0; begin < channels; begin += kChunk) body(begin, std::min(kChunk, channels - begin));
 }
 
-// out[i, j] = sum over channels of a[pixel i] * b[pixel j], [n, row]. a, b [pixels, channels]
+// out[i, j] = sum over channels of a[pixel i] * b[pixel j], [n, row].
 template <typename T, typename S>
-void line_scores(const T* a, const T* b, int64_t channels, const Line& line, Workspace<S>& w, S* out) {
-  if (channels == 0) std::fill_n(out, w.n * w.row, S(0));
-  for_each_chunk(channels, [&](int64_t begin, int64_t width) {
-    load(b, channels, begin, width, line, w.rows.data());
+void line_scores(const Channels<const T>& a, const Channels<const T>& b, const Line& line, Workspace<S>& w, S* out) {
+  if (a.count == 0) std::fill_n(out, w.n * w.row, S(0));
+  for_each_chunk(a.count, [&](int64_t begin, int64_t width) {
+    load(b, begin, width, line, w.rows.data());
     transpose(w.n, width, w.rows.data(), kChunk, w.columns.data(), w.row);
     Strided<S> factors = w.rows_matrix();
     if constexpr (std::is_same_v<T, S>)
-      factors = {a + line.first * channels + begin, line.step * channels, 1};
+      factors = {a.at(line, begin), a.row(line), 1};
     else
-      load(a, channels, begin, width, line, w.rows.data());
+      load(a, begin, width, line, w.rows.data());
     multiply(w.n, w.padded, width, factors, {w.columns.data(), w.row}, out, w.row, begin == 0 ? nullptr : w.ones.data(),
-             chunk_after(a, b, channels, begin, line));
+             chunk_after(a, b, begin, line));
   });
 }
 
-// out[pixel i] = scale[i] * out[pixel i] + sum over j of weights[i, j] * map[pixel j]. map, out [pixels, channels]
+// out[pixel i] = scale[i] * out[pixel i] + sum over j of weights[i, j] * map[pixel j].
 template <typename T, typename S>
-void line_sums(const Strided<S>& weights, const T* map, int64_t channels, const Line& line, Workspace<S>& w, T* out,
-               const S* scale) {
-  for_each_chunk(channels, [&](int64_t begin, int64_t width) {
-    const int64_t offset = line.first * channels + begin, row = line.step * channels;
+void line_sums(const Strided<S>& weights, const Channels<const T>& map, const Line& line, Workspace<S>& w,
+               const Channels<T>& out, const S* scale) {
+  for_each_chunk(map.count, [&](int64_t begin, int64_t width) {
     Panel<S> panel = {w.rows.data(), kChunk};
     if constexpr (std::is_same_v<T, S>)
-      if (width == kChunk) panel = {map + offset, row, w.rows.data(), kChunk};
-    if (panel.copy == nullptr) load(map, channels, begin, width, line, w.rows.data());
-    multiply(w.n, width, w.n, weights, panel, out + offset, row, scale,
-             chunk_after(map, static_cast<const T*>(out), channels, begin, line));
+      if (width == kChunk) panel = {map.at(line, begin), map.row(line), w.rows.data(), kChunk};
+    if (panel.copy == nullptr) load(map, begin, width, line, w.rows.data());
+    multiply(w.n, width, w.n, weights, panel, out.at(line, begin), out.row(line), scale,
+             chunk_after(map, {out.data, out.pitch, out.count}, begin, line));
   });
 }
 
 // Replaces the scores of a line by softmax weights, and updates the normalizers.
 //
-// Row pass: the softmax over the row, or zeros for a pixel whose scores are all -inf; the normalizers of the row.
-// Column pass: the column's part of the softmax over row and column, or NaN if all scores are -inf; the normalizers of
-// both; w.scale, the factor by which the row's result must be scaled.
+// First pass: the softmax over the line, or zeros for a pixel whose scores are all -inf; the normalizers of the line.
+// Other passes: the line's part of the softmax over all lines so far, or NaN if all scores are -inf; the normalizers of
+// all of them; w.scale, the factor by which the result so far must be scaled.
 //
 // Each loop computes one quantity for all pixels: short chains of operations of different pixels can overlap.
 template <typename S>
-void line_softmax(const Line& line, Workspace<S>& w, Normalizer<S>* normalizers) {
+void line_softmax(const Line& line, S scale, Workspace<S>& w, Normalizer<S>* normalizers) {
   constexpr S kNone = -std::numeric_limits<S>::infinity();
   const int64_t vectors = w.padded / kLanes<S>;
   for (int64_t i = 0; i < w.n; ++i) {
     S* scores = &w.scores[i * w.row];
+    if (scale != 1)
+      for (int64_t j = 0; j < vectors; ++j) vector_at(scores, j) *= scale;
     std::fill(scores + w.n, scores + w.padded, kNone);
-    if (line.column) scores[i] = kNone;
+    if (!line.self) scores[i] = kNone;
     const auto larger = [&](const Vector<S>& a, const Vector<S>& b) { return a > b ? a : b; };
     Vector<S> maxima = vector_at(scores);
     for (int64_t j = 1; j < vectors; ++j) maxima = larger(vector_at(scores, j), maxima);
     const S maximum = reduce<S>(maxima, larger);
-    w.maximum[i] = line.column ? std::max(maximum, normalizers[line.pixel(i)].top) : maximum;
+    w.maximum[i] = line.self ? maximum : std::max(maximum, normalizers[line.entry(i)].top);
   }
   for (int64_t i = 0; i < w.n; ++i) {
     const S base = w.maximum[i] == kNone ? 0 : w.maximum[i];  // avoids -inf - -inf = NaN
@@ -174,12 +225,24 @@ void line_softmax(const Line& line, Workspace<S>& w, Normalizer<S>* normalizers)
     w.sum[i] = reduce<S>(sums, [&](const Vector<S>& a, const Vector<S>& b) { return a + b; });
   }
   for (int64_t i = 0; i < w.n; ++i) {
-    Normalizer<S>& normalizer = normalizers[line.pixel(i)];
-    const S row = line.column ? std::exp(normalizer.top - w.maximum[i]) * normalizer.total : S(0);
-    const S total = row + w.sum[i], factor = total == 0 ? 0 : 1 / total;
-    w.scale[i] = row * factor;
+    Normalizer<S>& normalizer = normalizers[line.entry(i)];
+    const S before = line.self ? S(0) : std::exp(normalizer.top - w.maximum[i]) * normalizer.total;
+    const S total = before + w.sum[i], factor = total == 0 ? 0 : 1 / total;
+    w.scale[i] = before * factor;
     normalizer = {w.maximum[i], total};
     for (int64_t j = 0; j < vectors; ++j) vector_at(&w.scores[i * w.row], j) *= factor;
+  }
+}
+
+// sum[pixel i] = residual[pixel i] + gamma * out[pixel i]
+template <typename T, typename S>
+void line_residual(const Channels<const T>& residual, S gamma, const Channels<T>& out, const Line& line,
+                   const Channels<T>& sum) {
+  for (int64_t i = 0; i < line.count; ++i) {
+    const T* a = residual.at(line, i * residual.row(line));
+    const T* b = out.at(line, i * out.row(line));
+    T* to = sum.at(line, i * sum.row(line));
+    for (int64_t j = 0; j < out.count; ++j) to[j] = static_cast<T>(static_cast<S>(a[j]) + gamma * static_cast<S>(b[j]));
   }
 }
 
@@ -187,57 +250,59 @@ template <typename T>
 void forward(const Forward& f) {
   using S = Sum<T>;
   const Sizes& s = f.sizes;
-  const T *query = static_cast<const T*>(f.query), *key = static_cast<const T*>(f.key);
-  for (bool column : {false, true}) {
-    for_each_line(s, column, s.c + s.C, [&](const auto& lines) {
-      Workspace<S> w(column ? s.H : s.W);
+  for_each_pass(f.axes, [&](const Pass& pass) {
+    for_each_line(s, pass, s.c + s.C, [&](const auto& lines) {
+      Workspace<S> w(length(s, pass.axis));
       lines([&](const Line& line) {
-        line_scores(query, key, s.c, line, w, w.scores.data());
-        line_softmax(line, w, static_cast<Normalizer<S>*>(f.normalizer));
-        line_sums(w.scores_matrix(), static_cast<const T*>(f.value), s.C, line, w, static_cast<T*>(f.out),
-                  column ? w.scale.data() : nullptr);
+        line_scores(channels_of<T>(f.query, s.c, line), channels_of<T>(f.key, s.c, line), line, w, w.scores.data());
+        line_softmax(line, static_cast<S>(f.scale), w, static_cast<Normalizer<S>*>(f.normalizer));
+        const Channels<T> out = channels_of<T>(f.out, s.C, line);
+        line_sums(w.scores_matrix(), channels_of<T>(f.value, s.C, line), line, w, out,
+                  pass.first ? nullptr : w.scale.data());
+        if (pass.last && f.residual.data != nullptr)
+          line_residual(channels_of<T>(f.residual, s.C, line), *static_cast<const S*>(f.gamma), out, line,
+                        channels_of<T>(f.sum, s.C, line));
       });
     });
-  }
+  });
 }
 
-// Replaces the scores of a line by the softmax weights that the forward computed.
+// Replaces the scores of a line by gamma times the softmax weights that the forward computed.
 template <typename S>
-void line_probabilities(const Line& line, const Normalizer<S>* normalizers, Workspace<S>& w) {
+void line_probabilities(const Line& line, S scale, S gamma, const Normalizer<S>* normalizers, Workspace<S>& w) {
   for (int64_t i = 0; i < w.n; ++i) {
     S* scores = &w.scores[i * w.row];
-    const Normalizer<S> normalizer = normalizers[line.pixel(i)];
-    const S factor = 1 / normalizer.total;
+    const Normalizer<S> normalizer = normalizers[line.entry(i)];
+    const S factor = gamma / normalizer.total;
     for (int64_t j = 0; j < w.padded / kLanes<S>; ++j) {
-      Vector<S> power = vector_at(scores, j) - normalizer.top;
+      Vector<S> power = scale * vector_at(scores, j) - normalizer.top;
       exponential(power);
       vector_at(scores, j) = power * factor;
     }
-    if (line.column) scores[i] = 0;
+    if (!line.self) scores[i] = 0;
   }
 }
 
-// delta[pixel i] = sum over channels of grad_out * out.
+// delta[pixel i] = sum over channels of grad * out.
 template <typename T, typename S>
-void line_delta(const T* grad_out, const T* out, int64_t channels, const Line& line, S* delta) {
+void line_delta(const Channels<const T>& grad, const Channels<const T>& out, const Line& line, S* delta) {
   for (int64_t i = 0; i < line.count; ++i) {
-    const int64_t pixel = line.pixel(i) * channels;
     S sums[kChunk] = {};
-    for_each_chunk(channels, [&](int64_t begin, int64_t width) {
-      const T *a = grad_out + pixel + begin, *b = out + pixel + begin;
+    for_each_chunk(out.count, [&](int64_t begin, int64_t width) {
+      const T *a = grad.at(line, begin + i * grad.row(line)), *b = out.at(line, begin + i * out.row(line));
       for (int64_t j = 0; j < width; ++j) sums[j] += static_cast<S>(a[j]) * static_cast<S>(b[j]);
     });
-    delta[line.pixel(i)] = std::accumulate(sums, sums + kChunk, S(0));
+    delta[line.entry(i)] = std::accumulate(sums, sums + kChunk, S(0));
   }
 }
 
-// Replaces w.products, the gradients of the softmax weights, by the gradients of the scores.
+// Replaces w.products, the gradients of the softmax weights, by the gradients of the products of queries and keys.
 template <typename S>
-void line_score_gradients(const Line& line, const S* delta, Workspace<S>& w) {
+void line_score_gradients(const Line& line, S scale, const S* delta, Workspace<S>& w) {
   for (int64_t i = 0; i < w.n; ++i)
     for (int64_t j = 0; j < w.padded / kLanes<S>; ++j) {
       Vector<S>& gradient = vector_at(&w.products[i * w.row], j);
-      gradient = vector_at(&w.scores[i * w.row], j) * (gradient - delta[line.pixel(i)]);
+      gradient = scale * vector_at(&w.scores[i * w.row], j) * (gradient - delta[line.entry(i)]);
     }
 }
 
@@ -245,58 +310,67 @@ template <typename T>
 void backward(const Backward& b) {
   using S = Sum<T>;
   const Sizes& s = b.sizes;
-  const T *query = static_cast<const T*>(b.query), *key = static_cast<const T*>(b.key);
-  const T *value = static_cast<const T*>(b.value), *grad_out = static_cast<const T*>(b.grad_out);
-  Buffer<S> delta(s.pixels());
-  for (bool column : {false, true}) {
-    for_each_line(s, column, 3 * s.c + 2 * s.C, [&](const auto& lines) {
-      Workspace<S> w(column ? s.H : s.W);
-      const S* scale = column ? w.ones.data() : nullptr;
+  const S scale = static_cast<S>(b.scale), gamma = b.gamma == nullptr ? S(1) : *static_cast<const S*>(b.gamma);
+  Buffer<S> delta(s.pixels() * s.heads);
+  for_each_pass(b.axes, [&](const Pass& pass) {
+    for_each_line(s, pass, 3 * s.c + 2 * s.C, [&](const auto& lines) {
+      Workspace<S> w(length(s, pass.axis));
+      const S* add = pass.first ? nullptr : w.ones.data();
       lines([&](const Line& line) {
-        line_scores(query, key, s.c, line, w, w.scores.data());
-        line_probabilities(line, static_cast<const Normalizer<S>*>(b.normalizer), w);
-        if (!column) line_delta(grad_out, static_cast<const T*>(b.out), s.C, line, delta.data());
-        line_sums(transposed(w.scores_matrix()), grad_out, s.C, line, w, static_cast<T*>(b.grad_value), scale);
-        line_scores(grad_out, value, s.C, line, w, w.products.data());
-        line_score_gradients(line, delta.data(), w);
-        line_sums(w.products_matrix(), key, s.c, line, w, static_cast<T*>(b.grad_query), scale);
-        line_sums(transposed(w.products_matrix()), query, s.c, line, w, static_cast<T*>(b.grad_key), scale);
+        const auto query = channels_of<T>(b.query, s.c, line), key = channels_of<T>(b.key, s.c, line);
+        const auto grad = channels_of<T>(b.grad, s.C, line);
+        line_scores(query, key, line, w, w.scores.data());
+        line_probabilities(line, scale, gamma, static_cast<const Normalizer<S>*>(b.normalizer), w);
+        if (pass.first) line_delta(grad, channels_of<T>(b.out, s.C, line), line, delta.data());
+        line_sums(transposed(w.scores_matrix()), grad, line, w, channels_of<T>(b.grad_value, s.C, line), add);
+        line_scores(grad, channels_of<T>(b.value, s.C, line), line, w, w.products.data());
+        line_score_gradients(line, scale, delta.data(), w);
+        line_sums(w.products_matrix(), key, line, w, channels_of<T>(b.grad_query, s.c, line), add);
+        line_sums(transposed(w.products_matrix()), query, line, w, channels_of<T>(b.grad_key, s.c, line), add);
       });
     });
+  });
+  if (b.grad_gamma != nullptr) {
+    double sum = 0;
+    for (int64_t i = 0; i < s.pixels() * s.heads; ++i) sum += delta[i];
+    *static_cast<S*>(b.grad_gamma) = static_cast<S>(sum);
   }
 }
 
 // Returns the index, in weights [N,L,H,W], of the weight with which pixel `from` of a line attends to pixel `seen`.
 inline int64_t weight_index(const Sizes& s, const Line& line, int64_t from, int64_t seen) {
-  const int64_t l = line.column ? s.W + column_entry(seen, from) : seen;
+  const int64_t l = line.self ? seen : s.W + column_entry(seen, from);
   const int64_t n = line.first / (s.H * s.W), pixel = line.pixel(from) % (s.H * s.W);
   return (n * s.L() + l) * s.H * s.W + pixel;
 }
 
 template <typename T>
-void primitive(Primitive primitive, const Sizes& s, const T* first, const T* second, T* out) {
+void primitive(Primitive primitive, const Sizes& sizes, const T* first, const T* second, T* out) {
   using S = Sum<T>;
-  for (bool column : {false, true}) {
-    for_each_line(s, column, s.C, [&](const auto& lines) {
-      Workspace<S> w(column ? s.H : s.W);
+  Sizes s = sizes;
+  s.heads = s.T = 1;
+  for_each_pass(1 << kRow | 1 << kColumn, [&](const Pass& pass) {
+    for_each_line(s, pass, s.C, [&](const auto& lines) {
+      Workspace<S> w(length(s, pass.axis));
       const auto for_each_weight = [&](const Line& line, const auto& body) {
         for (int64_t seen = 0; seen < w.n; ++seen)
           for (int64_t from = 0; from < w.n; ++from)
-            if (!column || seen != from) body(weight_index(s, line, from, seen), w.scores[seen * w.row + from]);
+            if (line.self || seen != from) body(weight_index(s, line, from, seen), w.scores[seen * w.row + from]);
       };
+      const Channels<const T> a = {first, s.C, s.C}, b = {second, s.C, s.C};
       lines([&](const Line& line) {
         if (primitive == Primitive::score) {
-          line_scores(second, first, s.C, line, w, w.scores.data());
+          line_scores(b, a, line, w, w.scores.data());
           for_each_weight(line, [&](int64_t index, S score) { out[index] = static_cast<T>(score); });
           return;
         }
         for_each_weight(line, [&](int64_t index, S& weight) { weight = static_cast<S>(first[index]); });
-        const Strided<S> weights = w.scores_matrix();  // [seen, from]; the diagonal of a column stays 0
-        line_sums(primitive == Primitive::gather ? transposed(weights) : weights, second, s.C, line, w, out,
-                  column ? w.ones.data() : nullptr);
+        const Strided<S> weights = w.scores_matrix();  // [seen, from]; without the pixel itself, the diagonal stays 0
+        line_sums(primitive == Primitive::gather ? transposed(weights) : weights, b, line, w,
+                  Channels<T>{out, s.C, s.C}, pass.first ? nullptr : w.ones.data());
       });
     });
-  }
+  });
 }
 
 // Calls body with a value of the storage type of dtype.

@@ -1,0 +1,451 @@
+"""Heads, scale, axes, videos, residual and parts of larger maps, against full attention with a mask."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cc_attention import (
+    CrissCrossAttention,
+    CrissCrossAttention3d,
+    RecurrentCrissCrossAttention3d,
+    attention_maps,
+    criss_cross_attention,
+    ops,
+    reference,
+)
+
+OPERATORS = torch.ops.cc_attention
+
+
+class Case(NamedTuple):
+    """A shape and options of the operator."""
+
+    batch: int
+    channels: tuple[int, int]  # c and C of all heads together
+    size: tuple[int, ...]
+    heads: int = 1
+    scale: float = 1.0
+    axes: tuple[int, ...] | None = None
+    residual: bool = False
+
+    def maps(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
+        """Return query, key, value and, if there is a residual, the residual and gamma."""
+        generator = torch.Generator().manual_seed(1)
+        c, channels = self.channels
+        shapes = [(self.batch, k, *self.size) for k in (c, c, channels, channels)[: 3 + self.residual]]
+        maps = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+        wide = torch.promote_types(dtype, torch.float32)
+        return maps + [torch.tensor([0.7], dtype=wide, device=device)] * self.residual
+
+    def call(self, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+        """Call an attention on query, key, value and, if there is a residual, the residual and gamma."""
+        more = dict(zip(("residual", "gamma"), maps[3:], strict=False))
+        return function(*maps[:3], heads=self.heads, scale=self.scale, axes=self.axes, **more)
+
+
+CASES = [
+    Case(2, (3, 5), (4, 7), residual=True),
+    Case(1, (6, 9), (5, 3), heads=3, scale=0.5),
+    Case(2, (8, 12), (4, 6), heads=4, scale=-1.5, residual=True),
+    Case(1, (4, 6), (5, 6), heads=2, axes=(0,)),
+    Case(2, (4, 6), (5, 6), heads=2, axes=(1,), residual=True),
+    Case(1, (3, 4), (1, 1), heads=1, residual=True),
+    Case(2, (3, 5), (3, 4, 5)),
+    Case(1, (4, 6), (4, 3, 2), heads=2, scale=0.3, residual=True),
+    Case(1, (2, 3), (1, 4, 5)),
+    Case(1, (2, 3), (6, 1, 1), residual=True),
+    Case(2, (2, 3), (3, 4, 5), axes=(0,)),
+    Case(1, (2, 4), (3, 4, 5), heads=2, axes=(0, 2), residual=True),
+    Case(1, (2, 3), (3, 4, 5), axes=(1, 2)),
+    Case(1, (2, 3), (3, 4, 5), axes=(0, 1)),
+    Case(0, (2, 4), (3, 4, 5), heads=2, residual=True),
+    Case(1, (2, 0), (3, 4), residual=True),
+    Case(1, (0, 2), (3, 4), heads=2, scale=2.0),
+    Case(1, (70, 140), (3, 21), heads=1, residual=True),
+    Case(1, (16, 134), (19, 3), heads=2, scale=0.25, residual=True),
+]
+compiled = pytest.mark.skipif("cpu" not in ops.DEVICE_TYPES, reason="the compiled operators are not built")
+on_gpu = pytest.mark.gpu
+DEVICES = [pytest.param("cpu", marks=compiled), pytest.param("cuda", marks=on_gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a device whose kernels are used."""
+    if request.param not in ops.DEVICE_TYPES:
+        pytest.skip(f"the operators are not built for {request.param}")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    monkeypatch.setattr(ops, "WHOLE_DEVICE_TYPES", {request.param})
+    return request.param
+
+
+def attends(size: Sequence[int], axes: Sequence[int]) -> Tensor:
+    """Return which pixel attends to which: bool [pixels, pixels]."""
+    pixels = list(itertools.product(*map(range, size)))
+    return torch.tensor(
+        [
+            [all(a == b or axis in axes for axis, (a, b) in enumerate(zip(p, q, strict=True)))
+             and sum(a != b for a, b in zip(p, q, strict=True)) <= 1
+             for q in pixels]
+            for p in pixels
+        ]
+    )  # fmt: skip
+
+
+def full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    heads: int = 1,
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+) -> Tensor:
+    """Compute attention between all pixels, with a mask."""
+    size = value.shape[2:]
+    split = [t.flatten(2).unflatten(1, (heads, t.shape[1] // heads)) for t in (query, key, value)]
+    scores = scale * torch.einsum("nhcp,nhcq->nhpq", *split[:2])
+    mask = attends(size, range(len(size)) if axes is None else axes).to(scores.device)
+    weight = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    out = torch.einsum("nhpq,nhcq->nhcp", weight, split[2]).reshape(value.shape)
+    return out if residual is None or gamma is None else residual + gamma * out
+
+
+def with_gradients(case: Case, function: Callable[..., Tensor], maps: list[Tensor]) -> list[Tensor]:
+    """Return the result and the gradients of all maps."""
+    leaves = [t.detach().clone().requires_grad_() for t in maps]
+    out = case.call(function, *leaves)
+    grad = torch.linspace(-1, 2, max(out.numel(), 1), dtype=torch.float64)[: out.numel()].reshape(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_masked_full_attention(case: Case) -> None:
+    maps = case.maps()
+    expected = with_gradients(case, full_attention, maps)
+    torch.testing.assert_close(
+        with_gradients(case, reference.criss_cross_attention, maps), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_in_float64(case: Case, device: str) -> None:
+    maps = case.maps(device=device)
+    expected = with_gradients(case, full_attention, maps)
+    results = with_gradients(case, criss_cross_attention, maps)
+    torch.testing.assert_close(results, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_round_like_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
+    """No error exceeds twice the largest one of the reference, and a few roundings of the results.
+
+    The gradient of gamma is computed from the attention as it is kept, rounded to the dtype.
+    """
+    maps = case.maps(dtype, device)
+    exact = with_gradients(case, full_attention, [t.double() for t in maps])
+    plain = with_gradients(case, reference.criss_cross_attention, maps)
+    ours = with_gradients(case, criss_cross_attention, maps)
+    for number, (result, other, true) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert result.dtype == other.dtype and result.shape == true.shape
+        if true.numel():
+            size = true.abs().max() if number < 5 else 3 * exact[0].abs().sum()
+            error, allowed = (each.double() - true for each in (result, other))
+            assert error.abs().max() <= 2 * allowed.abs().max() + 4 * torch.finfo(dtype).eps * size
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_composition_where_the_kernels_are_untested(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "WHOLE_DEVICE_TYPES", set())
+    maps = case.maps()
+    torch.testing.assert_close(
+        with_gradients(case, criss_cross_attention, maps), with_gradients(case, full_attention, maps)
+    )
+
+
+def test_a_pixel_counts_itself_once_in_a_video(device: str) -> None:
+    """With equal scores the result is the mean over the T + H + W - 2 pixels of the three lines."""
+    value = torch.randn(1, 2, 3, 4, 5, dtype=torch.float64, device=device)
+    zeros = torch.zeros_like(value)
+    out = criss_cross_attention(zeros, zeros, value)[0, :, 1, 2, 3]
+    lines = value[0, :, :, 2, 3].sum(1) + value[0, :, 1, :, 3].sum(1) + value[0, :, 1, 2, :].sum(1)
+    torch.testing.assert_close(out, (lines - 2 * value[0, :, 1, 2, 3]) / 10)
+
+
+class TestPartsOfLargerMaps:
+    """Views of some channels of a map in channels_last."""
+
+    SIZES: tuple[tuple[int, ...], ...] = ((5, 6), (3, 4, 5), (1, 7), (7, 1), (1, 1))
+
+    @staticmethod
+    def joint(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+        layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+        return torch.randn(2, 24, *size, dtype=torch.float64).to(device, dtype).to(memory_format=layout)
+
+    @pytest.mark.parametrize("size", SIZES, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_same_bits_as_copies(self, size: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+        joint = self.joint(size, dtype, device)
+        joint[:, 20:] = math.nan  # the channels in between are not read
+        case = Case(2, (4, 12), size, heads=2, residual=True)
+        parts = [joint[:, :4], joint[:, 4:8], joint[:, 8:20]]
+        residual, gamma = torch.randn_like(joint)[:, 3:15], torch.tensor([0.5], device=device)
+        results = []
+        for copy in (False, True):
+            maps = [t.clone() if copy else t.detach() for t in (*parts, residual)]
+            leaves = [t.requires_grad_() for t in (*maps, gamma.clone())]
+            out = case.call(criss_cross_attention, *leaves)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+        assert all(map(torch.equal, *results))
+
+    def test_nothing_is_copied(self, device: str) -> None:
+        joint = self.joint((5, 6), torch.float32, device)
+        leaves = [t.detach().requires_grad_() for t in (joint[:, :4], joint[:, 4:8], joint[:, 8:20])]
+        grad = torch.randn_like(joint)[:, 8:20]
+        with torch.profiler.profile() as profile:
+            torch.autograd.grad(criss_cross_attention(*leaves), leaves, grad)
+        names = {event.name for event in profile.events()}
+        assert "cc_attention::criss_cross_attention_backward" in names
+        assert not names & {"aten::clone", "aten::copy_"}
+
+    def test_the_gradient_of_a_joint_projection_is_one_map(self, device: str) -> None:
+        joint = self.joint((5, 6), torch.float32, device)
+        parts = joint[:, :20].split([4, 4, 12], 1)
+        out, normalizer, _ = OPERATORS.criss_cross_attention(*parts)
+        backward = OPERATORS.criss_cross_attention_backward
+        separate = backward(out, *parts, out, normalizer)
+        together = backward(out, *parts, out, normalizer, joint=True)
+        assert torch.equal(together[0], torch.cat(separate[:3], 1))
+        assert [t.shape for t in together[1:]] == [(0,)] * 3
+
+    def test_other_strides_are_copied(self, device: str) -> None:
+        whole = torch.randn(2, 6, 8, 10, device=device)
+        odd = [whole[:, :, ::2], whole[:, :, :4], whole.mT[..., :8:2].mT, whole[:, ::2, :4].flip(1)]
+        for view in odd:
+            copy = view.clone()
+            assert torch.equal(
+                criss_cross_attention(view, view, view), criss_cross_attention(copy, copy, copy)
+            )
+
+
+SMALL = [case for case in CASES if case.batch and math.prod(case.size) <= 60 and min(case.channels) > 0]
+SOME = [SMALL[2], SMALL[7], SMALL[4]]
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_gradcheck(case: Case, device: str) -> None:
+    maps = [t.requires_grad_() for t in case.maps(device=device)]
+    function = partial(case.call, criss_cross_attention)
+    assert torch.autograd.gradcheck(function, maps, fast_mode=True, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case, device: str) -> None:
+    maps = [t.requires_grad_() for t in case.maps(torch.float32, device)]
+    residual, gamma = maps[3:] or (None, None)
+    dim = len(case.size) + 2
+    options = (case.heads, case.scale, ops._axes_mask(case.axes, dim))
+    torch.library.opcheck(OPERATORS.criss_cross_attention, (*maps[:3], residual, gamma, *options))
+    plain = [t.detach() for t in maps]
+    out, normalizer, _ = OPERATORS.criss_cross_attention(*plain[:3], None, None, *options)
+    gamma = None if gamma is None else plain[4]
+    for joint in (False, True):
+        torch.library.opcheck(
+            OPERATORS.criss_cross_attention_backward,
+            (plain[2], *plain[:3], out, normalizer, gamma, *options, joint),
+        )
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_torch_func(case: Case, device: str) -> None:
+    """Transforms of torch.func give the results of the reference."""
+    maps = case.maps(device=device)
+    numbers = tuple(range(len(maps)))
+
+    def value_of(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+        return case.call(function, *maps).sin().sum()
+
+    transforms: list[Callable[[Any], Any]] = [
+        lambda f: torch.func.grad(partial(value_of, f), numbers)(*maps),
+        lambda f: torch.func.jvp(partial(case.call, f), tuple(maps), tuple(t.cos() for t in maps)),
+        lambda f: torch.vmap(partial(case.call, f))(*(torch.stack([t, 2 * t]) for t in maps)),
+        lambda f: torch.vmap(partial(case.call, f), (1, None, 0, *[None] * (len(maps) - 3)))(
+            torch.stack([maps[0], maps[1]], 1), maps[1], torch.stack([maps[2], -maps[2]]), *maps[3:]
+        ),
+        lambda f: torch.vmap(torch.func.grad(partial(value_of, f), numbers))(
+            *(torch.stack([t, 2 * t, -t]) for t in maps)
+        ),
+        lambda f: torch.func.grad(lambda *a: torch.vmap(partial(value_of, f))(*a).sum(), numbers)(
+            *(torch.stack([t, 2 * t]) for t in maps)
+        ),
+    ]
+    for transform in transforms:
+        ours, theirs = transform(criss_cross_attention), transform(reference.criss_cross_attention)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_compile(case: Case, device: str) -> None:
+    torch.compiler.reset()
+    maps = case.maps(torch.float32, device)
+    function = torch.compile(partial(case.call, criss_cross_attention), fullgraph=True, backend="aot_eager")
+    leaves = [t.requires_grad_() for t in maps]
+    results = []
+    for each in (function, partial(case.call, criss_cross_attention)):
+        out = each(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+def test_autocast_casts_all_maps(device: str) -> None:
+    case = CASES[2]
+    maps = case.maps(torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        out = case.call(criss_cross_attention, *maps)
+        plain = case.call(reference.criss_cross_attention, *maps)
+    assert out.dtype == plain.dtype == torch.bfloat16
+    halves = [t.to(torch.bfloat16) for t in maps[:4]]
+    assert torch.equal(out, case.call(criss_cross_attention, *halves, maps[4]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_flops_are_those_of_the_definition(case: Case, device: str) -> None:
+    """A score and a weighted value cost 2 operations a channel, with the positions counted one by one."""
+    maps = [t.requires_grad_() for t in case.maps(torch.float32, device)]
+    axes = range(len(case.size)) if case.axes is None else case.axes
+    pairs = case.batch * int(attends(case.size, axes).sum())
+    c, channels = case.channels
+    with FlopCounterMode(display=False) as counter:
+        out = case.call(criss_cross_attention, *maps)
+    assert counter.get_total_flops() == 2 * pairs * (c + channels)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * pairs * (3 * c + 2 * channels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"heads": 4}, r"channels of query must be divisible by heads=4, got shape \[1, 6, 4, 5\]"),
+        ({"heads": 6}, r"channels of value must be divisible by heads=6, got shape \[1, 9, 4, 5\]"),
+        ({"residual": torch.ones(1, 9, 4, 5)}, "residual and gamma must be given together"),
+        ({"gamma": torch.ones(1)}, "residual and gamma must be given together"),
+        (
+            {"residual": torch.ones(1, 9, 4, 5), "gamma": torch.ones(2)},
+            r"gamma must have one element.*got shape \[2\]",
+        ),
+        ({"residual": torch.ones(1, 8, 4, 5), "gamma": torch.ones(1)}, "residual must have 9 channels"),
+        (
+            {"residual": torch.ones(1, 9, 4, 6), "gamma": torch.ones(1)},
+            "must agree in batch, height and width",
+        ),
+        (
+            {"residual": torch.ones(1, 9, 4, 5, dtype=torch.float64), "gamma": torch.ones(1)},
+            "must have the same dtype",
+        ),
+        ({"axes": ()}, r"axes must be different numbers from 0 to 1 .*got \(\)"),
+        ({"axes": (0, 0)}, "axes must be different numbers"),
+        ({"axes": (2,)}, "axes must be different numbers"),
+        ({"axes": (-1,)}, "axes must be different numbers"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("function", [criss_cross_attention, reference.criss_cross_attention])
+def test_wrong_options(function: Callable[..., Tensor], change: dict[str, Any], message: str) -> None:
+    query, value = torch.ones(1, 6, 4, 5), torch.ones(1, 9, 4, 5)
+    with pytest.raises((RuntimeError, ValueError), match=f"criss_cross_attention: .*{message}"):
+        function(query, query, value, **change)
+
+
+@pytest.mark.parametrize("function", [criss_cross_attention, reference.criss_cross_attention])
+def test_wrong_videos(function: Callable[..., Tensor]) -> None:
+    video = torch.ones(1, 2, 3, 4, 5)
+    with pytest.raises(RuntimeError, match="query must have 4 or 5 dimensions, like the others, got"):
+        function(video[:, :, 0], video, video)
+    with pytest.raises(RuntimeError, match="must agree in batch, frames, height and width"):
+        function(video, video, video[:, :, :2])
+    with pytest.raises(RuntimeError, match="at least one row and one column and frame"):
+        function(video[:, :, :0], video[:, :, :0], video[:, :, :0])
+    with pytest.raises(RuntimeError, match="4 or 5 dimensions, got"):
+        function(video[None], video[None], video[None])
+
+
+# The modules
+
+
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module in float64, with random weights."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3
+    return module
+
+
+def test_a_video_of_one_frame_is_a_picture() -> None:
+    video, picture = filled(CrissCrossAttention3d(16)), filled(CrissCrossAttention(16))
+    x = torch.randn(2, 16, 1, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(video(x)[:, :, 0], picture(x[:, :, 0]))
+    # The same names, so that the weights of a picture network start one for videos.
+    assert list(video.state_dict()) == list(picture.state_dict())
+
+
+def test_the_video_module_is_its_formula() -> None:
+    module = filled(CrissCrossAttention3d(16))
+    x = torch.randn(1, 16, 3, 4, 5, dtype=torch.float64)
+    maps = (module.query_conv(x), module.key_conv(x), module.value_conv(x))
+    torch.testing.assert_close(module(x), x + module.gamma * full_attention(*maps))
+
+
+def test_three_recurrences_reach_every_pixel_of_a_video() -> None:
+    x = torch.randn(1, 16, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    reached = []
+    for recurrence in (1, 2, 3):
+        module = filled(RecurrentCrissCrossAttention3d(16, recurrence))
+        (grad,) = torch.autograd.grad(module(x)[0, :, 1, 2, 3].sum(), x)
+        reached.append(int((grad.abs().sum(1) > 0).sum()))
+    # One line along each axis; then all that differ in at most two coordinates; then all.
+    assert reached == [3 + 4 + 5 - 2, 60 - 2 * 3 * 4, 60]
+
+
+def test_maps_of_a_video_are_rows_of_the_product_of_the_recurrences() -> None:
+    module = filled(RecurrentCrissCrossAttention3d(16, 2))
+    x = torch.randn(1, 16, 2, 3, 4, dtype=torch.float64)
+    pixels = [(0, 1, 2), (1, 2, 3)]
+    maps = attention_maps(module, x, pixels)
+    mask, y, product = attends(x.shape[2:], range(3)), x, torch.eye(24, dtype=torch.float64)
+    for recurrence in range(2):
+        scores = module.query_conv(y)[0].flatten(1).T @ module.key_conv(y)[0].flatten(1)
+        product = scores.masked_fill(~mask, -math.inf).softmax(-1) @ product
+        rows = torch.stack([product[12 * t + 4 * row + column] for t, row, column in pixels])
+        torch.testing.assert_close(maps[recurrence].flatten(1), rows)
+        y = module.attend(y)
+
+
+def test_maps_refuse_a_picture_for_a_video() -> None:
+    module = CrissCrossAttention3d(16)
+    with pytest.raises(
+        ValueError, match=r"x must be one video \[1, 16, T, H, W\], got shape \[1, 16, 4, 5\]"
+    ):
+        attention_maps(module, torch.ones(1, 16, 4, 5), [(0, 0, 0)])
+    with pytest.raises(ValueError, match=r"pixel \(2, 0, 0\) is outside of 2 frames, 4 rows and 5 columns"):
+        attention_maps(module, torch.ones(1, 16, 2, 4, 5), [(2, 0, 0)])
+    with pytest.raises(ValueError, match=r"pixel \(1, 0\) is outside"):
+        attention_maps(module, torch.ones(1, 16, 2, 4, 5), [(1, 0)])
+
+
+def test_a_module_is_not_promoted_by_autocast() -> None:
+    module = CrissCrossAttention(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.ones(1, 16, 4, 5)).dtype == torch.bfloat16
