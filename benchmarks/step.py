@@ -558,11 +558,10 @@ def plot(report: dict[str, Any], path: str) -> None:
     bars.draw(path, [*report["setting"].split("; "), machine_line], panels)
 
 
-def bmm_with_residual(
-    query: Tensor, key: Tensor, value: Tensor, *, residual: Tensor, gamma: Tensor
-) -> Tensor:
-    """Compute residual + gamma * attention in plain PyTorch, like the modules of cc_attention."""
-    attention = bmm_attention(query, key, value)
+def bmm_of_projection(projection: Tensor, query_channels: int, residual: Tensor, gamma: Tensor) -> Tensor:
+    """Compute `cc_attention.ops.joint_attention` in plain PyTorch."""
+    sizes = [query_channels] * 2 + [projection.shape[1] - 2 * query_channels]
+    attention = bmm_attention(*projection.split(sizes, 1))
     return torch.addcmul(residual, gamma.to(attention.dtype), attention)
 
 
@@ -572,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True  # as in train.py
     if args.attention == "bmm":
-        cc_attention.module.criss_cross_attention = bmm_with_residual  # type: ignore[assignment]
+        cc_attention.module.joint_attention = bmm_of_projection
     if args.peak_of:
         makes = steps(args, device)
         if args.peak_of not in makes:

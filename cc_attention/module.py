@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from cc_attention.ops import criss_cross_attention, to_channels_last
+from cc_attention.ops import criss_cross_attention, joint_attention, to_channels_last
 
 
 def _operand(x: Tensor, channels: int, dim: int, module: str) -> Tensor:
@@ -23,6 +24,7 @@ class _Attention(nn.Module):
     """The layers and the computation that the modules share."""
 
     convolution: type[nn.Conv2d] | type[nn.Conv3d]
+    dim: int  # of the maps
 
     def __init__(self, in_dim: int) -> None:
         super().__init__()
@@ -39,10 +41,25 @@ class _Attention(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Apply the attention once to x [N, in_dim, ...]."""
         # Convert once for all three convolutions; a no-op if the network runs in channels_last.
-        x = _operand(x, self.in_dim, self.value_conv.weight.dim(), type(self).__name__)
-        return criss_cross_attention(
-            self.query_conv(x), self.key_conv(x), self.value_conv(x), residual=x, gamma=self.gamma
-        )
+        x = _operand(x, self.in_dim, self.dim, type(self).__name__)
+        layers = (self.query_conv, self.key_conv, self.value_conv)
+        if not all(self._is_plain(layer) for layer in layers):
+            query, key, value = (layer(x) for layer in layers)
+            return criss_cross_attention(query, key, value, residual=x, gamma=self.gamma)
+        # One convolution reads x once, and its gradient is one map.
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        convolution = F.conv2d if self.dim == 4 else F.conv3d
+        return joint_attention(convolution(x, weight, bias), self.in_dim // 8, x, self.gamma)
+
+    def _is_plain(self, layer: nn.Module) -> bool:
+        """Return whether a layer is as it was made: of the same type, and without hooks."""
+        hooks = [
+            layer._forward_hooks,
+            layer._forward_pre_hooks,
+            layer._backward_hooks,
+            layer._backward_pre_hooks,
+        ]
+        return type(layer) is self.convolution and not any(hooks)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention.
@@ -103,6 +120,7 @@ class CrissCrossAttention(_Attention):
     """
 
     convolution = nn.Conv2d
+    dim = 4
 
 
 class RecurrentCrissCrossAttention(_RecurrentAttention, CrissCrossAttention):
@@ -141,6 +159,7 @@ class CrissCrossAttention3d(_Attention):
     """
 
     convolution = nn.Conv3d
+    dim = 5
 
 
 class RecurrentCrissCrossAttention3d(_RecurrentAttention, CrissCrossAttention3d):

@@ -303,3 +303,71 @@ def criss_cross_attention(  # noqa: PLR0913
         query, key, value, residual, gamma, heads, scale, mask, tf32
     )
     return out if residual is None else total
+
+
+class _JointAttention(torch.autograd.Function):
+    """Attention of a joint projection, whose gradient is one map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projection: Tensor,
+        query_channels: int,
+        residual: Tensor,
+        gamma: Tensor,
+        axes: int,
+        tf32: bool,
+    ) -> Tensor:
+        parts = _split(projection, query_channels)
+        out, normalizer, total = torch.ops.cc_attention.criss_cross_attention(
+            *parts, residual, gamma, 1, 1.0, axes, tf32
+        )
+        ctx.save_for_backward(projection, out, normalizer, gamma)
+        ctx.options = query_channels, axes, tf32
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        projection, out, normalizer, gamma = ctx.saved_tensors
+        query_channels, axes, tf32 = ctx.options
+        parts = _split(projection, query_channels)
+        of_projection, _, _, of_gamma = torch.ops.cc_attention.criss_cross_attention_backward(
+            grad, *parts, out, normalizer, gamma, 1, 1.0, axes, True, tf32
+        )
+        return of_projection, None, grad, of_gamma.reshape(gamma.shape), None, None
+
+
+def _split(projection: Tensor, query_channels: int) -> tuple[Tensor, ...]:
+    return projection.split([query_channels] * 2 + [projection.shape[1] - 2 * query_channels], 1)
+
+
+def joint_attention(projection: Tensor, query_channels: int, residual: Tensor, gamma: Tensor) -> Tensor:
+    """Compute `criss_cross_attention` of a map that holds query, key and value, with a residual.
+
+    Plain autograd would put the gradients of the three parts together by a copy. The kernels write them into
+    one map.
+
+    Args:
+        projection: channels of query, key and value, one after the other: [N, 2 * c + C, *spatial].
+        query_channels: c.
+        residual: map [N, C, *spatial].
+        gamma: one element.
+
+    Returns:
+        residual + gamma * attention, [N, C, *spatial], channels_last.
+    """
+    parts = _split(projection, query_channels)
+    plain = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or has_torch_function((projection, residual, gamma))
+        or not (torch.is_grad_enabled() and projection.requires_grad)
+    )
+    if plain or projection.device.type not in DEVICE_TYPES & WHOLE_DEVICE_TYPES:
+        return criss_cross_attention(*parts, residual=residual, gamma=gamma)
+    axes = _axes_mask(None, projection.dim())
+    tf32 = projection.is_cuda and _tf32_allowed()
+    gamma = gamma.to(_summing_dtype(projection))
+    return _JointAttention.apply(projection, query_channels, readable(residual), gamma, axes, tf32)

@@ -445,6 +445,41 @@ def test_maps_refuse_a_picture_for_a_video() -> None:
         attention_maps(module, torch.ones(1, 16, 2, 4, 5), [(1, 0)])
 
 
+@compiled
+@pytest.mark.parametrize("kind", [CrissCrossAttention, CrissCrossAttention3d])
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16], ids=str)
+def test_one_projection_is_three(kind: type[torch.nn.Module], precision: torch.dtype) -> None:
+    """A hook makes the module call its three layers one by one."""
+    x = torch.randn(2, 16, *(3, 4, 5)[: kind.dim - 2]).double()
+    results = []
+    for separate in (False, True):
+        module = filled(kind(16))
+        if separate:
+            module.key_conv.register_forward_hook(lambda *_: None)
+        if precision == torch.bfloat16:
+            module.float()
+        leaf = x.to(module.gamma.dtype).requires_grad_()
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            out = module(leaf)
+        out.float().sin().sum().backward()
+        results.append([out.detach(), leaf.grad, *(parameter.grad for parameter in module.parameters())])
+        assert out.dtype == precision
+    tolerance = {"rtol": 0, "atol": 0.03} if precision == torch.bfloat16 else {}
+    torch.testing.assert_close(*results, **tolerance)
+
+
+@compiled
+def test_the_projection_is_not_copied() -> None:
+    module = filled(CrissCrossAttention(16)).float().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 16, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = module(x)
+    grad = torch.randn_like(out)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        torch.autograd.grad(out, [x, module.query_conv.weight], grad)
+    copied = [e for e in profile.events() if e.name in ("aten::copy_", "aten::cat", "aten::slice_backward")]
+    assert not [e for e in copied if [2, 20, 4, 5] in e.input_shapes or [2, 16, 4, 5] in e.input_shapes]
+
+
 def test_a_module_is_not_promoted_by_autocast() -> None:
     module = CrissCrossAttention(16)
     with torch.autocast("cpu", torch.bfloat16):
