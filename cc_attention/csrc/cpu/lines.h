@@ -117,16 +117,17 @@ struct Workspace {
         columns(kChunk * row),
         maximum(n),
         sum(n),
-        scale(n),
+        before(padded),
+        factor(n),
         ones(n) {
     std::fill_n(ones.data(), n, S(1));
   }
 
   int64_t n, row, padded;
-  Buffer<S> scores, products;           // [n, row]
-  Buffer<S> rows;                       // [padded, kChunk], a chunk of a line's channels
-  Buffer<S> columns;                    // [kChunk, row], its transpose
-  Buffer<S> maximum, sum, scale, ones;  // [n]
+  Buffer<S> scores, products;                    // [n, row]
+  Buffer<S> rows;                                // [padded, kChunk], a chunk of a line's channels
+  Buffer<S> columns;                             // [kChunk, row], its transpose
+  Buffer<S> maximum, sum, before, factor, ones;  // [n]
 
   Strided<S> scores_matrix() { return {scores.data(), row, 1}; }
   Strided<S> products_matrix() { return {products.data(), row, 1}; }
@@ -171,30 +172,31 @@ void line_scores(const Channels<const T>& a, const Channels<const T>& b, const L
       factors = {a.at(line, begin), a.row(line), 1};
     else
       load(a, begin, width, line, w.rows.data());
-    multiply(w.n, w.padded, width, factors, {w.columns.data(), w.row}, out, w.row, begin == 0 ? nullptr : w.ones.data(),
-             chunk_after(a, b, begin, line));
+    multiply(w.n, w.padded, width, factors, {w.columns.data(), w.row}, out, w.row,
+             Merge<S>{begin == 0 ? nullptr : w.ones.data(), nullptr}, chunk_after(a, b, begin, line));
   });
 }
 
-// out[pixel i] = scale[i] * out[pixel i] + sum over j of weights[i, j] * map[pixel j].
+// out[pixel i] gets the sum over j of weights[i, j] * map[pixel j], as `merge` says.
 template <typename T, typename S>
 void line_sums(const Strided<S>& weights, const Channels<const T>& map, const Line& line, Workspace<S>& w,
-               const Channels<T>& out, const S* scale) {
+               const Channels<T>& out, const Merge<S>& merge) {
   for_each_chunk(map.count, [&](int64_t begin, int64_t width) {
     Panel<S> panel = {w.rows.data(), kChunk};
     if constexpr (std::is_same_v<T, S>)
       if (width == kChunk) panel = {map.at(line, begin), map.row(line), w.rows.data(), kChunk};
     if (panel.copy == nullptr) load(map, begin, width, line, w.rows.data());
-    multiply(w.n, width, w.n, weights, panel, out.at(line, begin), out.row(line), scale,
+    multiply(w.n, width, w.n, weights, panel, out.at(line, begin), out.row(line), merge,
              chunk_after(map, {out.data, out.pitch, out.count}, begin, line));
   });
 }
 
-// Replaces the scores of a line by softmax weights, and updates the normalizers.
+// Replaces the scores of a line by their exponentials, and updates the normalizers. The softmax weights are w.factor
+// times the exponentials.
 //
 // First pass: the softmax over the line, or zeros for a pixel whose scores are all -inf; the normalizers of the line.
 // Other passes: the line's part of the softmax over all lines so far, or NaN if all scores are -inf; the normalizers of
-// all of them; w.scale, the factor by which the result so far must be scaled.
+// all of them; w.before, the factor by which the result so far must be scaled.
 //
 // Each loop computes one quantity for all pixels: short chains of operations of different pixels can overlap.
 template <typename S>
@@ -214,23 +216,28 @@ void line_softmax(const Line& line, S scale, Workspace<S>& w, Normalizer<S>* nor
     w.maximum[i] = line.self ? maximum : std::max(maximum, normalizers[line.entry(i)].top);
   }
   for (int64_t i = 0; i < w.n; ++i) {
+    S* const scores = &w.scores[i * w.row];
     const S base = w.maximum[i] == kNone ? 0 : w.maximum[i];  // avoids -inf - -inf = NaN
     Vector<S> sums = {};
     for (int64_t j = 0; j < vectors; ++j) {
-      Vector<S>& power = vector_at(&w.scores[i * w.row], j);
-      power -= base;
+      Vector<S> power = vector_at(scores, j) - base;
       exponential(power);
+      vector_at(scores, j) = power;
       sums += power;
     }
     w.sum[i] = reduce<S>(sums, [&](const Vector<S>& a, const Vector<S>& b) { return a + b; });
   }
+  if (!line.self) {
+    for (int64_t i = 0; i < w.n; ++i) w.before[i] = normalizers[line.entry(i)].top - w.maximum[i];
+    for (int64_t j = 0; j < vectors; ++j) exponential(vector_at(w.before.data(), j));
+  }
   for (int64_t i = 0; i < w.n; ++i) {
     Normalizer<S>& normalizer = normalizers[line.entry(i)];
-    const S before = line.self ? S(0) : std::exp(normalizer.top - w.maximum[i]) * normalizer.total;
-    const S total = before + w.sum[i], factor = total == 0 ? 0 : 1 / total;
-    w.scale[i] = before * factor;
+    const S before = line.self ? S(0) : w.before[i] * normalizer.total;
+    const S total = before + w.sum[i];
+    w.factor[i] = total == 0 ? 0 : 1 / total;
+    w.before[i] = before * w.factor[i];
     normalizer = {w.maximum[i], total};
-    for (int64_t j = 0; j < vectors; ++j) vector_at(&w.scores[i * w.row], j) *= factor;
   }
 }
 
@@ -258,7 +265,7 @@ void forward(const Forward& f) {
         line_softmax(line, static_cast<S>(f.scale), w, static_cast<Normalizer<S>*>(f.normalizer));
         const Channels<T> out = channels_of<T>(f.out, s.C, line);
         line_sums(w.scores_matrix(), channels_of<T>(f.value, s.C, line), line, w, out,
-                  pass.first ? nullptr : w.scale.data());
+                  Merge<S>{pass.first ? nullptr : w.before.data(), w.factor.data()});
         if (pass.last && f.residual.data != nullptr)
           line_residual(channels_of<T>(f.residual, s.C, line), *static_cast<const S*>(f.gamma), out, line,
                         channels_of<T>(f.sum, s.C, line));
@@ -315,7 +322,7 @@ void backward(const Backward& b) {
   for_each_pass(b.axes, [&](const Pass& pass) {
     for_each_line(s, pass, 3 * s.c + 2 * s.C, [&](const auto& lines) {
       Workspace<S> w(length(s, pass.axis));
-      const S* add = pass.first ? nullptr : w.ones.data();
+      const Merge<S> add = {pass.first ? nullptr : w.ones.data(), nullptr};
       lines([&](const Line& line) {
         const auto query = channels_of<T>(b.query, s.c, line), key = channels_of<T>(b.key, s.c, line);
         const auto grad = channels_of<T>(b.grad, s.C, line);
@@ -367,7 +374,7 @@ void primitive(Primitive primitive, const Sizes& sizes, const T* first, const T*
         for_each_weight(line, [&](int64_t index, S& weight) { weight = static_cast<S>(first[index]); });
         const Strided<S> weights = w.scores_matrix();  // [seen, from]; without the pixel itself, the diagonal stays 0
         line_sums(primitive == Primitive::gather ? transposed(weights) : weights, b, line, w,
-                  Channels<T>{out, s.C, s.C}, pass.first ? nullptr : w.ones.data());
+                  Channels<T>{out, s.C, s.C}, Merge<S>{pass.first ? nullptr : w.ones.data(), nullptr});
       });
     });
   });

@@ -63,11 +63,22 @@ struct Panel {
   }
 };
 
-// out[i, :] = scale[i] * out[i, :] + sum over k of a[i, k] * b[k, :]. If scale is null, out is not read.
+// How the sums of a product go to its output: out[i, :] = before[i] * out[i, :] + factor[i] * sum[i, :].
+template <typename S>
+struct Merge {
+  const S* before;  // if null, out is not read
+  const S* factor;  // if null, 1
+
+  Merge at(int64_t row) const {
+    return {before == nullptr ? nullptr : before + row, factor == nullptr ? nullptr : factor + row};
+  }
+};
+
+// out[i, :] gets the sum over k of a[i, k] * b[k, :], as `merge` says.
 // Prefetches one address per step: all at once would exceed the outstanding loads of a core.
 template <typename S, int kRows, int kVectors, bool kCopy>
-void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S* out, int64_t out_row, const S* scale,
-                   const char* ahead, const int64_t* ahead_offsets) {
+void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S* out, int64_t out_row,
+                   const Merge<S>& merge, const char* ahead, const int64_t* ahead_offsets) {
   Vector<S> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -94,13 +105,21 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[i][v] += a_column[i * a_row] * b_vectors[v];
   }
+  const auto finish = [&](const auto& merged) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      S* result = out + i * out_row + v * kLanes<S>;
-      store_vector(result, scale == nullptr ? sum[i][v] : scale[i] * load_vector(result) + sum[i][v]);
-    }
+      for (int v = 0; v < kVectors; ++v) {
+        S* result = out + i * out_row + v * kLanes<S>;
+        store_vector(result, merged(i, sum[i][v], result));
+      }
+  };
+  if (merge.before == nullptr && merge.factor == nullptr)
+    return finish([&](int, const Vector<S>& own, const S*) { return own; });
+  finish([&](int i, const Vector<S>& own, const S* result) {
+    const Vector<S> scaled = merge.factor == nullptr ? own : merge.factor[i] * own;
+    return merge.before == nullptr ? scaled : merge.before[i] * load_vector(result) + scaled;
+  });
 }
 
 // Returns the number of products in one sum. A sum of short sums is more accurate than one long sum. Short lines use
@@ -115,19 +134,22 @@ constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};
 // any storage type. Tiles that are not full vectors of the summing type go through a temporary tile.
 template <typename T, typename S = Sum<T>>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a, const Panel<S>& b, T* out,
-              int64_t out_row, const S* scale, const Ahead& ahead) {
+              int64_t out_row, const Merge<S>& merge, const Ahead& ahead) {
   constexpr int64_t kTileColumns = kTileVectors * kLanes<S>;
   const int64_t tiles = ceil_div(rows, kTileRows), block = depth_of_sums(rows);
   const int64_t tile_size = tiles == 0 ? 0 : rows / tiles, larger_tiles = rows - tiles * tile_size;
+  const int64_t all_vectors = ceil_div(columns, kLanes<S>), column_tiles = ceil_div(all_vectors, kTileVectors);
   const Panel<S> copied = {b.copy, b.copy_row, nullptr, 0};
-  for (int64_t column = 0; column < columns; column += kTileColumns) {
-    const int64_t width = std::min(kTileColumns, columns - column);
+  for (int64_t column_tile = 0; column_tile < column_tiles; ++column_tile) {
+    const int64_t column = column_tile * all_vectors / column_tiles * kLanes<S>;
+    const int64_t end = (column_tile + 1) * all_vectors / column_tiles * kLanes<S>;
+    const int64_t width = std::min(end, columns) - column;
     with_constant<kTileVectors>(ceil_div(width, kLanes<S>), [&](auto vectors) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t begin = tile * tile_size + std::min(tile, larger_tiles);
         const Strided<S> a_tile = {a.data + begin * a.row, a.row, a.column};
         T* out_tile = out + begin * out_row + column;
-        const S* tile_scale = scale == nullptr ? nullptr : scale + begin;
+        const Merge<S> first = merge.at(begin), later = {kOnes<S>, first.factor};
         const bool copy = tile == 0 && b.copy != nullptr;
         const Panel<S>& panel = tile == 0 || b.copy == nullptr ? b : copied;
         with_constant<kTileRows>(tile_size + (tile < larger_tiles), [&](auto tile_rows) {
@@ -136,7 +158,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a,
               for (int64_t k = 0; k < depth; k += block)
                 multiply_tile<S, tile_rows(), vectors(), copying()>(
                     std::min(block, depth - k), {a_tile.data + k * a.column, a.row, a.column}, panel.at(k, column),
-                    sums, sums_row, k == 0 ? tile_scale : kOnes<S>, ahead.data + begin * ahead.row, ahead.offsets);
+                    sums, sums_row, k == 0 ? first : later, ahead.data + begin * ahead.row, ahead.offsets);
             };
             copy ? run_tile(std::true_type()) : run_tile(std::false_type());
           };
@@ -144,7 +166,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a,
             if (width == vectors * kLanes<S>) return run(out_tile, out_row);
           }
           S sums[kTileRows * kTileColumns];
-          if (scale != nullptr)
+          if (merge.before != nullptr)
             for (int i = 0; i < tile_rows; ++i) convert(out_tile + i * out_row, sums + i * kTileColumns, width);
           run(sums, kTileColumns);
           for (int i = 0; i < tile_rows; ++i) convert(sums + i * kTileColumns, out_tile + i * out_row, width);

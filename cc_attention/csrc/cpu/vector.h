@@ -94,8 +94,9 @@ inline void exponential(Vector<float>& x) {
   const Vector<float> shifted = x * 0x1.715476p0f + kRound;
   const Vector<float> n = shifted - kRound;
   const Vector<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log(2) in two parts, the first exact with n
-  Vector<float> power = r * (1 / 5040.f) + 1 / 720.f;
-  for (float coefficient : {1 / 120.f, 1 / 24.f, 1 / 6.f, 1 / 2.f, 1.f, 1.f}) power = power * r + coefficient;
+  // The polynomial 1 + r + r^2 q(r) with the smallest largest relative error, 3e-9.
+  Vector<float> power = r * 0x1.6a23cep-10f + 0x1.123a2p-7f;
+  for (float coefficient : {0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f, 1.f, 1.f}) power = power * r + coefficient;
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
   const Bits two_to_the_n = (reinterpret_cast<Bits>(shifted) << 23) + (127 << 23);
   x = x < -87.f ? Vector<float>{} : power * reinterpret_cast<Vector<float>>(two_to_the_n);
