@@ -69,6 +69,8 @@ if _load_library():
 #: GPU of what has been tested.
 WHOLE_DEVICE_TYPES = {"cpu"}
 PICTURE_MASK = 2 | 4  # the axes of a picture, as in csrc/kernels.h
+LONGEST_LINE = 272  # of the tensor-core kernels, as in csrc/cuda/tensor_core.h
+MOST_CHANNELS = 8192
 
 
 @functools.cache
@@ -97,6 +99,52 @@ def _tf32_allowed() -> bool:
     fp32_precision has been set, so only fp32_precision is read.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def slow_cause(maps: Sequence[Tensor], heads: int, tf32: bool) -> str | None:
+    """Return why the tensor cores of a GPU can't be used where they are expected; None if they can.
+
+    They are expected for 16-bit types, and for float32 if TF32 is allowed. The conditions are those of
+    csrc/cuda/tensor_core.h.
+
+    Args:
+        maps: query, key, value and, if given, the residual.
+        heads: number of heads.
+        tf32: whether TF32 is allowed.
+    """
+    value = maps[2]
+    bits16 = value.dtype in (torch.float16, torch.bfloat16)
+    if value.dim() not in (4, 5) or not (bits16 or (tf32 and value.dtype == torch.float32)):
+        return None
+    step = 16 // value.element_size()
+    channels = {t.shape[1] // heads for t in maps}
+    if any(count == 0 or count % step for count in channels):
+        return f"the channels of each head are no multiples of {step}"
+    if max(channels) > MOST_CHANNELS:
+        return f"a head has more than {MOST_CHANNELS} channels"
+    if max(value.shape[2:]) > LONGEST_LINE:
+        return f"a line has more than {LONGEST_LINE} pixels"
+    if any(t.storage_offset() % step or (t.stride(1) == 1 and t.stride(-1) % step) for t in maps):
+        return "a slice does not begin at a multiple of 16 bytes"
+    return None
+
+
+@functools.cache
+def _warn_slow(description: str) -> None:
+    warnings.warn(
+        f"criss_cross_attention: {description}, so the tensor cores can't be used; the general kernels are "
+        "several times slower (this is said once)",
+        stacklevel=5,
+    )
+
+
+def _check_speed(maps: Sequence[Tensor], heads: int, tf32: bool) -> None:
+    """Warn once in a process if a GPU can't use its tensor cores because of the shapes."""
+    if torch.compiler.is_compiling() or _warn_slow.cache_info().currsize:
+        return
+    cause = slow_cause(maps, heads, tf32)
+    if cause and torch.cuda.is_available() and torch.cuda.get_device_capability(maps[0].device) >= (8, 0):
+        _warn_slow(f"{cause} (value {list(maps[2].shape)}, {maps[2].dtype}, heads={heads})")
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -299,6 +347,8 @@ def criss_cross_attention(  # noqa: PLR0913
     if residual is not None and gamma is not None:
         residual, gamma = convert(residual), gamma.to(_summing_dtype(value))
     tf32 = value.is_cuda and _tf32_allowed()
+    if value.is_cuda:
+        _check_speed([query, key, value] if residual is None else [query, key, value, residual], heads, tf32)
     out, _, total = torch.ops.cc_attention.criss_cross_attention(
         query, key, value, residual, gamma, heads, scale, mask, tf32
     )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -380,6 +381,65 @@ def test_wrong_videos(function: Callable[..., Tensor]) -> None:
         function(video[:, :, :0], video[:, :, :0], video[:, :, :0])
     with pytest.raises(RuntimeError, match="4 or 5 dimensions, got"):
         function(video[None], video[None], video[None])
+
+
+class TestSlowPath:
+    """Shapes for which a GPU can't use its tensor cores are named once."""
+
+    @staticmethod
+    def maps(channels: tuple[int, int], size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        shapes = [(1, count, *size) for count in (channels[0], *channels)]
+        return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+
+    @pytest.mark.parametrize(
+        ("channels", "size", "heads", "cause"),
+        [
+            ((64, 512), (97, 272), 1, None),
+            ((64, 512), (97, 97), 8, None),
+            ((60, 512), (97, 97), 1, "the channels of each head are no multiples of 8"),
+            ((64, 512), (97, 97), 16, "the channels of each head are no multiples of 8"),
+            ((64, 8200), (9, 9), 1, "a head has more than 8192 channels"),
+            ((64, 512), (273, 97), 1, "a line has more than 272 pixels"),
+            ((64, 512), (300, 9, 9), 1, "a line has more than 272 pixels"),
+        ],
+    )
+    def test_cause(
+        self, channels: tuple[int, int], size: tuple[int, ...], heads: int, cause: str | None
+    ) -> None:
+        assert ops.slow_cause(self.maps(channels, size, torch.bfloat16), heads, False) == cause
+        assert ops.slow_cause(self.maps(channels, size, torch.float32), heads, False) is None
+
+    def test_tf32_needs_multiples_of_4(self) -> None:
+        assert ops.slow_cause(self.maps((12, 20), (9, 9), torch.float32), 1, True) is None
+        cause = ops.slow_cause(self.maps((12, 18), (9, 9), torch.float32), 1, True)
+        assert cause == "the channels of each head are no multiples of 4"
+
+    def test_slices(self) -> None:
+        joint = torch.empty(1, 9, 9, 100, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+        parts = [joint[:, :8], joint[:, 8:16], joint[:, 16:24]]
+        expected = "a slice does not begin at a multiple of 16 bytes"
+        assert ops.slow_cause(parts, 1, False) == expected  # the pitch
+        whole = torch.empty(1, 9, 9, 104, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+        assert ops.slow_cause([whole[:, :8], whole[:, 8:16], whole[:, 16:24]], 1, False) is None
+        assert ops.slow_cause([whole[:, :8], whole[:, 8:16], whole[:, 20:28]], 1, False) == expected
+
+    def test_one_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ops._warn_slow.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        maps = self.maps((6, 512), (5, 7), torch.bfloat16)
+        with pytest.warns(
+            UserWarning, match=r"multiples of 8 \(value \[1, 512, 5, 7\], torch.bfloat16, heads=1"
+        ):
+            ops._check_speed(maps, 1, False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ops._check_speed(maps, 1, False)
+        ops._warn_slow.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ops._check_speed(maps, 1, False)
 
 
 # The modules
