@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import cv2
@@ -31,10 +32,16 @@ def test_attention_maps_are_drawn(checkpoint: Path, pictures: Path, tmp_path: Pa
     assert one.shape == two.shape and not np.array_equal(one, two)
 
 
-def test_a_timm_network_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("timm")
-    from examples import timm_attention
-
-    timm_attention.main()
+@pytest.mark.parametrize(
+    ("example", "package"),
+    [
+        ("timm_attention", "timm"),
+        ("smp_attention", "segmentation_models_pytorch"),
+        ("mmseg_attention", "mmseg"),
+    ],
+)
+def test_another_network_learns(example: str, package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(package)
+    importlib.import_module(f"examples.{example}").main()
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 5 and losses[-1] < losses[0]
