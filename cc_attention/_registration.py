@@ -136,14 +136,14 @@ def _below_autograd(keyset: Any, operator: Any, *args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _tangents(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _tangents(*saved: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Yield the saved inputs without the tangents of this functorch transform level.
 
     Forward-mode differentiation is enabled inside the block. PyTorch calls `jvp` with this mode off, but the
     outer levels need forward-mode differentiation.
     """
     with forward_ad._set_fwd_grad_enabled(True):
-        yield tuple(forward_ad.unpack_dual(t, level=0).primal for t in saved)
+        yield tuple(None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in saved)
 
 
 def _sum_of_products(product: Callable[..., Tensor], *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
@@ -209,8 +209,10 @@ class _Attention(_Level):
             dquery, dkey, dvalue = (
                 None if t is None else reference.fold_heads(t.to(wide), heads) for t in tangents[:3]
             )
-            scores = partial(reference.scores, axes=axes)
-            weighted_sum = partial(reference.weighted_sum, axes=axes)
+            scores: Any = partial(reference.scores, axes=axes)
+            weighted_sum: Any = partial(reference.weighted_sum, axes=axes)
+            if (query.dim(), axes) == (4, reference.PICTURE):
+                scores, weighted_sum = OPERATORS.ca_weight, OPERATORS.ca_map
             weight = (scale * scores(query, key)).softmax(1)
             parts = [(weight, dvalue)]
             if dquery is not None or dkey is not None:

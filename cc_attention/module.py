@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cc_attention.ops import criss_cross_attention, joint_attention, to_channels_last
+from cc_attention.reference import autocast_enabled, cast_for_autocast
 
 
 def _operand(x: Tensor, channels: int, dim: int, module: str) -> Tensor:
@@ -48,6 +49,9 @@ class _Attention(nn.Module):
             return criss_cross_attention(query, key, value, residual=x, gamma=self.gamma)
         # One convolution reads x once, and its gradient is one map.
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        # torch.vmap would not cast the weights for an input that is cast already.
+        if not has_torch_function((x,)) and autocast_enabled(x):
+            x, weight, bias = cast_for_autocast(x, weight, bias)
         convolution = F.conv2d if self.dim == 4 else F.conv3d
         return joint_attention(convolution(x, weight, bias), self.in_dim // 8, x, self.gamma)
 

@@ -387,8 +387,10 @@ class _JointAttention(torch.autograd.Function):
         return of_projection, None, grad, of_gamma.reshape(gamma.shape), None, None
 
 
-def _split(projection: Tensor, query_channels: int) -> tuple[Tensor, ...]:
-    return projection.split([query_channels] * 2 + [projection.shape[1] - 2 * query_channels], 1)
+def _split(projection: Tensor, query_channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views of query, key and value. torch.fx could not iterate over the result of Tensor.split."""
+    end = 2 * query_channels
+    return projection[:, :query_channels], projection[:, query_channels:end], projection[:, end:]
 
 
 def joint_attention(projection: Tensor, query_channels: int, residual: Tensor, gamma: Tensor) -> Tensor:

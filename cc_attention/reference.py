@@ -42,7 +42,7 @@ def check_operands(op: str, *, video: bool = False, **operands: Tensor) -> None:
             dims = "4 or 5 dimensions" if video else "4 dimensions"
             like = ", like the others" if dim == 5 and video else ""
             raise RuntimeError(f"{op}: {name} must have {dims}{like}, got shape {list(tensor.shape)}")
-        if min(tensor.shape[2:]) < 1:
+        if any(size < 1 for size in tensor.shape[2:]):  # min() would compare sizes that torch.export varies
             frame = " and frame" if dim == 5 else ""
             raise RuntimeError(
                 f"{op}: {name} must have at least one row and one column{frame}, "
@@ -197,6 +197,11 @@ def unfold_heads(x: Tensor, heads: int) -> Tensor:
     return x if heads == 1 else x.unflatten(0, (x.shape[0] // heads, heads)).flatten(1, 2)
 
 
+def _pixels_of(x: Tensor, axis: int) -> Tensor:
+    """Return the lines of x [N, C, *spatial] along an axis, as [N, *others, n, C]."""
+    return x.movedim((axis + 2, 1), (-2, -1))
+
+
 def scores(query: Tensor, key: Tensor, axes: Sequence[int]) -> Tensor:
     """Compute the affinities of each pixel with the L positions on its lines.
 
@@ -210,8 +215,8 @@ def scores(query: Tensor, key: Tensor, axes: Sequence[int]) -> Tensor:
     """
     parts = []
     for axis in reversed(axes):
-        pair = (t.movedim(axis + 2, -1) for t in (query, key))
-        line = torch.einsum("nc...i,nc...j->n...ij", *pair)  # [N, *others, n (query), n (key)]
+        # [N, *others, n (query), n (key)] = [N, *others, n, c] x [N, *others, c, n]
+        line = torch.matmul(_pixels_of(query, axis), _pixels_of(key, axis).mT)
         if axis != axes[-1]:
             line = _without_self(line)
         parts.append(line.movedim(-1, 1).movedim(-1, axis + 2))
@@ -241,7 +246,7 @@ def weighted_sum(weight: Tensor, value: Tensor, axes: Sequence[int]) -> Tensor:
         [N, C, *spatial].
     """
     sums = [
-        torch.einsum("n...ij,nc...j->nc...i", line, value.movedim(axis + 2, -1)).movedim(-1, axis + 2)
+        torch.matmul(line, _pixels_of(value, axis)).movedim((-1, -2), (1, axis + 2))
         for axis, line in line_weights(weight, axes)
     ]
     return sum(sums[1:], sums[0])
