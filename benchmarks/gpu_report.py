@@ -39,7 +39,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
         name
         for name in (
             "unit/test_cc_attention.py",
+            "unit/test_attention_options.py",
             "kernels/test_attention_kernels.py",
             "kernels/test_fused_norm.py",
             "kernels/test_fused_loss.py",
@@ -433,9 +434,70 @@ def kernels(device: str, quick: bool) -> dict[str, Any]:
                     raise RuntimeError(f"{precision} {shape} {channels}: relative error {worst:.2g}")
     import fused
 
+    errors |= attention_options(device, ERROR_LIMITS)
     if device in fused.DEVICE_TYPES:
         errors |= fused_kernels(device)
     return {"relative_error": errors}
+
+
+def attention_options(device: str, limits: Mapping[str, float]) -> dict[str, float]:
+    """Compare the attention with heads, scale, axes, frames and a residual with float64, like `kernels`.
+
+    Query, key and value are parts of a larger map. The kernels are used even if they are not the default.
+    """
+    from cc_attention import criss_cross_attention, ops, reference
+
+    before = set(ops.WHOLE_DEVICE_TYPES)
+    errors: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[int, ...], int, tuple[int, ...] | None]] = [
+        ((2, 24, 40), 1, None),
+        ((1, 97, 20), 4, None),
+        ((1, 130, 17), 2, (0,)),
+        ((2, 5, 20, 24), 1, None),
+        ((1, 3, 17, 40), 2, (0, 2)),
+    ]
+    ops.WHOLE_DEVICE_TYPES.add(device)
+    try:
+        for precision, limit in limits.items():
+            if device == "cpu" and precision == "tf32":
+                continue
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+            dtype = getattr(torch, "float32" if precision == "tf32" else precision)
+            for (n, *size), heads, axes in cases:
+                layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+                joint, residual, grad = (
+                    torch.randn(n, channels, *size, generator=generator).to(dtype).to(memory_format=layout)
+                    for channels in (200, 128, 128)
+                )
+                # Positive values and gradients: otherwise the gradient of gamma, a sum over all, cancels.
+                joint[:, 64:].abs_()
+                grad.abs_()
+                answers = []
+                for function, place, exact in (
+                    (criss_cross_attention, device, dtype),
+                    (reference.criss_cross_attention, "cpu", torch.float64),
+                ):
+                    parts = joint.to(place, exact)[:, :192].split([32, 32, 128], 1)
+                    gamma = torch.tensor([0.7], dtype=torch.float64).to(place, torch.float32)
+                    maps = (*parts, residual.to(place, exact), gamma)
+                    leaves = [x.detach().requires_grad_() for x in maps]
+                    result = function(
+                        *leaves[:3], heads=heads, scale=0.5, axes=axes, residual=leaves[3], gamma=leaves[4]
+                    )
+                    gradients = torch.autograd.grad(result, leaves, grad.to(place, exact))
+                    answers.append([x.detach().cpu().double() for x in (result, *gradients)])
+                found = [(x - y).norm() / y.norm() for x, y in zip(*answers, strict=True)]
+                worst = float(torch.stack(found).max())
+                name = f"options {precision}"
+                errors[name] = max(errors.get(name, 0.0), worst)
+                print(f"{name} {'x'.join(map(str, size))} heads {heads} axes {axes}: {worst:.1e}", flush=True)
+                if not worst <= limit:
+                    raise RuntimeError(f"{name} {size} heads {heads} axes {axes}: relative error {worst:.2g}")
+    finally:
+        ops.WHOLE_DEVICE_TYPES.clear()
+        ops.WHOLE_DEVICE_TYPES.update(before)
+    return errors
 
 
 def fused_kernels(device: str) -> dict[str, float]:
