@@ -42,6 +42,9 @@ class Seg_Model(ResNet):  # noqa: N801
         utils.errors.CheckpointError: `pretrained_model` is unreadable or belongs to another network.
     """
 
+    #: Whether the outputs of batch norm are computed again in the backward pass (networks/recompute.py).
+    recompute = False
+
     def __init__(  # noqa: PLR0913
         self,
         num_classes: int,
@@ -67,8 +70,6 @@ class Seg_Model(ResNet):  # noqa: N801
             nn.Conv2d(dsn_channels, num_classes, 1),
         )
         self.criterion = criterion
-        #: Whether the outputs of batch norm are computed again in the backward pass (networks/recompute.py).
-        self.recompute = False
         if pretrained_model is not None:
             load_weights(self, pretrained_model)
 
