@@ -1,13 +1,22 @@
 // The interface between the host code (ops.cpp) and the kernels of each device, over raw pointers. It includes no torch
 // header, so the CUDA files compile in seconds and the emulator of the tests can run them.
 //
-// Shapes: N batch, c channels of query and key, C channels of value, H rows, W columns. Each pixel attends to the
-// L = H + W - 1 positions of its row and column. Position l of pixel (y, x) is
+// Shapes: N batch, T frames (1 for pictures), H rows, W columns; c channels of query and key and C channels of value in
+// each head. A pixel is one position of T, H, W.
+//
+// Each head of a pixel attends to the pixels of its lines: its row (axis W), its column (axis H) and the same place in
+// all frames (axis T), or to those of some of these axes. The pixel itself is counted once: it belongs to the line of
+// the last axis that is used, in the order T, H, W.
+//
+// Feature maps are [N,T,H,W,pitch] with the channels of the heads one after the other at the beginning of the pitch
+// (channels_last). So views of some channels of a larger map are read in place. A line of any axis is then the same
+// problem: pixels with a constant stride and contiguous channels.
+//
+// The primitives know pictures of one head only. There, a pixel attends to L = H + W - 1 positions. Position l of pixel
+// (y, x) is
 //   l <  W   pixel (y, l) of its row, itself included;
 //   l >= W   pixel (other_row(l - W, y), x) of its column, itself excluded.
-//
-// Feature maps are dense [N,H,W,channels] (channels_last). A row and a column are then the same problem: a line of
-// pixels with a constant stride and contiguous channels. Weights over positions are dense [N,L,H,W].
+// Weights over positions are dense [N,L,H,W].
 //
 // Sums run in float32 for every storage type (float64 for float64). Every output element is summed in a fixed order,
 // without atomics, so results are bit-identical in every run and for any number of threads.
@@ -28,9 +37,23 @@ enum class Dtype { float32, float64, float16, bfloat16 };
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 struct Sizes {
-  int64_t N, c, C, H, W;
+  int64_t N, heads, c, C, T, H, W;
   CC_HOST_DEVICE int64_t L() const { return H + W - 1; }
-  CC_HOST_DEVICE int64_t pixels() const { return N * H * W; }
+  CC_HOST_DEVICE int64_t picture() const { return T * H * W; }
+  CC_HOST_DEVICE int64_t pixels() const { return N * T * H * W; }
+};
+
+// The axes along which pixels attend, as a set: (1 << axis) | ...
+enum Axis { kFrames, kColumn, kRow };
+
+// The first channel of the first pixel of a feature map, and the elements from a pixel to the next.
+struct Map {
+  const void* data;
+  int64_t pitch;
+};
+struct MutableMap {
+  void* data;
+  int64_t pitch;
 };
 
 // The softmax of a pixel is exp(score - top) / total. Two numbers are kept because a single one, the log-sum-exp, would
@@ -41,32 +64,41 @@ struct alignas(2 * sizeof(S)) Normalizer {
   S total;  // the sum of exp(score - top)
 };
 
-// out = softmax(scores) * value. The scores of a pixel are the dot products of its query with the keys at its
-// positions.
+// out = softmax(scale * scores) * value. The scores of a pixel are the dot products of its query with the keys at its
+// positions. If there is a residual: sum = residual + gamma * out.
 struct Forward {
   Dtype dtype;
   Sizes sizes;
-  const void* query;  // [N,H,W,c]
-  const void* key;    // [N,H,W,c]
-  const void* value;  // [N,H,W,C]
-  void* out;          // [N,H,W,C]
-  void* normalizer;   // [N,H,W] Normalizer of float, or of double for float64
+  int axes;           // set of Axis, not empty
+  double scale;       // of the scores
+  Map query;          // [N,T,H,W,heads,c]
+  Map key;            // [N,T,H,W,heads,c]
+  Map value;          // [N,T,H,W,heads,C]
+  MutableMap out;     // [N,T,H,W,heads,C]
+  void* normalizer;   // [N,T,H,W,heads] Normalizer of float, or of double for float64
+  Map residual;       // [N,T,H,W,heads,C]; data is null if there is none
+  MutableMap sum;     // [N,T,H,W,heads,C]; data is null if there is none
+  const void* gamma;  // one float, or double for float64; null if there is no residual
 };
 
 // The scores are recomputed from query and key, and the softmax from the scores and the normalizer.
 struct Backward {
   Dtype dtype;
   Sizes sizes;
-  const void* query;       // [N,H,W,c]
-  const void* key;         // [N,H,W,c]
-  const void* value;       // [N,H,W,C]
-  const void* out;         // [N,H,W,C] of the forward
-  const void* normalizer;  // [N,H,W] of the forward
-  const void* grad_out;    // [N,H,W,C]
-  void* grad_query;        // [N,H,W,c]
-  void* grad_key;          // [N,H,W,c]
-  void* grad_value;        // [N,H,W,C]
-  void* workspace;         // workspace_bytes(...) bytes, aligned to 16
+  int axes;
+  double scale;
+  Map query;               // [N,T,H,W,heads,c]
+  Map key;                 // [N,T,H,W,heads,c]
+  Map value;               // [N,T,H,W,heads,C]
+  Map out;                 // [N,T,H,W,heads,C] of the forward
+  const void* normalizer;  // [N,T,H,W,heads] of the forward
+  Map grad;                // [N,T,H,W,heads,C]: the gradient of sum if there is a residual, otherwise of out
+  const void* gamma;       // of the forward; null if there is no residual
+  MutableMap grad_query;   // [N,T,H,W,heads,c]
+  MutableMap grad_key;     // [N,T,H,W,heads,c]
+  MutableMap grad_value;   // [N,T,H,W,heads,C]
+  void* grad_gamma;        // one float, or double for float64; null if there is no residual
+  void* workspace;         // backward_workspace_cuda(...) bytes, aligned to 16; unused on the CPU
 };
 
 // The building blocks of ca_weight, ca_map and their gradients (see the table in ops.cpp).
@@ -83,7 +115,7 @@ CC_HOST_DEVICE inline int64_t other_row(int64_t j, int64_t y) { return j < y ? j
 // The column entry of row `target` for a pixel in row y (target != y): the inverse of other_row.
 CC_HOST_DEVICE inline int64_t column_entry(int64_t target, int64_t y) { return target < y ? target : target - 1; }
 
-// The primitives ignore Sizes::c. If an output is empty, nothing is computed.
+// The primitives use N, C, H and W only. If an output is empty, nothing is computed.
 void forward_cpu(const Forward& arguments);
 void backward_cpu(const Backward& arguments);
 void primitive_cpu(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second,
@@ -101,6 +133,6 @@ int forward_cuda(const Forward& arguments, const Device& device, void* stream);
 int backward_cuda(const Backward& arguments, const Device& device, void* stream);
 int primitive_cuda(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second,
                    void* out, void* stream);
-int64_t backward_workspace_cuda(Dtype dtype, const Sizes& sizes);
+int64_t backward_workspace_cuda(const Backward& arguments, const Device& device);
 
 }  // namespace cc_attention
