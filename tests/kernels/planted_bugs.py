@@ -22,7 +22,20 @@ from emulator import CSRC, SCHEDULES, Emulator  # noqa: E402
 from planted_loss_bugs import LOSS  # noqa: E402
 from planted_norm_bugs import NORM  # noqa: E402
 from planting import Bug, Suite  # noqa: E402
-from test_attention_kernels import BF16, F32, Backend, check, check_where_finite, masked, run, sample  # noqa: E402
+from test_attention_kernels import (  # noqa: E402
+    BF16,
+    F32,
+    Backend,
+    Problem,
+    check,
+    check_problem,
+    check_where_finite,
+    masked,
+    on_path,
+    run,
+    sample,
+    solve,
+)
 
 FORWARD, BACKWARD = "cuda/tensor_core_forward.cu", "cuda/tensor_core_backward.cu"
 COMMON, GENERAL, LINE = "cuda/tensor_core.h", "cuda/general.cu", "cuda/line.h"
@@ -41,7 +54,7 @@ BUGS: list[Bug] = [
         "    __syncthreads();\n    multiply_rows",
         "    multiply_rows",
     ),
-    Bug("forward: next channels too early", FORWARD, "    if (channel > 0) __syncthreads();", "    ;"),
+    Bug("forward: next channels too early", FORWARD, "    if (done > 0) __syncthreads();", "    ;"),
     Bug("forward: values over keys", FORWARD, "int filling = 1;", "int filling = 0;"),
     Bug(
         "forward: one wait too few",
@@ -75,23 +88,60 @@ BUGS: list[Bug] = [
         "    if (next_channel < C) device::commit_copies();  // also an",
     ),
     Bug("forward: a key too many", FORWARD, "k >= line.length ||", "k > line.length ||"),
-    Bug("forward: self twice", FORWARD, "(column && k == rows[i / 2])", "false"),
+    Bug("forward: self twice", FORWARD, "(!a.pass.last && k == rows[i / 2])", "false"),
     Bug(
         "forward: large scores lost",
         FORWARD,
         "exp2_approximate((scores[j][i] - base[i / 2]) * kLog2e)",
         "exp2_approximate(fmaf(scores[j][i], kLog2e, -base[i / 2] * kLog2e))",
     ),
-    Bug("forward: empty row", FORWARD, "total == 0.f ? 0.f : 1.f / total", "1.f / total"),
-    Bug("forward: empty column", FORWARD, "largest[half] == -INFINITY ? 0.f : largest", "largest"),
+    Bug("forward: empty line", FORWARD, "total == 0.f && !a.pass.last", "false"),
+    Bug("forward: empty column", FORWARD, "top == -INFINITY ? 0.f : top", "top"),
     Bug(
-        "forward: the columns' result not read",
+        "forward: the earlier result not read",
         FORWARD,
-        "      if (!column)\n        copy_rows(",
-        "      if (false)\n        copy_rows(",
+        "      if (!a.pass.first) copy_rows(",
+        "      if (false) copy_rows(",
     ),
     Bug("forward: rows without a barrier", FORWARD, "    __syncwarp();\n    write_rows", "    write_rows"),
-    Bug("forward: no merge", FORWARD, "      weight[half] = here / total;\n", ""),
+    Bug("forward: no merge", FORWARD, "none ? 0.f : here / total", "none ? 0.f : 1.f / total"),
+    Bug(
+        "forward: a pass of three not merged",
+        FORWARD,
+        "none ? 0.f : there / total",
+        "a.pass.last ? there / total : 0.f",
+    ),
+    Bug(
+        "forward: wrong head",
+        FORWARD,
+        "const int channel = head * a.c + done,",
+        "const int channel = head * a.C + done,",
+    ),
+    Bug(
+        "forward: values of the first head",
+        FORWARD,
+        "int next_channel = head * a.C;",
+        "int next_channel = 0;",
+    ),
+    Bug(
+        "forward: normalizers of one head",
+        FORWARD,
+        "line.pixel(row) * a.heads + head",
+        "line.pixel(row) * a.heads",
+    ),
+    Bug("forward: no scale", FORWARD, "device::multiply(scores[j][i], a.scale)", "scores[j][i]"),
+    Bug(
+        "forward: residual over the result",
+        FORWARD,
+        "const int pair_bytes = (keys + block_queries) * kPitch + residual_bytes;",
+        "const int pair_bytes = (keys + block_queries) * kPitch;",
+    ),
+    Bug(
+        "forward: gamma of the line alone",
+        FORWARD,
+        "with[i] = fmaf(gamma, result[i], with[i])",
+        "with[i] = fmaf(gamma * weight[half], results[j][2 * half + i], with[i])",
+    ),
     Bug(
         "forward: normalizer beyond the line",
         FORWARD,
@@ -102,12 +152,12 @@ BUGS: list[Bug] = [
     Bug(
         "copies: channels beyond the end",
         COMMON,
-        "from < channels ? line.length - first : 0",
+        "from < end ? line.length - first : 0",
         "line.length - first",
     ),
-    Bug("copies: rows beyond the end", COMMON, "from < channels ? line.length - first : 0", "rows"),
+    Bug("copies: rows beyond the end", COMMON, "from < end ? line.length - first : 0", "rows"),
     Bug("rows: beyond the line", COMMON, "    if (first + row >= line.length) break;\n", ""),
-    Bug("rows: beyond the channels", COMMON, "  if (from >= channels) return;\n", ""),
+    Bug("rows: beyond the channels", COMMON, "  if (from >= end) return;\n", ""),
     Bug(
         "operands: right one swapped",
         COMMON,
@@ -135,20 +185,52 @@ BUGS: list[Bug] = [
     Bug(
         "results: beyond the line",
         COMMON,
-        "row + 8 * half < line.length ? channels - channel : 0",
-        "channels - channel",
+        "row + 8 * half < line.length ? end - channel : 0",
+        "end - channel",
     ),
     Bug(
         "results: beyond the channels",
         COMMON,
-        "row + 8 * half < line.length ? channels - channel : 0",
-        "row + 8 * half < line.length ? channels : 0",
+        "row + 8 * half < line.length ? end - channel : 0",
+        "row + 8 * half < line.length ? end : 0",
     ),
     Bug(
         "results: lanes not swapped",
         COMMON,
         "got[i] = __shfl_xor_sync(kAllLanes, sent[i], 1)",
         "got[i] = sent[i]",
+    ),
+    Bug(
+        "copies: another pitch",
+        COMMON,
+        "const T* source = map.data + static_cast<int64_t>(line.first) * map.pitch",
+        "const T* source = map.data + static_cast<int64_t>(line.first) * (map.pitch - 8)",
+    ),
+    Bug(
+        "rows: another pitch",
+        COMMON,
+        "T* to = map.data + static_cast<int64_t>(line.first) * map.pitch",
+        "T* to = map.data + static_cast<int64_t>(line.first) * (map.pitch - 8)",
+    ),
+    Bug(
+        "results: another pitch",
+        COMMON,
+        "static_cast<int64_t>(line.first) * pitch +",
+        "static_cast<int64_t>(line.first) * end +",
+    ),
+    Bug("lines: heads after each other", COMMON, "block - index * a.heads", "block % (gridDim.x / a.heads)"),
+    Bug(
+        "lines: an inexact quotient",
+        COMMON,
+        "{1} << shift) + divisor - 1) / divisor",
+        "{1} << shift)) / divisor",
+    ),
+    Bug("lines: self in every pass", LINE, "last = axes >> axis == 1;", "last = true;"),
+    Bug(
+        "lines: frames of one picture",
+        LINE,
+        "outside * step, step, static_cast<int>(length)",
+        "sizes.N * step, step, static_cast<int>(length)",
     ),
     # The backward on tensor cores
     Bug(
@@ -179,8 +261,8 @@ BUGS: list[Bug] = [
     Bug(
         "backward: dS without a barrier",
         BACKWARD,
-        "        __syncthreads();\n      }\n#pragma unroll 1\n      for (int from",
-        "      }\n#pragma unroll 1\n      for (int from",
+        "        __syncthreads();\n      }\n      const auto place_of",
+        "      }\n      const auto place_of",
     ),
     Bug(
         "backward: queries beyond the line",
@@ -188,22 +270,25 @@ BUGS: list[Bug] = [
         "const bool seen = k < end &&",
         "const bool seen = k < line.length &&",
     ),
-    Bug("backward: self twice", BACKWARD, " && !(column && k == row)", ""),
-    Bug("backward: a key too many", BACKWARD, "k < end && !", "k <= end && !"),
+    Bug("backward: self twice", BACKWARD, " && (a.pass.last || k != row)", ""),
+    Bug("backward: a key too many", BACKWARD, "k < end && (a", "k <= end && (a"),
     Bug(
         "backward: dQ of one block of keys",
         BACKWARD,
-        "if (!column || !first_block) before.read",
-        "if (!column) before.read",
+        "if (!a.pass.first || !first_block)\n",
+        "if (!a.pass.first)\n",
     ),
     Bug(
         "backward: dQ rounded too early",
         BACKWARD,
-        "a.grad_query, !column && last_block",
-        "a.grad_query, !column",
+        "const bool complete = a.pass.last && last_block;",
+        "const bool complete = a.pass.last;",
     ),
     Bug(
-        "backward: dV of the rows alone", BACKWARD, "if (!column) columns_part.read(place, a.grad_value);", ""
+        "backward: dV of the last pass alone",
+        BACKWARD,
+        "if (!a.pass.first) before.read(place, a.grad_value.data);",
+        "",
     ),
     Bug(
         "backward: the wrong tile",
@@ -217,12 +302,61 @@ BUGS: list[Bug] = [
         "part < parts; ++part) {  // the",
         "part < parts - 1; ++part) {  // the",
     ),
-    Bug("backward: no delta", BACKWARD, "p[1] * (dp[1] - delta)", "p[1] * dp[1]"),
+    Bug("backward: no delta", BACKWARD, "fmaf(factor, dp[1], -delta)", "(factor * dp[1])"),
     Bug(
         "backward: P not transposed",
         BACKWARD,
         "a, weights + k * pitch, pitch, lane",
         "a, weights + k * kSize<T>, pitch, lane",
+    ),
+    Bug(
+        "backward: no scale in dS",
+        BACKWARD,
+        "const float factor = a.factor() * a.scale;",
+        "const float factor = a.factor();",
+    ),
+    Bug(
+        "backward: no scale in P",
+        BACKWARD,
+        "device::multiply(scores[j][2 * half + i], a.scale)",
+        "scores[j][2 * half + i]",
+    ),
+    Bug(
+        "backward: gamma twice in dV",
+        BACKWARD,
+        "write_sum(place, results, a.factor(),",
+        "write_sum(place, results, a.factor() * a.factor(),",
+    ),
+    Bug("backward: gamma not in delta", BACKWARD, "? factor * a.delta", "? a.delta"),
+    Bug(
+        "backward: dK of the last pass alone",
+        BACKWARD,
+        "if (!a.pass.first) before.read(place_of(a.partial_key",
+        "if (false) before.read(place_of(a.partial_key",
+    ),
+    Bug(
+        "backward: wrong head of dQ",
+        BACKWARD,
+        "return Place(line, row, head * a.c + channel",
+        "return Place(line, row, head * a.C + channel",
+    ),
+    Bug(
+        "backward: pitch of the partial result",
+        BACKWARD,
+        "complete ? a.grad_query.pitch : a.partial_query.pitch",
+        "a.partial_query.pitch",
+    ),
+    Bug(
+        "backward: delta of one head",
+        BACKWARD,
+        "delta[line.pixel(pixel) * heads + head] = sum",
+        "delta[line.pixel(pixel) * heads] = sum",
+    ),
+    Bug(
+        "backward: small kernel for all",
+        BACKWARD,
+        "partial |= pass.length > key_tiles_for",
+        "partial &= pass.length > key_tiles_for",
     ),
     # The general kernels
     Bug(
@@ -268,9 +402,64 @@ BUGS: list[Bug] = [
         "    __syncthreads();  // all threads have used the previous weights\n",
         "",
     ),
-    Bug("general: empty column", GENERAL, "total == 0 ? 0 : 1 / total", "1 / total"),
+    Bug("general: empty line", GENERAL, "total == 0 && !pass.last ? 0 : 1 / total", "1 / total"),
     Bug("general: all masked", GENERAL, "const S base = top == -INFINITY ? 0 : top;", "const S base = top;"),
-    Bug("general: self twice", GENERAL, "column && self ? -INFINITY : scores[i][j]", "scores[i][j]"),
+    Bug("general: self twice", GENERAL, "!pass.last && self ? -INFINITY : ", ""),
+    Bug("general: no scale", GENERAL, "device::multiply(scores[i][j], scale)", "scores[i][j]"),
+    Bug("general: no scale in P", GENERAL, "device::multiply(quad.at[k], factor)", "quad.at[k]"),
+    Bug(
+        "general: no scale in dS",
+        GENERAL,
+        "const S factor = static_cast<S>(p.scale) * ",
+        "const S factor = (result == Result::gradient ? S{1} : static_cast<S>(p.scale)) * ",
+    ),
+    Bug(
+        "general: gamma twice in dV",
+        GENERAL,
+        "const S factor = factor_of<S>(a.gamma);",
+        "const S factor = factor_of<S>(a.gamma) * factor_of<S>(a.gamma);",
+    ),
+    Bug("general: gamma twice in dK", GENERAL, "        a.gamma = nullptr;  // it is in dS\n", ""),
+    Bug(
+        "general: wrong head",
+        GENERAL,
+        "{f.key, line.head * c, line, keys}",
+        "{f.key, line.head * C, line, keys}",
+    ),
+    Bug("general: normalizers of one head", GENERAL, "* p.heads + line.head;", "* p.heads;"),
+    Bug("general: pitch of the key", GENERAL, "b_pieces.load(b.step, left);", "b_pieces.load(a.step, left);"),
+    Bug(
+        "general: pitch of the sum",
+        GENERAL,
+        "sum_step = pass.step * f.sum.pitch;",
+        "sum_step = pass.step * f.out.pitch;",
+    ),
+    Bug(
+        "general: pitch of the gradient",
+        GENERAL,
+        "const int64_t step = a.pass.step * a.out.pitch;",
+        "const int64_t step = a.pass.step * a.values.pitch;",
+    ),
+    Bug(
+        "general: no merge in the middle",
+        GENERAL,
+        "const Normalizer<S> before = pass.first ? none",
+        "const Normalizer<S> before = !pass.last ? none",
+    ),
+    Bug(
+        "general: gradients of the last pass alone",
+        GENERAL,
+        "a.add = !pass.first || first_key > 0;",
+        "a.add = first_key > 0;",
+    ),
+    Bug("general: gamma of warps without a barrier", GENERAL, "= sum;\n  __syncthreads();\n", "= sum;\n"),
+    Bug(
+        "general: gamma of one block",
+        GENERAL,
+        "static_cast<const double*>(partial), blocks, total);",
+        "static_cast<const double*>(partial), int64_t{1}, total);",
+    ),
+    Bug("general: no gradient of gamma", GENERAL, "  totals[blockIdx.x] = static_cast<Out>(sum);\n", ""),
     Bug("general: self twice in P", GENERAL, "quad.at[k] = self ? 0 : ", "quad.at[k] = "),
     Bug(
         "general: scores overtake",
@@ -293,6 +482,17 @@ BUGS: list[Bug] = [
         "channel < b.sizes.C; channel += kWarp",
         "channel < b.sizes.C; channel += kWarp + 1",
     ),
+]
+
+# Heads, other axes, pitches with gaps, scale and residual.
+PROBLEMS = [
+    on_path(True, BF16, axes="THW"),
+    on_path(True, BF16, axes="W", scale=3.0),
+    on_path(True, F32, axes="TW"),
+    on_path(False, F32, axes="THW"),
+    on_path(False, BF16, axes="TH"),
+    Problem((1, 8, 8, 2, 150), BF16, axes="W"),
+    Problem((1, 1, 1, 16, 130), F32, gaps=1, tensor_cores=False),
 ]
 
 # Shape, dtype, settings: both widths of elements, several chunks of channels, tails, a line of several blocks
@@ -324,6 +524,17 @@ def failure(library: Path) -> str | None:
     """Return the first failure of the kernels in a library, or None."""
     emulator = Emulator(library)
     backend = Backend("emulator", emulator.forward, emulator.backward)
+    for problem in PROBLEMS:
+        operands, exact = problem.sample(), None
+        for schedule in SCHEDULES:
+            try:
+                named = solve(emulator, problem, operands, schedule=schedule)
+                if exact is None:
+                    check_problem(problem, named, operands)
+                    exact = named
+                assert all(torch.equal(exact[name], named[name]) for name in exact), "not the same bits"
+            except (RuntimeError, AssertionError) as error:
+                return f"{problem}, schedule {schedule}: {(str(error) or repr(error)).splitlines()[0]}"
     for shape, dtype, chosen in CASES:
         settings = dict(chosen)
         offset, kind = settings.pop("offset", 0.0), settings.pop("masked", None)

@@ -5,12 +5,26 @@ emulator (tests/kernels/emulator), which compiles the same .cu files and runs th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from ctypes import byref
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import COMPILER, SCHEDULES, Emulator, build
+from emulator import (
+    COMPILER,
+    DTYPES,
+    SCHEDULES,
+    SHARED_MEMORY,
+    Backward,
+    Device,
+    Emulator,
+    Forward,
+    Sizes,
+    axes_of,
+    build,
+)
 from torch import Tensor
 
 from cc_attention import ops, reference
@@ -25,8 +39,8 @@ class Backend:
     """The kernels of one device: those for tensor cores (with tf32 for float32) or the general ones."""
 
     name: str
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
     device: str = "cpu"
 
 
@@ -413,3 +427,251 @@ def test_primitives_of_inf_and_nan(
                 torch.testing.assert_close(
                     ours, truth, rtol=0.05, atol=0.1 if dtype in (F16, BF16) else 1e-4, equal_nan=True
                 )
+
+
+# Heads, other axes, scale, pitches and residual
+
+
+@dataclass
+class Problem:
+    """Arguments of the kernels beyond feature maps, and where they run.
+
+    shape: (N, c, C, T, H, W), or without T; c and C are channels of a head.
+    gaps: as in Emulator.forward; gaps of 16 bytes keep the maps aligned for tensor cores.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axes: str = "HW"
+    heads: int = 2
+    scale: float = 0.7
+    gamma: float | None = -1.3
+    gaps: int = 8
+    tensor_cores: bool = True
+    shared_memory: int = SHARED_MEMORY
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        names = ("axes", "heads", "scale", "gaps", "shared_memory")
+        settings = {name: getattr(self, name) for name in names}
+        return settings | {"capability": 90 if self.tensor_cores else 75, "tf32": self.tensor_cores}
+
+    def sample(self) -> list[Tensor]:
+        """Return query, key, value, residual and the gradient of the result."""
+        n, c, channels, *axes = self.shape
+        generator = torch.Generator().manual_seed(sum(self.shape))
+        few, many = self.heads * c, self.heads * channels
+        return [
+            torch.randn(n, k, *axes, generator=generator, dtype=F64).to(self.dtype)
+            for k in (few, few, many, many, many)
+        ]
+
+
+def brute_force(
+    query: Tensor, key: Tensor, value: Tensor, problem: Problem, masked: Tensor | None = None
+) -> Tensor:
+    """Compute the attention from the scores of all pairs of pixels.
+
+    masked: [N,T,H,W], where all scores with the key are -inf.
+    """
+    sizes = (1, *query.shape[2:])[-3:]
+    places = torch.cartesian_prod(*(torch.arange(size) for size in sizes))  # [pixels, 3]
+    differ = places[:, None] != places
+    along = differ[..., ["THW".index(axis) for axis in problem.axes]].any(-1)
+    seen = ~differ.any(-1) | (along & (differ.sum(-1) == 1))
+    q, k, v = (t.unflatten(1, (problem.heads, -1)).flatten(3) for t in (query, key, value))
+    scores = problem.scale * torch.einsum("nhcp,nhcq->nhpq", q, k)
+    if masked is not None:
+        scores = scores + torch.where(masked.reshape(len(masked), 1, 1, -1), -torch.inf, 0.0)
+    weight = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).masked_fill(~seen, 0)
+    return torch.einsum("nhpq,nhcq->nhcp", weight, v).reshape(value.shape)
+
+
+def solve(emulator: Emulator, problem: Problem, operands: list[Tensor], **settings: int) -> dict[str, Tensor]:
+    """Run the kernels; return out, the sum and the gradients by name."""
+    query, key, value, residual, grad = operands
+    gamma = None if problem.gamma is None else torch.tensor(problem.gamma, dtype=F64)
+    with_residual: dict[str, Any] = {} if gamma is None else {"residual": residual, "gamma": gamma}
+    arguments: dict[str, Any] = problem.arguments | settings
+    out, normalizer, *sums = emulator.forward(query, key, value, **with_residual, **arguments)
+    assert emulator.tensor_cores == problem.tensor_cores
+    grads = emulator.backward(query, key, value, out, normalizer, grad, gamma=gamma, **arguments)
+    assert emulator.tensor_cores == problem.tensor_cores
+    names = ("out", *["sum"] * len(sums), "grad_query", "grad_key", "grad_value", "grad_gamma")
+    return dict(zip(names, (out, *sums, *grads), strict=False)) | {"normalizer": normalizer}
+
+
+def expected(problem: Problem, operands: list[Tensor], masked: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the results of `solve` but the normalizer, in float64."""
+    query, key, value, residual, grad = (t.to(F64) for t in operands)
+    inputs = [t.requires_grad_() for t in (query, key, value)]
+    out = brute_force(query, key, value, problem, masked)
+    results = {"out": out.detach()}
+    result = out
+    if problem.gamma is not None:
+        gamma = torch.tensor(problem.gamma, dtype=F64, requires_grad=True)
+        inputs.append(gamma)
+        result = residual + gamma * out
+        results["sum"] = result.detach()
+    names = ("grad_query", "grad_key", "grad_value", "grad_gamma")
+    return results | dict(zip(names, torch.autograd.grad(result, inputs, grad), strict=False))
+
+
+def check_problem(problem: Problem, results: dict[str, Tensor], operands: list[Tensor]) -> None:
+    """Check the results against brute force, up to a few roundings of the dtype."""
+    precision = {F64: 1e-12, F32: 2e-6, F16: 2e-3, BF16: 1.6e-2}
+    tolerance = precision[F16 if problem.tensor_cores and problem.dtype == F32 else problem.dtype]
+    truth = expected(problem, operands)
+    assert results.keys() == {*truth, "normalizer"}
+    for name, exact in truth.items():
+        assert results[name].shape == exact.shape
+        magnitude = exact.abs().max()
+        if name == "grad_gamma":  # a sum over all elements
+            magnitude = (operands[-1].to(F64) * truth["out"]).norm()
+        error = (results[name].to(F64) - exact).abs().max()
+        assert error <= 4 * tolerance * magnitude, f"{name}: error {error:.2e} of {magnitude:.2e}"
+
+
+def on_path(tensor_cores: bool, dtype: torch.dtype, **changes: Any) -> Problem:
+    """Return a problem in three dimensions, whose sizes and pitches are odd unless it is for tensor cores."""
+    if tensor_cores:
+        problem = Problem((2, 8, 72, 3, 4, 5), dtype)
+    else:
+        problem = Problem((2, 3, 5, 3, 4, 5), dtype, gaps=3, tensor_cores=False)
+    return replace(problem, **changes)
+
+
+PATHS = [(True, F32), (True, F16), (True, BF16), (False, F32), (False, F64), (False, F16), (False, BF16)]
+
+
+@pytest.mark.parametrize("axes", ["T", "H", "W", "TH", "TW", "HW", "THW"])
+@pytest.mark.parametrize("tensor_cores, dtype", PATHS, ids=str)
+@pytest.mark.build
+def test_any_axes(emulator: Emulator, tensor_cores: bool, dtype: torch.dtype, axes: str) -> None:
+    problem = on_path(tensor_cores, dtype, axes=axes)
+    operands = problem.sample()
+    check_problem(problem, solve(emulator, problem, operands), operands)
+
+
+@pytest.mark.parametrize("gamma", [None, 0.0])
+@pytest.mark.parametrize("tensor_cores, dtype", PATHS, ids=str)
+@pytest.mark.build
+def test_without_residual_and_with_gamma_of_zero(
+    emulator: Emulator, tensor_cores: bool, dtype: torch.dtype, gamma: float | None
+) -> None:
+    problem = on_path(tensor_cores, dtype, axes="THW", heads=3, scale=-1.5, gamma=gamma)
+    operands = problem.sample()
+    results = solve(emulator, problem, operands)
+    check_problem(problem, results, operands)
+    if gamma == 0:
+        assert torch.equal(results["sum"], operands[3])
+        assert all(not results[f"grad_{name}"].any() for name in ("query", "key", "value"))
+
+
+# Lines of several blocks of queries or keys, long sums, more channels than a launch has, and, of general
+# kernels, more numbers than one block adds up for gamma.
+LONG = [
+    Problem((1, 8, 72, 3, 70), BF16),
+    Problem((1, 16, 40, 3, 130), F16),
+    Problem((1, 8, 8, 2, 150), BF16, axes="W"),
+    Problem((1, 8, 8, 150, 2), BF16, axes="H", gamma=None),
+    Problem((1, 8, 8, 2, 257), BF16),
+    Problem((1, 8, 8, 130, 2), F32),
+    Problem((1, 8, 8, 130, 2), F32, shared_memory=99 * 1024),
+    Problem((1, 8, 72, 3, 70), BF16, shared_memory=48_000),
+    Problem((1, 8, 16, 18, 2, 2), BF16, axes="TW"),
+    Problem((1, 8, 8, 3, 150), BF16, gaps=1, tensor_cores=False),
+    Problem((1, 3, 520, 2, 9), F32, gaps=1, tensor_cores=False),
+    Problem((1, 133, 5, 2, 140), F32, gaps=1, tensor_cores=False),
+    Problem((1, 1, 1, 16, 130), F32, gaps=1, tensor_cores=False),
+    Problem((1, 1, 1, 16, 130), F64, gaps=1, tensor_cores=False),
+]
+
+
+@pytest.mark.parametrize("problem", LONG, ids=str)
+@pytest.mark.build
+def test_long_lines_of_heads(emulator: Emulator, problem: Problem) -> None:
+    operands = problem.sample()
+    check_problem(problem, solve(emulator, problem, operands), operands)
+
+
+@pytest.mark.parametrize("tensor_cores, dtype", PATHS, ids=str)
+@pytest.mark.build
+def test_same_bits_of_heads_in_any_order_of_threads(
+    emulator: Emulator, tensor_cores: bool, dtype: torch.dtype
+) -> None:
+    problem = on_path(tensor_cores, dtype, axes="THW")
+    operands = problem.sample()
+    results = solve(emulator, problem, operands)
+    for schedule in SCHEDULES[1:]:
+        others = solve(emulator, problem, operands, schedule=schedule)
+        for name, result in results.items():
+            assert torch.equal(result, others[name]), f"{name} differs under schedule {schedule}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"gaps": 4}, {"heads": 4, "shape": (1, 4, 16, 3, 4)}, {"heads": 4, "shape": (1, 8, 4, 3, 4)}],
+    ids=str,
+)
+@pytest.mark.build
+def test_heads_that_are_not_aligned(emulator: Emulator, changes: dict[str, Any]) -> None:
+    """The general kernels serve them."""
+    problem = replace(Problem((1, 8, 16, 3, 4), BF16, tensor_cores=False), **changes)
+    operands = problem.sample()
+    results = solve(emulator, problem, operands, capability=90)
+    check_problem(problem, results, operands)
+
+
+@pytest.mark.parametrize("axes", ["W", "TH", "THW"])
+@pytest.mark.parametrize("part", ["some", "most", "frame", "row", "all"])
+@pytest.mark.parametrize("tensor_cores, dtype", [(True, BF16), (False, F32)], ids=str)
+@pytest.mark.build
+def test_masked_lines_of_any_axes(
+    emulator: Emulator, tensor_cores: bool, dtype: torch.dtype, part: str, axes: str
+) -> None:
+    """Passes without a finite score have no weight, and pixels without one have NaN, as in PyTorch."""
+    problem = on_path(tensor_cores, dtype, axes=axes, scale=0.5, gamma=None)
+    query, key, *others = problem.sample()
+    query = query.abs()
+    chosen = torch.zeros(query.shape[0], *query.shape[2:], dtype=torch.bool)
+    if part in ("some", "most"):
+        random = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(1))
+        chosen = random < (0.2 if part == "some" else 0.8)
+    elif part == "frame":
+        chosen[0, 1] = True
+    else:
+        chosen[0, ..., slice(None) if part == "all" else 2, :] = True
+    first_of_heads = slice(None, None, key.shape[1] // problem.heads)
+    key[:, first_of_heads].masked_fill_(chosen[:, None], 0)
+    truth = expected(problem, [query, key, *others], chosen)
+    key[:, first_of_heads].masked_fill_(chosen[:, None], -torch.inf)
+    results = solve(emulator, problem, [query, key, *others])
+    for name, exact in truth.items():
+        result = results[name].to(F64)
+        if name == "grad_query":  # 0 * -inf is NaN
+            result[:, first_of_heads] = exact[:, first_of_heads]
+        finite = exact.isfinite()
+        assert torch.equal(result.isfinite(), finite), name
+        error = (result[finite] - exact[finite]).abs()
+        assert not error.numel() or error.max() <= (0.1 if dtype == BF16 else 1e-5), name
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.build
+def test_more_lines_than_a_grid_has(emulator: Emulator, name: str) -> None:
+    """The number of lines must not wrap around to that of a smaller grid."""
+    arguments = (Forward if name == "forward" else Backward)()
+    arguments.dtype, arguments.axes = DTYPES.index(BF16), axes_of("HW")
+    arguments.sizes = Sizes(2**32 + 1, 1, 8, 8, 1, 1, 1)
+    device = Device(90, SHARED_MEMORY, True)
+    with pytest.raises(RuntimeError, match="no launch failed"):
+        emulator.call(f"emulated_{name}", byref(arguments), byref(device))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.build
+def test_gradient_of_gamma_of_an_empty_batch(emulator: Emulator, dtype: torch.dtype) -> None:
+    problem = on_path(False, dtype, shape=(0, 3, 5, 2, 3))
+    operands = problem.sample()
+    assert solve(emulator, problem, operands)["grad_gamma"] == 0

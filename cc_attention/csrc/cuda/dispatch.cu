@@ -11,7 +11,10 @@ int forward_cuda(const Forward& arguments, const Device& device, void* stream) {
 }
 
 int backward_cuda(const Backward& arguments, const Device& device, void* stream) {
-  if (arguments.sizes.pixels() == 0) return cudaSuccess;
+  if (arguments.sizes.pixels() == 0)
+    return arguments.grad_gamma == nullptr
+               ? static_cast<int>(cudaSuccess)
+               : general::total(arguments.dtype, nullptr, 0, nullptr, arguments.grad_gamma, stream);
   return tensor_core::serves(arguments, device) ? tensor_core::backward(arguments, device, stream)
                                                 : general::backward(arguments, stream);
 }
@@ -21,10 +24,9 @@ int primitive_cuda(Primitive primitive, Dtype dtype, const Sizes& sizes, const v
   return general::primitive(primitive, dtype, sizes, first, second, out, stream);
 }
 
-int64_t backward_workspace_cuda(Dtype dtype, const Sizes& sizes) {
-  const int64_t tensor_core = tensor_core::backward_workspace(dtype, sizes);
-  const int64_t general = general::backward_workspace(dtype, sizes);
-  return tensor_core > general ? tensor_core : general;
+int64_t backward_workspace_cuda(const Backward& arguments, const Device& device) {
+  return tensor_core::serves(arguments, device) ? tensor_core::backward_workspace(arguments, device)
+                                                : general::backward_workspace(arguments);
 }
 
 }  // namespace cc_attention

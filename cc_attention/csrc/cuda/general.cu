@@ -1,9 +1,8 @@
 // The general kernels. They use scalar arithmetic in Sum<T>, so float32 products are not rounded to tf32. They have no
 // requirements on sizes, alignment or architecture.
 //
-// Rows and columns are lines (line.h). There is one pass for each kind: first the columns, in which a pixel does not
-// attend to itself, then the rows, which add to the result of the columns in place. Two device functions do nearly all
-// the work of a block:
+// There is one pass over the lines of each axis (line.h). All but the first add to the result of the earlier ones, in
+// place. Each head of a line is a separate problem. Two device functions do nearly all the work of a block:
 //
 //   multiply    computes the [pixels a] x [pixels b] dot products over channels. Both sides pass through shared memory
 //               in pieces of a few channels, transposed so that a thread reads four pixels in one load. A thread holds
@@ -16,17 +15,18 @@
 // memory holds two pieces of multiply and four of accumulate (two for float64). Half of them are passed on per barrier,
 // so no thread waits for global memory.
 //
-// Forward: one kernel with multiply, an online softmax and accumulate. The softmax of the rows starts from the
-// normalizers of the columns, so the column result is weighted like a value. If all column scores are -inf, its weight
+// Forward: one kernel with multiply, an online softmax and accumulate. The softmax of a later pass starts from the
+// normalizers of the earlier ones, so their result is weighted like a value. If all their scores are -inf, its weight
 // is 0.
 //
-// Backward, with P = exp(score - top) / total, dP = dO V^T, dS = P (dP - delta) and delta = sum over C of dO * O:
-// product_kernel writes P and dS of some lines to the workspace. Then dV = P^T dO, dK = dS^T Q and dQ = dS K are
-// weighted sums, computed by the kernel of the primitives gather and scatter. So each product is computed once. The
-// workspace has a fixed size for any batch: it holds P and dS of some lines, or of some keys of one line, at a time.
+// Backward, with P = exp(score - top) / total, dP = dO V^T, dS = gamma scale P (dP - delta) and delta = sum over C of
+// dO * O, where gamma is 1 without a residual: product_kernel writes P and dS of some lines to the workspace. Then
+// dV = gamma P^T dO, dK = dS^T Q and dQ = dS K are weighted sums, computed by the kernel of the primitives gather and
+// scatter. So each product is computed once. The workspace has a fixed size for any batch: it holds P and dS of some
+// lines, or of some keys of one line, at a time. The gradient of gamma is the sum of delta.
 //
-// Between the passes of 16-bit dtypes, dQ and dK are kept in float32, since the two parts may cancel. The other results
-// are averages, which do not cancel, and are kept in the output.
+// Between the passes of 16-bit dtypes, dQ and dK are kept in float32, since the parts may cancel. The other results are
+// averages, which do not cancel, and are kept in the output.
 #include "general.h"
 
 #include <algorithm>
@@ -89,21 +89,32 @@ struct Range {
   }
 };
 
-// The pixels of a Range in a feature map.
+using Line = LineOf<int64_t>;
+
+// A head of a line. Heads of the same line have neighboring indices.
+struct HeadLine : Line {
+  int head;
+  __device__ __forceinline__ HeadLine(const Pass& pass, int heads, unsigned index)
+      : Line(line_of(pass, index / heads)), head(index % heads) {}
+};
+
+// Returns x. What follows from the result is computed again, and does not hold registers from an earlier use on.
+__device__ __forceinline__ unsigned again(unsigned x) { return x + device::lane() / kWarp; }
+
+// The pixels of a Range in a feature map, from channel `channel` on.
 template <class T>
 struct Pixels {
   const T* first;
   int64_t step;  // elements
   int count;
-  __device__ __forceinline__ Pixels(const void* map, int channels, const Line& line, Range range)
-      : first(static_cast<const T*>(map) + line.pixel(range.first) * channels),
-        step(line.step * channels),
+  __device__ __forceinline__ Pixels(const Map& map, int channel, const Line& line, Range range)
+      : first(static_cast<const T*>(map.data) + line.pixel(range.first) * map.pitch + channel),
+        step(line.step * map.pitch),
         count(range.count) {}
 };
 
-// The row pass goes backwards. It starts with what the column pass used last, which is still in the L2 cache.
-__device__ __forceinline__ unsigned block_of_pass(bool column) {
-  return column ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+__device__ __forceinline__ unsigned block_of_pass(const Pass& pass) {
+  return pass.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
 }
 
 // Copies one side of multiply from global to shared memory, in pieces of kPiece channels of up to kRows pixels. A
@@ -173,7 +184,6 @@ template <int kARows, int kBRows>
 constexpr int kPieceSize = kPiece * (kARows + kBRows + 2 * kPad);
 
 // products[i][j] = sum over channels of a[square.a(i)] * b[square.b(j)]. Products past the last pixel are undefined.
-// Both sides must have the same stride between pixels.
 // stage: unused shared memory for 2 * kPieceSize sums; it can be reused after a barrier.
 template <class T, int kARows, int kBRows, int kQuads, int kLoads>
 __device__ __forceinline__ void multiply(Sum<T> (&products)[4 * kQuads][4 * kQuads], const Square<kQuads>& square,
@@ -190,7 +200,7 @@ __device__ __forceinline__ void multiply(Sum<T> (&products)[4 * kQuads][4 * kQua
   BPieces b_pieces(b);
   const auto load = [&](int left) {
     a_pieces.load(a.step, left);
-    b_pieces.load(a.step, left);
+    b_pieces.load(b.step, left);
   };
   Sum<T>* next = stage;
   const auto store = [&] {
@@ -305,16 +315,16 @@ struct Sums {
       for (auto& element : row) element = 0;
   }
 
-  // Calls f(sum, target, offset) for the sums that exist; offset is relative to the first channel of the first target.
+  // Calls f(sum, target, channel) for the sums that exist.
   template <class F>
-  __device__ __forceinline__ void for_each(int targets, int channels, int64_t step, F&& f) {
-    int64_t offset = first_target * step + first_channel;
+  __device__ __forceinline__ void for_each(int targets, int channels, F&& f) {
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i, offset += step) {
+    for (int i = 0; i < kPerThread; ++i) {
       if (first_target + i >= targets) break;
 #pragma unroll
       for (int j = 0; j < Shape::kChannels; ++j)
-        if (first_channel + j * Shape::kLanes < channels) f(at[i][j], first_target + i, offset + j * Shape::kLanes);
+        if (first_channel + j * Shape::kLanes < channels)
+          f(at[i][j], first_target + i, first_channel + j * Shape::kLanes);
     }
   }
 
@@ -374,10 +384,10 @@ template <class T, class Shape>
 constexpr int kForwardShared =
     (kForwardTile<T, Shape> + 3 * Shape::kTargets + Values<T, Shape>::kRing) * sizeof(Sum<T>);
 
-// Computes up to Shape::kSpan channels of the result, starting at `channel`. There is one block per line and tile of
-// queries. The last launch of the row pass writes the final normalizers.
+// Computes up to Shape::kSpan channels of the result of each head, starting at `channel`. There is one block per line,
+// head and tile of queries. The last launch of a pass writes the normalizers.
 template <class T, class Shape>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f, bool column, int channel) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f, Pass pass, int channel) {
   using S = Sum<T>;
   constexpr int kReaders = kThreads / Shape::kTargets;  // threads that share the softmax of a query
   S* const tile = shared<S>();                          // [kSources, kPitch] scores, then weights
@@ -386,29 +396,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
   S* const factors = totals + Shape::kTargets;          // [kTargets] factors that the sums must be multiplied by
   S* const value_ring = factors + Shape::kTargets;      // [Values::kRing]
 
-  const int length = static_cast<int>(column ? f.sizes.H : f.sizes.W);
+  const int length = pass.length;
   const int c = static_cast<int>(f.sizes.c), C = static_cast<int>(f.sizes.C);
-  const unsigned block = block_of_pass(column), tiles = ceil_div(length, Shape::kTargets);
-  const Line line = line_of(f.sizes, column, block / tiles);
+  const int heads = static_cast<int>(f.sizes.heads);
+  const unsigned block = block_of_pass(pass), tiles = ceil_div(length, Shape::kTargets);
+  const auto this_line = [&] { return HeadLine(pass, heads, again(block / tiles)); };
   const Range queries = Range{0, length}.tile(block % tiles, Shape::kTargets);
-  const auto normalizer = [&](int query) -> Normalizer<S>& {
-    return static_cast<Normalizer<S>*>(f.normalizer)[line.pixel(queries.first + query)];
+  const S scale = static_cast<S>(f.scale);
+  const auto normalizer = [&](const HeadLine& line, int query) -> Normalizer<S>& {
+    return static_cast<Normalizer<S>*>(f.normalizer)[line.pixel(queries.first + query) * heads + line.head];
   };
   const Normalizer<S> none{-INFINITY, 0};
   const int query = threadIdx.x / kReaders, reader = threadIdx.x % kReaders;  // role in the softmax
 
   if (reader == 0) {
-    const Normalizer<S> before = !column && query < queries.count ? normalizer(query) : none;
+    const Normalizer<S> before = !pass.first && query < queries.count ? normalizer(this_line(), query) : none;
     tops[query] = before.top;
     totals[query] = before.total;
   }
   Sums<T, Shape> sums;
   for (int first = 0; first < length; first += Shape::kSources) {
     const Range keys{first, min(Shape::kSources, length - first)};
+    const HeadLine line = this_line();
     S scores[4][4];
     __syncthreads();  // all threads have used the previous tile
     multiply<T, Shape::kTargets, Shape::kSources, 1, 1>(scores, Square<1>(queries.count, keys.count),
-                                                        {f.query, c, line, queries}, {f.key, c, line, keys}, c, tile);
+                                                        {f.query, line.head * c, line, queries},
+                                                        {f.key, line.head * c, line, keys}, c, tile);
     __syncthreads();  // the scores overwrite the pieces
     if (const Square<1> square(queries.count, keys.count); square.active) {
 #pragma unroll
@@ -417,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const bool self = queries.first + square.a(i) == keys.first + square.b(j);
-          quad.at[i] = column && self ? -INFINITY : scores[i][j];
+          quad.at[i] = !pass.last && self ? -INFINITY : device::multiply(scores[i][j], scale);
         }
         *reinterpret_cast<Vec4<S>*>(tile + square.b(j) * Shape::kPitch + square.a(0)) = quad;
       }
@@ -443,9 +457,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
       totals[query] = totals[query] * factors[query] + added;
       tops[query] = top;
     }
-    Pixels<T> value_pixels(f.value, C, line, keys);
-    value_pixels.first += channel;
-    Values<T, Shape> values(value_pixels, C - channel);
+    Values<T, Shape> values({f.value, line.head * C + channel, line, keys}, C - channel);
     __syncthreads();
 
 #pragma unroll
@@ -455,22 +467,36 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Forward f
     sums.accumulate(tile, values, keys.count, queries.count, value_ring);
   }
 
-  // The column result is weighted by the column total, as if it were the exponential of one score.
+  // The earlier result is weighted by its total, as if it were the exponential of one score. Without a finite score so
+  // far, both weights are 0; without any at all, the result is NaN.
   __syncthreads();
+  const HeadLine line = this_line();
   S* const carried = tile;  // [kTargets]
   if (threadIdx.x < queries.count) {
     const S top = tops[threadIdx.x], total = totals[threadIdx.x];
-    factors[threadIdx.x] = total == 0 ? 0 : 1 / total;
-    const Normalizer<S> before = column ? none : normalizer(threadIdx.x);
-    carried[threadIdx.x] = column ? 0 : exp_difference(before.top, top) * before.total / total;
-    if (column || channel + Shape::kSpan >= C) normalizer(threadIdx.x) = {top, total};
+    factors[threadIdx.x] = total == 0 && !pass.last ? 0 : 1 / total;
+    const Normalizer<S> before = pass.first ? none : normalizer(line, threadIdx.x);
+    carried[threadIdx.x] = before.total == 0 ? 0 : exp_difference(before.top, top) * before.total / total;
+    if (pass.first || channel + Shape::kSpan >= C) normalizer(line, threadIdx.x) = {top, total};
   }
   __syncthreads();
-  T* const out = static_cast<T*>(f.out) + line.pixel(queries.first) * C + channel;
-  sums.for_each(queries.count, C - channel, line.step * C, [&](S element, int target, int64_t offset) {
+  const int64_t first = line.pixel(queries.first), from = line.head * C + channel;
+  const int64_t out_step = pass.step * f.out.pitch;
+  T* const out = static_cast<T*>(f.out.data) + first * f.out.pitch + from;
+  sums.for_each(queries.count, C - channel, [&](S& element, int target, int offset) {
+    T& to = out[target * out_step + offset];
     element *= factors[target];
-    if (!column) element += device::to_sum(out[offset]) * carried[target];
-    out[offset] = device::from_sum<T>(element);
+    if (!pass.first) element += device::to_sum(to) * carried[target];
+    to = device::from_sum<T>(element);
+  });
+  if (!pass.last || f.residual.data == nullptr) return;
+  const S gamma = *static_cast<const S*>(f.gamma);
+  const int64_t residual_step = pass.step * f.residual.pitch, sum_step = pass.step * f.sum.pitch;
+  const T* const residual = static_cast<const T*>(f.residual.data) + first * f.residual.pitch + from;
+  T* const sum = static_cast<T*>(f.sum.data) + first * f.sum.pitch + from;
+  sums.for_each(queries.count, C - channel, [&](S element, int target, int offset) {
+    sum[target * sum_step + offset] =
+        device::from_sum<T>(gamma * element + device::to_sum(residual[target * residual_step + offset]));
   });
 }
 
@@ -487,10 +513,10 @@ struct WeightLayout {
   __device__ __forceinline__ bool absent(int query, int key) const { return without_self && key == query; }
 };
 
-// The layout of the row or column entries in weights [N,L,H,W].
-WeightLayout entries(const Sizes& s, bool column) {
+// The layout of the column entries, the first pass, or the row entries in weights [N,L,H,W].
+WeightLayout entries(const Sizes& s, const Pass& pass) {
   const int64_t plane = s.H * s.W;
-  if (column) return {s.W * plane, s.W, s.L() * plane, 1, s.W, plane, 0, true};
+  if (pass.first) return {s.W * plane, s.W, s.L() * plane, 1, s.W, plane, 0, true};
   return {0, s.H, s.L() * plane, s.W, 1, plane, 0, false};
 }
 
@@ -505,21 +531,28 @@ WeightLayout matrices(const Range& keys, int64_t queries) {
 // What product_kernel writes for the product x of a query pixel and a key pixel.
 enum class Result {
   score,     // x
-  softmax,   // P = exp(x - top) / total
-  gradient,  // dS = P (x - delta)
+  softmax,   // P = exp(scale x - top) / total
+  gradient,  // dS = gamma scale P (x - delta)
 };
+
+// gamma, or 1 without a residual.
+template <class S>
+__device__ __forceinline__ S factor_of(const void* gamma) {
+  return gamma == nullptr ? 1 : *static_cast<const S*>(gamma);
+}
 
 // The arguments of product_kernel, which computes the products of all query pixels with all key pixels of each line.
 struct Products {
-  Sizes sizes;
-  bool column;
-  int channels;  // channels of the maps
-  int64_t first_line, lines;
+  Pass pass;
+  int heads, channels;  // channels of a head
+  unsigned first_line;  // each head of a line counts as a line
+  int64_t lines;
+  double scale;
+  const void* gamma;         // null without a residual
   Range queries, keys;       // pixels of each line
   int query_side, key_side;  // pixels per block, at most kSide
-  const void* query_map;     // [N,H,W,channels]
-  const void* key_map;       // [N,H,W,channels]
-  const void* shift;         // [N,H,W] normalizers or delta
+  Map query_map, key_map;    // [N,T,H,W,heads,channels]
+  const void* shift;         // [N,T,H,W,heads] normalizers or delta
   const void* P;             // in Sum<T>, for Result::gradient
   void* out;                 // in T for Result::score, otherwise in Sum<T>
   WeightLayout layout;       // layout of P and out
@@ -559,10 +592,12 @@ __device__ __forceinline__ void write_scores(const Products& p, const Sum<T> (&p
 // Queries are written in groups of four: the padding of the rows takes those past the last query.
 template <class T, Result result>
 __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&products)[8][8], const Square<2>& square,
-                                             const Line& line, const Range& queries, const Range& keys, int64_t start,
+                                             unsigned index, const Range& queries, const Range& keys, int64_t start,
                                              bool first, bool last) {
   using S = Sum<T>;
   using Quad = Vec4<S>;
+  const HeadLine line(p.pass, p.heads, index);
+  const S factor = static_cast<S>(p.scale) * (result == Result::gradient ? factor_of<S>(p.gamma) : 1);
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
     if (square.a(i) >= queries.count) continue;
@@ -570,12 +605,12 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
     S shifts[4], factors[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int64_t pixel = line.pixel(queries.first + min(square.a(i + k), queries.count - 1));
+      const int64_t pixel = line.pixel(queries.first + min(square.a(i + k), queries.count - 1)) * p.heads + line.head;
       shifts[k] = 0;
       factors[k] = 1;
       if (!last) continue;
       if constexpr (result == Result::gradient) {
-        shifts[k] = static_cast<const S*>(p.shift)[pixel];
+        shifts[k] = factor * static_cast<const S*>(p.shift)[pixel];
       } else {
         const Normalizer<S> normalizer = static_cast<const Normalizer<S>*>(p.shift)[pixel];
         shifts[k] = normalizer.top;
@@ -593,13 +628,13 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
       if (last && result == Result::gradient) {
         const Quad P = *reinterpret_cast<const Quad*>(static_cast<const S*>(p.P) + entry);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) quad.at[k] = P.at[k] * (quad.at[k] - shifts[k]);
+        for (int k = 0; k < 4; ++k) quad.at[k] = P.at[k] * (factor * quad.at[k] - shifts[k]);
       }
       if (last && result == Result::softmax) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const bool self = p.column && queries.first + square.a(i + k) == keys.first + square.b(j);
-          quad.at[k] = self ? 0 : exp_difference(quad.at[k], shifts[k]) * factors[k];
+          const bool self = !p.pass.last && queries.first + square.a(i + k) == keys.first + square.b(j);
+          quad.at[k] = self ? 0 : exp_difference(device::multiply(quad.at[k], factor), shifts[k]) * factors[k];
         }
       }
       *to = quad;
@@ -610,14 +645,14 @@ __device__ __forceinline__ void write_matrix(const Products& p, const Sum<T> (&p
 template <class T, Result result>
 __global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Products p) {
   using S = Sum<T>;
-  unsigned block = block_of_pass(p.column);
+  unsigned block = block_of_pass(p.pass);
   const unsigned query_tiles = ceil_div(p.queries.count, p.query_side);
   const unsigned key_tiles = ceil_div(p.keys.count, p.key_side);
   const Range queries = p.queries.tile(block % query_tiles, p.query_side);
   block /= query_tiles;
   const Range keys = p.keys.tile(block % key_tiles, p.key_side);
-  const int64_t line_index = block / key_tiles;
-  const Line line = line_of(p.sizes, p.column, p.first_line + line_index);
+  const unsigned line_index = block / key_tiles;
+  const HeadLine line(p.pass, p.heads, p.first_line + line_index);
 
   const Square<2> square(queries.count, keys.count);
   const int64_t start = p.layout.line(line_index);
@@ -625,53 +660,70 @@ __global__ void __launch_bounds__(kProductThreads, kBlocks<T>) product_kernel(Pr
   Range span{0, 0};  // range of channels
   do {               // runs once even without channels, to write zeros
     span = {span.first + span.count, min(p.channels - span.first - span.count, kLongestSum<T>)};
-    Pixels<T> query_pixels(p.query_map, p.channels, line, queries), key_pixels(p.key_map, p.channels, line, keys);
-    query_pixels.first += span.first;
-    key_pixels.first += span.first;
+    const int channel = line.head * p.channels + span.first;
     __syncthreads();  // all threads have read the previous pieces
-    multiply<T, kSide, kSide, 2, 2>(products, square, query_pixels, key_pixels, span.count, shared<S>());
+    multiply<T, kSide, kSide, 2, 2>(products, square, {p.query_map, channel, line, queries},
+                                    {p.key_map, channel, line, keys}, span.count, shared<S>());
     if (!square.active) continue;
     constexpr bool only = !std::is_same_v<T, Sum<T>>;  // 16-bit types have one span
     const bool first = only || span.first == 0, last = only || span.first + span.count >= p.channels;
     if constexpr (result == Result::score)
       write_scores<T>(p, products, queries, keys, start, first);
     else
-      write_matrix<T, result>(p, products, square, line, queries, keys, start, first, last);
+      write_matrix<T, result>(p, products, square, again(p.first_line + line_index), queries, keys, start, first, last);
   } while (span.first + span.count < p.channels);
 }
 
-// delta [N,H,W] = sum over C of out * grad_out, with one warp per pixel.
+// delta [N,T,H,W,heads] = sum over C of out * grad, with one warp per head of a pixel.
 template <class T>
 __global__ void __launch_bounds__(kThreads) delta_kernel(Backward b, Sum<T>* delta) {
-  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t entry = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t pixel = entry / b.sizes.heads, first = entry % b.sizes.heads * b.sizes.C;
   if (pixel >= b.sizes.pixels()) return;
-  const T* const out = static_cast<const T*>(b.out) + pixel * b.sizes.C;
-  const T* const grad = static_cast<const T*>(b.grad_out) + pixel * b.sizes.C;
+  const T* const out = static_cast<const T*>(b.out.data) + pixel * b.out.pitch + first;
+  const T* const grad = static_cast<const T*>(b.grad.data) + pixel * b.grad.pitch + first;
   Sum<T> sum = 0;
 #pragma unroll 4
   for (int64_t channel = threadIdx.x % kWarp; channel < b.sizes.C; channel += kWarp)
     sum += device::to_sum(out[channel]) * device::to_sum(grad[channel]);
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-  if (threadIdx.x % kWarp == 0) delta[pixel] = sum;
+  if (threadIdx.x % kWarp == 0) delta[entry] = sum;
+}
+
+// totals[block] = the sum of the numbers of each block: every gridDim.x * kThreads-th one from each of its threads on.
+template <class In, class Out>
+__global__ void __launch_bounds__(kThreads) total_kernel(const In* numbers, int64_t count, Out* totals) {
+  double sum = 0;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads)
+    sum += numbers[i];
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  double* const of_warps = shared<double>();  // [kThreads / kWarp]
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int warp = 1; warp < kThreads / kWarp; ++warp) sum += of_warps[warp];
+  totals[blockIdx.x] = static_cast<Out>(sum);
 }
 
 // The arguments of sum_kernel, which computes, for each target pixel of each line, the weighted sum of the source
 // pixels.
 struct WeightedSum {
-  Sizes sizes;
-  bool column;
-  int channels;
-  int64_t first_line, lines;
+  Pass pass;
+  int heads, channels;  // channels of a head
+  unsigned first_line;  // each head of a line counts as a line
+  int64_t lines;
   Range targets, sources;  // pixels of each line
   bool targets_see;        // if true, targets are queries and sources are keys of the weights; otherwise vice versa
   bool wide;               // the weights are in Sum<T>, not in T
   const void* weights;
   WeightLayout layout;
-  const void* values;  // [N,H,W,channels]
-  void* out;           // [N,H,W,channels]
-  void* scratch;       // [N,H,W,channels] in Sum<T> or null; if given, passes before the last write here, not to out
-  bool add, last;      // add to the result of the previous passes; this is the last pass
+  Map values;         // [N,T,H,W,heads,channels]
+  MutableMap out;     // [N,T,H,W,heads,channels]
+  void* scratch;      // dense, in Sum<T>, or null; if given, passes before the last write here, not to out
+  const void* gamma;  // the factor of the sums, or null for 1
+  bool add, last;     // add to the result of the previous passes; this is the last pass
 };
 
 template <class T, class Shape>
@@ -682,14 +734,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sum_kernel(WeightedSum a
   using S = Sum<T>;
   S* const tile = shared<S>();                   // [kSources, kPitch] weights
   S* const value_ring = tile + Shape::kWeights;  // [Values::kRing]
-  unsigned block = block_of_pass(a.column);
+  unsigned block = block_of_pass(a.pass);
   const unsigned tiles = ceil_div(a.targets.count, Shape::kTargets);
   const Range targets = a.targets.tile(block % tiles, Shape::kTargets);
   block /= tiles;
   const unsigned spans = ceil_div(a.channels, Shape::kSpan);
   const int channel = block % spans * Shape::kSpan, channels = a.channels - channel;
-  const int64_t line_index = block / spans;
-  const Line line = line_of(a.sizes, a.column, a.first_line + line_index);
+  const unsigned line_index = block / spans;
+  const auto this_line = [&] { return HeadLine(a.pass, a.heads, again(a.first_line + line_index)); };
   const int query_side = a.targets_see ? Shape::kTargets : Shape::kSources;
   const int key_side = a.targets_see ? Shape::kSources : Shape::kTargets;
   const auto weight = [&a, start = a.layout.line(line_index)](int query, int key) {
@@ -710,23 +762,42 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sum_kernel(WeightedSum a
       tile[a.targets_see ? key * Shape::kPitch + query : query * Shape::kPitch + key] =
           exists ? weight(queries.first + query, keys.first + key) : 0;
     }
-    Pixels<T> value_pixels(a.values, a.channels, line, sources);
-    value_pixels.first += channel;
-    Values<T, Shape> values(value_pixels, channels);
+    const HeadLine line = this_line();
+    Values<T, Shape> values({a.values, line.head * a.channels + channel, line, sources}, channels);
     sums.accumulate(tile, values, sources.count, targets.count, value_ring);
   }
 
-  const int64_t start = line.pixel(targets.first) * a.channels + channel;
-  T* const out = static_cast<T*>(a.out) + start;
-  S* const scratch = static_cast<S*>(a.scratch) + start;
-  sums.for_each(targets.count, channels, line.step * a.channels, [&](S element, int, int64_t offset) {
-    if (a.add) element += a.scratch ? scratch[offset] : device::to_sum(out[offset]);
-    if (a.scratch && !a.last)
-      scratch[offset] = element;
-    else
-      out[offset] = device::from_sum<T>(element);
-  });
+  const S factor = factor_of<S>(a.gamma);
+#pragma unroll
+  for (auto& row : sums.at)
+#pragma unroll
+    for (S& element : row) element *= factor;
+  const HeadLine line = this_line();
+  const auto start_in = [&](int64_t pitch) {  // for one map at a time, to save registers
+    return line.pixel(targets.first) * pitch + line.head * a.channels + channel;
+  };
+  const auto in_scratch = [&](auto&& f) {
+    const int64_t pitch = static_cast<int64_t>(a.heads) * a.channels, step = a.pass.step * pitch;
+    S* const scratch = static_cast<S*>(a.scratch) + start_in(pitch);
+    sums.for_each(targets.count, channels,
+                  [&](S& element, int target, int offset) { f(element, scratch[target * step + offset]); });
+  };
+  const auto in_out = [&](auto&& f) {
+    const int64_t step = a.pass.step * a.out.pitch;
+    T* const out = static_cast<T*>(a.out.data) + start_in(a.out.pitch);
+    sums.for_each(targets.count, channels,
+                  [&](S& element, int target, int offset) { f(element, out[target * step + offset]); });
+  };
+  if (a.add && a.scratch != nullptr) in_scratch([](S& element, const S& before) { element += before; });
+  if (a.add && a.scratch == nullptr) in_out([](S& element, const T& before) { element += device::to_sum(before); });
+  if (a.scratch != nullptr && !a.last)
+    in_scratch([](const S& element, S& to) { to = element; });
+  else
+    in_out([](const S& element, T& to) { to = device::from_sum<T>(element); });
 }
+
+// The most blocks of total_kernel, and the least numbers for each of them.
+constexpr int64_t kTotals = 256, kTotalLength = 8 * kThreads;
 
 // Queues kernel launches. After a launch fails, the following ones are skipped.
 struct Queue {
@@ -765,6 +836,15 @@ struct Queue {
     const int64_t spans = ceil_div(a.channels, Shape::kSpan), tiles = ceil_div(a.targets.count, Shape::kTargets);
     launch(sum_kernel<T, Shape>, a.lines * spans * tiles, kThreads, kSumShared<T, Shape>, a);
   }
+  // total = the sum of `count` numbers. partial: room for kTotals numbers.
+  template <class S>
+  void total(const S* numbers, int64_t count, double* partial, S* total) {
+    const int64_t blocks = std::clamp<int64_t>(count / kTotalLength, 1, kTotals);
+    constexpr int64_t bytes = kThreads / kWarp * sizeof(double);
+    if (blocks == 1) return launch(total_kernel<S, S>, 1, kThreads, bytes, numbers, count, total);
+    launch(total_kernel<S, double>, blocks, kThreads, bytes, numbers, count, partial);
+    launch(total_kernel<double, S>, 1, kThreads, bytes, static_cast<const double*>(partial), blocks, total);
+  }
   template <class T>
   void sum(WeightedSum a) {
     const int end = a.sources.first + a.sources.count;
@@ -778,12 +858,12 @@ struct Queue {
 template <class T, class Shape>
 int run_forward(const Forward& f, void* stream) {
   Queue queue{stream};
-  for (const bool column : {true, false})
+  for (const Pass& pass : passes_of(f.sizes, f.axes))
     for (int channel = 0; channel == 0 || channel < f.sizes.C;
          channel += Shape::kSpan)  // runs even without channels, for the normalizers
       queue.launch(forward_kernel<T, Shape>,
-                   lines(f.sizes, column) * ceil_div<int64_t>(column ? f.sizes.H : f.sizes.W, Shape::kTargets),
-                   kThreads, kForwardShared<T, Shape>, f, column, channel);
+                   pass.lines * f.sizes.heads * ceil_div<int64_t>(pass.length, Shape::kTargets), kThreads,
+                   kForwardShared<T, Shape>, f, pass, channel);
   return queue.error;
 }
 
@@ -791,41 +871,45 @@ template <class T>
 int run_primitive(Primitive primitive, const Sizes& sizes, const void* first, const void* second, void* out,
                   void* stream) {
   Queue queue{stream};
-  for (const bool column : {true, false}) {
-    const Range all{0, static_cast<int>(column ? sizes.H : sizes.W)};
+  const Sizes picture{sizes.N, 1, 0, sizes.C, 1, sizes.H, sizes.W};
+  for (const Pass& pass : passes_of(picture, 1 << kColumn | 1 << kRow)) {
+    const Range all{0, pass.length};
     if (primitive == Primitive::score)
-      queue.products<T, Result::score>({.sizes = sizes,
-                                        .column = column,
+      queue.products<T, Result::score>({.pass = pass,
+                                        .heads = 1,
                                         .channels = static_cast<int>(sizes.C),
                                         .first_line = 0,
-                                        .lines = lines(sizes, column),
+                                        .lines = pass.lines,
+                                        .scale = 1,
+                                        .gamma = nullptr,
                                         .queries = all,
                                         .keys = all,
                                         .query_side = 0,
                                         .key_side = 0,
-                                        .query_map = first,
-                                        .key_map = second,
+                                        .query_map = {first, sizes.C},
+                                        .key_map = {second, sizes.C},
                                         .shift = nullptr,
                                         .P = nullptr,
                                         .out = out,
-                                        .layout = entries(sizes, column)});
+                                        .layout = entries(sizes, pass)});
     else
-      queue.sum<T>({.sizes = sizes,
-                    .column = column,
+      queue.sum<T>({.pass = pass,
+                    .heads = 1,
                     .channels = static_cast<int>(sizes.C),
                     .first_line = 0,
-                    .lines = lines(sizes, column),
+                    .lines = pass.lines,
                     .targets = all,
                     .sources = all,
                     .targets_see = primitive == Primitive::gather,
                     .wide = false,
                     .weights = first,
-                    .layout = entries(sizes, column),
-                    .values = second,
-                    .out = out,
+                    .layout = entries(sizes, pass),
+                    .values = {second, sizes.C},
+                    .out = {out, sizes.C},
                     .scratch = nullptr,
-                    .add = !column,
-                    .last = !column});
+                    .gamma = nullptr,
+                    .add = !pass.first,
+                    .last = pass.last});
   }
   return queue.error;
 }
@@ -836,8 +920,8 @@ struct Portion {
 };
 
 template <class T>
-Portion portion(const Sizes& sizes, bool column) {
-  const int64_t all = lines(sizes, column), length = column ? sizes.H : sizes.W, row = row_of(length);
+Portion portion(const Pass& pass, int64_t heads) {
+  const int64_t all = pass.lines * heads, length = pass.length, row = row_of(length);
   const int64_t room = kWorkspaceBytes / (2 * sizeof(Sum<T>));  // elements of each matrix
   if (length * row > room) return {1, std::max<int64_t>(kSide, room / row / kSide * kSide)};
   const int64_t rounds = ceil_div(all, room / (length * row));
@@ -847,46 +931,56 @@ Portion portion(const Sizes& sizes, bool column) {
 // The parts of the workspace.
 template <class T>
 struct Workspace {
-  int64_t pixels, query_channels, matrix;  // sizes in Sum<T>
-  explicit Workspace(const Sizes& s)
-      : pixels(s.pixels()), query_channels(sizeof(T) < sizeof(Sum<T>) ? pixels * s.c : 0), matrix(0) {
-    for (const bool column : {true, false}) {
-      const Portion p = portion<T>(s, column);
-      matrix = std::max(matrix, p.lines * p.keys * row_of(column ? s.H : s.W));
+  int64_t matrix, delta, query_channels;  // sizes in Sum<T>
+  int64_t totals;                         // the numbers of total_kernel
+  explicit Workspace(const Backward& b)
+      : matrix(0),
+        delta(b.sizes.pixels() * b.sizes.heads),
+        query_channels(sizeof(T) < sizeof(Sum<T>) ? delta * b.sizes.c : 0),
+        totals(b.grad_gamma == nullptr ? 0 : kTotals) {
+    for (const Pass& pass : passes_of(b.sizes, b.axes)) {
+      const Portion p = portion<T>(pass, b.sizes.heads);
+      matrix = std::max(matrix, p.lines * p.keys * row_of(pass.length));
     }
   }
-  int64_t bytes() const { return (pixels + 2 * query_channels + 2 * matrix) * sizeof(Sum<T>); }
+  int64_t bytes() const { return totals * sizeof(double) + (2 * matrix + delta + 2 * query_channels) * sizeof(Sum<T>); }
 };
 
 template <class T>
 int run_backward(const Backward& b, void* stream) {
   using S = Sum<T>;
-  const Sizes& sizes = b.sizes;
-  const Workspace<T> workspace(sizes);
-  S* const P = static_cast<S*>(b.workspace);                        // [lines, keys, row_of(queries)]
+  const Workspace<T> workspace(b);
+  double* const totals = static_cast<double*>(b.workspace);
+  S* const P = reinterpret_cast<S*>(totals + workspace.totals);     // [lines, keys, row_of(queries)]
   S* const dS = P + workspace.matrix;                               // [lines, keys, row_of(queries)]
-  S* const delta = dS + workspace.matrix;                           // [N,H,W]
-  S* const query_scratch = delta + workspace.pixels;                // [N,H,W,c], for 16-bit dtypes
-  S* const key_scratch = query_scratch + workspace.query_channels;  // [N,H,W,c]
+  S* const delta = dS + workspace.matrix;                           // [N,T,H,W,heads]
+  S* const query_scratch = delta + workspace.delta;                 // [N,T,H,W,heads,c], for 16-bit dtypes
+  S* const key_scratch = query_scratch + workspace.query_channels;  // [N,T,H,W,heads,c]
   const bool scratch = workspace.query_channels > 0;
-  const int c = static_cast<int>(sizes.c), C = static_cast<int>(sizes.C);
+  const int heads = static_cast<int>(b.sizes.heads), c = static_cast<int>(b.sizes.c), C = static_cast<int>(b.sizes.C);
+
+  for (const Pass& pass : passes_of(b.sizes, b.axes))
+    if (pass.lines * heads > INT32_MAX) return cudaErrorInvalidConfiguration;  // as in the forward
 
   Queue queue{stream};
-  queue.launch(delta_kernel<T>, ceil_div<int64_t>(sizes.pixels(), kThreads / kWarp), kThreads, 0, b, delta);
-  for (const bool column : {true, false}) {
-    const int64_t length = column ? sizes.H : sizes.W;
-    const Portion size = portion<T>(sizes, column);
-    for (int64_t first_line = 0; first_line < lines(sizes, column); first_line += size.lines)
+  queue.launch(delta_kernel<T>, ceil_div<int64_t>(workspace.delta, kThreads / kWarp), kThreads, 0, b, delta);
+  if (b.grad_gamma != nullptr) queue.total<S>(delta, workspace.delta, totals, static_cast<S*>(b.grad_gamma));
+  for (const Pass& pass : passes_of(b.sizes, b.axes)) {
+    const int64_t length = pass.length, all = pass.lines * heads;
+    const Portion size = portion<T>(pass, heads);
+    for (int64_t first_line = 0; first_line < all; first_line += size.lines)
       for (int64_t first_key = 0; first_key < length; first_key += size.keys) {
-        const int64_t line_count = std::min(size.lines, lines(sizes, column) - first_line);
+        const int64_t line_count = std::min(size.lines, all - first_line);
         const int64_t key_count = std::min(size.keys, length - first_key);
         const Range keys{static_cast<int>(first_key), static_cast<int>(key_count)};
-        const Range queries{0, static_cast<int>(length)};
-        Products p{.sizes = sizes,
-                   .column = column,
+        const Range queries{0, pass.length};
+        Products p{.pass = pass,
+                   .heads = heads,
                    .channels = c,
-                   .first_line = first_line,
+                   .first_line = static_cast<unsigned>(first_line),
                    .lines = line_count,
+                   .scale = b.scale,
+                   .gamma = b.gamma,
                    .queries = queries,
                    .keys = keys,
                    .query_side = 0,
@@ -900,17 +994,17 @@ int run_backward(const Backward& b, void* stream) {
         queue.products<T, Result::softmax>(p);
 
         p.channels = C;
-        p.query_map = b.grad_out;
+        p.query_map = b.grad;
         p.key_map = b.value;
         p.shift = delta;
         p.P = P;
         p.out = dS;
         queue.products<T, Result::gradient>(p);
 
-        WeightedSum a{.sizes = sizes,
-                      .column = column,
+        WeightedSum a{.pass = pass,
+                      .heads = heads,
                       .channels = C,
-                      .first_line = first_line,
+                      .first_line = static_cast<unsigned>(first_line),
                       .lines = line_count,
                       .targets = keys,
                       .sources = queries,
@@ -918,11 +1012,12 @@ int run_backward(const Backward& b, void* stream) {
                       .wide = true,
                       .weights = P,
                       .layout = p.layout,
-                      .values = b.grad_out,
+                      .values = b.grad,
                       .out = b.grad_value,
                       .scratch = nullptr,
-                      .add = !column,
-                      .last = !column};
+                      .gamma = b.gamma,
+                      .add = !pass.first,
+                      .last = pass.last};
         queue.sum<T>(a);
 
         a.channels = c;
@@ -930,6 +1025,7 @@ int run_backward(const Backward& b, void* stream) {
         a.values = b.query;
         a.out = b.grad_key;
         a.scratch = scratch ? key_scratch : nullptr;
+        a.gamma = nullptr;  // it is in dS
         queue.sum<T>(a);
 
         a.targets = queries;
@@ -938,8 +1034,8 @@ int run_backward(const Backward& b, void* stream) {
         a.values = b.key;
         a.out = b.grad_query;
         a.scratch = scratch ? query_scratch : nullptr;
-        a.add = !column || first_key > 0;
-        a.last = !column && first_key + key_count == length;
+        a.add = !pass.first || first_key > 0;
+        a.last = pass.last && first_key + key_count == length;
         queue.sum<T>(a);
       }
   }
@@ -967,8 +1063,19 @@ int primitive(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* 
   });
 }
 
-int64_t backward_workspace(Dtype dtype, const Sizes& sizes) {
-  return dispatch(dtype, [&](auto element) { return Workspace<decltype(element)>(sizes).bytes(); });
+int64_t backward_workspace(const Backward& arguments) {
+  return dispatch(arguments.dtype, [&](auto element) { return Workspace<decltype(element)>(arguments).bytes(); });
+}
+
+int64_t total_bytes() { return kTotals * static_cast<int64_t>(sizeof(double)); }
+
+int total(Dtype dtype, const void* numbers, int64_t count, void* workspace, void* sum, void* stream) {
+  Queue queue{stream};
+  return dispatch(dtype, [&](auto element) {
+    using S = Sum<decltype(element)>;
+    queue.total(static_cast<const S*>(numbers), count, static_cast<double*>(workspace), static_cast<S*>(sum));
+    return queue.error;
+  });
 }
 
 }  // namespace cc_attention::general

@@ -12,6 +12,11 @@ int primitive(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* 
               void* stream);
 
 // Returns the size of Backward::workspace in bytes.
-int64_t backward_workspace(Dtype dtype, const Sizes& sizes);
+int64_t backward_workspace(const Backward& arguments);
+
+// sum = the sum of `count` numbers in Sum<T>, in an order that depends only on their count. The workspace has
+// total_bytes() bytes, aligned to 8.
+int total(Dtype dtype, const void* numbers, int64_t count, void* workspace, void* sum, void* stream);
+int64_t total_bytes();
 
 }  // namespace cc_attention::general

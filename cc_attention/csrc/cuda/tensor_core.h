@@ -45,21 +45,62 @@ __device__ __forceinline__ Lane this_lane() {
   return {index, index / 4, index % 4};
 }
 
-// Starts copying pixels first .. first + rows - 1 of a line of feature map [N,H,W,channels] into a tile: the 128 bytes
-// that start at channel `channel`. Beyond the line and the channels, the tile gets zeros.
+using Line = LineOf<unsigned>;  // fits checks that pixels have indices below 2^31, which take fewer registers
+
+// Divides numbers below 2^31. It takes no division, so the compiler can keep quotients of a block index in the
+// registers that all threads of a warp share.
+struct Divisor {
+  unsigned multiplier, shift;
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) : shift(31) {
+    while (int64_t{1} << (shift - 31) < divisor) ++shift;
+    multiplier = static_cast<unsigned>(((int64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  __device__ __forceinline__ unsigned quotient(unsigned n) const {
+    return static_cast<unsigned>(static_cast<uint64_t>(n) * multiplier >> shift);
+  }
+};
+
+// Returns the line of this block and sets its head. The heads of a line have neighboring blocks.
+template <class Operands>
+__device__ __forceinline__ Line line_of_block(const Operands& a, int& head) {
+  const unsigned block = a.pass.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const unsigned index = a.by_heads.quotient(block), outside = a.by_step.quotient(index);
+  head = static_cast<int>(block - index * a.heads);
+  return {outside * (static_cast<unsigned>(a.pass.step) * (a.pass.length - 1)) + index, a.pass.step, a.pass.length};
+}
+
+// A feature map of all heads, [N,T,H,W,pitch]. The channels of a head are a range of its channels.
 template <class T>
-__device__ __forceinline__ void copy_rows(unsigned char* tile, const T* feature_map, const Line& line, int first,
-                                          int rows, int channel, int channels) {
+struct FeatureMap {
+  T* data;
+  int pitch;
+};
+template <class T>
+FeatureMap<const T> typed(const Map& map) {
+  return {static_cast<const T*>(map.data), static_cast<int>(map.pitch)};
+}
+template <class T>
+FeatureMap<T> typed(const MutableMap& map) {
+  return {static_cast<T*>(map.data), static_cast<int>(map.pitch)};
+}
+inline Map read_only(const MutableMap& map) { return {map.data, map.pitch}; }
+
+// Starts copying pixels first .. first + rows - 1 of a line of a feature map into a tile: the 128 bytes that start at
+// channel `channel`. Beyond the line and from channel `end` on, the tile gets zeros.
+template <class T>
+__device__ __forceinline__ void copy_rows(unsigned char* tile, const FeatureMap<T>& map, const Line& line, int first,
+                                          int rows, int channel, int end) {
   const int piece = threadIdx.x % kRowPieces, apart = blockDim.x / kRowPieces;
   const int from = channel + piece * (16 / kSize<T>);
   int row = threadIdx.x / kRowPieces;
-  const int present = from < channels ? line.length - first : 0;  // rows that exist
-  const int step = static_cast<int>(line.step) * channels;
-  const T* source = feature_map + line.first * channels + ((first + row) * step + from);
+  const int present = from < end ? line.length - first : 0;  // rows that exist
+  const int step = static_cast<int>(line.step) * map.pitch;
+  const T* source = map.data + static_cast<int64_t>(line.first) * map.pitch + ((first + row) * step + from);
   unsigned char* to = tile + row * kPitch + piece * 16;
 #pragma unroll 1
   for (; row < rows; row += apart, source += apart * step, to += apart * kPitch)
-    device::copy_async(to, row < present ? source : feature_map, row < present);
+    device::copy_async(to, row < present ? source : map.data, row < present);
 }
 
 template <class T>
@@ -171,31 +212,30 @@ __device__ __forceinline__ void keep_as_left(uint32_t (&operands)[steps][4], int
   }
 }
 
-// Returns the number of steps of the contraction in a tile that starts at channel `channel`.
+// Returns the number of steps of the contraction in a tile of channels `channel` .. end - 1.
 template <class T>
-__device__ __forceinline__ int steps_from(int channel, int channels) {
-  const int left = channels - channel < kChunk<T> ? channels - channel : kChunk<T>;
+__device__ __forceinline__ int steps_from(int channel, int end) {
+  const int left = end - channel < kChunk<T> ? end - channel : kChunk<T>;
   return (left + kStep<T> - 1) / kStep<T>;
 }
 
-// The destination of 16 rows of results in a feature map [N,H,W,channels]: pixels row .. row + 15 of a line, starting
-// at channel `channel`. A lane writes runs of four neighboring channels. To form them, lanes with even and odd `pair`
-// swap halves of two neighboring 16 x 8 results, j (even) and j + 1. A lane then holds four channels of row lane.row +
-// 8 * half.
+// The destination of 16 rows of results in a feature map: pixels row .. row + 15 of a line, from channel `channel` up
+// to `end`. A lane writes runs of four neighboring channels. To form them, lanes with even and odd `pair` swap halves
+// of two neighboring 16 x 8 results, j (even) and j + 1. A lane then holds four channels of row lane.row + 8 * half.
 struct Place {
   int64_t first;  // offset, in elements of the map, of the lane's run of results 0 and 1 in the first 8 rows
   int apart;      // elements from there to the run in the last 8 rows
   int left[2];    // channels from there on, by half; 0 beyond the line
 
-  __device__ __forceinline__ Place(const Line& line, int row, int channel, int channels) {
+  __device__ __forceinline__ Place(const Line& line, int row, int channel, int end, int pitch) {
     const Lane lane = this_lane();
     const int odd = lane.pair % 2;
     channel += 8 * odd + 2 * (lane.pair - odd);
     row += lane.row;
-    const int step = static_cast<int>(line.step) * channels;
-    first = line.first * channels + (row * step + channel);
+    const int step = static_cast<int>(line.step) * pitch;
+    first = static_cast<int64_t>(line.first) * pitch + (row * step + channel);
     apart = 8 * step;
-    for (int half = 0; half < 2; ++half) left[half] = row + 8 * half < line.length ? channels - channel : 0;
+    for (int half = 0; half < 2; ++half) left[half] = row + 8 * half < line.length ? end - channel : 0;
   }
 
   __device__ __forceinline__ Vec4<float> run_of(const float (&left)[4], const float (&right)[4], int half) const {
@@ -277,18 +317,18 @@ __device__ __forceinline__ void load_pair(float (&pair)[2], const unsigned char*
   for (int i = 0; i < 2; ++i) pair[i] = device::to_sum(stored.at[i]);
 }
 
-// Writes the 16 rows at `tile` of a warp to pixels first .. first + 15 of a line: 128 bytes, starting at channel
-// `channel`.
+// Writes the 16 rows at `tile` of a warp to pixels first .. first + 15 of a line: 128 bytes, from channel `channel` up
+// to `end`.
 template <class T>
-__device__ __forceinline__ void write_rows(T* feature_map, const unsigned char* tile, const Line& line, int first,
-                                           int channel, int channels) {
+__device__ __forceinline__ void write_rows(const FeatureMap<T>& map, const unsigned char* tile, const Line& line,
+                                           int first, int channel, int end) {
   constexpr int apart = kWarp / kRowPieces;
   const int lane = device::lane();
   const int from = channel + lane % kRowPieces * (16 / kSize<T>);
-  if (from >= channels) return;
+  if (from >= end) return;
   int row = lane / kRowPieces;
-  const int step = static_cast<int>(line.step) * channels;
-  T* to = feature_map + line.first * channels + ((first + row) * step + from);
+  const int step = static_cast<int>(line.step) * map.pitch;
+  T* to = map.data + static_cast<int64_t>(line.first) * map.pitch + ((first + row) * step + from);
   const unsigned char* source = tile + row * kPitch + lane % kRowPieces * 16;
 #pragma unroll
   for (int i = 0; i < kTile / apart; ++i, row += apart, to += apart * step, source += apart * kPitch) {
@@ -301,17 +341,29 @@ __device__ __forceinline__ void write_rows(T* feature_map, const unsigned char* 
 }
 
 constexpr int kLongestLine = 272;
-constexpr int kMostChannels = 8192;  // so that offsets within a line fit in an int
+
+inline int tiles_of(int64_t length) { return static_cast<int>((length + kTile - 1) / kTile); }
 
 // Returns whether forward and backward kernels support the arguments. They need sm_80, 16-bit elements or permission to
-// use tf32, channels and addresses that allow copies of 16 bytes, and lines that fit in a block.
-inline bool fits(Dtype dtype, const Sizes& sizes, const Device& device, std::initializer_list<const void*> operands) {
+// use tf32, channels and addresses that allow copies of 16 bytes in every pixel and head, lines that fit in a block,
+// and offsets of pixels, and of elements within a line, that fit in an int.
+inline bool fits(Dtype dtype, const Sizes& sizes, int axes, const Device& device, std::initializer_list<Map> maps) {
   if (device.capability < 80 || dtype == Dtype::float64 || (dtype == Dtype::float32 && !device.tf32)) return false;
-  for (const void* operand : operands)
-    if (reinterpret_cast<uintptr_t>(operand) % 16 != 0) return false;
   const int64_t size = element_size(dtype);
-  return sizes.c > 0 && sizes.C > 0 && sizes.c * size % 16 == 0 && sizes.C * size % 16 == 0 &&
-         sizes.c <= kMostChannels && sizes.C <= kMostChannels && sizes.H <= kLongestLine && sizes.W <= kLongestLine;
+  if (sizes.c <= 0 || sizes.C <= 0 || sizes.c * size % 16 != 0 || sizes.C * size % 16 != 0) return false;
+  if (sizes.pixels() * sizes.heads > INT32_MAX) return false;
+  int64_t pitch = 0;
+  for (const Map& map : maps) {
+    if (reinterpret_cast<uintptr_t>(map.data) % 16 != 0 || map.pitch * size % 16 != 0) return false;
+    pitch = map.pitch > pitch ? map.pitch : pitch;
+  }
+  for (const Pass& pass : passes_of(sizes, axes)) {
+    if (pass.length > kLongestLine) return false;
+    // The first rows of the threads of copy_rows lie up to a quarter of a block behind the last tile.
+    const int64_t rows = tiles_of(pass.length) * (kTile + kTile / 4);
+    if (rows * pass.step * pitch > INT32_MAX) return false;
+  }
+  return true;
 }
 
 // serves returns whether these kernels support the arguments on the device. The others are specified in kernels.h.
@@ -319,6 +371,6 @@ bool serves(const Forward& arguments, const Device& device);
 bool serves(const Backward& arguments, const Device& device);
 int forward(const Forward& arguments, const Device& device, void* stream);
 int backward(const Backward& arguments, const Device& device, void* stream);
-int64_t backward_workspace(Dtype dtype, const Sizes& sizes);
+int64_t backward_workspace(const Backward& arguments, const Device& device);
 
 }  // namespace cc_attention::tensor_core

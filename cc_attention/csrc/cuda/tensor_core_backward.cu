@@ -1,10 +1,11 @@
 // Backward of the attention on tensor cores (bf16, fp16, tf32; sm_80 and later).
 //
-// Like the forward, it is a column pass and a row pass. A block processes a whole line, and each warp 16 of its
-// queries. Every gradient is the sum of a part from the column and a part from the row. The column pass writes it, and
-// the row pass adds to it, without atomics. With P = exp(S - top) / total and S = Q K^T:
+// Like the forward, it is one pass for each axis. A block processes a whole line of one head, and each warp 16 of its
+// queries. Every gradient is the sum of the parts from the passes. The first pass writes it, and the others add to it,
+// without atomics. With P = exp(S - top) / total and S = scale Q K^T, where gamma is 1 without a residual:
 //
-//     dV = P^T dO      dP = dO V^T      dS = P (dP - delta), delta = rowsum(dO O)      dQ = dS K      dK = dS^T Q
+//     dV = gamma P^T dO      dP = dO V^T      dS = gamma scale P (dP - delta), delta = rowsum(dO O)
+//     dQ = dS K              dK = dS^T Q
 //
 // P, later overwritten by dS, is a tile of shared memory in the storage type. Each warp writes the rows of its queries
 // and, for the transposed products, reads the columns of some keys. If a line has more keys than that tile, it is
@@ -12,8 +13,9 @@
 //
 // All other data streams through a ring of tile pairs, one by keys and one by queries, with 128 bytes of channels per
 // row. First come K and Q for the scores. Then come V and dO; each of their chunks adds to dP and completes its
-// channels of dV. Last come K and Q again, for dQ and dK. The column parts of dQ and dK are kept in float32, because
-// the two parts may cancel: dS sums to 0 over row and column.
+// channels of dV. Last come K and Q again, for dQ and dK. The parts of dQ and dK are kept in float32 until the last
+// pass, because they may cancel: dS sums to 0 over the lines of a query. The gradient of gamma is the sum of delta.
+#include "general.h"
 #include "tensor_core.h"
 
 namespace cc_attention::tensor_core {
@@ -22,19 +24,20 @@ namespace {
 // Operands of the kernel; T is the storage type.
 template <class T>
 struct Gradients {
-  const T* query;                        // [N,H,W,c]
-  const T* key;                          // [N,H,W,c]
-  const T* value;                        // [N,H,W,C]
-  const T* out;                          // [N,H,W,C]
-  const Normalizer<float>* normalizers;  // [N,H,W]
-  const T* grad_out;                     // [N,H,W,C]
-  T* grad_query;                         // [N,H,W,c]
-  T* grad_key;                           // [N,H,W,c]
-  T* grad_value;                         // [N,H,W,C]
-  float* partial_query;                  // [N,H,W,c], grad_query itself if T is float
-  float* partial_key;                    // [N,H,W,c], grad_key itself if T is float
-  float* delta;                          // [N,H,W]
-  Sizes sizes;
+  FeatureMap<const T> query, key;        // [N,T,H,W,heads,c]
+  FeatureMap<const T> value, out, grad;  // [N,T,H,W,heads,C]
+  const Normalizer<float>* normalizers;  // [N,T,H,W,heads]
+  const float* gamma;                    // null without a residual
+  FeatureMap<T> grad_query, grad_key;    // [N,T,H,W,heads,c]
+  FeatureMap<T> grad_value;              // [N,T,H,W,heads,C]
+  FeatureMap<float> partial_query;       // [N,T,H,W,heads,c], grad_query itself if T is float
+  FeatureMap<float> partial_key;         // [N,T,H,W,heads,c], grad_key itself if T is float
+  float* delta;                          // [N,T,H,W,heads]
+  float scale;
+  int heads, c, C;
+  Pass pass;
+  Divisor by_heads, by_step;
+  __device__ __forceinline__ float factor() const { return gamma == nullptr ? 1.f : *gamma; }
 };
 
 // The architecture compiled for, such as 90 for sm_90. It changes only how registers are saved, never the results.
@@ -83,9 +86,9 @@ __device__ __forceinline__ void multiply_transposed(float (&results)[kUnitTiles]
   }
 }
 
-// Writes old + results to `result` if complete, otherwise to `partial`, to which more will be added.
+// Writes old + factor * results to `result` if complete, otherwise to `partial`, to which more will be added.
 template <class T, class Partial, int tiles>
-__device__ __forceinline__ void write_sum(const Place& place, const float (&results)[tiles][4],
+__device__ __forceinline__ void write_sum(const Place& place, const float (&results)[tiles][4], float factor,
                                           const Runs<Partial, tiles>& old, Partial* partial, T* result, bool complete) {
 #pragma unroll
   for (int j = 0; j < tiles; j += 2)
@@ -93,7 +96,7 @@ __device__ __forceinline__ void write_sum(const Place& place, const float (&resu
     for (int half = 0; half < 2; ++half) {
       Vec4<float> run = place.run_of(results[j], results[j + 1], half);
       const Vec4<float> before = widen(old.run(j, half));
-      for (int i = 0; i < 4; ++i) run.at[i] += before.at[i];
+      for (int i = 0; i < 4; ++i) run.at[i] = fmaf(factor, run.at[i], before.at[i]);
       if (!place.has(j, half)) continue;
       if (complete)
         *reinterpret_cast<Vec4<T>*>(place.run(result, j, half)) = narrow<T>(run);
@@ -128,17 +131,17 @@ struct Delta {
     return kRowsAtOnce * (part * kPieces + piece) + lane / kRowPieces;
   }
   // Reads a part of O, starting at channel `channel`. Other work between read and add hides the latency.
-  __device__ __forceinline__ void read(int part, const T* out, const Line& line, int first_row, int channel,
-                                       int channels) {
+  __device__ __forceinline__ void read(int part, const FeatureMap<const T>& out, const Line& line, int first_row,
+                                       int channel, int end) {
     const int lane = device::lane();
     const int from = channel + lane % kRowPieces * kPerPiece;
-    const int step = static_cast<int>(line.step) * channels;
+    const int step = static_cast<int>(line.step) * out.pitch;
     int pixel = first_row + row(part, 0, lane);
-    const T* source = out + line.first * channels + (pixel * step + from);
+    const T* source = out.data + static_cast<int64_t>(line.first) * out.pitch + (pixel * step + from);
 #pragma unroll
     for (auto& words : out_words) {
       for (uint32_t& word : words) word = 0;
-      if (pixel < line.length && from < channels) memcpy(words, __builtin_assume_aligned(source, 16), 16);
+      if (pixel < line.length && from < end) memcpy(words, __builtin_assume_aligned(source, 16), 16);
       pixel += kRowsAtOnce;
       source += kRowsAtOnce * step;
     }
@@ -159,15 +162,15 @@ struct Delta {
     }
   }
 
-  // Writes delta [N,H,W] for the queries of the warp.
-  __device__ __forceinline__ void write(float* delta, const Line& line, int first_row) {
+  // Writes delta [N,T,H,W,heads] for the queries of the warp.
+  __device__ __forceinline__ void write(float* delta, const Line& line, int first_row, int heads, int head) {
     const int lane = device::lane();
 #pragma unroll
     for (int i = 0; i < kParts * kPieces; ++i) {
       float sum = sums[i / kPieces][i % kPieces];
       for (int other = 1; other < kRowPieces; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
       const int pixel = first_row + row(0, i, lane);
-      if (lane % kRowPieces == 0 && pixel < line.length) delta[line.pixel(pixel)] = sum;
+      if (lane % kRowPieces == 0 && pixel < line.length) delta[line.pixel(pixel) * heads + head] = sum;
     }
   }
 };
@@ -180,19 +183,18 @@ struct Item {
 // key_tiles: tiles of 16 keys in a block of keys; warps: the maximum in a block, which limits the length of a line.
 template <class T, int key_tiles, int warps, int blocks_per_processor>
 __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
-    backward_kernel(const Gradients<T> a, bool column, int stages) {
+    backward_kernel(const Gradients<T> a, int stages) {
 #if CC_TENSOR_CORES
   constexpr int keys = key_tiles * kTile;
   constexpr int weights_pitch = keys * kSize<T> + 16;
   constexpr int chunk_units = kChunk<T> / 8 / kUnitTiles;
 
-  // The row pass goes from the last image to the first, since the column pass left the last ones in the cache.
-  const Line line = line_of(a.sizes, column, column ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  int head;
+  const Line line = line_of_block(a, head);
   const int block_warps = blockDim.x / kWarp;
   const int warp = threadIdx.x / kWarp;
   const int queries = block_warps * kTile;
   const int first_row = warp * kTile;
-  const int c = static_cast<int>(a.sizes.c), C = static_cast<int>(a.sizes.C);
 
   unsigned char* weights = device::dynamic_shared();  // [queries] rows of `keys`: P, then dS
   unsigned char* ring = weights + queries * weights_pitch;
@@ -202,20 +204,21 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     return weights + (first_row + lane.row + 8 * half) * weights_pitch + (8 * j + 2 * lane.pair) * kSize<T>;
   };
 
-  // The end of the blocks of keys. It is a constant if even the longest line is one block. This saves registers on
-  // sm_100 and later, but costs some on older architectures.
-  constexpr bool one_block = key_tiles == warps && (kArchitecture == 0 || kArchitecture >= 100);
+  // The end of the blocks of keys. It is a constant if even the longest line is one block, which saves registers.
+  constexpr bool one_block = key_tiles == warps;
   const int keys_end = one_block ? keys : line.length;
 
   // The items that stream through the ring for each block of keys: K and Q, V and dO, K and Q.
   Item next;
   const auto start_item = [&] {
     const bool values = next.part == 1;
-    const int channels = values ? C : c;
+    const int channels = values ? a.C : a.c;
     if (next.first_key < keys_end) {
       unsigned char* to = ring + next.stage * item_bytes;
-      copy_rows(to, values ? a.value : a.key, line, next.first_key, keys, next.channel, channels);
-      copy_rows(to + keys * kPitch, values ? a.grad_out : a.query, line, 0, queries, next.channel, channels);
+      const int start = head * channels;
+      copy_rows(to, values ? a.value : a.key, line, next.first_key, keys, start + next.channel, start + channels);
+      copy_rows(to + keys * kPitch, values ? a.grad : a.query, line, 0, queries, start + next.channel,
+                start + channels);
       device::commit_copies();
     }
     next.stage = stages - 1 - next.stage;
@@ -246,9 +249,9 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 
     float scores[2 * key_tiles][4] = {};
 #pragma unroll 1
-    for (int channel = 0; channel < c; channel += kChunk<T>) {
+    for (int channel = 0; channel < a.c; channel += kChunk<T>) {
       const unsigned char* by_keys = take_item();
-      multiply_rows<T, key_tiles>(scores, by_keys + (keys + first_row) * kPitch, by_keys, steps_from<T>(channel, c));
+      multiply_rows<T, key_tiles>(scores, by_keys + (keys + first_row) * kPitch, by_keys, steps_from<T>(channel, a.c));
     }
     const Lane lane = this_lane();
 #pragma unroll
@@ -256,15 +259,17 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
       const int row = first_row + lane.row + 8 * half;
       // Rows beyond the line get zeros explicitly: their products with an infinite key would be NaN.
       const int end = row < line.length ? line.length : 0;
-      const Normalizer<float> normalizer = end > 0 ? a.normalizers[line.pixel(row)] : Normalizer<float>{0.f, 1.f};
+      const Normalizer<float> normalizer =
+          end > 0 ? a.normalizers[line.pixel(row) * a.heads + head] : Normalizer<float>{0.f, 1.f};
       const float shift = -log2f(normalizer.total);
 #pragma unroll
       for (int j = 0; j < 2 * key_tiles; ++j) {
         float p[2];
         for (int i = 0; i < 2; ++i) {
           const int k = first_key + 8 * j + 2 * lane.pair + i;
-          const bool seen = k < end && !(column && k == row);
-          const float difference = scores[j][2 * half + i] - normalizer.top;  // subtract first: see the forward
+          const bool seen = k < end && (a.pass.last || k != row);
+          const float score = device::multiply(scores[j][2 * half + i], a.scale);
+          const float difference = score - normalizer.top;  // subtract first: see the forward
           p[i] = seen ? device::exp2_approximate(fmaf(difference, kLog2e, shift)) : 0.f;
         }
         store_weights<T>(weights_of(lane, j, half), p[0], p[1]);
@@ -274,72 +279,82 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     float grad_weights[2 * key_tiles][4] = {};  // dP
     Delta<T> new_delta;
 #pragma unroll 1
-    for (int channel = 0; channel < C; channel += kChunk<T>) {
+    for (int channel = 0; channel < a.C; channel += kChunk<T>) {
       const unsigned char* by_keys = take_item();
       const unsigned char* grads = by_keys + keys * kPitch;
-      const int steps = steps_from<T>(channel, C);
+      const int steps = steps_from<T>(channel, a.C);
       constexpr int parts = Delta<T>::kParts, part_steps = kRowBytes / kStepBytes / parts;
 #pragma unroll
       for (int part = 0; part < parts; ++part) {  // the products hide the latency of O
-        if (column && first_block) new_delta.read(part, a.out, line, first_row, channel, C);
+        if (a.pass.first && first_block)
+          new_delta.read(part, a.out, line, first_row, head * a.C + channel, (head + 1) * a.C);
         const int from = part * part_steps * kStepBytes, left = steps - part * part_steps;
         multiply_rows<T, key_tiles>(grad_weights, grads + first_row * kPitch + from, by_keys + from,
                                     part < parts - 1 ? min(left, part_steps) : left);
-        if (column && first_block) new_delta.add(part, grads + first_row * kPitch);
+        if (a.pass.first && first_block) new_delta.add(part, grads + first_row * kPitch);
       }
 #pragma unroll 1
       for (int unit = warp; unit < live_tiles * chunk_units; unit += block_warps) {
         const bool second = unit >= live_tiles;
         const int tile = (second ? unit - live_tiles : unit) * kTile, from = second ? kUnitTiles * 8 : 0;
-        const Place place(line, first_key + tile, channel + from, C);
-        Runs<T, kUnitTiles> columns_part;
-        if (!column) columns_part.read(place, a.grad_value);
+        const Place place(line, first_key + tile, head * a.C + channel + from, (head + 1) * a.C, a.grad_value.pitch);
+        Runs<T, kUnitTiles> before;
+        if (!a.pass.first) before.read(place, a.grad_value.data);
         float results[kUnitTiles][4] = {};
         multiply_transposed<T>(results, weights + tile * kSize<T>, weights_pitch, grads + from * kSize<T>, queries);
-        write_sum(place, results, columns_part, a.grad_value, a.grad_value, true);
+        write_sum(place, results, a.factor(), before, a.grad_value.data, a.grad_value.data, true);
       }
     }
-    if (column && first_block) new_delta.write(a.delta, line, first_row);
+    if (a.pass.first && first_block) new_delta.write(a.delta, line, first_row, a.heads, head);
 
 #pragma unroll 1
-    for (int channel = 0; channel < c; channel += kChunk<T>) {
+    for (int channel = 0; channel < a.c; channel += kChunk<T>) {
       const unsigned char* by_keys = take_item();
       if (channel == 0) {  // no warp reads P any more
         const Lane lane = this_lane();
+        const float factor = a.factor() * a.scale;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = first_row + lane.row + 8 * half;
-          const float delta = row < line.length ? a.delta[line.pixel(row)] : 0.f;
+          const float delta = row < line.length ? factor * a.delta[line.pixel(row) * a.heads + head] : 0.f;
 #pragma unroll
           for (int j = 0; j < 2 * key_tiles; ++j) {
             const float* dp = &grad_weights[j][2 * half];
             float p[2];
             load_pair<T>(p, weights_of(lane, j, half));
-            store_weights<T>(weights_of(lane, j, half), p[0] * (dp[0] - delta), p[1] * (dp[1] - delta));
+            store_weights<T>(weights_of(lane, j, half), p[0] * fmaf(factor, dp[0], -delta),
+                             p[1] * fmaf(factor, dp[1], -delta));
           }
         }
         __syncthreads();
       }
+      const auto place_of = [&](int pitch, int row, int from) {
+        return Place(line, row, head * a.c + channel + from, (head + 1) * a.c, pitch);
+      };
 #pragma unroll 1
       for (int from = 0; from < kChunk<T>; from += kUnitTiles * 8) {
-        const Place place(line, first_row, channel + from, c);
         Runs<float, kUnitTiles> before;
-        if (!column || !first_block) before.read(place, a.partial_query);
+        if (!a.pass.first || !first_block)
+          before.read(place_of(a.partial_query.pitch, first_row, from), a.partial_query.data);
         float results[kUnitTiles][4] = {};
         multiply<T>(results, weights + first_row * weights_pitch, weights_pitch, by_keys + from * kSize<T>, keys);
-        write_sum(place, results, before, a.partial_query, a.grad_query, !column && last_block);
+        const bool complete = a.pass.last && last_block;
+        const int pitch = complete ? a.grad_query.pitch : a.partial_query.pitch;
+        write_sum(place_of(pitch, first_row, from), results, 1.f, before, a.partial_query.data, a.grad_query.data,
+                  complete);
       }
 #pragma unroll 1
       for (int unit = warp; unit < live_tiles * chunk_units; unit += block_warps) {
         const bool second = unit >= live_tiles;
         const int tile = (second ? unit - live_tiles : unit) * kTile, from = second ? kUnitTiles * 8 : 0;
-        const Place place(line, first_key + tile, channel + from, c);
         Runs<float, kUnitTiles> before;
-        if (!column) before.read(place, a.partial_key);
+        if (!a.pass.first) before.read(place_of(a.partial_key.pitch, first_key + tile, from), a.partial_key.data);
         float results[kUnitTiles][4] = {};
         multiply_transposed<T>(results, weights + tile * kSize<T>, weights_pitch,
                                by_keys + keys * kPitch + from * kSize<T>, queries);
-        write_sum(place, results, before, a.partial_key, a.grad_key, !column);
+        const int pitch = a.pass.last ? a.grad_key.pitch : a.partial_key.pitch;
+        write_sum(place_of(pitch, first_key + tile, from), results, 1.f, before, a.partial_key.data, a.grad_key.data,
+                  a.pass.last);
       }
     }
   }
@@ -348,50 +363,76 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 #endif
 }
 
-// The block and the kernel, by its number of key tiles, for lines of a given length.
-int block_warps(int64_t length) { return static_cast<int>((length + kTile - 1) / kTile); }
-int key_tiles_for(int64_t length) { return length <= 64 ? 4 : length <= 112 ? 7 : length <= 144 ? 9 : 6; }
-
-int shared_bytes(Dtype dtype, int64_t length, int stages) {
-  const int queries = block_warps(length) * kTile, keys = key_tiles_for(length) * kTile;
+// The kernel, by its number of key tiles, for lines of a given length. The smaller tiles of the kernel for long lines
+// may fit in the shared memory of the device where others do not.
+int shared_bytes(Dtype dtype, int64_t length, int key_tiles, int stages) {
+  const int queries = tiles_of(length) * kTile, keys = key_tiles * kTile;
   const int weights_pitch = keys * static_cast<int>(element_size(dtype)) + 16;
   return queries * weights_pitch + stages * (keys + queries) * kPitch;
 }
+int key_tiles_for(Dtype dtype, int64_t length, const Device& device) {
+  const int key_tiles = length <= 64 ? 4 : length <= 112 ? 7 : length <= 144 ? 9 : 6;
+  return shared_bytes(dtype, length, key_tiles, 1) <= device.shared_memory ? key_tiles : 6;
+}
+
+// The parts of the workspace: numbers of general::total, partial gradients of query and key, delta. Partial gradients
+// are those of other passes than the last, or of some keys.
+struct Workspace {
+  int64_t totals, channels, delta;  // totals in bytes, the others in floats
+  Workspace(const Backward& b, const Device& device) {
+    const Passes passes = passes_of(b.sizes, b.axes);
+    bool partial = passes.count > 1;
+    for (const Pass& pass : passes) partial |= pass.length > key_tiles_for(b.dtype, pass.length, device) * kTile;
+    totals = b.grad_gamma == nullptr ? 0 : general::total_bytes();
+    delta = b.sizes.pixels() * b.sizes.heads;
+    channels = partial && b.dtype != Dtype::float32 ? delta * b.sizes.c : 0;
+  }
+};
 
 template <class T>
-cudaError_t run(const Backward& b, const Device& device, void* stream) {
-  Gradients<T> a = {static_cast<const T*>(b.query),
-                    static_cast<const T*>(b.key),
-                    static_cast<const T*>(b.value),
-                    static_cast<const T*>(b.out),
-                    static_cast<const Normalizer<float>*>(b.normalizer),
-                    static_cast<const T*>(b.grad_out),
-                    static_cast<T*>(b.grad_query),
-                    static_cast<T*>(b.grad_key),
-                    static_cast<T*>(b.grad_value)};
-  a.sizes = b.sizes;
-  float* workspace = static_cast<float*>(b.workspace);
+int run(const Backward& b, const Device& device, void* stream) {
+  const Workspace sizes(b, device);
+  float* const workspace = reinterpret_cast<float*>(static_cast<unsigned char*>(b.workspace) + sizes.totals);
+  const int channels = static_cast<int>(b.sizes.heads * b.sizes.c);
+  Gradients<T> a{typed<T>(b.query),
+                 typed<T>(b.key),
+                 typed<T>(b.value),
+                 typed<T>(b.out),
+                 typed<T>(b.grad),
+                 static_cast<const Normalizer<float>*>(b.normalizer),
+                 static_cast<const float*>(b.gamma),
+                 typed<T>(b.grad_query),
+                 typed<T>(b.grad_key),
+                 typed<T>(b.grad_value),
+                 {workspace, channels},
+                 {workspace + sizes.channels, channels},
+                 workspace + 2 * sizes.channels,
+                 static_cast<float>(b.scale),
+                 static_cast<int>(b.sizes.heads),
+                 static_cast<int>(b.sizes.c),
+                 static_cast<int>(b.sizes.C),
+                 {},
+                 Divisor(b.sizes.heads),
+                 {}};
   if constexpr (std::is_same_v<T, float>) {
     a.partial_query = a.grad_query;
     a.partial_key = a.grad_key;
-  } else {
-    a.partial_query = workspace;
-    a.partial_key = workspace += b.sizes.pixels() * b.sizes.c;
-    workspace += b.sizes.pixels() * b.sizes.c;
   }
-  a.delta = workspace;
 
-  for (const bool column : {true, false}) {
-    const int64_t length = column ? b.sizes.H : b.sizes.W;
-    const int stages = shared_bytes(b.dtype, length, 2) <= device.shared_memory ? 2 : 1;
+  for (const Pass& pass : passes_of(b.sizes, b.axes)) {
+    a.pass = pass;
+    a.by_step = Divisor(pass.step);
+    const int key_tiles = key_tiles_for(b.dtype, pass.length, device);
+    const int stages = shared_bytes(b.dtype, pass.length, key_tiles, 2) <= device.shared_memory ? 2 : 1;
     const auto launch = [&](auto kernel) {
-      return device::launch(kernel, dim3(static_cast<unsigned>(lines(b.sizes, column))), block_warps(length) * kWarp,
-                            shared_bytes(b.dtype, length, stages), stream, a, column, stages);
+      return device::launch(kernel, dim3(static_cast<unsigned>(pass.lines * b.sizes.heads)),
+                            tiles_of(pass.length) * kWarp, shared_bytes(b.dtype, pass.length, key_tiles, stages),
+                            stream, a, stages);
     };
     cudaError_t error;
-    switch (key_tiles_for(length)) {
+    switch (key_tiles) {
       case 4:
-        error = launch(backward_kernel<T, 4, 4, 2>);
+        error = launch(backward_kernel<T, 4, 4, 4>);
         break;
       case 7:
         error = launch(backward_kernel<T, 7, 7, 2>);
@@ -404,16 +445,21 @@ cudaError_t run(const Backward& b, const Device& device, void* stream) {
     }
     if (error != cudaSuccess) return error;
   }
-  return cudaSuccess;
+  if (b.grad_gamma == nullptr) return cudaSuccess;
+  return general::total(b.dtype, a.delta, sizes.delta, b.workspace, b.grad_gamma, stream);
 }
 
 }  // namespace
 
 bool serves(const Backward& b, const Device& device) {
-  return fits(b.dtype, b.sizes, device,
-              {b.query, b.key, b.value, b.out, b.grad_out, b.grad_query, b.grad_key, b.grad_value, b.workspace}) &&
-         shared_bytes(b.dtype, b.sizes.H, 1) <= device.shared_memory &&
-         shared_bytes(b.dtype, b.sizes.W, 1) <= device.shared_memory;
+  if (!fits(b.dtype, b.sizes, b.axes, device,
+            {b.query, b.key, b.value, b.out, b.grad, read_only(b.grad_query), read_only(b.grad_key),
+             read_only(b.grad_value)}))
+    return false;
+  for (const Pass& pass : passes_of(b.sizes, b.axes))
+    if (shared_bytes(b.dtype, pass.length, key_tiles_for(b.dtype, pass.length, device), 1) > device.shared_memory)
+      return false;
+  return true;
 }
 
 int backward(const Backward& b, const Device& device, void* stream) {
@@ -427,9 +473,9 @@ int backward(const Backward& b, const Device& device, void* stream) {
   }
 }
 
-// Returns the bytes of delta and, unless dtype is float32, of the partial gradients of query and key.
-int64_t backward_workspace(Dtype dtype, const Sizes& sizes) {
-  return sizes.pixels() * (dtype == Dtype::float32 ? 1 : 2 * sizes.c + 1) * static_cast<int64_t>(sizeof(float));
+int64_t backward_workspace(const Backward& b, const Device& device) {
+  const Workspace sizes(b, device);
+  return sizes.totals + (2 * sizes.channels + sizes.delta) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace cc_attention::tensor_core

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import byref, c_int, c_int64, c_void_p
+from ctypes import byref, c_double, c_int, c_int64, c_void_p
 from functools import cache, partial
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def build(
 
 
 class Sizes(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("N", "c", "C", "H", "W")]
+    _fields_ = [(name, c_int64) for name in ("N", "heads", "c", "C", "T", "H", "W")]
 
 
 class Device(ctypes.Structure):
@@ -135,27 +135,45 @@ class Device(ctypes.Structure):
     ]
 
 
+class Map(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("pitch", c_int64)]
+
+
 class Forward(ctypes.Structure):
-    _fields_ = [("dtype", c_int), ("sizes", Sizes)] + [
-        (name, c_void_p) for name in ("query", "key", "value", "out", "normalizer")
+    _fields_ = [
+        ("dtype", c_int),
+        ("sizes", Sizes),
+        ("axes", c_int),
+        ("scale", c_double),
+        ("query", Map),
+        ("key", Map),
+        ("value", Map),
+        ("out", Map),
+        ("normalizer", c_void_p),
+        ("residual", Map),
+        ("sum", Map),
+        ("gamma", c_void_p),
     ]
 
 
 class Backward(ctypes.Structure):
-    _fields_ = [("dtype", c_int), ("sizes", Sizes)] + [
-        (name, c_void_p)
-        for name in [
-            "query",
-            "key",
-            "value",
-            "out",
-            "normalizer",
-            "grad_out",
-            "grad_query",
-            "grad_key",
-            "grad_value",
-            "workspace",
-        ]
+    _fields_ = [
+        ("dtype", c_int),
+        ("sizes", Sizes),
+        ("axes", c_int),
+        ("scale", c_double),
+        ("query", Map),
+        ("key", Map),
+        ("value", Map),
+        ("out", Map),
+        ("normalizer", c_void_p),
+        ("grad", Map),
+        ("gamma", c_void_p),
+        ("grad_query", Map),
+        ("grad_key", Map),
+        ("grad_value", Map),
+        ("grad_gamma", c_void_p),
+        ("workspace", c_void_p),
     ]
 
 
@@ -163,48 +181,64 @@ class Operand:
     """Memory of a tensor surrounded by NaN: a copy of a tensor, or all NaN for a shape.
 
     offset: elements by which its address is not a multiple of 64 bytes.
+    gap: elements of NaN after each row of its last dimension.
     """
 
-    def __init__(self, content: Tensor | tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
+    def __init__(
+        self, content: Tensor | tuple[int, ...], dtype: torch.dtype, offset: int = 0, gap: int = 0
+    ) -> None:
         shape = tuple(content.shape) if isinstance(content, Tensor) else content
-        count = torch.Size(shape).numel()
+        self.shape, self.dtype = shape, dtype
+        self.pitch = shape[-1] + gap
+        self.first = GUARD + offset
+        self.count = torch.Size(shape[:-1]).numel() * self.pitch
         size = torch.empty(0, dtype=dtype).element_size()
-        self.memory = torch.full(((count + 2 * GUARD) * size,), 0xFF, dtype=torch.uint8)
-        first = GUARD + offset
-        self.tensor = self.memory.view(dtype)[first : first + count].view(shape)
+        self.memory = torch.full(((self.count + 2 * GUARD) * size,), 0xFF, dtype=torch.uint8)
+        self.tensor = self._inside(self.memory)
         self.before = None
         if isinstance(content, Tensor):
             self.tensor.copy_(content)
             self.before = self.memory.clone()
-        self.inside = slice(first * size, (first + count) * size)
+
+    def _inside(self, memory: Tensor) -> Tensor:
+        """Return the tensor in a memory like this one."""
+        elements = memory.view(self.dtype)[self.first : self.first + self.count]
+        return elements.view(*self.shape[:-1], self.pitch)[..., : self.shape[-1]]
 
     @property
     def pointer(self) -> int:
-        return self.tensor.data_ptr()
+        return self.memory.data_ptr() + self.first * self.memory.view(self.dtype).element_size()
 
     def check(self, name: str) -> None:
-        """Fail if an input or memory around an output was written to."""
+        """Fail if an input, memory around an output, or its gaps were written to."""
         if self.before is not None:
             assert torch.equal(self.memory, self.before), f"{name}, an input, was written to"
-        outside = (self.memory[: self.inside.start], self.memory[self.inside.stop :])
-        assert all(bool((part == 0xFF).all()) for part in outside), f"a write outside of {name}"
+            return
+        around = self.memory.clone()
+        self._inside(around).view(torch.uint8).fill_(0xFF)
+        assert bool((around == 0xFF).all()), f"a write outside of {name}"
 
 
 class Emulator:
     """The functions of kernels.h in a library from build().
 
-    Feature maps are [N,channels,H,W] of any layout, and come back so (channels_last). What the kernels have
-    not written is NaN. Errors: RuntimeError where a launch fails or a function returns an error code,
+    Feature maps are [N,channels,H,W] or [N,channels,T,H,W] of any layout, and come back so (channels_last).
+    What the kernels have not written is NaN.
+
+    Errors: RuntimeError where a launch fails or a function returns an error code,
     AssertionError where something else than the outputs was written to.
 
     Settings: capability, shared_memory (bytes of a block), tf32, as in struct Device; schedule,
     one of SCHEDULES or beyond; threads, of the operating system.
+
+    tensor_cores: whether the last attention call ran on tensor cores.
     """
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_error.restype = ctypes.c_char_p
         self.library.emulator_switches.restype = c_int64
+        self.tensor_cores = False
 
     def call(
         self,
@@ -231,55 +265,88 @@ class Emulator:
         tf32: int = False,
         **settings: int,
     ) -> None:
-        for operand_name, operand in operands.items():
-            setattr(arguments, operand_name, operand.pointer)
+        """Call a function with the operands as the fields of its arguments of these names."""
         device = Device(capability, shared_memory, tf32)
+        maps = {field[0] for field in arguments._fields_ if field[1] is Map}
+
+        def give(field: str, operand: Operand) -> None:
+            pointer = operand.pointer
+            setattr(arguments, field, Map(pointer, operand.pitch) if field in maps else pointer)
+
+        for field, operand in operands.items():
+            give(field, operand)
+        if isinstance(arguments, Backward):
+            workspace_bytes = self.library.emulated_backward_workspace
+            workspace_bytes.restype = c_int64
+            size = workspace_bytes(byref(arguments), byref(device))
+            operands["workspace"] = Operand((size,), torch.uint8)
+            give("workspace", operands["workspace"])
         self.call(name, byref(arguments), byref(device), shared_memory=shared_memory, **settings)
+        self.tensor_cores = bool(self.library[f"{name}_on_tensor_cores"](byref(arguments), byref(device)))
         check(operands)
 
     def forward(
         self,
-        query: Tensor,  # [N,c,H,W]
-        key: Tensor,  # [N,c,H,W]
-        value: Tensor,  # [N,C,H,W]
+        query: Tensor,  # [N,heads*c,T,H,W], as all maps
+        key: Tensor,
+        value: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,  # []
+        heads: int = 1,
+        axes: str = "HW",
+        scale: float = 1.0,
+        gaps: int = 0,
         **settings: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Run forward_cuda; return out [N,C,H,W] and normalizer [N,H,W,2]."""
-        dtype, sizes = query.dtype, sizes_of(query, value)
-        pixels = (sizes.N, sizes.H, sizes.W)
-        operands = {name: to_memory(t) for name, t in (("query", query), ("key", key), ("value", value))}
-        operands["out"] = Operand((*pixels, sizes.C), dtype)
-        operands["normalizer"] = Operand(
-            (*pixels, 2), torch.float64 if dtype == torch.float64 else torch.float32
-        )
-        self.attention("emulated_forward", Forward(DTYPES.index(dtype), sizes), operands, **settings)
-        return operands["out"].tensor.permute(0, 3, 1, 2), operands["normalizer"].tensor
+    ) -> tuple[Tensor, ...]:
+        """Run forward_cuda; return out, normalizer [N,T,H,W,heads,2] and, with a residual, sum.
+
+        A single head has no dimension of its own in the normalizer.
+        gaps: the i-th map has i * gaps elements of NaN after the channels of each pixel.
+        """
+        dtype, sizes = query.dtype, sizes_of(query, value, heads)
+        inputs = {"query": query, "key": key, "value": value}
+        outputs = {"out": value.shape}
+        if residual is not None:
+            inputs["residual"], outputs["sum"] = residual, value.shape
+        operands = maps_of(inputs, outputs, dtype, gaps)
+        pixels = operands["out"].shape[:-1]
+        each = (*pixels, 2) if heads == 1 else (*pixels, heads, 2)
+        operands["normalizer"] = Operand(each, sum_type(dtype))
+        if gamma is not None:
+            operands["gamma"] = Operand(gamma.reshape(1), sum_type(dtype))
+        arguments = Forward(DTYPES.index(dtype), sizes, axes_of(axes), scale)
+        self.attention("emulated_forward", arguments, operands, **settings)
+        out, *sums = (operands[name].tensor.movedim(-1, 1) for name in outputs)
+        return (out, operands["normalizer"].tensor, *sums)
 
     def backward(
         self,
-        query: Tensor,  # [N,c,H,W]
-        key: Tensor,  # [N,c,H,W]
-        value: Tensor,  # [N,C,H,W]
-        out: Tensor,  # [N,C,H,W]
-        normalizer: Tensor,  # [N,H,W,2]
-        grad_out: Tensor,  # [N,C,H,W]
+        query: Tensor,  # [N,heads*c,T,H,W], as all maps
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        normalizer: Tensor,
+        grad: Tensor,
+        gamma: Tensor | None = None,  # []
+        heads: int = 1,
+        axes: str = "HW",
+        scale: float = 1.0,
+        gaps: int = 0,
         **settings: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run backward_cuda; return the gradients of query, key and value."""
-        dtype, sizes = query.dtype, sizes_of(query, value)
-        number = DTYPES.index(dtype)
-        inputs = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out}
-        operands = {name: to_memory(tensor) for name, tensor in inputs.items()}
+    ) -> tuple[Tensor, ...]:
+        """Run backward_cuda; return the gradients of query, key, value and, if given, gamma."""
+        dtype, sizes = query.dtype, sizes_of(query, value, heads)
+        inputs = {"query": query, "key": key, "value": value, "out": out, "grad": grad}
+        outputs = {"grad_query": query.shape, "grad_key": key.shape, "grad_value": value.shape}
+        operands = maps_of(inputs, outputs, dtype, gaps)
         operands["normalizer"] = Operand(normalizer, normalizer.dtype)
-        outputs = {"grad_query": sizes.c, "grad_key": sizes.c, "grad_value": sizes.C}
-        for name, channels in outputs.items():
-            operands[name] = Operand((sizes.N, sizes.H, sizes.W, channels), dtype)
-        workspace_bytes = self.library.emulated_backward_workspace
-        workspace_bytes.restype = c_int64
-        operands["workspace"] = Operand((workspace_bytes(number, byref(sizes)),), torch.uint8)
-        self.attention("emulated_backward", Backward(number, sizes), operands, **settings)
-        grad_query, grad_key, grad_value = (operands[name].tensor.permute(0, 3, 1, 2) for name in outputs)
-        return grad_query, grad_key, grad_value
+        if gamma is not None:
+            operands["gamma"] = Operand(gamma.reshape(1), sum_type(dtype))
+            operands["grad_gamma"] = Operand((1,), sum_type(dtype))
+        arguments = Backward(DTYPES.index(dtype), sizes, axes_of(axes), scale)
+        self.attention("emulated_backward", arguments, operands, **settings)
+        grads = tuple(operands[name].tensor.movedim(-1, 1) for name in outputs)
+        return grads if gamma is None else (*grads, operands["grad_gamma"].tensor[0])
 
     def primitive(self, primitive: str, first: Tensor, second: Tensor, **settings: int) -> Tensor:
         """Run primitive_cuda.
@@ -288,7 +355,7 @@ class Emulator:
         map and give a feature map [N,C,H,W].
         """
         n, channels, height, width = second.shape
-        sizes = Sizes(n, 0, channels, height, width)
+        sizes = Sizes(n, 0, 0, channels, 0, height, width)  # those that the primitives use
         score = primitive == "score"
         shape = (n, height + width - 1, height, width) if score else (n, height, width, channels)
         operands = {
@@ -309,14 +376,34 @@ class Emulator:
         return out if score else out.permute(0, 3, 1, 2)
 
 
-def sizes_of(query: Tensor, value: Tensor) -> Sizes:
-    n, channels, height, width = query.shape
-    return Sizes(n, channels, value.shape[1], height, width)
+def sizes_of(query: Tensor, value: Tensor, heads: int) -> Sizes:
+    n, _, *axes = query.shape
+    t, h, w = (1, *axes)[-3:]
+    return Sizes(n, heads, query.shape[1] // heads, value.shape[1] // heads, t, h, w)
 
 
-def to_memory(feature_map: Tensor) -> Operand:
-    """Return a feature map [N,C,H,W] as [N,H,W,C]."""
-    return Operand(feature_map.permute(0, 2, 3, 1), feature_map.dtype)
+def axes_of(axes: str) -> int:
+    """Return the set of enum Axis for letters of T, H and W."""
+    return sum(1 << "THW".index(axis) for axis in axes)
+
+
+def sum_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_memory(feature_map: Tensor, gap: int = 0) -> Operand:
+    """Return a feature map [N,C,...] as [N,...,C]."""
+    return Operand(feature_map.movedim(1, -1), feature_map.dtype, gap=gap)
+
+
+def maps_of(
+    inputs: dict[str, Tensor], outputs: dict[str, torch.Size], dtype: torch.dtype, gaps: int
+) -> dict[str, Operand]:
+    """Return feature maps as operands: copies of inputs and, by their shapes, outputs."""
+    operands = {name: to_memory(tensor, i * gaps) for i, (name, tensor) in enumerate(inputs.items())}
+    for i, (name, (n, channels, *axes)) in enumerate(outputs.items(), len(inputs)):
+        operands[name] = Operand((n, *axes, channels), dtype, gap=i * gaps)
+    return operands
 
 
 def check(operands: dict[str, Operand]) -> None:

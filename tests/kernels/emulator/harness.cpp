@@ -1,6 +1,8 @@
 // The functions of kernels.h for the GPU, under names that Python can look up.
 #include "../kernels.h"  // of the copy of the sources that build() makes
 
+#include "../cuda/tensor_core.h"
+
 using namespace cc_attention;
 
 extern "C" int emulated_forward(const Forward* arguments, const Device* device) {
@@ -11,12 +13,20 @@ extern "C" int emulated_backward(const Backward* arguments, const Device* device
   return backward_cuda(*arguments, *device, nullptr);
 }
 
+extern "C" int emulated_forward_on_tensor_cores(const Forward* arguments, const Device* device) {
+  return tensor_core::serves(*arguments, *device);
+}
+
+extern "C" int emulated_backward_on_tensor_cores(const Backward* arguments, const Device* device) {
+  return tensor_core::serves(*arguments, *device);
+}
+
 extern "C" int emulated_primitive(int primitive, int dtype, const Sizes* sizes, const void* first, const void* second,
                                   void* out) {
   return primitive_cuda(static_cast<Primitive>(primitive), static_cast<Dtype>(dtype), *sizes, first, second, out,
                         nullptr);
 }
 
-extern "C" int64_t emulated_backward_workspace(int dtype, const Sizes* sizes) {
-  return backward_workspace_cuda(static_cast<Dtype>(dtype), *sizes);
+extern "C" int64_t emulated_backward_workspace(const Backward* arguments, const Device* device) {
+  return backward_workspace_cuda(*arguments, *device);
 }

@@ -112,16 +112,16 @@ enum Fault {
   not_tf32,
 };
 
-constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRow = 4 * kThreads;  // floats that a block copies at a time
+constexpr int kWarps = 4, kThreads = kWarps * kWarp, kCopied = 4 * kThreads;  // floats that a block copies at a time
 
-// Of each of `rows` rows of in [rows][kRow], the sums of four neighboring floats, which another warp has copied, and
+// Of each of `rows` rows of in [rows][kCopied], the sums of four neighboring floats, which another warp has copied, and
 // of two neighboring lanes -> out [rows][kThreads]. Copies go to two buffers in turn.
 __global__ void pipeline(const float* in, float* out, int rows, Fault fault) {
   float* buffers = reinterpret_cast<float*>(device::dynamic_shared());
   __shared__ float sums[kThreads];
   const int thread = threadIdx.x, lane = thread % kWarp;
   const auto start_copy = [&](int row) {
-    if (row < rows) device::copy_async(buffers + row % 2 * kRow + thread * 4, in + row * kRow + thread * 4, true);
+    if (row < rows) device::copy_async(buffers + row % 2 * kCopied + thread * 4, in + row * kCopied + thread * 4, true);
     device::commit_copies();
   };
   start_copy(0);
@@ -132,7 +132,7 @@ __global__ void pipeline(const float* in, float* out, int rows, Fault fault) {
     else if (fault != no_wait)
       device::wait_for_copies<1>();
     if (fault != no_barrier_before_read) __syncthreads();
-    const float* four = buffers + row % 2 * kRow + (thread + kWarp) % kThreads * 4;
+    const float* four = buffers + row % 2 * kCopied + (thread + kWarp) % kThreads * 4;
     sums[thread] = four[0] + four[1] + four[2] + four[3];
     if (fault != no_warp_barrier) __syncwarp();
     const float both = sums[thread] + sums[thread ^ 1];
@@ -185,10 +185,10 @@ __global__ void pipeline(const float* in, float* out, int rows, Fault fault) {
       device::copy_async(buffers + thread * 4, in + 1, true);
       break;
     case copy_out_of_bounds:
-      device::copy_async(buffers + 2 * kRow + thread * 4, in, true);
+      device::copy_async(buffers + 2 * kCopied + thread * 4, in, true);
       break;
     case write_behind_end:
-      buffers[2 * kRow + thread % 3] = 1;
+      buffers[2 * kCopied + thread % 3] = 1;
       break;
     case write_before_begin:
       buffers[-1 - thread % 3] = 1;
@@ -197,7 +197,7 @@ __global__ void pipeline(const float* in, float* out, int rows, Fault fault) {
       sums[kThreads + thread] = 1;
       break;
     case uninitialized_dynamic:
-      out[thread] = buffers[2 * kRow - 1 - thread];
+      out[thread] = buffers[2 * kCopied - 1 - thread];
       break;
     case uninitialized_variable:
       out[thread] = sums[thread];
@@ -273,7 +273,7 @@ extern "C" int run_places(int x, int y, int z, int block, int* out) {
 }
 
 extern "C" int run_pipeline(const float* in, float* out, int rows, int fault) {
-  return device::launch(pipeline, 1, kThreads, 2 * kRow * static_cast<int>(sizeof(float)), nullptr, in, out, rows,
+  return device::launch(pipeline, 1, kThreads, 2 * kCopied * static_cast<int>(sizeof(float)), nullptr, in, out, rows,
                         static_cast<Fault>(fault));
 }
 
