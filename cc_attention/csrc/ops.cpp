@@ -16,6 +16,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "common.h"
 
@@ -50,6 +51,13 @@ Sizes check_attention(const char* op, const Tensor& query, const Tensor& key, co
           value.size(dim - 1)};
 }
 
+// Returns the axes without those of a single pixel, unless no other is left: such a line is the pixel itself.
+int useful_axes(const Sizes& s, int64_t axes) {
+  for (const auto& [axis, length] : {std::pair{kFrames, s.T}, {kColumn, s.H}, {kRow, s.W}})
+    if (length == 1 && (axes & ~(1 << axis)) != 0) axes &= ~(1 << axis);
+  return static_cast<int>(axes);
+}
+
 void check_gamma(const char* op, const Tensor& gamma, const Tensor& value) {
   STD_TORCH_CHECK(gamma.numel() == 1 && gamma.scalar_type() == summing_dtype(value) && gamma.device() == value.device(),
                   op, ": gamma must have one element, in ", torch::headeronly::toString(summing_dtype(value)),
@@ -82,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
   const bool with_residual = residual_.has_value();
   const Forward arguments = {kernel_dtype(op, value),
                              sizes,
-                             static_cast<int>(axes),
+                             useful_axes(sizes, axes),
                              scale,
                              map_of(query),
                              map_of(key),
@@ -130,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(const 
   const int64_t joint_pitch = grad_query.size(1);
   Backward arguments = {kernel_dtype(op, value),
                         sizes,
-                        static_cast<int>(axes),
+                        useful_axes(sizes, axes),
                         scale,
                         map_of(query),
                         map_of(key),

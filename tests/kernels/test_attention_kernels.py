@@ -55,14 +55,14 @@ def on_device(device: str) -> Backend:
     operators = torch.ops.cc_attention
 
     def forward(*operands: Tensor, tf32: bool = False, **_: int) -> tuple[Tensor, Tensor]:
-        return operators.criss_cross_attention(*operands, tf32)
+        out, normalizer, _sum = operators.criss_cross_attention(*operands, tf32=tf32)
+        return out, normalizer.squeeze(-2)  # of the single head
 
     def backward(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, grad: Tensor, **kw: int
-    ):
-        return operators.criss_cross_attention_backward(
-            grad, query, key, value, out, normalizer, kw.get("tf32", False)
-        )
+    ) -> tuple[Tensor, ...]:
+        saved = (query, key, value, out, normalizer.unsqueeze(-2))
+        return operators.criss_cross_attention_backward(grad, *saved, tf32=kw.get("tf32", False))[:3]
 
     return Backend(device, forward, backward, device)
 

@@ -184,6 +184,19 @@ def test_a_pixel_counts_itself_once_in_a_video(device: str) -> None:
     torch.testing.assert_close(out, (lines - 2 * value[0, :, 1, 2, 3]) / 10)
 
 
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
+def test_masks(axes: tuple[int, ...], device: str) -> None:
+    """A pixel gets NaN if the scores of all its positions are -inf, and a masked line has no weight."""
+    generator = torch.Generator().manual_seed(3)
+    query = torch.ones(1, 1, 4, 5, dtype=torch.float64, device=device)
+    key, value = (torch.randn(1, 1, 4, 5, generator=generator).double().to(device) for _ in range(2))
+    key[..., 1, :] = key[..., 3] = -math.inf
+    out = criss_cross_attention(query, key, value, axes=axes)
+    expected = full_attention(query, key, value, axes=axes)
+    assert expected.isnan().any() and not expected.isnan().all()
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
 class TestPartsOfLargerMaps:
     """Views of some channels of a map in channels_last."""
 

@@ -194,14 +194,15 @@ void line_sums(const Strided<S>& weights, const Channels<const T>& map, const Li
 // Replaces the scores of a line by their exponentials, and updates the normalizers. The softmax weights are w.factor
 // times the exponentials.
 //
-// First pass: the softmax over the line, or zeros for a pixel whose scores are all -inf; the normalizers of the line.
-// Other passes: the line's part of the softmax over all lines so far, or NaN if all scores are -inf; the normalizers of
-// all of them; w.before, the factor by which the result so far must be scaled.
+// First pass: the softmax over the line; the normalizers of the line. Other passes: the line's part of the softmax over
+// all lines so far; the normalizers of all of them; w.before, the factor by which the result so far must be scaled. A
+// pixel whose scores are all -inf gets zeros, and NaN in the last pass.
 //
 // Each loop computes one quantity for all pixels: short chains of operations of different pixels can overlap.
 template <typename S>
-void line_softmax(const Line& line, S scale, Workspace<S>& w, Normalizer<S>* normalizers) {
+void line_softmax(const Line& line, bool last, S scale, Workspace<S>& w, Normalizer<S>* normalizers) {
   constexpr S kNone = -std::numeric_limits<S>::infinity();
+  const S of_none = last ? std::numeric_limits<S>::quiet_NaN() : S(0);
   const int64_t vectors = w.padded / kLanes<S>;
   for (int64_t i = 0; i < w.n; ++i) {
     S* scores = &w.scores[i * w.row];
@@ -235,7 +236,7 @@ void line_softmax(const Line& line, S scale, Workspace<S>& w, Normalizer<S>* nor
     Normalizer<S>& normalizer = normalizers[line.entry(i)];
     const S before = line.self ? S(0) : w.before[i] * normalizer.total;
     const S total = before + w.sum[i];
-    w.factor[i] = total == 0 ? 0 : 1 / total;
+    w.factor[i] = total == 0 ? of_none : 1 / total;
     w.before[i] = before * w.factor[i];
     normalizer = {w.maximum[i], total};
   }
@@ -262,7 +263,7 @@ void forward(const Forward& f) {
       Workspace<S> w(length(s, pass.axis));
       lines([&](const Line& line) {
         line_scores(channels_of<T>(f.query, s.c, line), channels_of<T>(f.key, s.c, line), line, w, w.scores.data());
-        line_softmax(line, static_cast<S>(f.scale), w, static_cast<Normalizer<S>*>(f.normalizer));
+        line_softmax(line, pass.last, static_cast<S>(f.scale), w, static_cast<Normalizer<S>*>(f.normalizer));
         const Channels<T> out = channels_of<T>(f.out, s.C, line);
         line_sums(w.scores_matrix(), channels_of<T>(f.value, s.C, line), line, w, out,
                   Merge<S>{pass.first ? nullptr : w.before.data(), w.factor.data()});
