@@ -199,12 +199,11 @@ def memory_of_process(contender: Contender, case: Case, action: str, threads: in
     peak = timing.resident_peak() - before
     if not sums_allocations(case, action):
         return peak, None
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # otherwise the profiler prints when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run(function, case, sets)
-    changes = [
-        event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    return peak, sum(change for change in changes if change > 0)
+    events = profiler.profiler.kineto_results.events()
+    return peak, sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
 
 
 def sums_allocations(case: Case, action: str) -> bool:
@@ -346,7 +345,7 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=shape_argument,
         metavar="N[xT]xHxW",
-        help="shapes of the inputs, with T of videos (default: 8x97x97 2x97x97 1x129x257, on the CPU 1x97x97)",
+        help="shapes of the inputs, videos with T (default: 8x97x97 2x97x97 1x129x257, on the CPU 1x97x97)",
     )
     add(
         "--memory-shapes",
@@ -372,8 +371,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--dtypes",
         nargs="+",
         choices=DTYPES,
-        default=["float32", "bfloat16"],
-        help="data types; tf32 only on CUDA (default: float32 bfloat16)",
+        help="data types; tf32 only on CUDA (default: float32 bfloat16, on a CPU without fast products of "
+        "bfloat16 only float32)",
     )
     add(
         "--channels",
@@ -399,6 +398,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("--out", metavar="FILE.json", help="JSON file to write the results to, updated after each case")
     add("--plot", metavar="FILE.png", help="file to write a bar chart of the times to")
     return parser
+
+
+def default_dtypes(device: str) -> list[str]:
+    """Return float32 and bfloat16, without bfloat16 on a CPU whose products of it are very slow."""
+    if device == "cpu":
+        seconds = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.ones(256, 256, dtype=dtype)
+            seconds[dtype] = min(timing.samples(partial(torch.mm, a, a), device, 3))
+        if seconds[torch.bfloat16] > 10 * seconds[torch.float32]:
+            print("bfloat16 is left out: this CPU has no fast products of it; --dtypes bfloat16 measures it")
+            return ["float32"]
+    return ["float32", "bfloat16"]
 
 
 class Row(NamedTuple):
@@ -472,14 +484,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"argument --channels: {args.channels} is not a multiple of 16; give one, such as 512")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: no GPU found; give cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.dtypes is None:
+        args.dtypes = default_dtypes(args.device)
     if args.device == "cpu" and "tf32" in args.dtypes:
         parser.error("argument --dtypes: tf32 needs a GPU; give other types")
     check_options(parser, args)
     for flag, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
             check_output_file(flag, path)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.device == "cpu":
         timing.limit_memory()
     return compare_all(args)
