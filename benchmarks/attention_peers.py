@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,18 +162,20 @@ def _composed(
     Args:
         axes: spatial axes attended along.
         score: returns the products of queries and keys along an axis of size n, with the other spatial axes
-            before it: [N, heads, *others, n (query), n (key)].
-        weighted: returns the sums [N, heads, C / heads, *spatial] of values along an axis for such weights.
+            before it: [N, *others, n (query), n (key)].
+        weighted: returns the sums [N, C, *spatial] of values along an axis for such weights.
     """
     scores = [score(axis) for axis in axes]
     scores = [
-        (s if axis == axes[-1] else s + _diagonal(s)).movedim(-2, axis + 2)
+        (s if axis == axes[-1] else s + _diagonal(s)).movedim(-2, axis + 1)
         for axis, s in zip(axes, scores, strict=True)
     ]
-    weight = F.softmax(torch.cat(scores, dim=-1), dim=-1)  # [N, heads, *spatial, all positions]
-    parts = weight.split([s.shape[-1] for s in scores], dim=-1)
-    sums = [weighted(axis, part.movedim(axis + 2, -2)) for axis, part in zip(axes, parts, strict=True)]
-    return sum(sums[1:], sums[0]).flatten(1, 2)
+    weight = F.softmax(torch.cat(scores, dim=-1), dim=-1)  # [N, *spatial, all positions]
+    # Slices, because torch.compile of PyTorch 2.15 computes a wrong gradient of value for `split`.
+    ends = list(itertools.accumulate(s.shape[-1] for s in scores))
+    parts = [weight[..., start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    sums = [weighted(axis, part.movedim(axis + 1, -2)) for axis, part in zip(axes, parts, strict=True)]
+    return sum(sums[1:], sums[0])
 
 
 def _diagonal(score: Tensor) -> Tensor:
@@ -185,11 +188,12 @@ def bmm_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1, axe
 
     Source: the pure PyTorch branch of CCNet (arXiv 1811.11721), here also for heads, videos and axes.
     """
+    query, key, value = (reference.fold_heads(x, heads) for x in (query, key, value))
 
-    def lines(x: Tensor, axis: int) -> Tensor:  # [N, heads * k, *spatial] -> [N, heads, *others, k, n]
-        return x.unflatten(1, (heads, -1)).movedim((2, axis + 3), (-2, -1))
+    def lines(x: Tensor, axis: int) -> Tensor:  # [N, k, *spatial] -> [N, *others, k, n]
+        return x.movedim((1, axis + 2), (-2, -1))
 
-    def copied(x: Tensor, axis: int) -> Tensor:  # [N * heads * others, k, n]
+    def copied(x: Tensor, axis: int) -> Tensor:  # [N * others, k, n]
         return lines(x, axis).flatten(0, -3)
 
     def score(axis: int) -> Tensor:
@@ -198,9 +202,9 @@ def bmm_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1, axe
 
     def weighted(axis: int, weight: Tensor) -> Tensor:
         product = torch.bmm(copied(value, axis), weight.flatten(0, -3).transpose(1, 2))
-        return product.unflatten(0, weight.shape[:-2]).movedim((-2, -1), (2, axis + 3))
+        return product.unflatten(0, weight.shape[:-2]).movedim((-2, -1), (1, axis + 2))
 
-    return _composed(used_axes(axes, query.dim()), score, weighted)
+    return reference.unfold_heads(_composed(used_axes(axes, query.dim()), score, weighted), heads)
 
 
 def einsum_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1, axes: Axes = None) -> Tensor:
@@ -209,7 +213,7 @@ def einsum_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1, 
     Source: mmcv's CrissCrossAttention, here also for heads, videos and axes.
     """
     pixel = "tyx"[5 - query.dim() :]
-    query, key, value = (x.unflatten(1, (heads, -1)) for x in (query, key, value))
+    query, key, value = (reference.fold_heads(x, heads) for x in (query, key, value))
 
     def letters(axis: int) -> tuple[str, str]:  # the pixel seen, which is k on the axis; others, pixel and k
         at = pixel[axis]
@@ -217,28 +221,28 @@ def einsum_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1, 
 
     def score(axis: int) -> Tensor:
         seen, both = letters(axis)
-        return torch.einsum(f"ngc{pixel},ngc{seen}->ng{both}", query, key)
+        return torch.einsum(f"nc{pixel},nc{seen}->n{both}", query, key)
 
     def weighted(axis: int, weight: Tensor) -> Tensor:
         seen, both = letters(axis)
-        return torch.einsum(f"ngc{seen},ng{both}->ngc{pixel}", value, weight)
+        return torch.einsum(f"nc{seen},n{both}->nc{pixel}", value, weight)
 
-    return _composed(used_axes(axes, query.dim() - 1), score, weighted)
+    return reference.unfold_heads(_composed(used_axes(axes, query.dim()), score, weighted), heads)
 
 
 def view_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1, axes: Axes = None) -> Tensor:
     """Compute criss-cross attention as products of views, for one image in channels_last without copies."""
     used = used_axes(axes, query.dim())
-    # [N, heads, *spatial, k]
-    query, key, value = (x.unflatten(1, (heads, -1)).movedim(2, -1) for x in (query, key, value))
+    # [N, *spatial, k]
+    query, key, value = (reference.fold_heads(x, heads).movedim(1, -1) for x in (query, key, value))
 
     def score(axis: int) -> Tensor:
-        return query.movedim(axis + 2, -2) @ key.movedim(axis + 2, -2).mT
+        return query.movedim(axis + 1, -2) @ key.movedim(axis + 1, -2).mT
 
     def weighted(axis: int, weight: Tensor) -> Tensor:
-        return (weight @ value.movedim(axis + 2, -2)).movedim(-2, axis + 2).movedim(-1, 2)
+        return (weight @ value.movedim(axis + 1, -2)).movedim(-2, axis + 1).movedim(-1, 1)
 
-    return _composed(used, score, weighted)
+    return reference.unfold_heads(_composed(used, score, weighted), heads)
 
 
 def _tokens(x: Tensor, heads: int) -> Tensor:
