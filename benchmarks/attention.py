@@ -27,7 +27,7 @@ The last two run in one head, and with the value split into heads that share que
 kernels do not support 512 channels of value. In modules, every contender gets the same weights.
 
 Each contender runs on contiguous and on channels_last inputs (the last two only on channels_last ones, where
-their tokens are views). Comparisons use the best contender of a family. The floor is the minimum time for the
+their tokens are views, and so do compiled ones on the CPU). Comparisons use the best contender of a family. The floor is the minimum time for the
 bytes and FLOP that no implementation avoids, at the copy bandwidth and matrix rate measured in the same run.
 Two more floors are of bytes only: "ideal" has the same bytes, "2-pass" those of a kernel that takes one pass
 for each axis. `benchmarks.attention_report.floor_of` has the formulas.
@@ -37,9 +37,10 @@ give wrong results are not timed, and the exit status is 1. On the CPU, a conten
 memory. "Peak" is then the resident memory of a process of its own. "Allocated" is the sum of all tensors that
 a forward + backward of a module allocates.
 
-Without --level, --shapes, --heads and --axes, the operator is followed by one row each for a module, several
-heads, and a video. On the CPU, these rows leave out what is slow: compiled and full attention. Compiling
-takes most of the time there; `--contenders ours bmm einsum views non-local` avoids it.
+Without --level, --shapes, --heads and --axes, the operator is followed by rows for a module, several heads,
+and a video. On the CPU, these rows are in channels_last only, and leave out what is slow: compiled and full
+attention. So does the row for memory alone, of 1x193x193, unless --memory-shapes is given. Compiling takes
+most of the time there; `--contenders ours bmm einsum views non-local` avoids it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,7 @@ from utils.files import check_output_file, write_file
 
 #: Maximum relative error of correct results. Wrong results have errors of tenths.
 ERROR_LIMITS = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
-#: Choices of --contenders of the added rows on the CPU.
+#: Choices of --contenders that do not make the default run on a CPU much longer.
 QUICK = {"ours", "bmm", "einsum", "views"}
 
 
@@ -223,7 +224,7 @@ def measure_case(
 
     Args:
         case: the inputs.
-        contenders: the functions to compare; those that do not differ in this case are left out.
+        contenders: the functions to compare; those that do not apply to the case are left out.
         timed: whether to measure times.
         memory: whether to measure peak memory.
         graphs: whether to measure CUDA graphs.
@@ -281,9 +282,16 @@ def time_case(
     """Add the times of the contenders to their results."""
     sets = {layout: case.input_sets(layout) for layout in LAYOUTS}
     size = len(sets["contiguous"])
+    sizes = {
+        # Full attention on a CPU takes so long that other data evicts its inputs from the caches.
+        c.name: 1 if c.family == "non-local" and case.device == "cpu" else size
+        for c in contenders
+    }
     for action, run in ACTIONS.items():
-        runs = {c.name: partial(run, functions[c.name], case, sets[c.layout]) for c in contenders}
-        collect(results, action, runs, case.device, rounds, size)
+        runs = {
+            c.name: partial(run, functions[c.name], case, sets[c.layout][: sizes[c.name]]) for c in contenders
+        }
+        collect(results, action, runs, case.device, rounds, sizes)
         if graphs:
             replays: dict[str, timing.Run] = {}
             for name, launched in runs.items():
@@ -291,7 +299,7 @@ def time_case(
                     replays[name] = timing.captured(launched)
                 except Exception as error:  # not every function can be captured
                     results[name]["failed"][f"{action} graph"] = timing.reason(error)
-            collect(results, f"{action} graph", replays, case.device, rounds, size)
+            collect(results, f"{action} graph", replays, case.device, rounds, sizes)
 
 
 def collect(
@@ -300,12 +308,12 @@ def collect(
     runs: Mapping[str, timing.Run],
     device: str,
     rounds: int,
-    sets: int,
+    sizes: Mapping[str, int],
 ) -> None:
-    """Add the times of runs, each over `sets` sets of inputs, to a column of the results."""
+    """Add the times of runs to a column of the results; `sizes` are the sets of inputs of each run."""
     times, failures = timing.interleaved(runs, device, rounds)
     for name, values in times.items():
-        results[name][column] = timing.quartiles([value / sets for value in values])
+        results[name][column] = timing.quartiles([value / sizes[name] for value in values])
     for name, why in failures.items():
         results[name]["failed"][column] = why
 
@@ -419,7 +427,12 @@ class Row(NamedTuple):
     case: Case
     timed: bool
     memory: bool
-    quick: bool  # leave out slow contenders
+    choices: list[str]  # of --contenders
+    layouts: Sequence[str] = LAYOUTS
+
+    def contenders(self) -> list[Contender]:
+        """Return the contenders, those that do not apply to the case included."""
+        return [c for c in make_contenders(self.choices) if c.layout in self.layouts]
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -459,21 +472,24 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
     gpu = args.device == "cuda"
     channels = (args.channels // 8, args.channels)
     shapes, memory = operator_shapes(args)
+    quick_choices = [name for name in args.contenders if gpu or name in QUICK]
     for level in args.level or ["operator"]:
         axes = tuple(args.axes) if args.axes else None
         options = {"heads": args.heads, "axes": axes} if level == "operator" else {}
         for shape in dict.fromkeys([*shapes, *memory]):
+            quick = shape not in shapes and args.memory_shapes is None
             for precision in args.dtypes:
                 case = Case(shape, channels, precision, args.device, level, **options)
-                yield Row(case, shape in shapes, shape in memory, quick=False)
+                yield Row(case, shape in shapes, shape in memory, quick_choices if quick else args.contenders)
     if args.level or args.shapes or args.heads > 1 or args.axes:
         return
-    heads = math.gcd(8, channels[0])
-    video = (2, 5, 97, 97) if gpu else (1, 5, 49, 49)
-    for shape, options in ((shapes[0], {"level": "module"}), (shapes[0], {"heads": heads}), (video, {})):
-        for precision in args.dtypes:
-            case = Case(shape, channels, precision, args.device, **options)
-            yield Row(case, timed=True, memory=True, quick=not gpu)
+    first = Case(shapes[0], channels, args.dtypes[0], args.device)
+    added = [dataclasses.replace(first, level="module", precision=precision) for precision in args.dtypes]
+    added.append(dataclasses.replace(first, heads=math.gcd(8, channels[0])))
+    added.append(dataclasses.replace(first, shape=(2, 5, 97, 97) if gpu else (1, 5, 49, 49)))
+    for case in added:
+        memory_too = case.level == "module"
+        yield Row(case, True, memory_too, quick_choices, LAYOUTS if gpu else ["channels_last"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -523,10 +539,9 @@ def compare_all(args: argparse.Namespace) -> int:
     print(", ".join(f"{name} {rate / 1e12:.4g}" for name, rate in rates.items()), flush=True)
     for row in rows_of(args):
         case = row.case
-        names = [name for name in args.contenders if not row.quick or name in QUICK]
         results = measure_case(
             case,
-            make_contenders(names),
+            row.contenders(),
             timed=row.timed,
             memory=row.memory,
             graphs=args.graphs and args.device == "cuda",

@@ -448,7 +448,10 @@ FORMULATIONS: dict[str, Formulation] = {
         "non-local", partial(non_local, width=1), exact_non_local, applies=_one_head
     ),
     "non-local split wide": Formulation(
-        "non-local", partial(non_local, width=2), exact_non_local, applies=_one_head
+        "non-local",
+        partial(non_local, width=2),
+        exact_non_local,
+        applies=lambda case: _one_head(case) and case.device == "cuda",
     ),
 }
 #: Choices of --contenders, and their formulations.
@@ -493,8 +496,9 @@ class Contender:
         return self.compiled or self.family == "FlexAttention"
 
     def applies(self, case: Case) -> bool:
-        """Return whether the contender differs from the others in a case."""
-        return FORMULATIONS[self.formulation].applies(case)
+        """Return whether the contender can be the best of its family in a case."""
+        slow = self.compiled and self.layout == "contiguous" and case.device == "cpu"
+        return FORMULATIONS[self.formulation].applies(case) and not slow
 
     def function(self, case: Case, weights: dict[str, Tensor]) -> Function:
         """Return the function to measure, with `weights` if it is a module.

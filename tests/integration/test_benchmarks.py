@@ -305,26 +305,39 @@ def test_wrong_gradients_of_weights_are_found(monkeypatch: pytest.MonkeyPatch):
     }
 
 
-def rows(*flags: str) -> list[tuple[str, bool, bool, bool]]:
-    args = attention.get_parser().parse_args(["--dtypes", "float32", *flags])
-    return [(row.case.name, row.timed, row.memory, row.quick) for row in attention.rows_of(args)]
+def rows(*flags: str) -> list[attention.Row]:
+    return list(attention.rows_of(attention.get_parser().parse_args(flags)))
 
 
-def test_rows():
-    assert rows("--device", "cpu") == [
-        ("1x97x97", True, True, False),
-        ("1x193x193", False, True, False),
-        ("1x97x97 module", True, True, True),
-        ("1x97x97 heads=8", True, True, True),
-        ("1x5x49x49", True, True, True),
+def test_rows_of_the_default_run_on_a_cpu():
+    found = rows("--device", "cpu", "--dtypes", "float32", "bfloat16")
+    names = [(row.case.name, row.case.precision, row.timed, row.memory) for row in found]
+    assert names == [
+        ("1x97x97", "float32", True, True),
+        ("1x97x97", "bfloat16", True, True),
+        ("1x193x193", "float32", False, True),
+        ("1x193x193", "bfloat16", False, True),
+        ("1x97x97 module", "float32", True, True),
+        ("1x97x97 module", "bfloat16", True, True),
+        ("1x97x97 heads=8", "float32", True, False),
+        ("1x5x49x49", "float32", True, False),
     ]
-    assert [name for name, *_ in rows("--device", "cuda")] == [
-        *("8x97x97", "2x97x97", "1x129x257", "8x97x97 module", "8x97x97 heads=8", "2x5x97x97")
-    ]
-    flags = "--level R=2 operator --shapes 1x5x7 1x2x3x4 --memory-shapes --heads 2 --axes 1"
-    assert [name for name, *_ in rows("--device", "cpu", *flags.split())] == [
+    families = [{c.family for c in row.contenders() if c.applies(row.case)} for row in found]
+    plain = {"ours", "pure PyTorch", "views"}
+    assert families[0] == families[1] == plain | {"non-local", "FlexAttention"}
+    assert families[2:] == [plain, plain, *[plain | {"before"}] * 2, plain | {"heads=1"}, plain]
+    assert {c.layout for row in found[4:] for c in row.contenders()} == {"channels_last"}
+
+
+def test_rows_of_flags_and_of_a_gpu():
+    names = [row.case.name for row in rows("--device", "cuda", "--dtypes", "float32")]
+    assert names == [*("8x97x97", "2x97x97", "1x129x257", "8x97x97 module", "8x97x97 heads=8", "2x5x97x97")]
+    flags = "--device cpu --dtypes float32 --level R=2 operator --shapes 1x5x7 1x2x3x4 --memory-shapes"
+    found = rows(*flags.split(), *["--heads", "2", "--axes", "1"])
+    assert [row.case.name for row in found] == [
         *("1x5x7 R=2", "1x2x3x4 R=2", "1x5x7 heads=2 axes=1", "1x2x3x4 heads=2 axes=1")
     ]
+    assert all(row.choices == list(attention.CHOICES) and not row.memory for row in found)
 
 
 @pytest.mark.slow
