@@ -26,11 +26,12 @@ contenders are
 The last two run in one head, and with the value split into heads that share query and key, because flash
 kernels do not support 512 channels of value. In modules, every contender gets the same weights.
 
-Each contender runs on contiguous and on channels_last inputs (the last two only on channels_last ones, where
-their tokens are views, and so do compiled ones on the CPU). Comparisons use the best contender of a family. The floor is the minimum time for the
-bytes and FLOP that no implementation avoids, at the copy bandwidth and matrix rate measured in the same run.
-Two more floors are of bytes only: "ideal" has the same bytes, "2-pass" those of a kernel that takes one pass
-for each axis. `benchmarks.attention_report.floor_of` has the formulas.
+Each contender runs on contiguous and on channels_last inputs. The last two run only on channels_last ones,
+where their tokens are views, and so do compiled ones on the CPU. Comparisons use the best contender of a
+family. The floor is the minimum time for the bytes and FLOP that no implementation avoids, at the copy
+bandwidth and matrix rate measured in the same run. Two more floors are of bytes only: "ideal" has the same
+bytes, "2-pass" those of a kernel that takes one pass for each axis. `benchmarks.attention_report.floor_of`
+has the formulas.
 
 Each contender is compared with float64 before it is timed. Contenders that fail are reported. Contenders that
 give wrong results are not timed, and the exit status is 1. On the CPU, a contender may use half the free

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -56,7 +57,13 @@ MODULE_CASES = [
 
 def both(cases: list[Case]) -> pytest.MarkDecorator:
     """Parametrize a test with each case and each contender that applies to it."""
-    pairs = [(case, c) for case in cases for c in CONTENDERS if c.family != "ours" and c.applies(case)]
+    of_a_gpu = [dataclasses.replace(case, device="cuda") for case in cases]  # these are more contenders
+    pairs = [
+        (case, c)
+        for case, on_gpu in zip(cases, of_a_gpu, strict=True)
+        for c in CONTENDERS
+        if c.family != "ours" and c.applies(on_gpu)
+    ]
     names = [f"{case.name} {contender.name}" for case, contender in pairs]
     return pytest.mark.parametrize("case, peer", pairs, ids=names)
 
