@@ -415,8 +415,8 @@ def default_dtypes(device: str) -> list[str]:
         seconds = {}
         for dtype in (torch.float32, torch.bfloat16):
             a = torch.ones(256, 256, dtype=dtype)
-            seconds[dtype] = min(timing.samples(partial(torch.mm, a, a), device, 3))
-        if seconds[torch.bfloat16] > 10 * seconds[torch.float32]:
+            seconds[dtype] = min(timing.samples(partial(torch.mm, a, a), device, 10))
+        if seconds[torch.bfloat16] > 4 * seconds[torch.float32]:
             print("bfloat16 is left out: this CPU has no fast products of it; --dtypes bfloat16 measures it")
             return ["float32"]
     return ["float32", "bfloat16"]
@@ -474,7 +474,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
     channels = (args.channels // 8, args.channels)
     shapes, memory = operator_shapes(args)
     quick_choices = [name for name in args.contenders if gpu or name in QUICK]
-    for level in args.level or ["operator"]:
+    for level in dict.fromkeys(args.level or ["operator"]):
         axes = tuple(args.axes) if args.axes else None
         options = {"heads": args.heads, "axes": axes} if level == "operator" else {}
         for shape in dict.fromkeys([*shapes, *memory]):
@@ -538,7 +538,7 @@ def compare_all(args: argparse.Namespace) -> int:
     print(f"operator compiled for: {', '.join(about['compiled_for']) or 'no device'}")
     print(f"copy {bandwidth / 1e9:.4g} GB/s; matrix products in TFLOP/s: ", end="")
     print(", ".join(f"{name} {rate / 1e12:.4g}" for name, rate in rates.items()), flush=True)
-    for row in rows_of(args):
+    for row in filter(Row.contenders, rows_of(args)):
         case = row.case
         results = measure_case(
             case,
