@@ -414,8 +414,8 @@ def default_dtypes(device: str) -> list[str]:
     if device == "cpu":
         seconds = {}
         for dtype in (torch.float32, torch.bfloat16):
-            a = torch.ones(256, 256, dtype=dtype)
-            seconds[dtype] = min(timing.samples(partial(torch.mm, a, a), device, 10))
+            a = torch.ones(512, 512, dtype=dtype)
+            seconds[dtype] = min(timing.samples(partial(torch.mm, a, a), device, 4))
         if seconds[torch.bfloat16] > 4 * seconds[torch.float32]:
             print("bfloat16 is left out: this CPU has no fast products of it; --dtypes bfloat16 measures it")
             return ["float32"]

@@ -164,13 +164,13 @@ def test_floors_are_those_of_the_published_table():
     ],
     ids=str,
 )
-def test_floors_computed_by_hand(case: Case, passes: int, flop: tuple, size: tuple):
+def test_work_computed_by_hand(case: Case, passes: int, flop: tuple, size: tuple):
     totals = attention_report.floor_of(case, passes).totals()
     assert tuple(part["flop"] for part in totals.values()) == flop
     assert tuple(part["bytes"] for part in totals.values()) == size
 
 
-def test_ratios_of_times_and_floors():
+def test_ratios_of_times():
     case = Case((1, 2, 3), (1, 2), "float32", "cpu")
     floors = attention_report.floors(case, 72.0, 24.0)  # FLOP and bytes per second
     assert floors["floors"] == {"forward": 7, "backward": 13, "forward+backward": 20}
