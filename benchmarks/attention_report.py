@@ -207,29 +207,30 @@ def show(case: dict[str, Any]) -> None:
     headings = [f"{column} {'MB' if _is_memory(column) else 'ms'}" for column in columns] + ["error"]
     lines: list[tuple[str, list[float | None], str]] = []  # name, values in the units of the headings, error
 
-    def add(name: str, values: list[float | None], error: str = "", scaled: bool = True) -> None:
-        scales = [1e-6 if _is_memory(column) else 1e3 for column in columns]
-        if scaled:
-            values = [v and v * scale for v, scale in zip(values, scales, strict=True)]
-        lines.append((name, values, error))
-
+    scales = [1e-6 if _is_memory(column) else 1e3 for column in columns]
     for name, result in case["contenders"].items():
-        error = f"{result['error']:.0e}" if "error" in result else "-"
-        add(name, [number(result, column) for column in columns], error)
-    several = f"{case['passes']}-pass bytes"
-    byte_floors = {"ideal": "ideal bytes", "passes": several}
+        found = [number(result, column) for column in columns]
+        scaled = [
+            value if value is None else value * scale for value, scale in zip(found, scales, strict=True)
+        ]
+        lines.append((name, scaled, f"{result['error']:.0e}" if "error" in result else "-"))
+
+    def add(name: str, values: list[float | None]) -> None:
+        if any(value is not None for value in values):
+            lines.append((name, values, ""))
+
+    byte_floors = {"ideal": "ideal bytes", "passes": f"{case['passes']}-pass bytes"}
+    limits = {"floor": case["floors"]}
+    limits |= {label: case["byte_floors"][name] for name, label in byte_floors.items()}
     timed = [column.removesuffix(" graph") for column in columns]
-    add("floor", [case["floors"].get(column) for column in timed])
-    for name, label in byte_floors.items():
-        add(label, [case["byte_floors"][name].get(column) for column in timed])
+    for name, seconds in limits.items():
+        add(name, [1e3 * seconds[column] if column in seconds else None for column in timed])
     ratios = [case["ratios"].get(column, {}) for column in columns]
     for family, label in PEERS.items():
-        values = [ratio.get(family, {}).get("over_ours") for ratio in ratios]
-        if any(values):
-            add(label, values, scaled=False)
-    add("ours / floor", [ratio.get("ours_over_floor") for ratio in ratios], scaled=False)
+        add(label, [ratio.get(family, {}).get("over_ours") for ratio in ratios])
+    add("ours / floor", [ratio.get("ours_over_floor") for ratio in ratios])
     for name, label in byte_floors.items():
-        add(f"{label} / ours", [r.get(f"{name}_bytes_over_ours") for r in ratios], scaled=False)
+        add(f"{label} / ours", [ratio.get(f"{name}_bytes_over_ours") for ratio in ratios])
 
     print(f"\n{title(case)}, channels {case['channels'][0]}/{case['channels'][1]}")
     width = max(len(name) for name, *_ in lines)
