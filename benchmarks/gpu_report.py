@@ -288,7 +288,7 @@ def attention_page(name: str, report: dict[str, Any]) -> list[str]:
     for case in report["cases"]:
         for column, entry in case["ratios"].items():
             scale = 1e-6 if column.endswith("peak") else 1e3
-            row: list[object] = ["x".join(map(str, case["shape"])), case["dtype"]]
+            row: list[object] = [case["name"], case["dtype"]]
             row += [f"{column}, {'MB' if column.endswith('peak') else 'ms'}"]
             row += [f"{scale * entry['ours']['value']:.4g}"]
             row += [f"{entry['ours_over_floor']:.3g}" if "ours_over_floor" in entry else ""]
@@ -297,13 +297,13 @@ def attention_page(name: str, report: dict[str, Any]) -> list[str]:
                 row += [f"{peer['over_ours']:.3g} x ({peer['name']})" if peer else ""]
             rows.append(row)
     failed = [
-        f"- {contender}, {'x'.join(map(str, case['shape']))} {case['dtype']}, {column}: {why}"
+        f"- {contender}, {case['name']} {case['dtype']}, {column}: {why}"
         for case in report["cases"]
         for contender, result in case["contenders"].items()
         for column, why in result["failed"].items()
     ]
     headings = [
-        "shape",
+        "case",
         "dtype",
         "measure",
         "ours",

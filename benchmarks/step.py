@@ -47,7 +47,7 @@ from torch.profiler import record_function
 import cc_attention.module
 import fused
 from benchmarks import bars, parts, peers
-from benchmarks.attention import bmm_attention
+from benchmarks.attention_peers import bmm_attention
 from dataset.labels import NUM_CLASSES
 from engine.acceleration import Speed, accelerate, autocast
 from engine.data.transfer import Batch
@@ -473,7 +473,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--attention",
         choices=("ours", "bmm"),
         default="ours",
-        help="our operator, or matrix products in PyTorch (benchmarks/attention.py)",
+        help="our operator, or matrix products in PyTorch (benchmarks/attention_peers.py)",
     )
     add("--measure", nargs="+", choices=GROUPS, default=GROUPS, help="what to measure (default: all)")
     add(

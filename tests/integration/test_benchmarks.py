@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,8 +16,20 @@ import torch
 from conftest import last_line, run_process
 from PIL import Image, ImageColor
 
-from benchmarks import attention, bars, builds, evaluation, gpu_report, loader, parts, peers, step
-from benchmarks.attention import Case, Contender
+from benchmarks import (
+    attention,
+    attention_peers,
+    attention_report,
+    bars,
+    builds,
+    evaluation,
+    gpu_report,
+    loader,
+    parts,
+    peers,
+    step,
+)
+from benchmarks.attention_peers import FORMULATIONS, Case, Contender
 from benchmarks.gpu_report import Part
 from cc_attention import ops
 from dataset import CSDataSet
@@ -25,48 +38,176 @@ from loss import CriterionDSN
 from utils import timing
 from utils.errors import UsageError
 
-PEERS = [
-    contender
-    for contender in attention.make_contenders(list(attention.CHOICES))
-    if not contender.compiled and contender.family != "ours"
+CONTENDERS = [c for c in attention.make_contenders(list(attention.CHOICES)) if not c.compiles]
+OPERATOR_CASES = [
+    *(Case((2, *size), (4, 32), "float32", "cpu") for size in ((4, 7), (7, 4), (1, 6), (6, 1), (1, 1))),
+    Case((2, 4, 7), (4, 32), "float32", "cpu", heads=2),
+    Case((2, 3, 4, 5), (4, 32), "float32", "cpu"),
+    Case((1, 2, 5, 3), (4, 32), "float32", "cpu", heads=4),
+    Case((2, 4, 7), (4, 32), "float32", "cpu", axes=(0,)),
+    Case((2, 4, 7), (4, 32), "float32", "cpu", axes=(1,)),
+    Case((2, 3, 4, 5), (4, 32), "float32", "cpu", heads=2, axes=(0, 2)),
+]
+MODULE_CASES = [
+    Case(shape, (4, 32), "float32", "cpu", level)
+    for shape in ((2, 4, 7), (1, 3, 4, 5))
+    for level in ("module", "R=2")
 ]
 
 
-@pytest.mark.parametrize("height, width", [(4, 7), (7, 4), (1, 6), (6, 1), (1, 1)])
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-def test_formulations_are_the_reference_forward_and_backward(peer: Contender, height: int, width: int):
-    *operands, grad = (
-        x.detach().double() for x in Case((2, height, width), (4, 32), "float32", "cpu").inputs(peer.layout)
-    )
-    assert operands[0].is_contiguous(memory_format=attention.LAYOUTS[peer.layout])
-    _, function, exact = attention.FORMULATIONS[peer.formulation]
+def both(cases: list[Case]) -> pytest.MarkDecorator:
+    """Parametrize a test with each case and each contender that applies to it."""
+    of_a_gpu = [dataclasses.replace(case, device="cuda") for case in cases]  # these are more contenders
+    pairs = [
+        (case, c)
+        for case, on_gpu in zip(cases, of_a_gpu, strict=True)
+        for c in CONTENDERS
+        if c.family != "ours" and c.applies(on_gpu)
+    ]
+    names = [f"{case.name} {contender.name}" for case, contender in pairs]
+    return pytest.mark.parametrize("case, peer", pairs, ids=names)
+
+
+@both(OPERATOR_CASES)
+def test_formulations_are_the_reference_forward_and_backward(case: Case, peer: Contender):
+    *operands, grad = (x.detach().double() for x in case.inputs(peer.layout))
+    layout = {3: torch.channels_last, 4: torch.channels_last_3d}[len(case.shape)]
+    assert operands[0].is_contiguous(memory_format=layout) or peer.layout == "contiguous"
     results = []
-    for each in (function, exact):
+    for function in (peer.function(case, {}), peer.exact_function(case, {})):
         leaves = [x.clone().requires_grad_() for x in operands]
-        out = each(*leaves)
+        out = function(*leaves)
         results.append([out, *torch.autograd.grad(out, leaves, grad)])
     for result, expected in zip(*results, strict=True):
         torch.testing.assert_close(result, expected, check_stride=False)
 
 
+@both(MODULE_CASES)
+def test_modules_with_the_same_weights_are_the_same(case: Case, peer: Contender):
+    x, grad = (t.detach().double() for t in case.inputs(peer.layout))
+    weights = case.weights()
+    ours = Contender("ours", peer.layout, compiled=False).function(case, weights)
+    right = ours if peer.family != "non-local" else peer.exact_function(case, weights)
+    results = []
+    for module in (peer.function(case, weights), peer.exact_function(case, weights), right):
+        assert isinstance(module, torch.nn.Module)
+        module.double()
+        leaves = [x.clone().requires_grad_(), *(p for _, p in sorted(module.named_parameters()))]
+        out = module(leaves[0])
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+        assert all(gradient.abs().max() > 1e-3 for gradient in results[-1][:3])
+    for result, exact, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, check_stride=False)
+        torch.testing.assert_close(exact, expected, check_stride=False)
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=lambda case: case.name)
+def test_flex_attention_is_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch):
+    # FlexAttention has no gradients on a CPU, and compiling it takes long.
+    monkeypatch.setattr(attention_peers, "_compiled_flex", lambda: attention_peers.flex_attention)
+    operands = [x.detach() for x in case.inputs("channels_last")[:3]]
+    peers_of_case = [c for c in attention.make_contenders(["flex"]) if c.applies(case)]
+    assert [c.formulation for c in peers_of_case] == ["flex", "flex split"][: 1 + (case.heads == 1)]
+    for peer in peers_of_case:
+        with pytest.raises(RuntimeError, match="on a GPU only"):
+            peer.function(case, {})
+        function, exact = (
+            make(case, {}) for make in (FORMULATIONS[peer.formulation].function, peer.exact_function)
+        )
+        torch.testing.assert_close(function(*operands), exact(*operands), check_stride=False)
+
+
+def test_the_contender_in_one_head_ignores_the_heads():
+    case = Case((1, 4, 5), (4, 32), "float32", "cpu", heads=2)
+    operands = [x.detach() for x in case.inputs("channels_last")[:3]]
+    one, several = (FORMULATIONS[name].function(case, {})(*operands) for name in ("heads=1", "ours"))
+    torch.testing.assert_close(one, attention_peers.criss_cross_attention(*operands))
+    assert not torch.allclose(one, several, atol=1e-2)
+
+
 def test_floors_are_those_of_the_published_table():
-    forward, backward = attention.necessary_work((8, 97, 97), (64, 512), 2)
-    assert [round(part.flop / 1e9, 2) for part in (forward, backward)] == [16.74, 35.33]
-    assert [round(part.bytes / 1e6, 1) for part in (forward, backward)] == [173.7, 347.2]
-    assert forward.seconds(790e12, 4.3e12) == pytest.approx(40.4e-6, rel=1e-2)
-    wide, _ = attention.necessary_work((1, 129, 257), (64, 512), 2)
-    assert wide.seconds(790e12, 4.3e12) == pytest.approx(18.6e-6, rel=1e-2)
+    floor = attention_report.floor_of(Case((8, 97, 97), (64, 512), "bfloat16", "cpu"))
+    totals = floor.totals().values()
+    assert [round(part["flop"] / 1e9, 2) for part in totals] == [16.74, 35.33]
+    assert [round(part["bytes"] / 1e6, 1) for part in totals] == [173.7, 347.2]
+    assert floor.seconds(790e12, 4.3e12)["forward"] == pytest.approx(40.4e-6, rel=1e-2)
+    wide = attention_report.floor_of(Case((1, 129, 257), (64, 512), "bfloat16", "cpu"))
+    assert wide.seconds(790e12, 4.3e12)["forward"] == pytest.approx(18.6e-6, rel=1e-2)
+    passes = attention_report.floor_of(Case((1, 97, 97), (64, 512), "bfloat16", "cpu"), 2).totals()
+    assert [part["bytes"] / 97**2 for part in passes.values()] == [5644, 9488]
+
+
+@pytest.mark.parametrize(
+    "case, passes, flop, size",
+    [
+        # 6 pixels of 4 positions: 24 scores. The joint map has 4 channels, 16 bytes.
+        (Case((1, 2, 3), (1, 2), "float32", "cpu"), 1, (144, 336), (6 * 28, 6 * 52)),
+        (Case((1, 2, 3), (1, 2), "float32", "cpu"), 2, (144, 336), (6 * 68, 6 * 120)),
+        (Case((1, 2, 3), (2, 4), "float32", "cpu", heads=2), 2, (288, 672), (6 * 136, 6 * 240)),
+        # 12 pixels of 5 positions: 60 scores
+        (Case((1, 2, 2, 3), (1, 2), "float32", "cpu"), 3, (360, 840), (12 * 108, 12 * 184)),
+        # 2 positions along the columns: 12 scores
+        (Case((1, 2, 3), (1, 2), "bfloat16", "cpu", axes=(0,)), 1, (72, 168), (6 * 16, 6 * 28)),
+        # the attention and a map of 8 bytes for each pixel; 8 weights, 36 and 60 elements of maps
+        (
+            Case((1, 2, 3), (1, 2), "float32", "cpu", "module"),
+            1,
+            (144 + 96, 336 + 192),
+            (6 * 36 + 4 * 44, 6 * 60 + 4 * 76),
+        ),
+        (
+            Case((1, 2, 3), (1, 2), "float32", "cpu", "R=2"),
+            2,
+            (2 * 240, 2 * 528),
+            (2 * (6 * 76 + 4 * 44), 2 * (6 * 128 + 4 * 76)),
+        ),
+    ],
+    ids=str,
+)
+def test_work_computed_by_hand(case: Case, passes: int, flop: tuple, size: tuple):
+    totals = attention_report.floor_of(case, passes).totals()
+    assert tuple(part["flop"] for part in totals.values()) == flop
+    assert tuple(part["bytes"] for part in totals.values()) == size
+
+
+def test_ratios_of_times():
+    case = Case((1, 2, 3), (1, 2), "float32", "cpu")
+    floors = attention_report.floors(case, 72.0, 24.0)  # FLOP and bytes per second
+    assert floors["floors"] == {"forward": 7, "backward": 13, "forward+backward": 20}
+    assert attention_report.floors(case, 12.0, 24.0)["floors"]["backward"] == 28  # by the FLOP
+    assert floors["byte_floors"]["passes"] == {"forward": 17, "backward": 30, "forward+backward": 47}
+    assert floors["passes"] == 2
+
+    def result(family: str, **columns: float) -> dict:
+        return {"family": family, "forward": {"median": columns.pop("forward")}, **columns}
+
+    peak = {"forward peak": 60}
+    results = {
+        "a": result("ours", forward=34.0, **peak, **{"forward+backward allocated": 50}),
+        "b": result("ours", forward=40.0, **{"forward peak": 40}),
+        "c": result("before", forward=51.0, **peak, **{"forward+backward allocated": 75}),
+        "d": result("heads=1", forward=17.0),
+    }
+    ratios = attention_report.compare(results, floors)
+    assert list(ratios) == ["forward", "forward peak", "forward+backward allocated"]
+    forward = ratios["forward"]
+    assert forward["ours"] == {"name": "a", "value": 34}
+    assert (forward["before"]["over_ours"], forward["heads=1"]["over_ours"]) == (1.5, 0.5)
+    assert forward["ours_over_floor"] == 34 / 7
+    assert forward["ideal_bytes_over_ours"] == 7 / 34 and forward["passes_bytes_over_ours"] == 0.5
+    assert ratios["forward peak"]["before"]["over_ours"] == 1.5
+    assert ratios["forward+backward allocated"]["before"]["over_ours"] == 1.5
 
 
 def test_a_wrong_contender_and_a_failing_one_are_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("out of memory\nand more")
 
-    reference = attention.reference.criss_cross_attention
-    monkeypatch.setitem(
-        attention.FORMULATIONS, "bmm", ("pure PyTorch", lambda q, k, v: v + 0 * (q + k).sum(), reference)
-    )
-    monkeypatch.setitem(attention.FORMULATIONS, "einsum", ("pure PyTorch", fail, reference))
+    def wrong(query, key, value, **_):
+        return value + 0 * (query + key).sum()
+
+    for name, operator in (("bmm", wrong), ("einsum", fail)):
+        monkeypatch.setitem(FORMULATIONS, name, attention_peers.Formulation("pure PyTorch", operator))
     contenders = attention.make_contenders(["ours", "bmm", "einsum"])
     case = Case((1, 3, 5), (2, 16), "float32", "cpu")
     results = attention.measure_case(case, contenders, timed=True, memory=False, graphs=False, rounds=1)
@@ -75,7 +216,9 @@ def test_a_wrong_contender_and_a_failing_one_are_reported_and_not_timed(monkeypa
     assert (
         "forward" not in results["bmm, contiguous"] and results["ours, contiguous"]["forward"]["median"] > 0
     )
-    assert list(attention.compare(results, {"forward": 1.0})) == ["forward", "forward+backward"]
+    assert not any("before" in name or "heads=1" in name for name in results)
+    floors = attention_report.floors(case, 1.0, 1.0)
+    assert list(attention.compare(results, floors)) == ["forward", "forward+backward"]
 
 
 def test_a_run_that_fails_later_leaves_the_others():
@@ -120,7 +263,117 @@ def test_peak_memory_on_the_cpu_is_that_of_the_run_alone():
     case = Case((1, 64, 64), (4, 32), "float32", "cpu")
     contender = Contender("bmm", "channels_last", compiled=False)
     scores = 4 * 64 * 64 * 128
-    assert 2 * scores < attention.peak(contender, attention.bmm_attention, case, "forward") < 20 * scores
+    peak, allocated = attention.memory_of(contender, attention_peers.bmm_attention, case, "forward")
+    assert 2 * scores < peak < 20 * scores and allocated is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_module_allocates_less_than_before(precision: str):
+    case = Case((1, 24, 24), (8, 64), precision, "cpu", "module")
+    contenders = [c for c in attention.make_contenders(["ours"]) if c.layout == "channels_last"]
+    results = attention.measure_case(case, contenders, timed=False, memory=True, graphs=False, rounds=1)
+    ours, before = (results[f"{name}, channels_last"] for name in ("ours", "before"))
+    assert ours["failed"] == before["failed"] == {}
+    # At least the projection and its gradient, and the attention, the result and its gradient.
+    one = 24 * 24 * 64 * case.dtype.itemsize
+    column = "forward+backward allocated"
+    assert (2 * 1.25 + 3) * one < ours[column] < before[column] < 20 * one
+    ratios = attention.compare(results, attention_report.floors(case, 1.0, 1.0))
+    assert ratios[column]["before"]["over_ours"] == before[column] / ours[column]
+    assert "forward allocated" not in ours and "forward peak" in ours
+
+
+def test_gradients_of_a_layer_are_one_vector():
+    case = Case((1, 3, 4), (4, 32), "float32", "cpu", "module")
+    module = Contender("ours", "channels_last", compiled=False).function(case, case.weights())
+    (x, grad) = case.inputs("channels_last")
+    found = attention.gradients(module, module(x), [x], grad)
+    assert [g.numel() for g in found] == [x.numel(), 1, 33 * 4, 33 * 4, 33 * 32]
+
+
+def test_wrong_gradients_of_weights_are_found(monkeypatch: pytest.MonkeyPatch):
+    class Wrong(attention_peers.ComposedModule):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = super().forward(x)
+            return out + 0.1 * (self.gamma - self.gamma.detach()) * x
+
+    case = Case((1, 3, 4), (4, 32), "float32", "cpu", "module")
+    operator = attention_peers.bmm_attention
+    wrong = attention_peers.Formulation("pure PyTorch", operator, module=lambda case: Wrong(case, operator))
+    monkeypatch.setitem(FORMULATIONS, "bmm", wrong)
+    contenders = attention.make_contenders(["bmm", "einsum"])
+    results = attention.measure_case(case, contenders, timed=False, memory=False, graphs=False, rounds=1)
+    assert {name: result["wrong"] for name, result in results.items()} == {
+        "bmm, contiguous": True,
+        "bmm, channels_last": True,
+        "einsum, contiguous": False,
+        "einsum, channels_last": False,
+    }
+
+
+def rows(*flags: str) -> list[attention.Row]:
+    return list(attention.rows_of(attention.get_parser().parse_args(flags)))
+
+
+def test_rows_of_the_default_run_on_a_cpu():
+    found = rows("--device", "cpu", "--dtypes", "float32", "bfloat16")
+    names = [(row.case.name, row.case.precision, row.timed, row.memory) for row in found]
+    assert names == [
+        ("1x97x97", "float32", True, True),
+        ("1x97x97", "bfloat16", True, True),
+        ("1x193x193", "float32", False, True),
+        ("1x193x193", "bfloat16", False, True),
+        ("1x97x97 module", "float32", True, True),
+        ("1x97x97 module", "bfloat16", True, True),
+        ("1x97x97 heads=8", "float32", True, False),
+        ("1x5x49x49", "float32", True, False),
+    ]
+    families = [{c.family for c in row.contenders() if c.applies(row.case)} for row in found]
+    plain = {"ours", "pure PyTorch", "views"}
+    assert families[0] == families[1] == plain | {"non-local", "FlexAttention"}
+    assert families[2:] == [plain, plain, *[plain | {"before"}] * 2, plain | {"heads=1"}, plain]
+    assert {c.layout for row in found[4:] for c in row.contenders()} == {"channels_last"}
+
+
+def test_rows_of_flags_and_of_a_gpu():
+    names = [row.case.name for row in rows("--device", "cuda", "--dtypes", "float32")]
+    assert names == [*("8x97x97", "2x97x97", "1x129x257", "8x97x97 module", "8x97x97 heads=8", "2x5x97x97")]
+    flags = "--device cpu --dtypes float32 --level R=2 operator --shapes 1x5x7 1x2x3x4 --memory-shapes"
+    found = rows(*flags.split(), *["--heads", "2", "--axes", "1"])
+    assert [row.case.name for row in found] == [
+        *("1x5x7 R=2", "1x2x3x4 R=2", "1x5x7 heads=2 axes=1", "1x2x3x4 heads=2 axes=1")
+    ]
+    assert all(row.choices == list(attention.CHOICES) and not row.memory for row in found)
+
+
+@pytest.mark.slow
+def test_attention_command_with_every_level_and_option(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setitem(timing.SLICE, "cpu", 0)  # one run in each turn
+    numbers, picture = tmp_path / "a.json", tmp_path / "a.png"
+    flags = "--device cpu --level operator module R=2 --shapes 1x5x7 1x2x3x4 --memory-shapes --heads 2"
+    flags += " --axes 1 --channels 16 --rounds 1 --contenders ours bmm einsum views flex non-local"
+    flags += " --dtypes float32"
+    paths = ["--out", str(numbers), "--plot", str(picture)]
+    assert attention.main([*flags.split(), *paths]) == 0
+    cases = {case["name"]: case for case in json.loads(numbers.read_text())["cases"]}
+    assert list(cases) == [
+        *("1x5x7 heads=2 axes=1", "1x2x3x4 heads=2 axes=1"),
+        *("1x5x7 module", "1x2x3x4 module", "1x5x7 R=2", "1x2x3x4 R=2"),
+    ]
+    for name, case in cases.items():
+        failed = {key for key, result in case["contenders"].items() if result["failed"]}
+        assert {key.partition(",")[0] for key in failed} <= {"flex", "flex split"}, name
+        assert ("before" in case["ratios"]["forward"]) == (case["level"] != "operator")
+        assert ("heads=1" in case["ratios"]["forward"]) == (case["level"] == "operator")
+        for families in ("pure PyTorch", "views", "non-local"):
+            assert case["ratios"]["forward+backward"][families]["over_ours"] > 0
+        assert {"ideal_bytes_over_ours", "passes_bytes_over_ours"} <= case["ratios"]["forward"].keys()
+    out = capsys.readouterr().out
+    for line in ("heads=1 / ours", "before / ours", "1-pass bytes / ours", "3-pass bytes", "on a GPU only"):
+        assert line in out, line
+    with Image.open(picture) as image:
+        assert image.size[1] > 6 * 100
 
 
 @pytest.mark.parametrize(
@@ -133,6 +386,16 @@ def test_peak_memory_on_the_cpu_is_that_of_the_run_alone():
         "--device cpu --dtypes tf32",
         "--contenders theirs",
         "--rounds 0",
+        "--level theirs",
+        "--shapes 1x2x3x4x5",
+        "--heads 0",
+        "--heads 3",
+        "--level module --heads 8",
+        "--level module R=2 --axes 1",
+        "--axes -1",
+        "--axes two",
+        "--device cpu --shapes 1x5x7 1x2x3x4 --axes 2",
+        "--device cpu --axes 3",
     ],
 )
 def test_bad_arguments_end_in_status_2(arguments: str, capsys: pytest.CaptureFixture):
@@ -149,13 +412,31 @@ def test_a_folder_that_is_missing_is_named():
 def test_our_float32_over_our_bfloat16():
     cases = [
         {
-            "shape": (1, 2, 3),
+            "name": name,
             "dtype": dtype,
             "ratios": {"forward": {"ours": {"name": "ours", "value": value}}},
         }
-        for dtype, value in (("float32", 3.0), ("bfloat16", 2.0))
+        for name, dtype, value in (
+            ("1x2x3", "float32", 3.0),
+            ("1x2x3", "bfloat16", 2.0),
+            ("1x2x3 module", "bfloat16", 1.0),
+        )
     ]
     assert attention.float32_over_bfloat16(cases) == {"1x2x3": {"forward": 1.5}}
+
+
+def test_an_axis_is_given_once(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        attention.main(["--axes", "1", "1"])
+    assert ended.value.code == 2 and "--axes" in last_line(capsys.readouterr().err)
+
+
+def test_bfloat16_is_left_out_where_it_is_slow(monkeypatch, capsys):
+    times = iter([[1.0], [5.0], [1.0], [3.0]])
+    monkeypatch.setattr(timing, "samples", lambda *_: next(times))
+    assert attention.default_dtypes("cpu") == ["float32"]
+    assert "bfloat16 is left out" in capsys.readouterr().out
+    assert attention.default_dtypes("cpu") == attention.default_dtypes("cuda") == ["float32", "bfloat16"]
 
 
 @pytest.mark.slow
