@@ -51,10 +51,13 @@ def _attention_shapes(  # noqa: PLR0913
     scale: float = 1.0,
     axes: int = 6,
     tf32: bool = False,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_attention("criss_cross_attention", query, key, value, residual, gamma, heads)
     normalizer = value.new_empty((value.shape[0], *value.shape[2:], heads, 2), dtype=_summing_dtype(value))
-    return _empty_map(value), normalizer, value.new_empty(0) if residual is None else _empty_map(value)
+    if residual is None:
+        return _empty_map(value), normalizer, value.new_empty(0)
+    return _empty_map(value) if keep else value.new_empty(0), normalizer, _empty_map(value)
 
 
 @torch.library.register_fake("cc_attention::criss_cross_attention_backward")
@@ -170,9 +173,10 @@ class _Attention(_Level):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, residual, gamma, *options = _with_defaults(args)
+        *all_but_keep, _ = _with_defaults(args)  # the backward pass needs out
+        query, key, value, residual, gamma, *options = all_but_keep
         operator = OPERATORS.criss_cross_attention.default
-        out, normalizer, total = _below_autograd(keyset, operator, *args)
+        out, normalizer, total = _below_autograd(keyset, operator, *all_but_keep)
         ctx.options, ctx.arguments = options, len(args)
         # With a residual, the sum is the only differentiable result.
         ctx.mark_non_differentiable(normalizer, total if residual is None else out)
@@ -196,7 +200,7 @@ class _Attention(_Level):
             gradients[:3] = of_maps
             if gamma is not None:
                 gradients[3:] = [grad, of_gamma.reshape(gamma.shape)]
-        return None, *(gradients + [None] * 4)[: ctx.arguments]
+        return None, *(gradients + [None] * 5)[: ctx.arguments]
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
@@ -298,7 +302,7 @@ class _Gradient(_Level):
 
 
 def _plain_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, residual, gamma, heads, scale, mask, _ = _with_defaults(args)
+    query, key, value, residual, gamma, heads, scale, mask, *_ = _with_defaults(args)
     axes = _axes_of(mask, value.dim())
     options = {"heads": heads, "scale": scale, "axes": axes}
     out = reference.criss_cross_attention(query, key, value, **options)
@@ -395,7 +399,7 @@ def _factors(size: int, gamma: Tensor, dim: int | None, like: Tensor) -> Tensor:
 
 
 def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    query, key, value, residual, gamma, *options = _with_defaults(args)
+    query, key, value, residual, gamma, *options, _keep = _with_defaults(args)
     dims, size = [*in_dims, None, None], info.batch_size
     names = ("value", "query", "key")
     order = dict(zip(names, (dims[2], dims[0], dims[1]), strict=True))

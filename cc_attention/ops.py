@@ -349,10 +349,18 @@ def criss_cross_attention(  # noqa: PLR0913
     tf32 = value.is_cuda and _tf32_allowed()
     if value.is_cuda:
         _check_speed([query, key, value] if residual is None else [query, key, value, residual], heads, tf32)
+    keep = _is_differentiated(query, key, value, residual, gamma)
     out, _, total = torch.ops.cc_attention.criss_cross_attention(
-        query, key, value, residual, gamma, heads, scale, mask, tf32
+        query, key, value, residual, gamma, heads, scale, mask, tf32, keep
     )
     return out if residual is None else total
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    """Return whether derivatives may be needed."""
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _JointAttention(torch.autograd.Function):

@@ -77,7 +77,7 @@ struct Forward {
   MutableMap out;     // [N,T,H,W,heads,C]
   void* normalizer;   // [N,T,H,W,heads] Normalizer of float, or of double for float64
   Map residual;       // [N,T,H,W,heads,C]; data is null if there is none
-  MutableMap sum;     // [N,T,H,W,heads,C]; data is null if there is none
+  MutableMap sum;     // [N,T,H,W,heads,C]; data is null if there is none. On the CPU, it may be out
   const void* gamma;  // one float, or double for float64; null if there is no residual
 };
 

@@ -68,11 +68,12 @@ void check_gamma(const char* op, const Tensor& gamma, const Tensor& value) {
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 // query, key [N,heads*c,H,W], value [N,heads*C,H,W] -> out [N,heads*C,H,W], normalizer [N,H,W,heads,2] (kernels.h), and
-// residual + gamma * out, or an empty tensor without a residual. All maps may have a dimension T before H.
+// residual + gamma * out, or an empty tensor without a residual. All maps may have a dimension T before H. `keep`:
+// whether out is needed beside the sum; otherwise it is empty if there is a residual.
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_,
                                                          const std::optional<Tensor>& residual_,
                                                          const std::optional<Tensor>& gamma, int64_t heads,
-                                                         double scale, int64_t axes, bool tf32) {
+                                                         double scale, int64_t axes, bool tf32, bool keep) {
   constexpr const char* op = "criss_cross_attention";
   const Attention how{heads, scale, axes, tf32};
   const Sizes sizes = check_attention(op, query_, key_, value_, how);
@@ -86,8 +87,13 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
   const Tensor residual = residual_.has_value() ? readable(*residual_) : nothing(value);
   Tensor out = empty_map(value, value.size(1));
   Tensor normalizer = torch::stable::new_empty(value, normalizer_shape(value, heads), summing_dtype(value));
-  Tensor sum = residual_.has_value() ? empty_map(value, value.size(1)) : nothing(value);
   const bool with_residual = residual_.has_value();
+  // The CPU kernels can write the sum over out.
+  const bool in_place = with_residual && !keep && !value.is_cuda();
+  Tensor sum = in_place ? out : with_residual ? empty_map(value, value.size(1)) : nothing(value);
+  const auto results = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
+    return {with_residual && !keep ? nothing(value) : out, normalizer, sum};
+  };
   const Forward arguments = {kernel_dtype(op, value),
                              sizes,
                              useful_axes(sizes, axes),
@@ -104,11 +110,11 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
   if (value.is_cuda()) {
     const CudaCall call(value, tf32);
     call.check(forward_cuda(arguments, call.device, call.stream));
-    return {out, normalizer, sum};
+    return results();
   }
 #endif
   forward_cpu(arguments);
-  return {out, normalizer, sum};
+  return results();
 }
 
 // grad, the gradient of out or of the sum with the residual, has the shape of out -> the gradients of query, key, value
@@ -258,7 +264,8 @@ STABLE_TORCH_LIBRARY(cc_attention, library) {
   // axes: 1 for T, 2 for H, 4 for W, added up.
   library.def(
       "criss_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? residual=None, Tensor? gamma=None, int "
-      "heads=1, float scale=1.0, int axes=6, bool tf32=False) -> (Tensor out, Tensor normalizer, Tensor sum)");
+      "heads=1, float scale=1.0, int axes=6, bool tf32=False, bool keep=True) -> (Tensor out, Tensor normalizer, "
+      "Tensor sum)");
   library.def(
       "criss_cross_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor "
       "normalizer, Tensor? gamma=None, int heads=1, float scale=1.0, int axes=6, bool joint=False, bool tf32=False) -> "

@@ -197,6 +197,17 @@ def test_masks(axes: tuple[int, ...], device: str) -> None:
     torch.testing.assert_close(out, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.residual], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_without_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
+    """Without gradients, the sum takes the place of the attention."""
+    maps = case.maps(dtype, device)
+    expected = case.call(criss_cross_attention, *(t.clone().requires_grad_() for t in maps))
+    before = [t.clone() for t in maps]
+    assert torch.equal(case.call(criss_cross_attention, *maps), expected)
+    assert all(map(torch.equal, maps, before))
+
+
 class TestPartsOfLargerMaps:
     """Views of some channels of a map in channels_last."""
 
@@ -271,6 +282,8 @@ def test_opcheck(case: Case, device: str) -> None:
     dim = len(case.size) + 2
     options = (case.heads, case.scale, ops._axes_mask(case.axes, dim))
     torch.library.opcheck(OPERATORS.criss_cross_attention, (*maps[:3], residual, gamma, *options))
+    unkept = [None if t is None else t.detach() for t in (*maps[:3], residual, gamma)]
+    torch.library.opcheck(OPERATORS.criss_cross_attention, (*unkept, *options, False, False))
     plain = [t.detach() for t in maps]
     out, normalizer, _ = OPERATORS.criss_cross_attention(*plain[:3], None, None, *options)
     gamma = None if gamma is None else plain[4]
