@@ -413,6 +413,13 @@ def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> t
     out, normalizer = (t.unflatten(0, batched[0].shape[:2]) for t in (out, normalizer))
     if residual is None:
         return (out, normalizer, total), (0, 0, None)
+    if size:
+        pair = {"value": _batched(size, value, dims[2])[0], "residual": _batched(size, residual, dims[3])[0]}
+        if reference.autocast_enabled(value):
+            pair = {name: reference.cast_for_autocast(t)[0] for name, t in pair.items()}
+        check_operands("criss_cross_attention", video=True, **pair)
+        channels = pair["value"].shape[1]
+        check_channels("criss_cross_attention", channels, "those of value", residual=pair["residual"])
     wide = _summing_dtype(out)
     product = _factors(size, gamma, dims[4], out) * out.to(wide)
     total = (_batched(size, residual, dims[3]).to(wide) + product).to(out.dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from cc_attention.ops import criss_cross_attention, joint_attention, to_channels_last
+from cc_attention.ops import criss_cross_attention, in_transform, joins, joint_attention, to_channels_last
 from cc_attention.reference import autocast_enabled, cast_for_autocast
 
 
@@ -44,26 +46,41 @@ class _Attention(nn.Module):
         # Convert once for all three convolutions; a no-op if the network runs in channels_last.
         x = _operand(x, self.in_dim, self.dim, type(self).__name__)
         layers = (self.query_conv, self.key_conv, self.value_conv)
-        if not all(self._is_plain(layer) for layer in layers):
-            query, key, value = (layer(x) for layer in layers)
+        if not (joins(x) and self._are_as_made(layers)):
+            # torch.vmap does not let autocast cast the weights for an input that is cast already.
+            x_in = x.to(self.gamma.dtype) if in_transform() and autocast_enabled(x) else x
+            query, key, value = (layer(x_in) for layer in layers)
             return criss_cross_attention(query, key, value, residual=x, gamma=self.gamma)
         # One convolution reads x once, and its gradient is one map.
-        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-        # torch.vmap would not cast the weights for an input that is cast already.
-        if not has_torch_function((x,)) and autocast_enabled(x):
-            x, weight, bias = cast_for_autocast(x, weight, bias)
+        parameters = [getattr(layer, name) for name in ("weight", "bias") for layer in layers]
+        if autocast_enabled(x):
+            x, *parameters = cast_for_autocast(x, *parameters)
         convolution = F.conv2d if self.dim == 4 else F.conv3d
-        return joint_attention(convolution(x, weight, bias), self.in_dim // 8, x, self.gamma)
+        projection = convolution(x, torch.cat(parameters[:3]), torch.cat(parameters[3:]))
+        return joint_attention(projection, self.in_dim // 8, x, self.gamma)
 
-    def _is_plain(self, layer: nn.Module) -> bool:
-        """Return whether a layer is as it was made: of the same type, and without hooks."""
-        hooks = [
-            layer._forward_hooks,
-            layer._forward_pre_hooks,
-            layer._backward_hooks,
-            layer._backward_pre_hooks,
-        ]
-        return type(layer) is self.convolution and not any(hooks)
+    def _are_as_made(self, layers: Sequence[nn.Module]) -> bool:
+        """Return whether nothing has replaced or wrapped the layers: then their weights suffice."""
+        if nn.modules.module._has_any_global_hook():
+            return False
+        channels = (self.in_dim // 8, self.in_dim // 8, self.in_dim)
+        ones, zeros = (1,) * (self.dim - 2), (0,) * (self.dim - 2)
+        for layer, expected in zip(layers, channels, strict=True):
+            hooks = (
+                layer._forward_hooks,
+                layer._forward_pre_hooks,
+                layer._backward_hooks,
+                layer._backward_pre_hooks,
+            )
+            if type(layer) is not self.convolution or any(hooks) or "forward" in vars(layer):
+                return False
+            shape = (layer.in_channels, layer.out_channels, layer.groups, layer.padding_mode)
+            geometry = (layer.kernel_size, layer.stride, layer.dilation, layer.padding)
+            if shape != (self.in_dim, expected, 1, "zeros") or geometry != (ones, ones, ones, zeros):
+                return False
+            if layer.bias is None:
+                return False
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention.
@@ -72,7 +89,8 @@ class _Attention(nn.Module):
             x: [N, in_dim, H, W] or, for the 3-D form, [N, in_dim, T, H, W].
 
         Returns:
-            Map in the shape of x, channels_last. In an autocast region, it has the dtype of the region.
+            Map in the shape of x, channels_last. In an autocast region, it has the dtype of the region,
+            unless x is float64.
 
         Raises:
             RuntimeError: x has another shape.
@@ -96,8 +114,8 @@ class _RecurrentAttention(_Attention):
             x: [N, in_dim, H, W] or, for the 3-D form, [N, in_dim, T, H, W].
 
         Returns:
-            Map in the shape of x, channels_last (x itself if recurrence is 0). In an autocast region, it has
-            the dtype of the region.
+            Map in the shape of x, channels_last; x itself if recurrence is 0. In an autocast region, it has
+            the dtype of the region, unless x is float64.
 
         Raises:
             RuntimeError: x has another shape.

@@ -21,6 +21,9 @@ _BUILD = (
 )
 
 
+ARGUMENTS = 10  # of the fused operator, in csrc/ops.cpp
+
+
 def _load_library() -> bool:
     """Register the compiled operators with PyTorch, and return whether the operators can be used.
 
@@ -41,6 +44,10 @@ def _load_library() -> bool:
             f"{spec.origin} does not load: it is damaged or was built for another PyTorch. Rebuild it "
             f"({_BUILD}), or delete it to use the PyTorch reference."
         ) from error
+    if len(torch.ops.cc_attention.criss_cross_attention.default._schema.arguments) != ARGUMENTS:
+        raise ImportError(
+            f"{spec.origin} was built from another version of the source. Rebuild it ({_BUILD})."
+        )
     try:
         importlib.import_module("cc_attention._registration")
     except (ImportError, AttributeError) as error:
@@ -70,7 +77,6 @@ if _load_library():
 WHOLE_DEVICE_TYPES = {"cpu"}
 PICTURE_MASK = 2 | 4  # the axes of a picture, as in csrc/kernels.h
 LONGEST_LINE = 272  # of the tensor-core kernels, as in csrc/cuda/tensor_core.h
-MOST_CHANNELS = 8192
 
 
 @functools.cache
@@ -101,30 +107,35 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def slow_cause(maps: Sequence[Tensor], heads: int, tf32: bool) -> str | None:
+def slow_cause(maps: Sequence[Tensor], heads: int, mask: int, tf32: bool) -> str | None:
     """Return why the tensor cores of a GPU can't be used where they are expected; None if they can.
 
-    They are expected for 16-bit types, and for float32 if TF32 is allowed. The conditions are those of
-    csrc/cuda/tensor_core.h.
+    They are expected for 16-bit types, and for float32 if TF32 is allowed. The conditions are those of `fits`
+    in csrc/cuda/tensor_core.h; without those for maps of billions of elements.
 
     Args:
         maps: query, key, value and, if given, the residual.
         heads: number of heads.
+        mask: the axes, as in `PICTURE_MASK`.
         tf32: whether TF32 is allowed.
     """
     value = maps[2]
-    bits16 = value.dtype in (torch.float16, torch.bfloat16)
-    if value.dim() not in (4, 5) or not (bits16 or (tf32 and value.dtype == torch.float32)):
+    dtype, dim = value.dtype, value.dim()
+    if reference.autocast_enabled(value) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(value.device.type)
+    bits16 = dtype in (torch.float16, torch.bfloat16)
+    if dim not in (4, 5) or not (bits16 or (tf32 and dtype == torch.float32)):
         return None
-    step = 16 // value.element_size()
+    step = 16 // dtype.itemsize
     channels = {t.shape[1] // heads for t in maps}
     if any(count == 0 or count % step for count in channels):
         return f"the channels of each head are no multiples of {step}"
-    if max(channels) > MOST_CHANNELS:
-        return f"a head has more than {MOST_CHANNELS} channels"
-    if max(value.shape[2:]) > LONGEST_LINE:
+    if max(value.shape[axis + 2] for axis in range(dim - 2) if mask & 1 << (axis + 5 - dim)) > LONGEST_LINE:
         return f"a line has more than {LONGEST_LINE} pixels"
-    if any(t.storage_offset() % step or (t.stride(1) == 1 and t.stride(-1) % step) for t in maps):
+    unchanged = dtype == value.dtype  # autocast makes copies
+    if unchanged and any(
+        t.storage_offset() % step or (t.stride(1) == 1 and t.stride(-1) % step) for t in maps
+    ):
         return "a slice does not begin at a multiple of 16 bytes"
     return None
 
@@ -138,11 +149,11 @@ def _warn_slow(description: str) -> None:
     )
 
 
-def _check_speed(maps: Sequence[Tensor], heads: int, tf32: bool) -> None:
+def _check_speed(maps: Sequence[Tensor], heads: int, mask: int, tf32: bool) -> None:
     """Warn once in a process if a GPU can't use its tensor cores because of the shapes."""
     if torch.compiler.is_compiling() or _warn_slow.cache_info().currsize:
         return
-    cause = slow_cause(maps, heads, tf32)
+    cause = slow_cause(maps, heads, mask, tf32)
     if cause and torch.cuda.is_available() and torch.cuda.get_device_capability(maps[0].device) >= (8, 0):
         _warn_slow(f"{cause} (value {list(maps[2].shape)}, {maps[2].dtype}, heads={heads})")
 
@@ -206,7 +217,10 @@ def _composed(  # noqa: PLR0913
         return reference.criss_cross_attention(
             query, key, value, heads=heads, scale=scale, residual=residual, gamma=gamma, axes=axes
         )
-    reference.check_options("criss_cross_attention", query, value, residual, gamma, heads)
+    if reference.autocast_enabled(value):
+        query, key, value = reference.cast_for_autocast(query, key, value)
+        residual = None if residual is None else reference.cast_for_autocast(residual)[0]
+    reference.check_attention("criss_cross_attention", query, key, value, residual, gamma, heads)
     query = query if scale == 1 else scale * query
     out = criss_cross_attention(*(reference.fold_heads(t, heads) for t in (query, key, value)))
     out = reference.unfold_heads(out, heads)
@@ -337,6 +351,7 @@ def criss_cross_attention(  # noqa: PLR0913
         return handle_torch_function(criss_cross_attention, given, *maps, **options)
     if not _compiled_for(value):
         return reference.criss_cross_attention(*maps, **options)
+    reference.check_types("criss_cross_attention", scale, gamma, axes)
     mask = _axes_mask(axes, value.dim())
     whole = value.device.type in WHOLE_DEVICE_TYPES
     if not whole and (heads, scale, mask, residual) != (1, 1.0, PICTURE_MASK, None):
@@ -348,7 +363,8 @@ def criss_cross_attention(  # noqa: PLR0913
         residual, gamma = convert(residual), gamma.to(_summing_dtype(value))
     tf32 = value.is_cuda and _tf32_allowed()
     if value.is_cuda:
-        _check_speed([query, key, value] if residual is None else [query, key, value, residual], heads, tf32)
+        given = [t for t in (query, key, value, residual) if t is not None]
+        _check_speed(given, heads, mask, tf32)
     keep = _is_differentiated(query, key, value, residual, gamma)
     out, _, total = torch.ops.cc_attention.criss_cross_attention(
         query, key, value, residual, gamma, heads, scale, mask, tf32, keep
@@ -358,9 +374,9 @@ def criss_cross_attention(  # noqa: PLR0913
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
     """Return whether derivatives may be needed."""
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return in_transform() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
 
 
 class _JointAttention(torch.autograd.Function):
@@ -401,6 +417,25 @@ def _split(projection: Tensor, query_channels: int) -> tuple[Tensor, Tensor, Ten
     return projection[:, :query_channels], projection[:, query_channels:end], projection[:, end:]
 
 
+def in_transform() -> bool:
+    """Return whether a transform of torch.func or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def joins(x: Tensor) -> bool:
+    """Return whether a module should compute one projection for query, key and value of x.
+
+    This is faster where the kernels read and write parts of a larger map in place.
+    """
+    return not (
+        has_torch_function((x,))
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or in_transform()
+        or x.device.type not in DEVICE_TYPES & WHOLE_DEVICE_TYPES
+    )
+
+
 def joint_attention(projection: Tensor, query_channels: int, residual: Tensor, gamma: Tensor) -> Tensor:
     """Compute `criss_cross_attention` of a map that holds query, key and value, with a residual.
 
@@ -416,17 +451,8 @@ def joint_attention(projection: Tensor, query_channels: int, residual: Tensor, g
     Returns:
         residual + gamma * attention, [N, C, *spatial], channels_last.
     """
-    parts = _split(projection, query_channels)
-    plain = (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or has_torch_function((projection, residual, gamma))
-        or not (torch.is_grad_enabled() and projection.requires_grad)
-    )
-    if plain or projection.device.type not in DEVICE_TYPES & WHOLE_DEVICE_TYPES:
-        return criss_cross_attention(*parts, residual=residual, gamma=gamma)
+    if not _is_differentiated(projection, residual, gamma):
+        return criss_cross_attention(*_split(projection, query_channels), residual=residual, gamma=gamma)
     axes = _axes_mask(None, projection.dim())
     tf32 = projection.is_cuda and _tf32_allowed()
     gamma = gamma.to(_summing_dtype(projection))

@@ -113,6 +113,19 @@ def check_attention(
         check_channels(op, value.shape[1], "those of value", residual=residual)
 
 
+def check_types(op: str, scale: float, gamma: Tensor | None, axes: Sequence[int] | None) -> None:
+    """Raise TypeError if an option of `op` has another type.
+
+    A tensor as the scale would get no gradient from the compiled operator.
+    """
+    if isinstance(scale, Tensor):
+        raise TypeError(f"{op}: scale must be a number; multiply query by a scale that is learned")
+    if gamma is not None and not isinstance(gamma, Tensor):
+        raise TypeError(f"{op}: gamma must be a tensor with one element, got {type(gamma).__name__}")
+    if axes is not None and not isinstance(axes, Sequence):
+        raise TypeError(f"{op}: axes must be a list or tuple of numbers, got {axes!r}")
+
+
 def used_axes(op: str, axes: Sequence[int] | None, dim: int) -> tuple[int, ...]:
     """Return the spatial axes attended along, in ascending order.
 
@@ -330,6 +343,7 @@ def criss_cross_attention(  # noqa: PLR0913
         ValueError: axes are given twice or do not exist.
     """
     op = "criss_cross_attention"
+    check_types(op, scale, gamma, axes)
     if autocast_enabled(value):
         query, key, value = cast_for_autocast(query, key, value)
         residual = None if residual is None else cast_for_autocast(residual)[0]
@@ -342,5 +356,5 @@ def criss_cross_attention(  # noqa: PLR0913
         weight = F.softmax(score if scale == 1 else scale * score, dim=1)
         out = unfold_heads(weighted_sum(weight, wide_value, used), heads)
         if residual is not None and gamma is not None:
-            out = residual.to(wide) + gamma.to(wide) * out
+            out = residual.to(wide) + gamma.to(wide).reshape(()) * out
     return out.to(value.dtype)

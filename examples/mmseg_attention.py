@@ -2,9 +2,9 @@
 
     python examples/mmseg_attention.py
 
-Needs mmsegmentation and the package cc_attention, nothing else of this repository. In a configuration of
-mmsegmentation, import this module by `custom_imports` and write type="FusedCCHead" instead of "CCHead". The
-labels are random: the example shows how the parts fit together, not a result.
+Needs mmsegmentation, mmcv and the package cc_attention, nothing else of this repository. In a configuration
+of mmsegmentation, import this module by `custom_imports` and write type="FusedCCHead" instead of "CCHead".
+The labels are random: the example shows how the parts fit together, not a result.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ from cc_attention import CrissCrossAttention
 class FusedCCHead(CCHead):
     """mmsegmentation's CCHead with the fused attention.
 
-    The head applies `cca` once for each recurrence. Checkpoints of CCHead need one new name: cca.gamma.scale
-    becomes cca.gamma.
+    The head applies `cca` once for each recurrence. Checkpoints of CCHead can be loaded.
     """
 
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.cca = CrissCrossAttention(self.channels)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        """Rename the gamma of mmcv's module, a scalar, before the weights are loaded."""
+        scalar = state_dict.pop(f"{prefix}cca.gamma.scale", None)
+        if scalar is not None:
+            state_dict[f"{prefix}cca.gamma"] = scalar.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
 
 def main() -> None:

@@ -139,20 +139,19 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         y = normalize(x, statistics, weight, bias, options, residual)
         # Without a residual, the sign of y is computed again from x.
         needs_y = residual is not None and options.activation != "identity"
-        y_or_residual = (y if keep else residual) if needs_y else None
-        ctx.save_for_backward(x, weight, bias, statistics, count, y_or_residual)
-        ctx.options, ctx.residual, ctx.keep = options, residual is not None, keep
+        kept = (y, None) if keep else (None, residual)
+        ctx.save_for_backward(x, weight, bias, statistics, count, *(kept if needs_y else (None, None)))
+        ctx.options, ctx.residual = options, residual is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("activated_batch_norm")
-        x, weight, bias, statistics, count, y_or_residual = ctx.saved_tensors
+        x, weight, bias, statistics, count, y, residual = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         options: NormOptions = ctx.options
-        y = y_or_residual
-        if not ctx.keep and y_or_residual is not None:
-            y = normalize(x, statistics, weight, bias, options, y_or_residual)
+        if residual is not None:
+            y = normalize(x, statistics, weight, bias, options, residual)
         operands = (x, y, statistics, weight, bias)
         sums: Any = None
         grad_x = grad_weight = grad_bias = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused
-from networks.recompute import current_outputs
+from networks.recomputation import current_outputs
 from utils.errors import UsageError
 
 BACKENDS = ("torch", "inplace", "apex")
@@ -133,8 +133,8 @@ class ABN(nn.Module):
             x, self.weight, self.bias, *running, options, residual, not recomputed
         )
         if outputs is not None and recomputed:
-            operands = (x.detach(), statistics, self.weight.detach(), self.bias.detach(), options)
-            outputs.add(y, partial(fused.normalize, *operands), residual)
+            operands = (x.detach(), statistics, self.weight.detach(), self.bias.detach())
+            outputs.add(y, partial(fused.normalize, *operands, options), residual, operands)
         return y
 
     def _forward_torch(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from networks.abn import ABN
 from networks.dropout import ChannelDropout
 from networks.heads import RCCAHead
-from networks.recompute import recomputation
+from networks.recomputation import recomputation
 from networks.resnet import ResNet
 from networks.weights import load_weights
 
@@ -42,7 +42,7 @@ class Seg_Model(ResNet):  # noqa: N801
         utils.errors.CheckpointError: `pretrained_model` is unreadable or belongs to another network.
     """
 
-    #: Whether the outputs of batch norm are computed again in the backward pass (networks/recompute.py).
+    #: Whether the outputs of batch norm are computed again in the backward pass (networks/recomputation.py).
     recompute = False
 
     def __init__(  # noqa: PLR0913

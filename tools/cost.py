@@ -20,7 +20,7 @@ import fused
 from engine.acceleration import autocast
 from loss import CriterionDSN, CriterionOhemDSN
 from networks import Seg_Model
-from networks.recompute import recomputation
+from networks.recomputation import recomputation
 from utils.progress import Progress
 from utils.timing import mark, seconds
 

@@ -22,7 +22,7 @@ import fused
 import train
 from dataset.labels import CITYSCAPES
 from networks import ABN, Seg_Model
-from networks.recompute import current_outputs
+from networks.recomputation import current_outputs
 from utils import args as flags_of
 
 #: The commands, which know the small network here (tests/small).

@@ -397,6 +397,42 @@ def test_wrong_options(function: Callable[..., Tensor], change: dict[str, Any], 
 
 
 @pytest.mark.parametrize("function", [criss_cross_attention, reference.criss_cross_attention])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": torch.ones(())}, "scale must be a number; multiply query"),
+        ({"residual": torch.ones(1, 4, 2, 3), "gamma": 0.5}, "gamma must be a tensor .*got float"),
+        ({"axes": 1}, "axes must be a list or tuple of numbers, got 1"),
+    ],
+    ids=str,
+)
+def test_options_of_other_types(
+    function: Callable[..., Tensor], change: dict[str, Any], message: str
+) -> None:
+    value = torch.ones(1, 4, 2, 3)
+    with pytest.raises(TypeError, match=f"criss_cross_attention: {message}"):
+        function(value, value, value, **change)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("change", [{"shape": (2, 1, 3, 4)}, {"dtype": torch.float64}], ids=str)
+def test_a_residual_is_not_broadcast_or_cast(
+    whole: bool, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not whole:
+        monkeypatch.setattr(ops, "WHOLE_DEVICE_TYPES", set())
+    value, gamma = torch.ones(2, 4, 3, 4), torch.ones(1)
+    residual = torch.ones(change.get("shape", value.shape), dtype=change.get("dtype"))
+
+    def call(residual: Tensor) -> Tensor:
+        return criss_cross_attention(value, value, value, residual=residual, gamma=gamma)
+
+    for function, given in ((call, residual), (torch.vmap(call), residual.expand(3, *residual.shape))):
+        with pytest.raises(RuntimeError, match="residual must have"):
+            function(given)
+
+
+@pytest.mark.parametrize("function", [criss_cross_attention, reference.criss_cross_attention])
 def test_wrong_videos(function: Callable[..., Tensor]) -> None:
     video = torch.ones(1, 2, 3, 4, 5)
     with pytest.raises(RuntimeError, match="query must have 4 or 5 dimensions, like the others, got"):
@@ -424,30 +460,30 @@ class TestSlowPath:
             ((64, 512), (97, 97), 8, None),
             ((60, 512), (97, 97), 1, "the channels of each head are no multiples of 8"),
             ((64, 512), (97, 97), 16, "the channels of each head are no multiples of 8"),
-            ((64, 8200), (9, 9), 1, "a head has more than 8192 channels"),
             ((64, 512), (273, 97), 1, "a line has more than 272 pixels"),
-            ((64, 512), (300, 9, 9), 1, "a line has more than 272 pixels"),
+            ((64, 512), (9, 300, 9), 1, "a line has more than 272 pixels"),
+            ((64, 512), (300, 9, 9), 1, None),  # no attention along the frames
         ],
     )
     def test_cause(
         self, channels: tuple[int, int], size: tuple[int, ...], heads: int, cause: str | None
     ) -> None:
-        assert ops.slow_cause(self.maps(channels, size, torch.bfloat16), heads, False) == cause
-        assert ops.slow_cause(self.maps(channels, size, torch.float32), heads, False) is None
+        assert ops.slow_cause(self.maps(channels, size, torch.bfloat16), heads, 6, False) == cause
+        assert ops.slow_cause(self.maps(channels, size, torch.float32), heads, 6, False) is None
 
     def test_tf32_needs_multiples_of_4(self) -> None:
-        assert ops.slow_cause(self.maps((12, 20), (9, 9), torch.float32), 1, True) is None
-        cause = ops.slow_cause(self.maps((12, 18), (9, 9), torch.float32), 1, True)
+        assert ops.slow_cause(self.maps((12, 20), (9, 9), torch.float32), 1, 6, True) is None
+        cause = ops.slow_cause(self.maps((12, 18), (9, 9), torch.float32), 1, 6, True)
         assert cause == "the channels of each head are no multiples of 4"
 
     def test_slices(self) -> None:
         joint = torch.empty(1, 9, 9, 100, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
         parts = [joint[:, :8], joint[:, 8:16], joint[:, 16:24]]
         expected = "a slice does not begin at a multiple of 16 bytes"
-        assert ops.slow_cause(parts, 1, False) == expected  # the pitch
+        assert ops.slow_cause(parts, 1, 6, False) == expected  # the pitch
         whole = torch.empty(1, 9, 9, 104, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
-        assert ops.slow_cause([whole[:, :8], whole[:, 8:16], whole[:, 16:24]], 1, False) is None
-        assert ops.slow_cause([whole[:, :8], whole[:, 8:16], whole[:, 20:28]], 1, False) == expected
+        assert ops.slow_cause([whole[:, :8], whole[:, 8:16], whole[:, 16:24]], 1, 6, False) is None
+        assert ops.slow_cause([whole[:, :8], whole[:, 8:16], whole[:, 20:28]], 1, 6, False) == expected
 
     def test_one_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ops._warn_slow.cache_clear()
@@ -457,15 +493,15 @@ class TestSlowPath:
         with pytest.warns(
             UserWarning, match=r"multiples of 8 \(value \[1, 512, 5, 7\], torch.bfloat16, heads=1"
         ):
-            ops._check_speed(maps, 1, False)
+            ops._check_speed(maps, 1, 6, False)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ops._check_speed(maps, 1, False)
+            ops._check_speed(maps, 1, 6, False)
         ops._warn_slow.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ops._check_speed(maps, 1, False)
+            ops._check_speed(maps, 1, 6, False)
 
 
 # The modules
@@ -483,7 +519,7 @@ def test_a_video_of_one_frame_is_a_picture() -> None:
     video, picture = filled(CrissCrossAttention3d(16)), filled(CrissCrossAttention(16))
     x = torch.randn(2, 16, 1, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(video(x)[:, :, 0], picture(x[:, :, 0]))
-    # The same names, so that the weights of a picture network start one for videos.
+    # The same names; the weights of the convolutions have one dimension more.
     assert list(video.state_dict()) == list(picture.state_dict())
 
 
@@ -552,6 +588,42 @@ def test_one_projection_is_three(kind: type[torch.nn.Module], precision: torch.d
         assert out.dtype == precision
     tolerance = {"rtol": 0, "atol": 0.03} if precision == torch.bfloat16 else {}
     torch.testing.assert_close(*results, **tolerance)
+
+
+def replace_by_bias_free(module: CrissCrossAttention) -> None:
+    module.query_conv = torch.nn.Conv2d(16, 2, 1, bias=False)
+
+
+def replace_by_more_channels(module: CrissCrossAttention) -> None:
+    module.query_conv, module.key_conv = torch.nn.Conv2d(16, 4, 1), torch.nn.Conv2d(16, 4, 1)
+
+
+def replace_by_larger_kernels(module: CrissCrossAttention) -> None:
+    module.key_conv = torch.nn.Conv2d(16, 2, 3, padding=1)
+
+
+def wrap_forward(module: CrissCrossAttention) -> None:
+    forward = module.value_conv.forward
+    module.value_conv.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize(
+    "change", [replace_by_bias_free, replace_by_more_channels, replace_by_larger_kernels, wrap_forward]
+)
+def test_replaced_layers_are_used(change: Callable[[CrissCrossAttention], None]) -> None:
+    module = CrissCrossAttention(16)
+    change(module)
+    filled(module)
+    x = torch.randn(1, 16, 4, 5, dtype=torch.float64)
+    maps = (module.query_conv(x), module.key_conv(x), module.value_conv(x))
+    torch.testing.assert_close(module(x), x + module.gamma * full_attention(*maps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_another_type_in_an_autocast_region(dtype: torch.dtype) -> None:
+    module = CrissCrossAttention(16).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.ones(1, 16, 4, 5, dtype=dtype)).dtype == torch.bfloat16
 
 
 @compiled

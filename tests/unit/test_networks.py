@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from conftest import fill
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fused
 from loss import CriterionDSN
 from networks import ABN, CheckpointError, Seg_Model, load_weights, synchronize
+from networks.recomputation import recomputation
 from networks.variants import DEPTHS
 
 DATA = Path(__file__).parents[1] / "data"
@@ -381,7 +384,12 @@ class TestFusedLayer:
             torch.autograd.grad(ABN(6)(x).square().sum(), x, create_graph=True)
 
 
-@pytest.mark.skipif(not fused.active(torch.device("cpu")), reason="the fused operators are not built")
+needs_fused = pytest.mark.skipif(
+    not fused.active(torch.device("cpu")), reason="the fused operators are not built"
+)
+
+
+@needs_fused
 def test_recomputation_frees_outputs_and_changes_no_bit():
     results, freed = [], []
     for enabled in (False, True):
@@ -399,6 +407,51 @@ def test_recomputation_frees_outputs_and_changes_no_bit():
         results.append([parameter.grad for parameter in model.parameters()])
     assert freed == [[False, False], [True, True]]
     assert all(map(torch.equal, *results))
+
+
+@needs_fused
+def test_recomputation_within_activation_checkpointing():
+    """The forward pass that a checkpoint repeats runs outside of the recomputation."""
+    gradients = []
+    for enabled, checkpointed in ((False, False), (True, True)):
+        model = Seg_Model(5, backbone="resnet50", dropout=0)
+        fill(model, 3)
+        model.recompute = enabled
+        if checkpointed:
+            layer = model.layer3
+            forward = layer.forward
+            layer.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
+        outputs = model.train()(torch.randn(2, 3, 33, 49, generator=torch.Generator().manual_seed(1)))
+        sum(output.square().mean() for output in outputs).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+@needs_fused
+@pytest.mark.parametrize("change", ["output", "input", "weight"])
+def test_recomputation_and_operations_in_place(change: str):
+    """A changed output is kept as it is; a change of what it is computed from is an error, as in PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 5, 6, generator=generator).requires_grad_()
+    layer = torch.nn.Conv2d(4, 3, 1)
+    gradients = []
+    for context in (contextlib.nullcontext(), recomputation()):
+        norm = ABN(4)
+        with context:
+            inner = 1 * x
+            y = norm(inner)
+            if change == "output":
+                y = y.mul_(3)
+            out = layer(y)
+        if change != "output":
+            with torch.no_grad():
+                (inner if change == "input" else norm.weight).mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an in-?place operation"):
+                out.sum().backward()
+            continue
+        gradients.append(torch.autograd.grad(out.square().sum(), [x, layer.weight]))
+    if gradients:
+        assert all(map(torch.equal, *gradients))
 
 
 def synchronized_part(

@@ -365,7 +365,8 @@ def test_autocast_within_transforms(module: RecurrentCrissCrossAttention) -> Non
         torch.testing.assert_close(vmap(lambda p: module(p[None])[0])(x), one_by_one, rtol=0.02, atol=0.02)
         ours = grad(lambda w: functional_call(module, w, (x,)).square().sum())(weights)
         expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
-        agree(list(ours.values()), list(expected), tolerance=1e-6)
+        # Without a transform, one projection takes the place of three: the gradients round elsewhere.
+        agree(list(ours.values()), list(expected), tolerance=1e-4)
         for name in NAMES:
             inputs = tuple(t.float() for t in operands(name))
             ours, theirs = (jvp(getattr(each, name), inputs, inputs) for each in (ops, reference))
