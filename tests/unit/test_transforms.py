@@ -366,7 +366,7 @@ def test_autocast_within_transforms(module: RecurrentCrissCrossAttention) -> Non
         ours = grad(lambda w: functional_call(module, w, (x,)).square().sum())(weights)
         expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
         # Without a transform, one projection takes the place of three: the gradients round elsewhere.
-        agree(list(ours.values()), list(expected), tolerance=1e-4)
+        agree(list(ours.values()), list(expected), tolerance=2e-3)
         for name in NAMES:
             inputs = tuple(t.float() for t in operands(name))
             ours, theirs = (jvp(getattr(each, name), inputs, inputs) for each in (ops, reference))
