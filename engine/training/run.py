@@ -188,7 +188,8 @@ class Run:
             before = time.monotonic()
             batch = next(batches)
             self._waited += time.monotonic() - before
-            # Check for a signal first: it may have reached the data workers too and caused their error.
+            # Check for a signal first: it may have reached the data workers too and caused their error. Where
+            # steps wait late, the device still computes the last step while the processes agree.
             end = self._stopped(step - 1) or (batch if isinstance(batch, Exception) else None)
             if (end := self.world.first(end)) is not None:
                 self._end(end)
