@@ -105,21 +105,19 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[i][v] += a_column[i * a_row] * b_vectors[v];
   }
-  const auto finish = [&](const auto& merged) {
+  const bool plain = merge.before == nullptr && merge.factor == nullptr;
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        S* result = out + i * out_row + v * kLanes<S>;
-        store_vector(result, merged(i, sum[i][v], result));
+    for (int v = 0; v < kVectors; ++v) {
+      S* result = out + i * out_row + v * kLanes<S>;
+      Vector<S> own = sum[i][v];
+      if (!plain) {
+        if (merge.factor != nullptr) own = merge.factor[i] * own;
+        if (merge.before != nullptr) own = merge.before[i] * load_vector(result) + own;
       }
-  };
-  if (merge.before == nullptr && merge.factor == nullptr)
-    return finish([&](int, const Vector<S>& own, const S*) { return own; });
-  finish([&](int i, const Vector<S>& own, const S* result) {
-    const Vector<S> scaled = merge.factor == nullptr ? own : merge.factor[i] * own;
-    return merge.before == nullptr ? scaled : merge.before[i] * load_vector(result) + scaled;
-  });
+      store_vector(result, own);
+    }
 }
 
 // Returns the number of products in one sum. A sum of short sums is more accurate than one long sum. Short lines use
