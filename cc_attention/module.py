@@ -48,8 +48,8 @@ class _Attention(nn.Module):
         layers = (self.query_conv, self.key_conv, self.value_conv)
         if not (joins(x) and self._are_as_made(layers)):
             # torch.vmap does not let autocast cast the weights for an input that is cast already.
-            x_in = x.to(self.gamma.dtype) if in_transform() and autocast_enabled(x) else x
-            query, key, value = (layer(x_in) for layer in layers)
+            plain = x.to(self.gamma.dtype) if in_transform() and autocast_enabled(x) else x
+            query, key, value = (layer(plain) for layer in layers)
             return criss_cross_attention(query, key, value, residual=x, gamma=self.gamma)
         # One convolution reads x once, and its gradient is one map.
         parameters = [getattr(layer, name) for name in ("weight", "bias") for layer in layers]
@@ -61,7 +61,8 @@ class _Attention(nn.Module):
 
     def _are_as_made(self, layers: Sequence[nn.Module]) -> bool:
         """Return whether nothing has replaced or wrapped the layers: then their weights suffice."""
-        if nn.modules.module._has_any_global_hook():
+        # A private function of PyTorch: where it is missing, the layers are called.
+        if getattr(nn.modules.module, "_has_any_global_hook", lambda: True)():
             return False
         channels = (self.in_dim // 8, self.in_dim // 8, self.in_dim)
         ones, zeros = (1,) * (self.dim - 2), (0,) * (self.dim - 2)

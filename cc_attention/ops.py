@@ -20,7 +20,6 @@ _BUILD = (
     "otherwise install a C++ compiler and reinstall the package"
 )
 
-
 ARGUMENTS = 10  # of the fused operator, in csrc/ops.cpp
 
 
@@ -111,7 +110,7 @@ def slow_cause(maps: Sequence[Tensor], heads: int, mask: int, tf32: bool) -> str
     """Return why the tensor cores of a GPU can't be used where they are expected; None if they can.
 
     They are expected for 16-bit types, and for float32 if TF32 is allowed. The conditions are those of `fits`
-    in csrc/cuda/tensor_core.h; without those for maps of billions of elements.
+    in csrc/cuda/tensor_core.h, except for its limits on the number of elements.
 
     Args:
         maps: query, key, value and, if given, the residual.
@@ -193,8 +192,8 @@ def _axes_mask(axes: Sequence[int] | None, dim: int) -> int:
     return sum(1 << (axis + 5 - dim) for axis in reference.used_axes("criss_cross_attention", axes, dim))
 
 
-def _summing_dtype(value: Tensor) -> torch.dtype:
-    """Return the dtype of gamma in a call of the operator."""
+def _gamma_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype in which the operator takes gamma."""
     dtype = value.dtype
     if reference.autocast_enabled(value) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(value.device.type)
@@ -325,7 +324,7 @@ def criss_cross_attention(  # noqa: PLR0913
         key: same shape, dtype and device as query.
         value: [N, C, H, W] or [N, C, T, H, W], same dtype and device.
         heads: number of equal groups of channels of query, key and value, each of which attends separately.
-        scale: factor of the scores.
+        scale: factor of the scores, a number.
         residual: map in the shape and dtype of value; requires gamma.
         gamma: factor of the attention, one element of any dtype. With a residual, the result is
             ``residual + gamma * attention``, computed in the same pass.
@@ -337,6 +336,7 @@ def criss_cross_attention(  # noqa: PLR0913
     Raises:
         RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).
         ValueError: axes are given twice or do not exist.
+        TypeError: scale is a tensor, gamma is not, or axes is not a list or tuple.
     """
     maps = (query, key, value)
     options: dict[str, Any] = {
@@ -354,13 +354,13 @@ def criss_cross_attention(  # noqa: PLR0913
     reference.check_types("criss_cross_attention", scale, gamma, axes)
     mask = _axes_mask(axes, value.dim())
     whole = value.device.type in WHOLE_DEVICE_TYPES
-    if not whole and (heads, scale, mask, residual) != (1, 1.0, PICTURE_MASK, None):
+    if not whole and not (heads == scale == 1 and mask == PICTURE_MASK and residual is None):
         return _composed(*maps, **options)
     # Convert here and not inside the operator, so that the backward pass reuses the copies.
     convert = readable if whole else to_channels_last
     query, key, value = (convert(t) for t in maps)
     if residual is not None and gamma is not None:
-        residual, gamma = convert(residual), gamma.to(_summing_dtype(value))
+        residual, gamma = convert(residual), gamma.to(_gamma_dtype(value))
     tf32 = value.is_cuda and _tf32_allowed()
     if value.is_cuda:
         given = [t for t in (query, key, value, residual) if t is not None]
@@ -412,9 +412,9 @@ class _JointAttention(torch.autograd.Function):
 
 
 def _split(projection: Tensor, query_channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views of query, key and value. torch.fx could not iterate over the result of Tensor.split."""
-    end = 2 * query_channels
-    return projection[:, :query_channels], projection[:, query_channels:end], projection[:, end:]
+    """Return views of query, key and value."""
+    query, key, value = projection.split([query_channels] * 2 + [projection.shape[1] - 2 * query_channels], 1)
+    return query, key, value
 
 
 def in_transform() -> bool:
@@ -427,13 +427,9 @@ def joins(x: Tensor) -> bool:
 
     This is faster where the kernels read and write parts of a larger map in place.
     """
-    return not (
-        has_torch_function((x,))
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or in_transform()
-        or x.device.type not in DEVICE_TYPES & WHOLE_DEVICE_TYPES
-    )
+    if has_torch_function((x,)) or x.device.type not in DEVICE_TYPES & WHOLE_DEVICE_TYPES:
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
 
 
 def joint_attention(projection: Tensor, query_channels: int, residual: Tensor, gamma: Tensor) -> Tensor:
@@ -455,5 +451,5 @@ def joint_attention(projection: Tensor, query_channels: int, residual: Tensor, g
         return criss_cross_attention(*_split(projection, query_channels), residual=residual, gamma=gamma)
     axes = _axes_mask(None, projection.dim())
     tf32 = projection.is_cuda and _tf32_allowed()
-    gamma = gamma.to(_summing_dtype(projection))
+    gamma = gamma.to(_gamma_dtype(projection))
     return _JointAttention.apply(projection, query_channels, readable(residual), gamma, axes, tf32)

@@ -114,9 +114,9 @@ def check_attention(
 
 
 def check_types(op: str, scale: float, gamma: Tensor | None, axes: Sequence[int] | None) -> None:
-    """Raise TypeError if an option of `op` has another type.
+    """Raise TypeError if an option of `op` has a wrong type.
 
-    A tensor as the scale would get no gradient from the compiled operator.
+    The compiled operator would give a scale that is a tensor no gradient.
     """
     if isinstance(scale, Tensor):
         raise TypeError(f"{op}: scale must be a number; multiply query by a scale that is learned")
@@ -330,7 +330,7 @@ def criss_cross_attention(  # noqa: PLR0913
         key: same shape, dtype and device as query.
         value: [N, C, H, W] or [N, C, T, H, W], same dtype and device.
         heads: number of equal groups of channels, each of which attends separately.
-        scale: factor of the scores.
+        scale: factor of the scores, a number.
         residual: map in the shape and dtype of value; requires gamma.
         gamma: one element. With a residual, the result is residual + gamma * attention.
         axes: spatial axes to attend along, counted from 0; None is all.
@@ -341,6 +341,7 @@ def criss_cross_attention(  # noqa: PLR0913
     Raises:
         RuntimeError: shapes, devices or dtypes do not match (dtypes may differ in an autocast region).
         ValueError: axes are given twice or do not exist.
+        TypeError: scale is a tensor, gamma is not, or axes is not a list or tuple.
     """
     op = "criss_cross_attention"
     check_types(op, scale, gamma, axes)

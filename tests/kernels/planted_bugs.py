@@ -85,7 +85,7 @@ BUGS: list[Bug] = [
         "forward: no empty groups",
         FORWARD,
         "    device::commit_copies();  // also an",
-        "    if (next_channel < C) device::commit_copies();  // also an",
+        "    if (next_channel < end) device::commit_copies();  // also an",
     ),
     Bug("forward: a key too many", FORWARD, "k >= line.length ||", "k > line.length ||"),
     Bug("forward: self twice", FORWARD, "(!a.pass.last && k == rows[i / 2])", "false"),

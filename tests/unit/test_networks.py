@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -428,30 +430,34 @@ def test_recomputation_within_activation_checkpointing():
 
 
 @needs_fused
-@pytest.mark.parametrize("change", ["output", "input", "weight"])
-def test_recomputation_and_operations_in_place(change: str):
-    """A changed output is kept as it is; a change of what it is computed from is an error, as in PyTorch."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 5, 6, generator=generator).requires_grad_()
+def test_recomputation_keeps_an_output_that_is_changed_in_place():
+    x = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layer = torch.nn.Conv2d(4, 3, 1)
     gradients = []
     for context in (contextlib.nullcontext(), recomputation()):
-        norm = ABN(4)
         with context:
-            inner = 1 * x
-            y = norm(inner)
-            if change == "output":
-                y = y.mul_(3)
-            out = layer(y)
-        if change != "output":
-            with torch.no_grad():
-                (inner if change == "input" else norm.weight).mul_(2)
-            with pytest.raises(RuntimeError, match="modified by an in-?place operation"):
-                out.sum().backward()
-            continue
+            out = layer(ABN(4)(1 * x).mul_(3))
         gradients.append(torch.autograd.grad(out.square().sum(), [x, layer.weight]))
-    if gradients:
-        assert all(map(torch.equal, *gradients))
+    assert all(map(torch.equal, *gradients))
+
+
+@needs_fused
+@pytest.mark.parametrize("changed", ["input", "weight", "residual", "weight of the next layer"])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, recomputation])
+def test_a_change_in_place_before_the_backward_pass_is_an_error(changed: str, context: Callable[[], Any]):
+    """Recomputation notices what PyTorch notices."""
+    x = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    norm, layer = ABN(4, "relu"), torch.nn.Conv2d(4, 3, 1)
+    inner, residual = 1 * x, 2 * x
+    with context():
+        out = layer(norm(inner, residual))
+    if changed == "residual" and context is contextlib.nullcontext:
+        pytest.skip("without recomputation, the residual is not kept")
+    tensors = {"input": inner, "weight": norm.weight, "residual": residual}
+    with torch.no_grad():
+        tensors.get(changed, layer.weight).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an in-?place operation"):
+        out.sum().backward()
 
 
 def synchronized_part(
