@@ -47,6 +47,7 @@ most of the time there; `--contenders ours bmm einsum views non-local` avoids it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -402,6 +403,11 @@ def get_parser() -> argparse.ArgumentParser:
         default=True,
         help="also measure CUDA graphs (default: yes)",
     )
+    add(
+        "--untested",
+        action="store_true",
+        help="on a GPU, also use kernels that no GPU has run yet (docs/operator.md)",
+    )
     add("--rounds", type=positive_int, default=5, help="number of measurements (default: %(default)s)")
     add("--threads", type=processes, help="number of CPU threads (default: that of PyTorch)")
     add("--out", metavar="FILE.json", help="JSON file to write the results to, updated after each case")
@@ -513,7 +519,8 @@ def main(argv: list[str] | None = None) -> int:
             check_output_file(flag, path)
     if args.device == "cpu":
         timing.limit_memory()
-    return compare_all(args)
+    with ops.untested_kernels() if args.untested else contextlib.nullcontext():
+        return compare_all(args)
 
 
 def compare_all(args: argparse.Namespace) -> int:
@@ -529,6 +536,7 @@ def compare_all(args: argparse.Namespace) -> int:
         "machine": about,
         "ceilings": {"copy_bytes_per_second": bandwidth, "matrix_flop_per_second": rates},
         "units": "seconds; peaks in addition to the inputs, and allocations, in bytes",
+        "untested_kernels": os.environ.get(ops.UNTESTED) == "1",
         "cases": cases,
     }
     print(f"{about['name']}, {about['threads']} threads, PyTorch {about['torch']}, {about['date']}")

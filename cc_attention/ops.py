@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,12 +72,32 @@ if _load_library():
     )
 
 
+#: Environment variable that, set to 1, allows CUDA kernels that no GPU has run yet (docs/operator.md). The
+#: compiled operators read it at each call.
+UNTESTED = "CC_ATTENTION_UNTESTED"
 #: Device types whose kernels serve all of `criss_cross_attention`. No GPU has run the CUDA kernels for heads,
 #: scale, axes, videos, a residual and parts of larger maps yet. Until "cuda" is here, these are composed on a
 #: GPU of what has been tested.
-WHOLE_DEVICE_TYPES = {"cpu"}
+WHOLE_DEVICE_TYPES = {"cpu"} | ({"cuda"} if os.environ.get(UNTESTED) == "1" else set())
 PICTURE_MASK = 2 | 4  # the axes of a picture, as in csrc/kernels.h
 LONGEST_LINE = 272  # of the tensor-core kernels, as in csrc/cuda/tensor_core.h
+
+
+@contextlib.contextmanager
+def untested_kernels() -> Iterator[None]:
+    """Allow, during a `with` block, CUDA kernels that no GPU has run yet. For tests and benchmarks."""
+    environment, before = os.environ.get(UNTESTED), set(WHOLE_DEVICE_TYPES)
+    os.environ[UNTESTED] = "1"
+    WHOLE_DEVICE_TYPES.update(DEVICE_TYPES)
+    try:
+        yield
+    finally:
+        if environment is None:
+            del os.environ[UNTESTED]
+        else:
+            os.environ[UNTESTED] = environment
+        WHOLE_DEVICE_TYPES.clear()
+        WHOLE_DEVICE_TYPES.update(before)
 
 
 @functools.cache

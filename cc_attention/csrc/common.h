@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <sstream>
 #include <string>
@@ -169,6 +171,8 @@ struct CudaCall {
         10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
     device.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     device.tf32 = tf32;
+    const char* const untested = std::getenv("CC_ATTENTION_UNTESTED");
+    device.untested = untested != nullptr && std::strcmp(untested, "1") == 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   }
 

@@ -126,6 +126,7 @@ struct Device {
   int capability;     // 10 * major + minor: 75, 80, 90, ...
   int shared_memory;  // maximum bytes per block
   bool tf32;          // float32 products may run on tensor cores
+  bool untested;      // kernels that no GPU has run yet may be chosen
 };
 
 // These queue their work on the stream (a cudaStream_t) and return the cudaError_t of the launches as an int.

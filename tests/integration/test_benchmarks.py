@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -345,6 +347,21 @@ def test_rows_of_flags_and_of_a_gpu():
         *("1x5x7 R=2", "1x2x3x4 R=2", "1x5x7 heads=2 axes=1", "1x2x3x4 heads=2 axes=1")
     ]
     assert all(row.choices == list(attention.CHOICES) and not row.memory for row in found)
+
+
+@pytest.mark.parametrize("flags", [[], ["--untested"]])
+def test_untested_kernels_are_used_during_one_run(flags: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops, "WHOLE_DEVICE_TYPES", set())
+    monkeypatch.delenv(ops.UNTESTED, raising=False)
+    during = []
+
+    def compare(args: argparse.Namespace) -> None:
+        during.append((os.environ.get(ops.UNTESTED), set(ops.WHOLE_DEVICE_TYPES)))
+
+    monkeypatch.setattr(attention, "compare_all", compare)
+    attention.main(["--device", "cpu", "--dtypes", "float32", *flags])
+    assert during == [("1", set(ops.DEVICE_TYPES)) if flags else (None, set())]
+    assert ops.UNTESTED not in os.environ and not ops.WHOLE_DEVICE_TYPES
 
 
 @pytest.mark.slow

@@ -664,7 +664,7 @@ def test_more_lines_than_a_grid_has(emulator: Emulator, name: str) -> None:
     arguments = (Forward if name == "forward" else Backward)()
     arguments.dtype, arguments.axes = DTYPES.index(BF16), axes_of("HW")
     arguments.sizes = Sizes(2**32 + 1, 1, 8, 8, 1, 1, 1)
-    device = Device(90, SHARED_MEMORY, True)
+    device = Device(90, SHARED_MEMORY, True, False)
     with pytest.raises(RuntimeError, match="no launch failed"):
         emulator.call(f"emulated_{name}", byref(arguments), byref(device))
 

@@ -132,6 +132,7 @@ class Device(ctypes.Structure):
         ("capability", c_int),
         ("shared_memory", c_int),
         ("tf32", ctypes.c_bool),
+        ("untested", ctypes.c_bool),
     ]
 
 
@@ -228,7 +229,7 @@ class Emulator:
     Errors: RuntimeError where a launch fails or a function returns an error code,
     AssertionError where something else than the outputs was written to.
 
-    Settings: capability, shared_memory (bytes of a block), tf32, as in struct Device; schedule,
+    Settings: capability, shared_memory (bytes of a block), tf32, untested, as in struct Device; schedule,
     one of SCHEDULES or beyond; threads, of the operating system.
 
     tensor_cores: whether the last attention call ran on tensor cores.
@@ -263,10 +264,11 @@ class Emulator:
         capability: int = 90,
         shared_memory: int = SHARED_MEMORY,
         tf32: int = False,
+        untested: int = False,
         **settings: int,
     ) -> None:
         """Call a function with the operands as the fields of its arguments of these names."""
-        device = Device(capability, shared_memory, tf32)
+        device = Device(capability, shared_memory, tf32, untested)
         maps = {field[0] for field in arguments._fields_ if field[1] is Map}
 
         def give(field: str, operand: Operand) -> None:
