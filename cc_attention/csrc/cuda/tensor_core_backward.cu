@@ -372,18 +372,23 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 #endif
 }
 
-constexpr int kLongKeyTiles = 6;  // of the kernel that takes long lines in blocks of keys
-
-// The kernel, by its number of key tiles, for lines of a given length. The smaller tiles of the kernel for long lines
-// may fit in the shared memory of the device where others do not.
 int shared_bytes(Dtype dtype, int64_t length, int key_tiles, int stages) {
   const int queries = tiles_of(length) * kTile, keys = key_tiles * kTile;
   const int weights_pitch = keys * static_cast<int>(element_size(dtype)) + 16;
   return queries * weights_pitch + stages * (keys + queries) * kPitch;
 }
+
+// Kernels for long lines, which they divide into blocks of keys. The second fits in the shared memory of any device.
+constexpr int kLongKeyTiles = 6;
+constexpr int kFewKeyTiles = 2;
+
+// Returns the number of key tiles of the kernel for lines of the given length, or 0 if none fits in the shared memory.
 int key_tiles_for(Dtype dtype, int64_t length, const Device& device) {
-  const int key_tiles = most_tiles(length) > kLongestInOrder ? kLongKeyTiles : most_tiles(length);
-  return shared_bytes(dtype, length, key_tiles, 1) <= device.shared_memory ? key_tiles : kLongKeyTiles;
+  const int usual = most_tiles(length) > kLongestInOrder ? kLongKeyTiles : most_tiles(length);
+  const int few = device.untested ? kFewKeyTiles : usual;
+  for (const int key_tiles : {usual, kLongKeyTiles, few})
+    if (shared_bytes(dtype, length, key_tiles, 1) <= device.shared_memory) return key_tiles;
+  return 0;
 }
 
 // Returns whether the last two passes are one launch in image order, with the kernel for the longer lines.
@@ -393,7 +398,7 @@ bool in_image_order(const Backward& b, const Device& device) {
   const Pass &earlier = passes.end()[-2], &later = passes.end()[-1];
   const int key_tiles = key_tiles_for(b.dtype, later.length, device);
   const int bytes = shared_bytes(b.dtype, std::max(earlier.length, later.length), key_tiles, 1) + kHeaderBytes<true>;
-  return key_tiles != kLongKeyTiles && bytes <= device.shared_memory &&
+  return key_tiles > kFewKeyTiles && key_tiles != kLongKeyTiles && bytes <= device.shared_memory &&
          key_tiles_for(b.dtype, earlier.length, device) == key_tiles &&
          (earlier.lines + later.lines) * b.sizes.heads <= INT32_MAX;
 }
@@ -491,8 +496,11 @@ int run(const Backward& b, const Device& device, void* stream) {
       case 9:
         error = launch(kernel_of<T, 9, 9, 1>(both));
         break;
-      default:
+      case kLongKeyTiles:
         error = launch(backward_kernel<T, kLongKeyTiles, 17, 1, false>);
+        break;
+      default:
+        error = launch(backward_kernel<T, kFewKeyTiles, 17, 1, false>);
     }
     if (error != cudaSuccess) return error;
   }
@@ -508,8 +516,7 @@ bool serves(const Backward& b, const Device& device) {
              read_only(b.grad_value)}))
     return false;
   for (const Pass& pass : passes_of(b.sizes, b.axes))
-    if (shared_bytes(b.dtype, pass.length, key_tiles_for(b.dtype, pass.length, device), 1) > device.shared_memory)
-      return false;
+    if (key_tiles_for(b.dtype, pass.length, device) == 0) return false;
   return true;
 }
 

@@ -129,6 +129,7 @@ struct Copy {
   void* shared;
   const void* global;  // null: zeros
   int group;
+  unsigned char issued[16];  // the source at that time
 };
 
 struct Fiber {
@@ -515,7 +516,9 @@ class Runner {
     if (valid && (shared_.holds(global, 16) || static_shared_.holds(global, 16))) fail("the source is shared memory");
     interrupt();
     memset(shared, kPoison, 16);
-    fiber().copies.push_back({shared, valid ? global : nullptr, fiber().group});
+    Copy copy{shared, valid ? global : nullptr, fiber().group, {}};
+    if (valid) memcpy(copy.issued, global, 16);
+    fiber().copies.push_back(copy);
   }
 
   void wait_for_copies(int pending, Where where) {
@@ -525,7 +528,8 @@ class Runner {
     for (; own.first_copy < own.copies.size(); ++own.first_copy) {
       const Copy& copy = own.copies[own.first_copy];
       if (copy.group >= own.group - pending) break;
-      copy.global ? memcpy(copy.shared, copy.global, 16) : memset(copy.shared, 0, 16);
+      if (copy.global && memcmp(copy.issued, copy.global, 16)) fail("the source of a copy was written to meanwhile");
+      memcpy(copy.shared, copy.issued, 16);
     }
     if (own.first_copy == own.copies.size()) {
       own.copies.clear();
