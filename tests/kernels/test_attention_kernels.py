@@ -658,7 +658,7 @@ def test_image_order(emulator: Emulator, problem: Problem) -> None:
     if gamma is not None:
         tried |= {"residual": residual, "gamma": gamma}
     emulator.forward(query, key, value, **tried)
-    assert emulator.workspace_bytes > 0  # the counters
+    assert emulator.workspace_size > 0  # the counters
     for schedule in SCHEDULES[:: 1 if query.numel() < 10_000 else 3]:
         results = solve(emulator, problem, operands, untested=True, **in_turns(schedule))
         for name, exact in truth.items():
@@ -679,8 +679,10 @@ def test_image_order(emulator: Emulator, problem: Problem) -> None:
 @pytest.mark.build
 def test_calls_without_image_order(emulator: Emulator, problem: Problem) -> None:
     operands = problem.sample()
-    emulator.forward(*operands[:3], **(problem.arguments | {"untested": True}))
-    assert emulator.workspace_bytes == 0
+    query, key, value, *_ = operands
+    arguments: dict[str, Any] = problem.arguments | {"untested": True}
+    emulator.forward(query, key, value, **arguments)
+    assert emulator.workspace_size == 0
     check_problem(problem, solve(emulator, problem, operands, untested=True), operands)
 
 

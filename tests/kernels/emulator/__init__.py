@@ -235,7 +235,7 @@ class Emulator:
     thread runs one, at the same time).
 
     tensor_cores: whether the last attention call ran on tensor cores.
-    workspace_bytes: size of its workspace.
+    workspace_size: bytes of its workspace.
     """
 
     def __init__(self, library: Path) -> None:
@@ -243,7 +243,7 @@ class Emulator:
         self.library.emulator_error.restype = ctypes.c_char_p
         self.library.emulator_switches.restype = c_int64
         self.tensor_cores = False
-        self.workspace_bytes = 0
+        self.workspace_size = 0
 
     def call(
         self,
@@ -284,8 +284,8 @@ class Emulator:
             give(field, operand)
         workspace_bytes = self.library[f"{name}_workspace"]
         workspace_bytes.restype = c_int64
-        self.workspace_bytes = workspace_bytes(byref(arguments), byref(device))
-        operands["workspace"] = Operand((self.workspace_bytes,), torch.uint8)
+        self.workspace_size = workspace_bytes(byref(arguments), byref(device))
+        operands["workspace"] = Operand((self.workspace_size,), torch.uint8)
         give("workspace", operands["workspace"])
         self.call(name, byref(arguments), byref(device), shared_memory=shared_memory, **settings)
         self.tensor_cores = bool(self.library[f"{name}_on_tensor_cores"](byref(arguments), byref(device)))
