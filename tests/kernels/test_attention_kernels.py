@@ -665,6 +665,21 @@ def test_image_order(emulator: Emulator, problem: Problem) -> None:
             assert torch.equal(results[name], exact), f"{name} under schedule {schedule}"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(40, 16, 64, 97, 97), (3, 64, 512, 60, 33), (300, 8, 8, 5, 3)], ids=str)
+def test_image_order_on_cuda(shape: tuple[int, ...]) -> None:
+    """More blocks than a GPU runs at a time."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no GPU with tensor cores here")
+    backend, operands = on_device("cuda"), sample(shape, BF16, "cuda")
+    results, normalizer = run(backend, operands)
+    with ops.untested_kernels():
+        for _ in range(5):
+            others, normalizer_too = run(backend, operands)
+            for result, other in zip([*results, normalizer], [*others, normalizer_too], strict=True):
+                assert torch.equal(result, other)
+
+
 @pytest.mark.parametrize(
     "problem",
     [

@@ -144,7 +144,7 @@ def test_each_thread_runs_once(kernels: Emulator, schedule: int, threads: int):
 
 
 #: Blocks that run at a time: on two OS threads, or that number in turns.
-RESIDENT = (0, 1, 2, 5)
+RESIDENT = (0, 1, 2, 4, 5)
 
 
 def run_chain(kernels: Emulator, fault: str, schedule: int, resident: int) -> bool:

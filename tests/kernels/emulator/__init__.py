@@ -231,8 +231,8 @@ class Emulator:
     AssertionError where something else than the outputs was written to.
 
     Settings: capability, shared_memory (bytes of a block), tf32, untested, as in struct Device; schedule,
-    one of SCHEDULES or beyond; threads, of the operating system; resident, blocks that run in turns (0: each
-    thread runs one, at the same time).
+    one of SCHEDULES or beyond; threads, of the operating system; resident, blocks that run in turns, an even
+    number to let late ones go first (0: each thread runs one, at the same time).
 
     tensor_cores: whether the last attention call ran on tensor cores.
     workspace_size: bytes of its workspace.

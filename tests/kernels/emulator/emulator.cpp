@@ -255,7 +255,7 @@ uint32_t xorshift(uint64_t& state) {  // xorshift64
 // The blocks that are resident, one in each worker (an OS thread), and how they wait for each other.
 //
 // In turns, one worker runs at a time. By order of priority, blocks without a ticket go first, so that all have one;
-// then the block with the first ticket, or backwards, that with the last.
+// then the block with the first ticket or, if the number of workers is even, that with the last.
 class Residents {
  public:
   void begin(int workers, bool in_turns, const Schedule& schedule) {
@@ -350,7 +350,7 @@ class Residents {
     if (able.empty()) return;
     const auto place = [&](int worker) {
       const uint64_t ticket = blocks_[worker].ticket + 1;  // 0: none
-      return schedule_.key && ticket ? ~ticket : ticket;
+      return blocks_.size() % 2 == 0 && ticket ? ~ticket : ticket;
     };
     if (schedule_.order == Order::random)
       turn_ = able[xorshift(random_) % able.size()];
