@@ -28,8 +28,9 @@ from engine.randomness import seed_of, set_deterministic
 from engine.runtime import apex, distributed, signals
 from engine.training import checkpoint
 from engine.training.ema import WeightAverage
+from engine.training.optimizer import make_optimizer
 from engine.training.run import Data, Parts, Run, exclusive
-from engine.training.schedule import poly_lr, set_learning_rate
+from engine.training.schedule import poly_lr, set_learning_rate, warm_up
 from engine.training.step import Stepper, updates_at_once
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
@@ -126,7 +127,7 @@ def train(options: TrainOptions, classes: Classes, world: distributed.World) -> 
         if isinstance(model, Seg_Model):
             model.recompute = options.recompute
         train_mode(model, options.freeze_bn)
-        optimizer = make_optimizer(options, model)
+        optimizer = optimizer_of(options, model)
         parallel = make_parallel(options, model, world)
         criterion = make_criterion(options).to(world.device)
         stepper = Stepper(parallel, criterion, optimizer, world, options.stepping(world.device))
@@ -140,7 +141,7 @@ def train(options: TrainOptions, classes: Classes, world: distributed.World) -> 
             batches = train_batches(dataset, seed, run.remaining, world, loading, options.memory_format)
             for step, batch in run.steps(batches):
                 lr = poly_lr(options.learning_rate, step - 1, options.num_steps, options.power)
-                set_learning_rate(optimizer, lr)
+                set_learning_rate(optimizer, lr * warm_up(step - 1, options.warmup))
                 result = stepper.step(step, batch)  # forward, loss, backward, check, update
                 if average is not None:
                     average.update(step)
@@ -211,13 +212,13 @@ def make_criterion(options: TrainOptions) -> CriterionDSN:
     return CriterionDSN(options.ignore_label, class_weights)
 
 
-def make_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
-    """Return SGD for all weights of `model`."""
+def optimizer_of(options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of all weights of `model`."""
     lr, momentum, decay = options.learning_rate, options.momentum, options.weight_decay
     if options.backend == "apex":
         return apex.optimizer(model.parameters(), lr, momentum, decay)
-    at_once = updates_at_once(next(model.parameters()).device, options.channels_last) or None
-    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay, fused=at_once)
+    at_once = updates_at_once(next(model.parameters()).device, options.channels_last)
+    return make_optimizer(options.optimizer, model, lr, momentum, decay, at_once)
 
 
 def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.World) -> nn.Module:
