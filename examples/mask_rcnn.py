@@ -4,8 +4,8 @@
 
 Needs the package cc_attention and torchvision, nothing else of this repository. The attention (R=2) is
 inserted before the last residual block of the fourth stage (res4, `layer3` in torchvision). The paper does
-not say where it was; non-local networks (arXiv 1711.07971) take this place in the same experiment. gamma starts
-at 0, so a pretrained network gives the same results until it is trained further.
+not say where it was; non-local networks (arXiv 1711.07971) take this place in the same experiment. gamma
+starts at 0, so a pretrained network gives the same results until it is trained further.
 
 The paper reports, on COCO val2017, box and mask AP 38.2 and 34.8 for ResNet-50, and 39.3 and 36.1 with
 attention (CCNet, arXiv 1811.11721, table 7). This example does not train on COCO: it takes one step on a
