@@ -227,7 +227,7 @@ def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.Wo
         parallel = apex.data_parallel(model) if world.size > 1 else model
     else:
         parallel = world.data_parallel(model, all_used=options.all_weights_used)
-    return torch.compile(parallel) if options.compile else parallel
+    return torch.compile(parallel) if options.compile else parallel  # type: ignore[return-value]
 
 
 def draw_sample(

@@ -308,8 +308,8 @@ class StartOptions(NetworkOptions):
     restore_from: str | None = option(
         None,
         Flag(
-            "initial weights, of an ImageNet backbone or of this network: a file, or torchvision or timm:NAME "
-            "to download them; random by default",
+            "initial weights, of an ImageNet backbone or of this network: a file, or torchvision or "
+            "timm:NAME to download them; random by default",
             metavar="FILE",
         ),
     )

@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     network = common.open_network(args)
     if network.description.recurrence is None:
         raise UsageError(
-            f"{args.restore_from}: is of the model {network.description.model}, which has no attention to draw; "
-            "name a checkpoint of ccnet or nonlocal"
+            f"{args.restore_from}: is of the model {network.description.model}, which has no attention to "
+            "draw; name a checkpoint of ccnet or nonlocal"
         )
     if not network.attends:
         raise UsageError("--recurrence 0: there is no attention to draw; give 1 or more")

@@ -442,9 +442,9 @@ def _attention(examples: Sequence[Example]) -> str:
     if not examples:
         return ""
     note = (
-        "<p>Weights with which the pixel at the cross gathers the other pixels. R = 1: after one recurrence; in "
-        "ccnet, pixels of its row and column. R = 2: after two recurrences (the product of both maps), all "
-        "pixels. "
+        "<p>Weights with which the pixel at the cross gathers the other pixels. R = 1: after one recurrence; "
+        "in ccnet, pixels of its row and column. R = 2: after two recurrences (the product of both maps), "
+        "all pixels. "
         "Brightness is the square root of weight / largest weight of the map.</p>"
     )
     return note + "".join(map(_example, examples))
