@@ -39,8 +39,11 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the grids and x."""
+        averaged = x.contiguous(memory_format=torch.channels_last)  # once for all grids
         grids = [
-            F.interpolate(stage(average_grid(x, size)), x.shape[2:], mode="bilinear", align_corners=True)
+            F.interpolate(
+                stage(average_grid(averaged, size)), x.shape[2:], mode="bilinear", align_corners=True
+            )
             for size, stage in zip(self.sizes, self.stages, strict=True)
         ]
         return torch.cat([*grids, x], 1)
@@ -53,23 +56,27 @@ def average_grid(x: Tensor, size: int) -> Tensor:
     Cells may overlap. Matrix products compute it: on a GPU, the gradient of adaptive_avg_pool2d is not
     deterministic, and export does not support it for images of any size.
 
+    Args:
+        x: [N, C, H, W], without a copy if it is channels_last.
+        size: number of rows and of columns of the grid.
+
     Returns:
         [N, C, size, size].
     """
-    for _ in range(2):  # average along the last axis, and make it the third
-        x = _average_last(x, size).transpose(2, 3)
-    return x
+    lines = x.permute(0, 2, 3, 1)
+    rows = _average_lines(lines.flatten(2), size).unflatten(2, lines.shape[2:])  # [N, size, W, C]
+    return _average_lines(rows, size).permute(0, 3, 1, 2)
 
 
-def _average_last(x: Tensor, size: int) -> Tensor:
-    """Average x [N, C, A, B] along the last axis; the result is [N, C, A, size]."""
-    length = x.shape[3]
-    cell = torch.arange(size, device=x.device)
-    begin, end = cell * length // size, ((cell + 1) * length + size - 1) // size
-    position = torch.arange(length, device=x.device)[:, None]
-    inside = (position >= begin) & (position < end)  # [B, size]
+def _average_lines(x: Tensor, size: int) -> Tensor:
+    """Average x [..., L, C] over `size` groups of neighboring lines; the result is [..., size, C]."""
+    length = x.shape[-2]
+    group = torch.arange(size, device=x.device)[:, None]
+    begin, end = group * length // size, ((group + 1) * length + size - 1) // size
+    line = torch.arange(length, device=x.device)
+    inside = (line >= begin) & (line < end)  # [size, L]
     # Divide last: zeros and ones are exact in 16 bits.
-    return (x @ inside.to(x.dtype)) / (end - begin).to(x.dtype)
+    return (inside.to(x.dtype) @ x) / (end - begin).to(x.dtype)
 
 
 class PSPHead(nn.Module):
