@@ -63,14 +63,15 @@ def average_grid(x: Tensor, size: int) -> Tensor:
     Returns:
         [N, C, size, size].
     """
-    lines = x.permute(0, 2, 3, 1)
-    rows = _average_lines(lines.flatten(2), size).unflatten(2, lines.shape[2:])  # [N, size, W, C]
-    return _average_lines(rows, size).permute(0, 3, 1, 2)
+    x = x.permute(0, 2, 3, 1)
+    for _ in range(2):  # first W, then H
+        x = _average_lines(x, size).transpose(1, 2)
+    return x.permute(0, 3, 1, 2)
 
 
 def _average_lines(x: Tensor, size: int) -> Tensor:
-    """Average x [..., L, C] over `size` groups of neighboring lines; the result is [..., size, C]."""
-    length = x.shape[-2]
+    """Average x [N, K, L, C] over `size` groups of neighboring lines; the result is [N, K, size, C]."""
+    length = x.shape[2]
     group = torch.arange(size, device=x.device)[:, None]
     begin, end = group * length // size, ((group + 1) * length + size - 1) // size
     line = torch.arange(length, device=x.device)
