@@ -63,6 +63,8 @@ def average_grid(x: Tensor, size: int) -> Tensor:
     Returns:
         [N, C, size, size].
     """
+    if size == 1:
+        return x.mean((2, 3), keepdim=True)
     x = x.permute(0, 2, 3, 1)
     for _ in range(2):  # first W, then H
         x = _average_lines(x, size).transpose(1, 2)
