@@ -78,8 +78,8 @@ def _average_lines(x: Tensor, size: int) -> Tensor:
     begin, end = group * length // size, ((group + 1) * length + size - 1) // size
     line = torch.arange(length, device=x.device)
     inside = (line >= begin) & (line < end)  # [size, L]
-    # Divide last: zeros and ones are exact in 16 bits.
-    return (inside.to(x.dtype) @ x) / (end - begin).to(x.dtype)
+    # The number of lines comes last: 0 and 1 / 64 are exact in 16 bits, and their sums do not overflow.
+    return (inside.to(x.dtype) / 64 @ x) / ((end - begin).to(x.dtype) / 64)
 
 
 class PSPHead(nn.Module):
