@@ -18,7 +18,6 @@ import fused
 from networks import ABN, MODELS, ChannelDropout, Network, Seg_Model, fold_batch_norm, make_network
 from networks.attention import has_attention, picture_attention
 from networks.heads import ASPPHead, FCNHead, GCNHead, NonLocalHead, PSPHead, RCCAHead, non_local
-from networks.heads.aspp import AtrousPyramid
 from networks.heads.gcn import GlobalConvolution
 from networks.heads.non_local import NonLocalAttention
 from networks.heads.psp import PyramidPooling, average_grid
@@ -104,8 +103,8 @@ def test_aspp_is_torchvision_s(training: bool) -> None:
     for number, branch in enumerate([*ours.aspp.branches, ours.aspp.image]):
         copy_layers(branch, theirs.convs[number])
     x = features(41, 50)
-    ours.train(training), theirs.train(training)
-    right = theirs(x)
+    ours.train(training)
+    right = theirs.train(training)(x)
     right = torch.cat([right[:, -inner:], right[:, :-inner]], 1)
     torch.testing.assert_close(ours.aspp(x), right, rtol=1e-10, atol=1e-10)
     ours.eval()
@@ -187,7 +186,7 @@ def test_non_local_attention_is_a_softmax_over_all_positions(recurrence: int) ->
     if recurrence:
         changed = x.detach().clone()
         changed[0, :, 6, 9] += 1
-        assert ((module(changed) - found)[0].abs().amax(0) > 1e-9).all()
+        assert ((module(changed) - found)[0].abs().amax(0) > 0).all()
 
 
 @pytest.mark.parametrize("block", [3, 1024])
@@ -237,8 +236,8 @@ def test_the_frame_is_that_of_rcca(head: Callable[..., nn.Module], module: str) 
     torch.testing.assert_close(own(x), right)
 
 
-#: Parameters of the modules before the last layers, at 2048 channels, and multiply-adds of the convolutions and
-#: products of a head per pixel, at 97 x 97 and 19 classes.
+#: Parameters of the modules before the last layers, at 2048 channels, and multiply-adds of the convolutions
+#: and products of a head per pixel, at 97 x 97 and 19 classes.
 REDUCE = 9 * 2048 * 512
 CLASSIFY = 512 * 19
 BY_HAND = {
@@ -263,15 +262,14 @@ BY_HAND = {
 def test_parameters_and_flops_are_those_by_hand(name: str) -> None:
     with torch.device("meta"):
         model = make_network(name, 19).eval()
-        before = {
-            part: sum(p.numel() for p in child.parameters()) for part, child in model.head.named_children()
-        }
-        before.pop("bottleneck")
+        children = dict(model.head.named_children())
+        del children["bottleneck"]
+        before = [p.numel() for child in children.values() for p in child.parameters()]
         x = torch.empty(1, 2048, 97, 97)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.head(x)
     parameters, products = BY_HAND[name]
-    assert sum(before.values()) == parameters
+    assert sum(before) == parameters
     flops = counter.get_total_flops()
     pixels = 97 * 97
     small = {  # products of the grids of psp with their averages, and the image branch of aspp
@@ -333,7 +331,7 @@ def test_training_in_channels_last_and_with_recomputation(name: str) -> None:
             assert all(parameter.grad is not None for parameter in model.parameters())
             results.append([*outputs, *(parameter.grad for parameter in model.parameters())])
     plain, fast, recomputed = results
-    scale = max(float(value.abs().max()) for value in plain)
+    scale = max(value.abs().max().item() for value in plain)
     for one, other in zip(plain, fast, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * scale)
     assert all(map(torch.equal, fast, recomputed))
@@ -401,8 +399,3 @@ def test_which_heads_need_two_pictures(name: str) -> None:
     else:
         check_statistics(name, 1, frozen=False)
         model(images)
-
-
-def test_the_modules_say_what_they_are_made_of() -> None:
-    head = AtrousPyramid(8, 4, (2, 3), "torch", "relu")
-    assert head(features(5, 6, channels=8).float()).shape == (2, 16, 5, 6)
