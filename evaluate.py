@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fused
 from dataset import CSDataSet
@@ -34,8 +34,8 @@ from engine.evaluation.submission import check_names, write_archive
 from engine.inference import predict_classes
 from engine.options import EvaluateOptions, add_flags, for_device
 from engine.runtime import distributed
-from networks import MODELS, Seg_Model, fold_batch_norm, load_weights, match_weights
-from networks.of_run import Description, OfRun, args_file, describe
+from networks import MODELS, Network, fold_batch_norm, load_weights, make_network, match_weights
+from networks.of_run import Description, args_file, describe, of_flags
 from networks.variants import DEPTHS, options_of
 from networks.weights import read_state_dict
 from utils import args as flags
@@ -84,10 +84,7 @@ def resolve(
         InputError: a flag or file is invalid. The message names the flag or file.
     """
     given = {name: getattr(args, name) for name in Description._fields}
-    if weights is None:
-        recorded = OfRun(Description(**{k: v for k, v in given.items() if v is not None}), None, {}, [])
-    else:
-        recorded = describe(args.restore_from, weights, given)
+    recorded = of_flags(given) if weights is None else describe(args.restore_from, weights, given)
     found = recorded.description
     if found.classes != given["classes"] and not os.path.isfile(str(found.classes)):
         raise UsageError(
@@ -190,8 +187,7 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
     model = make_model(options, weights)
     if weights:
         load_weights(model, str(options.restore_from), complete=True, state=weights)
-    # Other networks may apply a batch norm elsewhere than to the convolution before it.
-    model = (fold_batch_norm(model) if isinstance(model, Seg_Model) else model.eval()).to(world.device)
+    model = fold_batch_norm(model).to(world.device)
     network = accelerate(model, world.device, options.speed)
     dataset = make_dataset(options, table)
     tile_size = None if options.whole else options.input_size
@@ -233,11 +229,12 @@ def make_dataset(options: EvaluateOptions, table: ClassTable | None) -> CSDataSe
     )
 
 
-def make_model(options: EvaluateOptions, weights: Weights) -> nn.Module:
+def make_model(options: EvaluateOptions, weights: Weights) -> Network:
     """Return the network in the variant of `weights`."""
-    return MODELS[options.model](
+    return make_network(
+        options.model,
         options.num_classes,
-        recurrence=options.recurrence,
+        options.recurrence,
         backbone=options.backbone,
         **options_of(weights),
     )

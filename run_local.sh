@@ -3,7 +3,7 @@
 #
 #   ./run_local.sh                             a small network on the generated data set (3 minutes on 2 CPU cores with bf16)
 #   ./run_local.sh CS                          the published recipe on Cityscapes in CS, on every visible GPU
-#   ./run_local.sh CS ccnet 60000 769,769 1    the same with model, steps, input size and OHEM (1 or 0)
+#   ./run_local.sh CS ccnet 60000 769,769 1    the same with model (docs/models.md), steps, input size and OHEM (1 or 0)
 #
 # Environment variables:
 #   IMAGENET       weights of the backbone: a file, or torchvision or timm:NAME to download them
@@ -60,7 +60,7 @@ if [ ! -e "$imagenet" ] && [ -z "${IMAGENET:-}" ]; then
     restore=()
 fi
 "$PYTHON" train.py --data-dir "$data" --model "$model" --random-mirror --random-scale "${restore[@]}" \
-    --learning-rate 1e-2 --weight-decay 1e-4 --batch-size 8 --input-size "$size" --num-steps "$steps" --recurrence 2 \
+    --learning-rate 1e-2 --weight-decay 1e-4 --batch-size 8 --input-size "$size" --num-steps "$steps" \
     --ohem "$ohem" --ohem-thres 0.7 --ohem-keep 100000 --snapshot-dir "$snapshots" --resume "${device[@]}"
-"$PYTHON" evaluate.py --data-dir "$data" --model "$model" --input-size "$size" --recurrence 2 \
+"$PYTHON" evaluate.py --data-dir "$data" --model "$model" --input-size "$size" \
     --restore-from "$snapshots/CS_scenes_$steps.pth" "${device[@]}"

@@ -31,9 +31,9 @@ from engine.data.transfer import subtract_mean
 from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_multiscale
 from engine.runtime.distributed import choose_devices
 from fused import using
-from networks import MODELS, Seg_Model, fold_batch_norm, load_weights
-from networks.attention import picture_attention
-from networks.of_run import Description, OfRun, args_file, check_value, describe
+from networks import Network, fold_batch_norm, load_weights, make_network
+from networks.attention import has_attention, picture_attention
+from networks.of_run import Description, OfRun, args_file, check_value, describe, of_flags
 from networks.variants import options_of
 from networks.weights import read_state_dict
 from utils.drawing.palette import colored, make_palette
@@ -86,7 +86,7 @@ class Segmenter:
 
     def __init__(
         self,
-        model: Seg_Model,
+        model: Network,
         description: Description,
         labels: LabelReader,
         device: torch.device,
@@ -94,7 +94,7 @@ class Segmenter:
     ):
         self.device = device
         self.amp, _ = choose_precision(speed.amp, device)
-        self.model = cast(Seg_Model, fold_batch_norm(model)).to(device)
+        self.model = fold_batch_norm(model).to(device)
         self._fused = speed.fused
         self._network = accelerate(self.model, device, speed._replace(amp=self.amp))
         self.path: str | None = None
@@ -151,29 +151,21 @@ class Segmenter:
                 check_value("Segmenter.load", name, value)
         state = None if path is None else read_state_dict(path)
         path = None if path is None else os.fspath(path)
-        if path is None or state is None:
-            given = {name: value for name, value in flags.items() if value is not None}
-            recorded = OfRun(Description(**given), None, {}, [])
-        else:
-            recorded = describe(path, state, flags)
+        recorded = of_flags(flags) if path is None or state is None else describe(path, state, flags)
         for line in [*recorded.notes, *([note] if note else [])]:
             say(line)
         found = recorded.description
-        if not issubclass(MODELS.get(found.model, Seg_Model), Seg_Model):
-            raise UsageError(
-                f"--model {found.model}: the tools open checkpoints of ccnet only; use evaluate.py"
-            )
         table, classes = _table(path, recorded, flags.get("classes"), say)
         number = found.num_classes or (NUM_CLASSES if table is None else len(table.classes))
         found = found._replace(classes=classes, num_classes=number)
-        model = MODELS[found.model](
-            number, recurrence=found.recurrence, backbone=found.backbone, **options_of(state)
+        model = make_network(
+            found.model, number, found.recurrence, backbone=found.backbone, **options_of(state)
         )
         if path is not None:
             load_weights(model, path, complete=True, state=state)
         labels = LabelReader(table, num_classes=number)
         speed = Speed(amp, channels_last, compile, cuda_graph, fused)
-        segmenter = cls(cast(Seg_Model, model), found, labels, device, speed)
+        segmenter = cls(model, found, labels, device, speed)
         segmenter.path, segmenter.run = path, recorded.run
         if path is not None:
             segmenter.files = [path, args_file(path), *filter(None, [classes])]
@@ -193,6 +185,11 @@ class Segmenter:
     def palette(self) -> list[int]:
         """RGB colors of the classes, one after the other, as in the palette of a mode P picture."""
         return self._palette
+
+    @property
+    def attends(self) -> bool:
+        """Whether the network has an attention to look at (see `attention`)."""
+        return has_attention(self.model)
 
     def predict(
         self,
@@ -258,12 +255,16 @@ class Segmenter:
 
         Returns:
             float32 [P, R, H, W]. H and W are the size of the features, about h / 8 and w / 8. Each map sums
-            to 1. The first one covers the row and the column of the pixel, the following ones the whole
-            picture.
+            to 1. With criss-cross attention, the first one covers the row and the column of the pixel, the
+            following ones the whole picture. With non-local attention, all cover the whole picture. R is 0
+            for ccnet and nonlocal with recurrence 0.
 
         Raises:
-            DataError, UsageError: see `predict`; also if a pixel is outside of the picture.
+            DataError, UsageError: see `predict`; also if a pixel is outside of the picture, or the model has
+                no attention.
         """
+        if self.description.recurrence is None:
+            raise UsageError(f"attention: the model {self.description.model} has none; load another one")
         image = self._image(picture)
         try:
             with torch.inference_mode(), autocast(self.device, self.amp):

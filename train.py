@@ -12,7 +12,6 @@ import argparse
 import math
 import sys
 from functools import partial
-from typing import cast
 
 import numpy as np
 import torch
@@ -34,9 +33,10 @@ from engine.training.schedule import poly_lr, set_learning_rate, warm_up
 from engine.training.step import Stepper, updates_at_once
 from loss import CriterionDSN, CriterionOhemDSN
 from loss.criterion import upsample
-from networks import MODELS, Seg_Model, load_weights, match_weights, synchronize, train_mode
+from networks import MODELS, Network, load_weights, make_network, match_weights, synchronize, train_mode
 from networks.abn import require_inplace_abn
-from networks.attention import picture_attention
+from networks.attention import has_attention, picture_attention
+from networks.models import check_statistics, recurrence_of
 from networks.pretrained import read_weights
 from networks.variants import DEPTHS, options_of
 from utils import args as flags
@@ -58,7 +58,7 @@ def main() -> int:
     args = get_parser().parse_args()
     with distributed.reported_once():
         classes = choose_classes(args.data_dir, args.data_list, args.classes, args.num_classes)
-        args.num_classes = classes.number
+        args.num_classes, args.recurrence = classes.number, recurrence_of(args.model, args.recurrence)
         options = TrainOptions.of(args)
         devices = distributed.choose_devices(options.gpu, options.nproc)
         options, notes = for_device(options, devices[0])
@@ -78,6 +78,7 @@ def check(
         InputError: a flag or file is invalid. The message names the flag or file.
     """
     options.check(processes, device.type)
+    check_statistics(options.model, options.batch_size // options.grad_accum, options.freeze_bn)
     if options.abn == "inplace":
         require_inplace_abn(processes, device.type)
     if options.backend == "apex":
@@ -124,8 +125,7 @@ def train(options: TrainOptions, classes: Classes, world: distributed.World) -> 
         model = make_start(options).to(world.device).to(memory_format=options.memory_format)
         average = WeightAverage(model, options.ema) if options.ema is not None else None
         synchronize(model, world.statistics())
-        if isinstance(model, Seg_Model):
-            model.recompute = options.recompute
+        model.recompute = options.recompute
         train_mode(model, options.freeze_bn)
         optimizer = optimizer_of(options, model)
         parallel = make_parallel(options, model, world)
@@ -183,7 +183,7 @@ def read_start(options: TrainOptions) -> dict[str, Tensor] | None:
     return read_weights(options.restore_from, IMG_MEAN.tolist(), options.backbone)
 
 
-def make_start(options: TrainOptions) -> nn.Module:
+def make_start(options: TrainOptions) -> Network:
     """Return the network with its initial weights."""
     weights = read_start(options)
     model = make_model(options, weights)
@@ -192,11 +192,12 @@ def make_start(options: TrainOptions) -> nn.Module:
     return model
 
 
-def make_model(options: TrainOptions, weights: dict[str, Tensor] | None) -> nn.Module:
+def make_model(options: TrainOptions, weights: dict[str, Tensor] | None) -> Network:
     """Return the network in the variant of `weights`."""
-    return MODELS[options.model](
+    return make_network(
+        options.model,
         options.num_classes,
-        recurrence=options.recurrence,
+        options.recurrence,
         backbone=options.backbone,
         dropout=options.dropout,
         abn="apex" if options.backend == "apex" and options.abn == "torch" else options.abn,
@@ -227,11 +228,11 @@ def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.Wo
         parallel = apex.data_parallel(model) if world.size > 1 else model
     else:
         parallel = world.data_parallel(model, all_used=options.all_weights_used)
-    return cast(nn.Module, torch.compile(parallel)) if options.compile else parallel
+    return torch.compile(parallel) if options.compile else parallel  # type: ignore[return-value]
 
 
 def draw_sample(
-    model: nn.Module, palette: list[int], image: Tensor, label: Tensor, logits: Tensor
+    model: Network, palette: list[int], image: Tensor, label: Tensor, logits: Tensor
 ) -> dict[str, np.ndarray]:
     """Draw a sample for TensorBoard: image, label, prediction, and the attention of its middle pixel."""
     pixels = image.permute(1, 2, 0).cpu().numpy() + IMG_MEAN
@@ -239,7 +240,7 @@ def draw_sample(
     prediction = upsample(logits[None], label.shape)[0].argmax(0)
     classes = [colored(each.cpu().numpy(), palette) for each in (label, prediction)]
     drawn = {"train/image_label_prediction": np.hstack([picture, *classes])}
-    if isinstance(model, Seg_Model) and model.head.cca.recurrence:
+    if has_attention(model):
         middle = label.shape[0] // 2, label.shape[1] // 2
         maps = picture_attention(model, image[None], [middle])[:, 0].cpu().numpy()
         drawn["train/attention"] = np.array(draw_attention(picture, middle, maps))

@@ -31,7 +31,7 @@ from engine.evaluation.evaluate import evaluate
 from engine.evaluation.metrics import CityscapesEvaluation
 from engine.inference import predict_classes
 from engine.runtime.distributed import World
-from networks import MODELS
+from networks import Seg_Model
 from networks.variants import DEPTHS
 from tools.common import end
 from utils import args as flags
@@ -87,7 +87,7 @@ def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     device = torch.device(args.device)
     data = write_pictures(Path(folder) / "data", args.pictures, args.size)
     torch.manual_seed(0)
-    model = MODELS["ccnet"](NUM_CLASSES, recurrence=2, backbone=args.backbone).to(device).eval()
+    model = Seg_Model(NUM_CLASSES, recurrence=2, backbone=args.backbone).to(device).eval()
     recorded = Recorded(model)
     palette = make_palette(data.labels.colors())
     os.makedirs(os.path.join(folder, "outputs"))

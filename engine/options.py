@@ -229,10 +229,11 @@ class NetworkOptions(Options):
     title = "network"
     model: str = option("ccnet", Flag("network", recipe=True, noted=True, from_run=True))
     backbone: str = option("resnet101", Flag("backbone", recipe=True, noted=True, from_run=True))
-    recurrence: int = option(
-        2,
+    recurrence: int | None = option(
+        None,
         Flag(
-            "number of applications of the attention (R in the paper); 0 omits it",
+            "number of applications of the attention (R in the paper), by default 2 for ccnet and 1 for "
+            "nonlocal; 0 omits it",
             flags.recurrence,
             recipe=True,
             noted=True,
@@ -308,8 +309,8 @@ class StartOptions(NetworkOptions):
     restore_from: str | None = option(
         None,
         Flag(
-            "initial weights, of an ImageNet backbone or a CCNet: a file, or torchvision or timm:NAME to "
-            "download them; random by default",
+            "initial weights, of an ImageNet backbone or of this network: a file, or torchvision or "
+            "timm:NAME to download them; random by default",
             metavar="FILE",
         ),
     )
@@ -481,7 +482,7 @@ class TrainOptions(
     @property
     def all_weights_used(self) -> bool:
         """Whether every weight gets a gradient; with --recurrence 0, those of the attention get none."""
-        return self.recurrence > 0
+        return self.recurrence != 0
 
     def stepping(self, device: torch.device) -> StepOptions:
         """Return the options of a step on `device`."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from networks.abn import ABN, synchronize, train_mode
+from networks.base import Network
 from networks.ccnet import Seg_Model
 from networks.dropout import ChannelDropout
 from networks.folding import fold_batch_norm
-from networks.models import MODELS
+from networks.models import MODELS, make_network
 from networks.weights import load_weights, match_weights
 from utils.errors import CheckpointError
 
@@ -15,9 +16,11 @@ __all__ = [
     "MODELS",
     "ChannelDropout",
     "CheckpointError",
+    "Network",
     "Seg_Model",
     "fold_batch_norm",
     "load_weights",
+    "make_network",
     "match_weights",
     "synchronize",
     "train_mode",

@@ -7,15 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cc_attention import attention_maps
-from networks.ccnet import Seg_Model
+from networks.base import Network
 
 
-def picture_attention(model: Seg_Model, image: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
+def has_attention(model: Network) -> bool:
+    """Return whether a network applies an attention whose maps `picture_attention` can return."""
+    return getattr(model.head, "recurrence", 0) > 0
+
+
+def picture_attention(model: Network, image: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
     """Return the attention of selected pixels of an image (see `cc_attention.attention_maps`).
 
     Args:
-        model: network in evaluation mode, with recurrence R.
+        model: network in evaluation mode, whose head has an attention with recurrence R.
         image: [1, 3, h, w], BGR minus mean.
         pixels: P pairs (row, column) of the image.
 
@@ -31,10 +35,8 @@ def picture_attention(model: Seg_Model, image: Tensor, pixels: Sequence[tuple[in
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"pixel ({row}, {column}) is outside of {height} rows and {width} columns")
     with torch.no_grad():
-        x = model.head.conva(model.features(image)[1])
-    return attention_maps(
-        model.head.cca, x, [head_pixel(pixel, (height, width), x.shape) for pixel in pixels]
-    )
+        x = model.features(image)[1]
+        return model.head.attention_maps(x, [head_pixel(pixel, (height, width), x.shape) for pixel in pixels])
 
 
 def head_pixel(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from networks.abn import ABN
-from networks.dropout import ChannelDropout
+from networks.base import Network
 from networks.heads import RCCAHead
-from networks.recomputation import recomputation
-from networks.resnet import ResNet
 from networks.weights import load_weights
 
 
-class Seg_Model(ResNet):  # noqa: N801
+class Seg_Model(Network):  # noqa: N801
     """The CCNet segmentation network.
 
     State-dict entries are named as in the original CCNet repository. With resnet101 and 19 classes there are
@@ -42,9 +38,6 @@ class Seg_Model(ResNet):  # noqa: N801
         utils.errors.CheckpointError: `pretrained_model` is unreadable or belongs to another network.
     """
 
-    #: Whether the outputs of batch norm are computed again in the backward pass (networks/recomputation.py).
-    recompute = False
-
     def __init__(  # noqa: PLR0913
         self,
         num_classes: int,
@@ -56,24 +49,14 @@ class Seg_Model(ResNet):  # noqa: N801
         abn: str = "torch",
         variant: str = "ccnet",
     ):
-        super().__init__(backbone, abn, variant)
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        activation, dsn_channels = self.variant.activation, self.variant.dsn_channels
-        self.head = RCCAHead(
-            2048, num_classes, recurrence, dropout=dropout, backend=abn, activation=activation
-        )
-        self.dsn: nn.Sequential | None = nn.Sequential(  # None in a copy for inference
-            nn.Conv2d(1024, dsn_channels, 3, padding=1),
-            ABN(dsn_channels, activation, abn),
-            ChannelDropout(dsn_channels, dropout),
-            nn.Conv2d(dsn_channels, num_classes, 1),
-        )
+        super().__init__(RCCAHead, num_classes, backbone, dropout, abn, variant, recurrence=recurrence)
         self.criterion = criterion
         if pretrained_model is not None:
             load_weights(self, pretrained_model)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor] | Tensor:
+    def forward(  # type: ignore[override]  # the loss is returned for other programs only
+        self, images: Tensor, labels: Tensor | None = None
+    ) -> list[Tensor] | Tensor:
         """Compute the logits of both heads, or the loss.
 
         Args:
@@ -81,15 +64,9 @@ class Seg_Model(ResNet):  # noqa: N801
             labels: [N, h, w] class indices.
 
         Returns:
-            [logits, dsn_logits] of the main head and the auxiliary head, each [N, num_classes, H, W] at 1/8
-            of the input size. Without the auxiliary head (`networks.fold_batch_norm`), only [logits]. If
-            `labels` and a criterion were given, the loss.
+            [logits, dsn_logits], see `Network.forward`. If `labels` and a criterion were given, the loss.
         """
-        with recomputation() if self.recompute else contextlib.nullcontext():
-            layer3, layer4 = self.features(images)
-            outputs = [self.head(layer4)]
-            if self.dsn is not None:
-                outputs.append(self.dsn(layer3))
+        outputs = super().forward(images)
         if self.criterion is not None and labels is not None:
             return self.criterion(outputs, labels)
         return outputs

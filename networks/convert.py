@@ -2,7 +2,8 @@
 
 Converted networks give the same outputs in evaluation mode, up to rounding, except near the image border
 for networks without the entry "shift" (`to_our_pictures`). Conversions compute in float64
-and return float32. "CCNet names" are the names of the state-dict entries and modules of `Seg_Model`.
+and return float32. "CCNet names" are the names of the state-dict entries and modules of `Seg_Model`, and of
+the heads of the other models.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks.ccnet import Seg_Model
+from networks.models import make_network, models_of
 from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
 from networks.weights import CLASSIFIER, FLOATS, HEADS, SHIFT, check_dtype, classes_of
 from utils.errors import CheckpointError
@@ -127,6 +128,11 @@ def mmseg_names(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def model_of(state: Mapping[str, Tensor]) -> str:
+    """Return the model whose head a state dict has (see `models.MODELS`); "ccnet" if it has no known head."""
+    return next(iter(models_of(state)), "ccnet")
+
+
 def check_network(path: str, state: Mapping[str, Tensor]) -> None:
     """Check that `state`, with CCNet names, is a complete network or a complete backbone.
 
@@ -156,7 +162,7 @@ def check_network(path: str, state: Mapping[str, Tensor]) -> None:
     variant = variant_of(state)
     classes = classes_of(path, state) if CLASSIFIER in state else 1
     with torch.device("meta"):
-        network = Seg_Model(classes, backbone=backbone, variant=variant)
+        network = make_network(model_of(state), classes, backbone=backbone, variant=variant)
     own = network.state_dict()
     if not any(name.startswith(HEADS) for name in state):
         own = {name: value for name, value in own.items() if not name.startswith(HEADS)}
@@ -282,7 +288,10 @@ def norms_of(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def convolution_before(norm: str) -> str:
-    """Return the name of the convolution before a batch norm: bn2 -> conv2, dsn.1 -> dsn.0."""
+    """Return the name of the convolution before a batch norm: bn2 -> conv2, dsn.1 -> dsn.0.
+
+    In the heads, a convolution and its batch norm are the first two layers of an nn.Sequential.
+    """
     before, dot, last = norm.rpartition(".")
     return before + dot + (last.replace("bn", "conv") if last.startswith("bn") else "0")
 

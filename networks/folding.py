@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from networks.abn import ABN, Activation
-from networks.ccnet import Seg_Model
+from networks.base import Network
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 @torch.no_grad()
-def fold_batch_norm(model: nn.Module) -> nn.Module:
+def fold_batch_norm(model: NetworkT) -> NetworkT:
     """Return a copy of a network for inference, with each activated batch norm folded into its convolution.
 
     The activations remain. The logits are the same up to rounding. The auxiliary head is left out: the copy
     returns [logits]. Its state dict has other entries than a checkpoint, so do not save it as one.
 
     Args:
-        model: CCNet, or a network in which an `ABN` that directly follows a convolution in the order of the
-            submodules is applied to its output, which nothing else reads. Other ABNs are kept. The network is
-            not changed.
+        model: a `Network`, or another one in which an `ABN` that directly follows a convolution in the order
+            of the submodules is applied to its output, which nothing else reads. Other ABNs are kept. The
+            network is not changed.
 
     Returns:
         The copy, in evaluation mode.
     """
     folded = copy.deepcopy(model)
-    if isinstance(folded, Seg_Model):
+    if isinstance(folded, Network):
         folded.dsn = None
     _fold(folded)
     return folded.eval()

@@ -2,8 +2,108 @@
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from networks.base import Network
 from networks.ccnet import Seg_Model
+from networks.heads import ASPPHead, FCNHead, GCNHead, NonLocalHead, PSPHead, RCCAHead
+from utils.errors import UsageError
 
-MODELS: dict[str, type[nn.Module]] = {"ccnet": Seg_Model}
+
+class Architecture(NamedTuple):
+    """A network that --model names, and the options that it takes besides those of every network.
+
+    Attributes:
+        head: class of the main head.
+        recurrence: default of --recurrence; None if the network does not take this option.
+        pools: whether a batch norm of the head has one value for each picture. Statistics of a single picture
+            are impossible there.
+        network: subclass of `Network`, called as network(num_classes, backbone=..., ...); None for `Network`
+            itself, with the head.
+    """
+
+    head: Callable[..., nn.Module]
+    recurrence: int | None = None
+    pools: bool = False
+    network: Callable[..., Network] | None = None
+
+
+MODELS: dict[str, Architecture] = {
+    "ccnet": Architecture(RCCAHead, recurrence=2, network=Seg_Model),
+    "fcn": Architecture(FCNHead),
+    "gcn": Architecture(GCNHead),
+    "psp": Architecture(PSPHead, pools=True),
+    "aspp": Architecture(ASPPHead, pools=True),
+    "nonlocal": Architecture(NonLocalHead, recurrence=1),
+}
+
+
+def make_network(model: str, num_classes: int, recurrence: int | None = None, **options: Any) -> Network:
+    """Return a network of the registry.
+
+    Args:
+        model: name in MODELS.
+        num_classes: number of classes.
+        recurrence: number of applications of the attention; None for the default of the model.
+        **options: backbone, dropout, abn and variant (see `Network`).
+
+    Raises:
+        UsageError: the model does not take a recurrence.
+        ValueError: an argument is out of range.
+    """
+    architecture = MODELS[model]
+    number = recurrence_of(model, recurrence)
+    if number is not None:
+        options["recurrence"] = number
+    if architecture.network is not None:
+        return architecture.network(num_classes, **options)
+    return Network(architecture.head, num_classes, **options)
+
+
+def recurrence_of(model: str, given: int | None) -> int | None:
+    """Return the recurrence of a network: the given one, or the default; None if the model does not take it.
+
+    Raises:
+        UsageError: a recurrence is given for a model that does not take it.
+    """
+    default = MODELS[model].recurrence
+    if given is not None and default is None:
+        taking = " and ".join(name for name, each in MODELS.items() if each.recurrence is not None)
+        raise UsageError(f"--recurrence {given}: not an option of --model {model}, only of {taking}; omit it")
+    return default if given is None else given
+
+
+def check_statistics(model: str, pictures: int, frozen: bool) -> None:
+    """Check that every batch norm of a network has more than one value to compute its statistics from.
+
+    Args:
+        model: name in MODELS.
+        pictures: number of pictures in a forward pass, over all processes.
+        frozen: whether the running statistics are used instead.
+
+    Raises:
+        UsageError: there is only one picture, and the head averages over whole pictures.
+    """
+    if MODELS[model].pools and pictures < 2 and not frozen:
+        raise UsageError(
+            f"--batch-size: --model {model} averages over whole pictures and needs two at a time for the "
+            "statistics of its batch norm; give a larger one, or --freeze-bn"
+        )
+
+
+def models_of(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the models whose head has exactly the entries of a state dict; several may have the same."""
+    names = frozenset(name.removeprefix("head.") for name in state if name.startswith("head."))
+    return [model for model, each in MODELS.items() if names and _entries(each.head) == names]
+
+
+@functools.cache
+def _entries(head: Callable[..., nn.Module]) -> frozenset[str]:
+    """Return the names of the state-dict entries of a head."""
+    with torch.device("meta"):
+        return frozenset(head(2048, 1).state_dict())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from networks.models import MODELS
+from networks.models import MODELS, models_of, recurrence_of
 from networks.variants import DEPTHS, blocks_of
 from networks.weights import about_of, classes_of
 from utils import run_files
@@ -27,14 +27,15 @@ class Description(NamedTuple):
     Attributes:
         model: value of --model.
         backbone: value of --backbone.
-        recurrence: value of --recurrence.
+        recurrence: value of --recurrence. None in a description that is not complete yet, and for a model
+            that does not take it.
         num_classes: value of --num-classes; None for the number of classes in the class table.
         classes: path of the class table; None for the classes of Cityscapes.
     """
 
     model: str = "ccnet"
     backbone: str = "resnet101"
-    recurrence: int = 2
+    recurrence: int | None = None
     num_classes: int | None = None
     classes: str | None = None
 
@@ -61,13 +62,27 @@ def args_file(checkpoint: str) -> str:
     return os.path.join(os.path.dirname(checkpoint), run_files.ARGUMENTS)
 
 
+def of_flags(given: Mapping[str, Any]) -> OfRun:
+    """Return what is known about a network without a checkpoint.
+
+    Args:
+        given: values of the flags by field of `Description`; None for a flag that is not given.
+
+    Raises:
+        UsageError: the model does not take a recurrence, but one is given.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    recurrence = recurrence_of(found.get("model", Description().model), found.get("recurrence"))
+    return OfRun(Description(**{**found, "recurrence": recurrence}), None, {}, [])
+
+
 def describe(
     checkpoint: str, state: Mapping[str, Tensor], given: Mapping[str, Any], of_run: bool = True
 ) -> OfRun:
     """Return what is known about the network of a checkpoint.
 
-    Precedence: flag, description in the file, args.json next to the checkpoint, weights, default. The
-    backbone and the number of classes must be those of the weights.
+    Precedence: flag, description in the file, args.json next to the checkpoint, weights, default. The model,
+    the backbone and the number of classes must be those of the weights.
 
     Args:
         checkpoint: path of the checkpoint, for args.json and for messages.
@@ -77,12 +92,18 @@ def describe(
 
     Raises:
         UsageError: a flag or args.json contradicts the weights, or args.json has an impossible value.
-        CheckpointError: the weights are not those of a CCNet, or the description in the file is damaged.
+        CheckpointError: the weights are not those of a network of this project, or the description in the
+            file is damaged.
     """
     file, run, labels, notes = _recorded(checkpoint, state, of_run)
+    models = models_of(state)
+    said = given.get("model") or run.get("model")
     of_weights: dict[str, Any] = {}
-    # Only the entries of CCNet are known. Other networks take these values from the flags or args.json.
-    if (given.get("model") or run.get("model", Description().model)) == Description().model:
+    if models:
+        of_weights["model"] = said if said in models else models[0]
+    # The entries of a model that another program registered may be unknown: the flags or args.json have to
+    # tell these values.
+    if models or said in (None, Description().model):
         of_weights["backbone"] = backbone_of(checkpoint, state)
         of_weights["num_classes"] = classes_of(checkpoint, state)
     if of_weights.get("num_classes", 0) > MOST_CLASSES:
@@ -96,7 +117,7 @@ def describe(
         if value is not None:
             if name in run and run[name] != value:
                 notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")
-        elif name in run and not (name == "classes" and run[name] is None):
+        elif name in run and not (name in ("recurrence", "classes") and run[name] is None):
             check_value(file, name, run[name])
             value = table_path(checkpoint, run[name]) if name == "classes" else run[name]
             source, remedy = f"{file}: {name} {value}", f"give {flag} {of_weights.get(name)}"
@@ -106,12 +127,18 @@ def describe(
             actual = f"{name.removeprefix('num_')} {of_weights[name]}"
             raise UsageError(f"{source}: the weights of {checkpoint} have {actual}; {remedy}")
         found[name] = value
+    found["recurrence"] = recurrence_of(found["model"], found["recurrence"])
     if not run and given.get("recurrence") is None:
         names = (None, CITYSCAPES_CLASSES)  # Cityscapes' classes are known by their number
         named = labels is not None or found["classes"] is not None or found["num_classes"] in names
-        what = f"recurrence {found['recurrence']} is assumed (--recurrence)"
-        what += "" if named else ", and the classes have no names (--classes)"
-        notes.append(f"{checkpoint}: without {run_files.ARGUMENTS} next to it or a description in it, {what}")
+        what = []
+        if found["recurrence"] is not None:
+            what.append(f"recurrence {found['recurrence']} is assumed (--recurrence)")
+        if not named:
+            what.append("the classes have no names (--classes)")
+        if what:
+            without = f"without {run_files.ARGUMENTS} next to it or a description in it"
+            notes.append(f"{checkpoint}: {without}, {', and '.join(what)}")
     return OfRun(Description(**found), labels if found["classes"] is None else None, run, notes)
 
 

@@ -489,5 +489,6 @@ def _shape_mismatch(path: str | os.PathLike, name: str, own: Tensor, other: Tens
             f"{other.shape[0]}, or --not-restore-last to start the classifiers fresh"
         )
     return (
-        f"{path}: {name} has shape {list(other.shape)}, the network needs {list(own.shape)}; check --backbone"
+        f"{path}: {name} has shape {list(other.shape)}, the network needs {list(own.shape)}; "
+        "check --backbone and --model"
     )

@@ -8,12 +8,14 @@ channel dropout.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
-from networks import ABN, MODELS, ChannelDropout, Seg_Model
+from networks import MODELS, Network, Seg_Model
 from networks.heads import RCCAHead
+from networks.models import Architecture
 from networks.resnet import ResNet
 from networks.variants import DEPTHS
 
@@ -23,31 +25,25 @@ NAME = "small"
 BLOCKS, NARROWER = (1, 1, 1, 1), 8
 
 
-class SmallNetwork(Seg_Model):
-    """CCNet with an eighth of the channels."""
+class Narrow(Network):
+    """A network with an eighth of the channels."""
+
+    channels = (1024 // NARROWER, 2048 // NARROWER)
 
     def __init__(
         self,
+        head: Callable[..., nn.Module],
         num_classes: int,
-        recurrence: int = 2,
         backbone: str = NAME,
         dropout: float = 0.1,
         abn: str = "torch",
         variant: str = "ccnet",
+        **options: Any,
     ):
         ResNet.__init__(self, backbone, abn, variant)
         width = 512 // NARROWER
         activation = self.variant.activation
-        self.head = RCCAHead(
-            2048 // NARROWER, num_classes, recurrence, width, dropout, abn, activation=activation
-        )
-        self.dsn = nn.Sequential(
-            nn.Conv2d(1024 // NARROWER, width, 3, padding=1),
-            ABN(width, activation, abn),
-            ChannelDropout(width, dropout),
-            nn.Conv2d(width, num_classes, 1),
-        )
-        self.criterion = None
+        self.add_heads(head, num_classes, dropout, abn, activation, width, channels=width, **options)
 
     @staticmethod
     def _layer(in_channels: int, planes: int, *others) -> nn.Sequential:
@@ -56,11 +52,20 @@ class SmallNetwork(Seg_Model):
         return ResNet._layer(in_channels, planes // NARROWER, *others)
 
 
+class SmallNetwork(Narrow, Seg_Model):
+    """CCNet with an eighth of the channels."""
+
+    criterion = None
+
+    def __init__(self, num_classes: int, **options: Any):
+        Narrow.__init__(self, RCCAHead, num_classes, **options)
+
+
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
     """Let the commands know the small network."""
     before = NAME in MODELS
-    DEPTHS[NAME], MODELS[NAME] = BLOCKS, SmallNetwork
+    DEPTHS[NAME], MODELS[NAME] = BLOCKS, Architecture(RCCAHead, recurrence=2, network=SmallNetwork)
     try:
         yield
     finally:

@@ -3,9 +3,10 @@
     python -m tools.attention PICTURE --restore-from CKPT [--pixel ROW,COLUMN ...] [--out DIR]
 
 For each pixel, DIR receives a figure as in the paper, NAME_ROW_COLUMN.png: the picture with a cross at the
-pixel, and the attention map after each recurrence. The first map is the softmax over the row and the column
-of the pixel. The second one is the product of two such steps and covers the whole picture. The weights are
-written to NAME_ROW_COLUMN.npy: float32 [R, H, W] at the resolution of the head. Each map sums to 1.
+pixel, and the attention map after each recurrence. For ccnet, the first map is the softmax over the row and
+the column of the pixel, and the second one is the product of two such steps and covers the whole picture. For
+nonlocal, all maps cover the whole picture. The weights are written to NAME_ROW_COLUMN.npy: float32 [R, H, W]
+at the resolution of the head. Each map sums to 1.
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     if videos:
         raise UsageError(f"{videos[0].path}: is a video or camera; name pictures")
     network = common.open_network(args)
-    if network.description.recurrence == 0:
+    if network.description.recurrence is None:
+        raise UsageError(
+            f"{args.restore_from}: is of the model {network.description.model}, which has no attention to "
+            "draw; name a checkpoint of ccnet or nonlocal"
+        )
+    if not network.attends:
         raise UsageError("--recurrence 0: there is no attention to draw; give 1 or more")
     chosen = [pixels_of(args.pixels, picture) for picture in pictures]
     stems = [

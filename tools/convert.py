@@ -6,7 +6,8 @@
     python -m tools.convert snapshots/CS_scenes_60000.pth ccnet.safetensors --to safetensors
 
 SOURCE is a file of torch.save or safetensors. Its format is detected from its content:
-  ccnet       checkpoint of this project or of the original code: CCNet, or its ImageNet backbone
+  ccnet       checkpoint of this project, of any --model, or of the original code: CCNet, or its ImageNet
+              backbone
   mmseg       CCNet of mmsegmentation (ResNetV1c, 50 or 101)
   imagenet    ResNet-50 or 101 of torchvision, or of timm (resnet101, resnet101s, resnet101c), as a file
               or by name: torchvision:resnet101, timm:resnet101.a1_in1k
@@ -37,15 +38,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cc_attention.reference import criss_cross_attention
 from dataset import IMG_MEAN
 from dataset.classes import classes_of_checkpoint
 from dataset.labels import CITYSCAPES, rows_of_table, table_of_rows
 from engine.options import TrainOptions
-from networks import CheckpointError, Seg_Model
+from networks import ABN, MODELS, CheckpointError, Network, make_network
 from networks.convert import (
     EPS,
     IMAGENET_MEAN,
@@ -55,6 +55,7 @@ from networks.convert import (
     imagenet_names,
     may_be_plain,
     mmseg_names,
+    model_of,
     to_batch_norm,
     to_our_pictures,
 )
@@ -66,6 +67,7 @@ from networks.weights import (
     ABOUT,
     ACTIVATED,
     BATCH_NORM,
+    CLASSIFIER,
     HEADS,
     PLAIN,
     SHIFT,
@@ -162,22 +164,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = convert(source)
     check_numbers(f"{args.source}, converted", state)
     variant = variant_of(state)
-    backbone = next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
-    if args.to == "original" and (variant, backbone) != ("ccnet", "resnet101"):
+    backbone = backbone_of(state)
+    model = model_of(state)
+    if args.to == "original" and (model, variant, backbone) != ("ccnet", "ccnet", "resnet101"):
         raise UsageError(
-            f"--to original: {args.source} is the {variant} variant with {backbone}, but the original code "
-            "supports only ccnet with resnet101; omit --to"
+            f"--to original: {args.source} is {model}, {variant} variant, with {backbone}, but the original "
+            "code supports only ccnet with resnet101; omit --to"
         )
     described = about(args.source, source, state, args.classes) if args.to in DESCRIBED else {}
     write(args.output, args.to, to_batch_norm(state) if args.to == "batch-norm" else state, source, described)
-    heads = f"CCNet with {backbone}" if has_heads(state) else backbone
+    heads = f"{model} with {backbone}" if has_heads(state) else backbone
     megabytes = os.path.getsize(args.output) / 1e6
     print(f"{args.output}: {heads}, variant {variant}, {len(state)} entries, {megabytes:.0f} MB")
     if described:
         table = table_of_rows(args.output, described["labels"]) if "labels" in described else None
         names = (table or CITYSCAPES).names if "labels" in described else ()
         listed = f", and {len(names)} classes: {', '.join(names)}" if names else ""
-        print(f"it describes its network: R={described['recurrence']}{listed}")
+        number = described["recurrence"]
+        print(f"it describes its network: {model}{'' if number is None else f', R={number}'}{listed}")
 
 
 def read_source(
@@ -370,7 +374,7 @@ def differs(old: Tensor, new: Tensor) -> float:
 def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
     """Return the float64 outputs of a network for one picture: both logits, or layer1 to layer4.
 
-    A network with plain batch norm is computed with functions, one with activated batch norm by its modules.
+    The backbone of a network with plain batch norm is computed with functions, all others by their modules.
 
     Args:
         source: the weights.
@@ -400,23 +404,58 @@ def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
 
 def network_outputs(state: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:
     """Return the outputs of a network in the format of this project; see `outputs`."""
-    backbone = next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
-    model: ResNet
+    if has_heads(state):
+        return network_of(state)(images)
     with torch.device("meta"):  # saves time and memory: the weights are replaced
-        if has_heads(state):
-            classes = len(state["head.bottleneck.3.weight"])
-            model = Seg_Model(classes, recurrence=RECURRENCE, backbone=backbone, variant=variant_of(state))
-        else:
-            model = ResNet(backbone, variant=variant_of(state))
+        model = ResNet(backbone_of(state), variant=variant_of(state))
     model.load_state_dict(state, assign=True)
     model.eval()
-    if has_heads(state):
-        return model(images)
     layers: list[Tensor] = []
     for number in range(1, 5):
         getattr(model, f"layer{number}").register_forward_hook(lambda _module, _input, y: layers.append(y))
     model.features(images)
     return layers
+
+
+def network_of(state: Mapping[str, Tensor]) -> Network:
+    """Return the network of a state dict in the format of this project, in evaluation mode."""
+    model = model_of(state)
+    recurrence = None if MODELS[model].recurrence is None else RECURRENCE
+    classes = len(state[CLASSIFIER])
+    with torch.device("meta"):  # saves time and memory: the weights are replaced
+        network = make_network(
+            model, classes, recurrence, backbone=backbone_of(state), variant=variant_of(state)
+        )
+    # `check_network` has found it complete but for SHIFT, which the head does not need.
+    network.load_state_dict(state, strict=False, assign=True)
+    return network.eval()
+
+
+def backbone_of(state: Mapping[str, Tensor]) -> str:
+    """Return the backbone of a state dict in the format of this project."""
+    return next(name for name, depths in DEPTHS.items() if depths == blocks_of(state))
+
+
+class PlainNorm(nn.Module):
+    """Plain batch norm in evaluation mode, with the weights and the activation of an activated one."""
+
+    def __init__(self, norm: ABN):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [N, C, ...] and apply the activation."""
+        norm = self.norm
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return F.leaky_relu(y, 0.0 if norm.activation == "relu" else norm.slope)
+
+
+def with_plain_norm(head: nn.Module) -> nn.Module:
+    """Replace the activated batch norms of a head by plain ones, in place, and return the head."""
+    for name, module in [*head.named_modules()]:
+        if isinstance(module, ABN):
+            head.set_submodule(name, PlainNorm(module))
+    return head
 
 
 def plain_outputs(state: Mapping[str, Tensor], images: Tensor, around: Tensor | None = None) -> list[Tensor]:
@@ -464,20 +503,13 @@ def plain_outputs(state: Mapping[str, Tensor], images: Tensor, around: Tensor | 
     if not has_heads(state):
         return layers
 
-    def reduce(x: Tensor, name: str) -> Tensor:
-        y = norm(convolve(x, f"{name}.0", padding=1), f"{name}.1")
-        return F.leaky_relu(y, 0.0 if variant.activation == "relu" else 0.01)
-
-    y = reduce(x, "head.conva")
-    for _ in range(RECURRENCE):
-        parts = (convolve(y, f"head.cca.{part}_conv") for part in ("query", "key", "value"))
-        y = y + state["head.cca.gamma"] * criss_cross_attention(*parts)
-    y = reduce(torch.cat([x, reduce(y, "head.convb")], 1), "head.bottleneck")
-    return [convolve(y, "head.bottleneck.3"), convolve(reduce(layers[2], "dsn"), "dsn.3")]
+    network = network_of(state)
+    assert network.dsn is not None
+    return [with_plain_norm(network.head)(x), with_plain_norm(network.dsn)(layers[2])]
 
 
 def has_heads(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a state dict has the heads of CCNet, not only its backbone."""
+    """Return whether a state dict has the heads of a network, not only its backbone."""
     return any(name.startswith(HEADS) for name in state)
 
 

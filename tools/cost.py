@@ -1,4 +1,4 @@
-"""Cost of CCNet by part: counted with tensors without data, or measured on a device."""
+"""Cost of a network by part: counted with tensors without data, or measured on a device."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ import fused
 from engine.acceleration import autocast
 from engine.training.optimizer import make_optimizer
 from loss import CriterionDSN, CriterionOhemDSN
-from networks import Seg_Model
+from networks import Network, make_network
+from networks.models import recurrence_of
 from networks.recomputation import recomputation
 from utils.progress import Progress
 from utils.timing import mark, seconds
 
-#: Parts of the network between the stem and the loss, in the order in which they run.
-PARTS = (
-    "layer1",
-    "layer2",
-    "layer3",
-    "layer4",
-    "head.conva",
-    "head.cca",
-    "head.convb",
-    "head.bottleneck",
-    "dsn",
-)
 STEM, LOSS, OPTIMIZER = "stem", "loss", "optimizer"
 FORWARD, BACKWARD = "forward", "backward"
 MIB, GIB = 2**20, 2**30
+
+
+def parts_of(model: Network) -> list[str]:
+    """Return the parts of a network between the stem and the loss, in the order in which they run.
+
+    An attention that is applied zero times is none: it returns its input.
+    """
+    layers = [f"layer{number}" for number in range(1, 5)]
+    head = [
+        f"head.{name}" for name, part in model.head.named_children() if getattr(part, "recurrence", None) != 0
+    ]
+    return [*layers, *head, "dsn"]
 
 
 # FLOPs
@@ -79,15 +80,13 @@ class Passage:
         read: function that returns the reading of the meter.
     """
 
-    def __init__(self, model: Seg_Model, read: Callable[[], Any]):
+    def __init__(self, model: Network, read: Callable[[], Any]):
         self.read = read
         self.spans: list[tuple[str, str, Any, Any]] = []  # phase, part, readings before and after
         self._last: Any = None
         self._part = LOSS
         self._hooks = [model.layer1.register_forward_pre_hook(lambda _, inputs: self._left(STEM, inputs[0]))]
-        for name in PARTS:
-            if name == "head.cca" and getattr(model.head.cca, "recurrence", 1) == 0:
-                continue  # it returns its input
+        for name in parts_of(model):
             self._hooks.append(
                 model.get_submodule(name).register_forward_hook(
                     lambda _, __, output, name=name: self._left(name, output)
@@ -207,7 +206,7 @@ class Setting(NamedTuple):
 
     backbone: str = "resnet101"
     num_classes: int = 19
-    recurrence: int = 2
+    recurrence: int | None = None  # None: the default of the model, if it takes one
     amp: str | None = None
     channels_last: bool = False
     ohem: bool = False
@@ -217,14 +216,17 @@ class Setting(NamedTuple):
     variant: str = "ccnet"
     fused: bool = False
     recompute: bool = False
+    model: str = "ccnet"
 
     def words(self) -> str:
         """Describe the setting in one line."""
         kind = "a training step" if self.train else "prediction"
         extras = f"{', OHEM' * self.ohem}{', channels_last' * self.channels_last}"
         extras += f"{', fused operators' * self.fused}{', recomputation' * self.recompute}"
+        number = recurrence_of(self.model, self.recurrence)
+        network = f"{self.model} {self.backbone}" + ("" if number is None else f", R={number}")
         return (
-            f"{kind} of CCNet {self.backbone}, R={self.recurrence}, {self.num_classes} classes, batch "
+            f"{kind} of {network}, {self.num_classes} classes, batch "
             f"{self.batch} of {self.size[0]}x{self.size[1]}, {self.amp or 'float32'}{extras}"
         )
 
@@ -259,21 +261,20 @@ def set_layout(model: nn.Module, channels_last: bool) -> None:
 
 @functools.lru_cache(maxsize=4)
 def network_without_data(
-    backbone: str, num_classes: int, recurrence: int, channels_last: bool, variant: str
-) -> tuple[FakeTensorMode, Seg_Model]:
+    model: str, backbone: str, num_classes: int, recurrence: int | None, channels_last: bool, variant: str
+) -> tuple[FakeTensorMode, Network]:
     """Return a network of tensors without data, and the mode to which they belong."""
     mode = FakeTensorMode()
     with mode:
-        model = Seg_Model(num_classes, recurrence=recurrence, backbone=backbone, variant=variant)
-        set_layout(model, channels_last)
-    return mode, model
+        network = make_network(model, num_classes, recurrence, backbone=backbone, variant=variant)
+        set_layout(network, channels_last)
+    return mode, network
 
 
 def simulate(
     setting: Setting,
     passes: int = 1,
     formulas: Mapping[Any, Any] | None = None,
-    attention: Callable[[], nn.Module] | None = None,
 ) -> Simulation:
     """Run a prediction, or a training step as in train.py, on tensors without data.
 
@@ -281,15 +282,15 @@ def simulate(
         setting: network, precision and input.
         passes: number of forward and backward passes of a step, as with --grad-accum of train.py.
         formulas: FLOP formulas of operators, which replace the default ones.
-        attention: returns a module that replaces head.cca.
     """
-    make = network_without_data.__wrapped__ if attention else network_without_data
-    mode, model = make(
-        setting.backbone, setting.num_classes, setting.recurrence, setting.channels_last, setting.variant
+    mode, model = network_without_data(
+        setting.model,
+        setting.backbone,
+        setting.num_classes,
+        setting.recurrence,
+        setting.channels_last,
+        setting.variant,
     )
-    if attention is not None:
-        with mode:
-            model.head.cca = attention()  # type: ignore[assignment]
     model.train(setting.train)
     model.recompute = False  # this function does it, in order to count
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas or {}))
@@ -358,7 +359,7 @@ class Times(NamedTuple):
     peak: int | None  # peak memory of the device in bytes; None on the CPU
 
 
-def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: int) -> Times:
+def measure(setting: Setting, model: Network, device: torch.device, rounds: int) -> Times:
     """Return the median times over `rounds` runs, after one run to warm up."""
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     torch.backends.cudnn.benchmark = True
@@ -405,8 +406,9 @@ def measure(setting: Setting, model: Seg_Model, device: torch.device, rounds: in
     return Times({key: statistics.median(times[key] for times in runs) for key in runs[0]}, peak)
 
 
-def parameters_of(model: Seg_Model) -> dict[str, int]:
+def parameters_of(model: Network) -> dict[str, int]:
     """Return the number of parameters of each part."""
-    counts = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in PARTS}
+    parts = parts_of(model)
+    counts = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in parts}
     total = sum(p.numel() for p in model.parameters())
     return {STEM: total - sum(counts.values()), **counts}

@@ -19,7 +19,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from cc_attention import RecurrentCrissCrossAttention
 from dataset import IMG_MEAN
 from engine.inference import resize
 from engine.options import ToolOptions, add_flags
-from networks import MODELS, Seg_Model, fold_batch_norm
+from networks import MODELS, Network, fold_batch_norm
+from networks.heads import RCCAHead
 from networks.variants import DEPTHS
 from segmenter import Segmenter
 from tools import common
@@ -100,9 +101,9 @@ class Exported(nn.Module):
 
     mean: Tensor
 
-    def __init__(self, model: Seg_Model, output: str):
+    def __init__(self, model: Network, output: str):
         super().__init__()
-        model = cast(Seg_Model, fold_batch_norm(model))
+        model = fold_batch_norm(model)
         mean = torch.from_numpy(IMG_MEAN)
         if model.shift is not None:
             mean = mean - model.shift
@@ -120,8 +121,9 @@ class Exported(nn.Module):
             nn.MaxPool2d(3, stride=2, padding=1),
             *(model.layer1, model.layer2, model.layer3, model.layer4),
         )
-        model.head.cca = PlainAttention(model.head.cca)  # type: ignore[assignment]
         self.head = model.head
+        if isinstance(self.head, RCCAHead):
+            self.head.cca = PlainAttention(self.head.cca)  # type: ignore[assignment]
         self.output = output
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -244,7 +246,7 @@ def open_program(path: str) -> Run:
     return run
 
 
-def compare(run: Run, model: Seg_Model, output: str) -> float:
+def compare(run: Run, model: Network, output: str) -> float:
     """Return the largest difference from the logits of the network, relative to the largest logit.
 
     For classes, the difference is that between the largest logit of a pixel and the logit of its class.
@@ -290,7 +292,7 @@ def _difference(answer: Tensor, logits: Tensor, size: tuple[int, int], output: s
 def about(network: Segmenter, output: str) -> dict[str, str]:
     """Return the metadata of the file, as text by name."""
     return {
-        "network": f"CCNet {network.description.backbone}, R={network.description.recurrence}",
+        "network": network_name(network),
         "input": "uint8 [batch, height, width, 3]",
         "channel_order": "RGB",
         "mean": f"{json.dumps(IMG_MEAN[::-1].tolist())}, of R, G and B; subtracted in the network",
@@ -300,6 +302,12 @@ def about(network: Segmenter, output: str) -> dict[str, str]:
         "classes": json.dumps(network.names),
         "colors": json.dumps(network.labels.colors()),
     }
+
+
+def network_name(network: Segmenter) -> str:
+    """Return the model, the backbone and the recurrence, if the model has one."""
+    model, backbone, recurrence = network.description[:3]
+    return f"{model} {backbone}" + ("" if recurrence is None else f", R={recurrence}")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -329,11 +337,7 @@ def main() -> None:
     network = common.open_network(args)
     check_outputs("--out", [args.out], network.files)
     check_writable("--out", os.path.dirname(args.out) or ".")
-    print(
-        f"{args.restore_from}: {network.description.backbone}, R={network.description.recurrence}, "
-        f"{network.num_classes} classes",
-        flush=True,
-    )
+    print(f"{args.restore_from}: {network_name(network)}, {network.num_classes} classes", flush=True)
     export(network, args.out, args.output)
 
 

@@ -3,7 +3,7 @@
     python -m tools.profile --input-size 1024,2048               prediction
     python -m tools.profile --train --batch-size 2 --amp bf16    a training step
     python -m tools.profile --fit 8,24 --input-size 769 513      the largest batches on GPUs of 8 and 24 GB
-    python -m tools.profile --paper                              the attention, compared with the paper
+    python -m tools.profile --paper                              the attentions, compared with the paper
 
 Convolutions, matrix products and the criss-cross attention are counted; a multiply-add is two FLOPs. FLOPs
 and memory are computed with tensors without data, for any size on any machine. Times, and the measured peak
@@ -32,11 +32,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cc_attention import CrissCrossAttention, ops
+from cc_attention import ops
 from dataset.labels import NUM_CLASSES
 from engine.acceleration import PRECISIONS, choose_precision, use_fused
-from networks import Seg_Model, load_weights
-from networks.of_run import Description, describe
+from networks import MODELS, Network, load_weights, make_network
+from networks.of_run import Description, describe, of_flags
 from networks.variants import DEPTHS, variant_of
 from networks.weights import read_state_dict
 from tools import common
@@ -61,29 +61,38 @@ from utils.resources import check_memory
 OVERHEAD, RESERVE = 1.05, 1 * GIB
 #: Largest batch that train.py accepts.
 LARGEST_BATCH = 2**16
-#: --paper: GFLOPs and memory (MB) published in the paper (ICCV, tables 3 and 5; input 3x769x769).
-PAPER = {"R=1": (8.3, 53), "R=2": (16.5, 127), "R=3": (24.7, 208), "non-local": (108, 1411)}
+#: --paper: GFLOPs and memory (MB) published for models and recurrences (ICCV, tables 3 and 5; the last one is
+#: of TPAMI; input 3x769x769).
+PAPER = {
+    ("ccnet", 1): (8.3, 53),
+    ("ccnet", 2): (16.5, 127),
+    ("ccnet", 3): (24.7, 208),
+    ("nonlocal", 1): (108, 1411),
+    ("nonlocal", 2): (216, 2820),
+}
 PAPER_SIZE = (769, 769)
+#: Part of the network that is the attention.
+PAPER_PARTS = {"ccnet": "head.cca", "nonlocal": "head.attention"}
 
 
 def describe_network(args: argparse.Namespace) -> tuple[Description, dict[str, Tensor] | None]:
     """Return the description of the network of the flags, and the weights of --restore-from."""
-    given = {name: getattr(args, name) for name in ("backbone", "num_classes", "recurrence")}
+    given = {name: getattr(args, name) for name in ("model", "backbone", "num_classes", "recurrence")}
     if args.restore_from:
         weights = read_state_dict(args.restore_from)
         found = describe(args.restore_from, weights, given)
         print(*found.notes, sep="\n", end="\n" if found.notes else "", flush=True)
         return found.description, weights
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return Description(**{"num_classes": NUM_CLASSES, **chosen}), None
+    return of_flags({**given, "num_classes": given["num_classes"] or NUM_CLASSES}).description, None
 
 
-def make_network(found: Description, path: str | None, weights: dict[str, Tensor] | None) -> Seg_Model:
+def network_of(found: Description, path: str | None, weights: dict[str, Tensor] | None) -> Network:
     """Return the network with the weights of a file, or with random ones."""
     torch.manual_seed(0)
-    model = Seg_Model(
+    model = make_network(
+        found.model,
         cast(int, found.num_classes),
-        recurrence=found.recurrence,
+        found.recurrence,
         backbone=found.backbone,
         variant=variant_of(weights or {}),
     )
@@ -112,7 +121,7 @@ def columns(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def profile(setting: Setting, model: Seg_Model, device: torch.device, rounds: int) -> dict[str, Any]:
+def profile(setting: Setting, model: Network, device: torch.device, rounds: int) -> dict[str, Any]:
     """Profile a setting.
 
     Args:
@@ -253,21 +262,11 @@ def fit_page(result: dict[str, Any]) -> str:
 # Comparison with the paper
 
 
-class NonLocal(CrissCrossAttention):
-    """Full attention, the peer in the paper's table, with its attention maps in memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention to x [N, in_dim, H, W]; the result has the same shape."""
-        query, key, value = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
-        weight = torch.softmax(query.mT @ key, dim=2)  # [N, pixel, pixel seen]
-        return torch.addcmul(x, self.gamma, (value @ weight.mT).view(x.shape))
-
-
 def paper() -> dict[str, dict[str, float]]:
-    """Return GFLOPs and training memory of head.cca, beside the values of the paper.
+    """Return GFLOPs and training memory of both attentions, beside the values of the paper.
 
-    GFLOPs are counted both as in the paper and as computed by the code. Memory is the difference between
-    CCNet and CCNet without attention.
+    GFLOPs are counted both as in the paper and as computed by the code. Memory is the difference between the
+    network and the same one without attention.
 
     Raises:
         UsageError: the operator is not compiled.
@@ -277,16 +276,16 @@ def paper() -> dict[str, dict[str, float]]:
     setting = Setting(backbone="resnet50", size=PAPER_SIZE, train=True)
     without = simulate(setting._replace(recurrence=0))
     rows = {}
-    for name, (gflops, megabytes) in PAPER.items():
-        attention = functools.partial(NonLocal, 512) if name == "non-local" else None
-        one = setting if attention else setting._replace(recurrence=int(name.removeprefix("R=")))
-        ours = simulate(one, attention=attention)
-        theirs = simulate(one._replace(train=False), formulas=paper_formulas(), attention=attention)
+    for (model, recurrence), (gflops, megabytes) in PAPER.items():
+        one = setting._replace(model=model, recurrence=recurrence)
+        ours = simulate(one)
+        theirs = simulate(one._replace(train=False), formulas=paper_formulas())
         kept, kept_without = (sum(c.memory for c in s.parts.values()) for s in (ours, without))
-        rows[name] = {
+        part = PAPER_PARTS[model]
+        rows[f"{model}, R={recurrence}"] = {
             "gflops_paper": gflops,
-            "gflops_as_the_paper_counts": theirs.parts["head.cca"].flops_forward / 1e9,
-            "gflops": ours.parts["head.cca"].flops_forward / 1e9,
+            "gflops_as_the_paper_counts": theirs.parts[part].flops_forward / 1e9,
+            "gflops": ours.parts[part].flops_forward / 1e9,
             "memory_paper": megabytes,
             "memory_kept": (kept - kept_without) / MIB,
             "memory_peak": (ours.peak - without.peak) / MIB,
@@ -316,7 +315,7 @@ def paper_page(rows: dict[str, dict[str, float]]) -> str:
         for name, row in rows.items()
     ]
     height, width = PAPER_SIZE
-    return f"head.cca, {height}x{width}: features 1x512x97x97\n\n" + columns(headings, body)
+    return f"the attention, {height}x{width}: features 1x512x97x97\n\n" + columns(headings, body)
 
 
 # The command
@@ -327,12 +326,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser = common.Parser("profile", __doc__)
     add = parser.add_argument
     of_checkpoint = "by default that of the checkpoint, or"
+    add("--model", choices=sorted(MODELS), help=f"network; {of_checkpoint} ccnet")
     add("--backbone", choices=sorted(DEPTHS), help=f"backbone; {of_checkpoint} resnet101")
     add("--num-classes", type=flags.classes, help=f"number of classes; {of_checkpoint} {NUM_CLASSES}")
     add(
         "--recurrence",
         type=flags.recurrence,
-        help=f"number of times that the attention is applied; {of_checkpoint} 2",
+        help=f"number of times that the attention is applied; {of_checkpoint} that of the model",
     )
     add("--restore-from", metavar="FILE", help="checkpoint (default: random weights)")
     add(
@@ -400,6 +400,7 @@ def main() -> None:
         args.input_size[0],
         fused=args.fused,
         recompute=args.recompute,
+        model=found.model,
     )
     if args.recompute and args.gpu != "cpu" and not args.channels_last:
         raise UsageError("--recompute: requires --channels-last on a GPU; add it")
@@ -420,7 +421,7 @@ def main() -> None:
         device = common.choose_device(args.gpu)
         if args.rounds:
             choose_precision(args.amp, device)
-        model = make_network(found, args.restore_from, weights)
+        model = network_of(found, args.restore_from, weights)
         setting = setting._replace(variant=variant_of(weights or {}))
         result = profile(setting, model, device, args.rounds)
         print(page(setting, result))

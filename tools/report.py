@@ -28,6 +28,7 @@ from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.evaluation.results import CONFUSION, FILES, RESULT
 from networks import MODELS
+from networks.models import recurrence_of
 from networks.of_run import args_file
 from networks.variants import DEPTHS
 from networks.weights import read_state_dict
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(
         name=os.path.basename(os.path.abspath(args.run)),
         recipe=recipe,
-        defaults=vars(train.get_parser().parse_args(["--data-dir", "."])),
+        defaults=defaults_of(recipe.get("model")),
         environment=run_files.read_environment(args.run),
         log=log,
         validation=read_validation(os.path.join(args.run, EVENTS)),
@@ -138,6 +139,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{out}: {os.path.getsize(out) / 2**20:.1f} MiB")
     for line in report.missing:
         print(line)
+
+
+def defaults_of(model: Any) -> dict[str, Any]:
+    """Return the flags that train.py has for a model if none is given."""
+    defaults = vars(train.get_parser().parse_args(["--data-dir", "."]))
+    known = isinstance(model, str) and model in MODELS
+    return defaults | {"recurrence": recurrence_of(model if known else defaults["model"], None)}
 
 
 class Evaluation(NamedTuple):
@@ -392,7 +400,7 @@ def attention_of(
         ranked: the pictures, ordered by score.
     """
     network = common.open_network(flags_of_network)
-    if network.description.recurrence == 0 or not ranked:
+    if not network.attends or not ranked:
         return []
     dataset = evaluation.dataset
     number_of_pictures = min(number_of_pictures, len(ranked))

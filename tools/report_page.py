@@ -163,7 +163,9 @@ def _facts(report: Report) -> str:
     if memory := _entries(report.log, "memory_mb"):
         facts.append((_gibibytes(max(memory) * 2**20), "peak memory in training"))
     facts += [
-        (_text(report.recipe[name]), name) for name in ("backbone", "recurrence") if name in report.recipe
+        (_text(report.recipe[name]), name)
+        for name in ("model", "backbone", "recurrence")
+        if report.recipe.get(name) is not None
     ]
     return (
         '<div class="facts">'
@@ -213,7 +215,9 @@ def _data(found: dict[str, Any], pictures: int | None) -> str:
 
 def _network(found: dict[str, Any]) -> str:
     parts = [_text(found[name]) for name in ("model", "backbone") if name in found]
-    return ", ".join([*parts, f"recurrence {_text(found.get('recurrence'))}"])
+    if found.get("recurrence") is not None:
+        parts.append(f"recurrence {_text(found['recurrence'])}")
+    return ", ".join(parts)
 
 
 def _checkpoint(path: Any) -> str:
@@ -438,8 +442,9 @@ def _attention(examples: Sequence[Example]) -> str:
     if not examples:
         return ""
     note = (
-        "<p>Weights with which the pixel at the cross gathers the other pixels. R = 1: after one recurrence, "
-        "pixels of its row and column. R = 2: after two recurrences (the product of both maps), all pixels. "
+        "<p>Weights with which the pixel at the cross gathers the other pixels. R = 1: after one recurrence; "
+        "in ccnet, pixels of its row and column. R = 2: after two recurrences (the product of both maps), "
+        "all pixels. "
         "Brightness is the square root of weight / largest weight of the map.</p>"
     )
     return note + "".join(map(_example, examples))

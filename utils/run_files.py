@@ -37,7 +37,7 @@ NOTED: dict[str, tuple[tuple[type, ...], tuple[int, int] | None]] = {
     "num_classes": ((int,), (1, 255)),
     "ignore_label": ((int,), (0, 255)),
     "restore_from": ((str, type(None)), None),
-    "recurrence": ((int,), (0, 100)),
+    "recurrence": ((int, type(None)), (0, 100)),
 }
 
 
@@ -202,7 +202,7 @@ def arguments_of(folder: str, result: dict[str, Any]) -> dict[str, Any]:
     for name, (kinds, bounds) in NOTED.items():
         value = found.get(name)
         right = name in found and isinstance(value, kinds) and (not isinstance(value, str) or _is_text(value))
-        if bounds is not None:
+        if bounds is not None and value is not None:
             right = right and is_number(value, *bounds)
         if not right:
             raise UsageError(

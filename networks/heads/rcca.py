@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from cc_attention import RecurrentCrissCrossAttention
-from networks.abn import ABN
-from networks.dropout import ChannelDropout
-from networks.resnet import convolution
+from cc_attention import RecurrentCrissCrossAttention, attention_maps
+from networks.heads.parts import classification, convolution_norm
 
 
 class RCCAHead(nn.Module):
@@ -41,17 +41,25 @@ class RCCAHead(nn.Module):
         activation: str = "leaky_relu",
     ):
         super().__init__()
-        self.conva = nn.Sequential(convolution(in_channels, channels, 3), ABN(channels, activation, backend))
+        norm = (backend, activation)
+        self.conva = convolution_norm(in_channels, channels, 3, *norm)
         self.cca = RecurrentCrissCrossAttention(channels, recurrence)
-        self.convb = nn.Sequential(convolution(channels, channels, 3), ABN(channels, activation, backend))
-        self.bottleneck = nn.Sequential(
-            convolution(in_channels + channels, channels, 3),
-            ABN(channels, activation, backend),
-            ChannelDropout(channels, dropout),
-            nn.Conv2d(channels, num_classes, 1),
-        )
+        self.convb = convolution_norm(channels, channels, 3, *norm)
+        self.bottleneck = classification(in_channels + channels, channels, num_classes, dropout, *norm)
+
+    @property
+    def recurrence(self) -> int:
+        """Number of applications of the attention."""
+        return self.cca.recurrence
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [N, num_classes, H, W] of x [N, in_channels, H, W]."""
         y = self.convb(self.cca(self.conva(x)))
         return self.bottleneck(torch.cat([x, y], 1))
+
+    def attention_maps(self, x: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the attention maps [R, P, H, W] of P pixels of x [1, in_channels, H, W].
+
+        See `cc_attention.attention_maps`.
+        """
+        return attention_maps(self.cca, self.conva(x), pixels)

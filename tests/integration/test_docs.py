@@ -14,7 +14,8 @@ import torch
 
 import evaluate
 import train
-from networks import MODELS
+from networks import MODELS, fold_batch_norm
+from networks.models import Architecture, models_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "cc_attention/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,16 +103,19 @@ def test_python_in_them_runs(
             assert names["prediction"].probabilities.shape == (19, 128, 256)
         if "maps" in names:
             assert names["maps"].shape in ((2, 1, 20, 50), (1, 2, 17, 33))
-        if "PlainNet" in names:
-            network = names["PlainNet"](4, backbone="resnet50").eval()
-            with torch.no_grad():
-                outputs = network(torch.randn(1, 3, 33, 41))
-            assert [output.shape[1] for output in outputs] == [4, 4]
-            for command in (train, evaluate):  # build it as any other
-                monkeypatch.setitem(MODELS, "plain", names["PlainNet"])
+        if "PlainHead" in names:
+            monkeypatch.setitem(MODELS, "plain", Architecture(names["PlainHead"]))
+            for command in (train, evaluate):
                 own = ["--model", "plain", "--backbone", "resnet50", "--num-classes", "4"]
                 args = command.get_parser().parse_args(["--data-dir", "CS", *own])
-                assert isinstance(command.make_model(args, None), names["PlainNet"])
+                network = command.make_model(args, None).eval()
+                assert isinstance(network.head, names["PlainHead"])
+            with torch.no_grad():
+                outputs, folded = (
+                    each(torch.randn(1, 3, 33, 41)) for each in (network, fold_batch_norm(network))
+                )
+            assert [output.shape[1] for output in outputs] == [4, 4] and len(folded) == 1
+            assert models_of(network.state_dict()) == ["plain"]
 
 
 def test_the_parsers_that_are_asked_are_there() -> None:

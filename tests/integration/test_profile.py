@@ -18,7 +18,7 @@ from cc_attention import criss_cross_attention, ops, reference
 from networks import Seg_Model
 from networks.variants import DEPTHS
 from tools import profile
-from tools.cost import BACKWARD, FORWARD, PARTS, STEM, Alive, Setting, Simulation, parameters_of, simulate
+from tools.cost import BACKWARD, FORWARD, STEM, Alive, Setting, Simulation, parameters_of, simulate
 from utils.errors import InputError, UsageError
 
 compiled = pytest.mark.skipif(
@@ -27,6 +27,8 @@ compiled = pytest.mark.skipif(
 #: 65 x 97 pictures have 9 x 13 features.
 SMALL = Setting(backbone="tiny", num_classes=5, batch=2, size=(65, 97), train=True, channels_last=True)
 N, H, W = 2, 9, 13
+LAYERS = ["layer1", "layer2", "layer3", "layer4"]
+PARTS = [*LAYERS, "head.conva", "head.cca", "head.convb", "head.bottleneck", "dsn"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,13 +53,22 @@ TINY = ["--backbone", "tiny", "--input-size", "33,41", "--gpu", "cpu", "--rounds
 def test_counted_as_the_paper_counts_the_papers_gflops_come_out():
     rows = profile.paper()
     counted = {name: round(row["gflops_as_the_paper_counts"], 2) for name, row in rows.items()}
-    assert counted == {"R=1": 8.29, "R=2": 16.58, "R=3": 24.88, "non-local": 108.16}
+    assert counted == {
+        "ccnet, R=1": 8.29,
+        "ccnet, R=2": 16.58,
+        "ccnet, R=3": 24.88,
+        "nonlocal, R=1": 108.16,
+        "nonlocal, R=2": 216.33,
+    }
     # The exact count has 193 positions instead of 195, and no biases.
-    for recurrence in (1, 2, 3):
-        exact = recurrence * 2 * 97 * 97 * (512 * (64 + 64 + 512) + 193 * (64 + 512))
-        assert rows[f"R={recurrence}"]["gflops"] * 1e9 == pytest.approx(exact, rel=1e-12)
+    for model, numbers, seen in (("ccnet", (1, 2, 3), 193), ("nonlocal", (1, 2), 97 * 97)):
+        for recurrence in numbers:
+            exact = recurrence * 2 * 97 * 97 * (512 * (64 + 64 + 512) + seen * (64 + 512))
+            found = rows[f"{model}, R={recurrence}"]["gflops"] * 1e9
+            assert found == pytest.approx(exact, rel=1e-12)
     # Non-local attention keeps 338 MiB more, its map.
-    assert rows["non-local"]["memory_kept"] - rows["R=1"]["memory_kept"] == pytest.approx(338, abs=1)
+    more = rows["nonlocal, R=1"]["memory_kept"] - rows["ccnet, R=1"]["memory_kept"]
+    assert more == pytest.approx(338, abs=1)
     assert "108.16" in profile.paper_page(rows)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from networks import CheckpointError, Seg_Model, models
-from networks.of_run import Description, args_file, backbone_of, describe
+from networks import MODELS, CheckpointError, Seg_Model, make_network
+from networks.models import models_of
+from networks.of_run import Description, args_file, backbone_of, describe, of_flags
 from utils.errors import UsageError
 
 
@@ -54,7 +55,8 @@ def test_a_flag_goes_before_the_run_with_one_line(tmp_path: Path, state: dict[st
 
 
 @pytest.mark.parametrize(
-    "name, wrong, right", [("backbone", "resnet101", "resnet50"), ("num_classes", 19, 5)]
+    "name, wrong, right",
+    [("model", "psp", "ccnet"), ("backbone", "resnet101", "resnet50"), ("num_classes", 19, 5)],
 )
 def test_the_weights_go_before_both(tmp_path: Path, state: dict[str, Tensor], name, wrong, right) -> None:
     flag = f"--{name.replace('_', '-')}"
@@ -66,9 +68,38 @@ def test_the_weights_go_before_both(tmp_path: Path, state: dict[str, Tensor], na
     assert getattr(found, name) == right and len(notes) == 1
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_the_model_is_that_of_the_weights(tmp_path: Path, model: str) -> None:
+    """Nothing but the names of the entries tells it; the recurrence is then the model's default."""
+    with torch.device("meta"):
+        weights = dict(make_network(model, 5, backbone="resnet50").state_dict())
+    assert models_of(weights) == [model]
+    found, notes = described(tmp_path, weights)
+    assert found == Description(model, "resnet50", MODELS[model].recurrence, 5, None)
+    assert ("recurrence" in notes[0]) == (model in ("ccnet", "nonlocal"))
+    for damaged in (weights.keys() - {"head.bottleneck.0.weight"}, weights.keys() | {"head.other.weight"}):
+        assert models_of(dict.fromkeys(damaged, torch.zeros(1))) == []
+
+
+@pytest.mark.parametrize("where", ["flag", "args.json"])
+def test_a_recurrence_only_where_there_is_an_attention(tmp_path: Path, where: str) -> None:
+    with torch.device("meta"):
+        weights = dict(make_network("fcn", 5, backbone="resnet50").state_dict())
+    assert described(tmp_path, weights, {"model": "fcn", "recurrence": None})[0].recurrence is None
+    run, given = (
+        ({"model": "fcn", "recurrence": 2}, {}) if where == "args.json" else (None, {"recurrence": 2})
+    )
+    with pytest.raises(UsageError, match="--recurrence 2: not an option of --model fcn, only of ccnet and"):
+        described(tmp_path, weights, run, **given)
+    with pytest.raises(UsageError, match="--recurrence 0: not an option of --model psp"):
+        of_flags({"model": "psp", "recurrence": 0})
+    assert of_flags({"model": "psp", "recurrence": None}).description.recurrence is None
+    assert of_flags({}).description.recurrence == 2
+
+
 @pytest.mark.parametrize(
     "run",
-    [{"model": "fcn"}, {"backbone": 7}, {"recurrence": "2"}, {"num_classes": None}, {"classes": ["a"]}],
+    [{"model": "other"}, {"backbone": 7}, {"recurrence": "2"}, {"num_classes": None}, {"classes": ["a"]}],
 )
 def test_impossible_values_are_named(tmp_path: Path, state: dict[str, Tensor], run: dict) -> None:
     (name,) = run
@@ -85,7 +116,7 @@ def test_other_weights_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> 
 
 
 def test_another_network_takes_the_flags_and_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.MODELS, "plain", Seg_Model)
+    monkeypatch.setitem(MODELS, "plain", MODELS["ccnet"])
     weights = {"head.weight": torch.zeros(4, 3, 1, 1)}
     with pytest.raises(CheckpointError):
         described(tmp_path, weights)

@@ -13,6 +13,7 @@ import evaluate
 import fused
 import train
 from engine.options import EvaluateOptions, Options, ToolOptions, TrainOptions, add_flags, for_device
+from networks.models import recurrence_of
 from tools import predict
 from utils.args import Parser
 from utils.errors import UsageError
@@ -28,7 +29,7 @@ def test_defaults_are_the_published_recipe() -> None:
     found = TrainOptions.of(args)
     assert (found.learning_rate, found.momentum, found.weight_decay, found.power) == (1e-2, 0.9, 1e-4, 0.9)
     assert (found.input_size, found.batch_size, found.num_steps) == ((769, 769), 8, 60000)
-    assert found.recurrence == 2
+    assert recurrence_of(found.model, found.recurrence) == 2
     assert (found.ohem, found.ohem_thres, found.ohem_keep, found.dropout) == (False, 0.7, 100000, 0.1)
     assert (found.backbone, found.model, found.snapshot_dir) == ("resnet101", "ccnet", "snapshots")
 
