@@ -374,6 +374,12 @@ class RecipeOptions(Options):
         None,
         Flag("loss weight of each class; by default all equal", flags.numbers, metavar="W,W", recipe=True),
     )
+    ccl: bool = option(
+        False, Flag("add the category-consistent loss (--model ccnet and nonlocal)", recipe=True)
+    )
+    ccl_channels: int = option(
+        16, Flag("channels of the features of --ccl", flags.positive_int, metavar="N", recipe=True)
+    )
     ema: float | None = option(
         None,
         Flag(

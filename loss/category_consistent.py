@@ -5,11 +5,13 @@ Source: CCNet, TPAMI version (arXiv 1811.11721v2), section 3.4. The authors have
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from loss.criterion import CriterionDSN
 from loss.ohem import Total
 
 #: Factors of variance, distance and regularization in the paper.
@@ -137,6 +139,37 @@ class CategoryConsistentLoss(nn.Module):
         square = (d - self.delta_v).clamp(min=0).square()
         linear = d - self.delta_d + (self.delta_d - self.delta_v) ** 2
         return linear.where(d > self.delta_d, square)
+
+
+class WithConsistency(nn.Module):
+    """Add the category-consistent loss to a criterion.
+
+    The third output of the network are the features of the loss.
+
+    Args:
+        criterion: loss of the two heads, such as `CriterionDSN`.
+        loss: the category-consistent loss.
+    """
+
+    def __init__(self, criterion: CriterionDSN, loss: CategoryConsistentLoss):
+        super().__init__()
+        self.criterion = criterion
+        self.consistency = loss
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """Weights of main head, auxiliary head, variance, distance and regularization."""
+        return *self.criterion.head_weights, *WEIGHTS
+
+    def totals(self, outputs: Sequence[Tensor], target: Tensor) -> list[Total]:
+        """Return the sums of both heads and of the three parts of the category-consistent loss.
+
+        Args:
+            outputs: [logits, dsn_logits, features].
+            target: class indices, integer [N, h, w].
+        """
+        *heads, features = outputs
+        return [*self.criterion.totals(heads, target), *self.consistency.totals(features, target)]
 
 
 def length(vectors: Tensor) -> Tensor:
