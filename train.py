@@ -13,7 +13,6 @@ import math
 import sys
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,20 +26,19 @@ from engine.randomness import seed_of, set_deterministic
 from engine.runtime import apex, distributed, signals
 from engine.training import checkpoint
 from engine.training.ema import WeightAverage
+from engine.training.optimizer import make_optimizer
 from engine.training.run import Data, Parts, Run, exclusive
-from engine.training.schedule import poly_lr, set_learning_rate
+from engine.training.schedule import poly_lr, set_learning_rate, warm_up
 from engine.training.step import Stepper, updates_at_once
-from loss import CriterionDSN, CriterionOhemDSN
-from loss.criterion import upsample
+from loss import CategoryConsistentLoss, CriterionDSN, CriterionOhemDSN, WithConsistency
 from networks import MODELS, Network, load_weights, make_network, match_weights, synchronize, train_mode
 from networks.abn import require_inplace_abn
-from networks.attention import has_attention, picture_attention
 from networks.models import check_statistics, recurrence_of
 from networks.pretrained import read_weights
+from networks.sample_picture import draw_sample
 from networks.variants import DEPTHS, options_of
 from utils import args as flags
-from utils.drawing.attention_figure import draw_attention
-from utils.drawing.palette import colored, make_palette
+from utils.drawing.palette import make_palette
 from utils.files import check_outputs, check_writable
 from utils.resources import check_fits
 
@@ -123,24 +121,25 @@ def train(options: TrainOptions, classes: Classes, world: distributed.World) -> 
         torch.manual_seed(seed_of(seed))
         model = make_start(options).to(world.device).to(memory_format=options.memory_format)
         average = WeightAverage(model, options.ema) if options.ema is not None else None
-        synchronize(model, world.statistics())
+        group = world.statistics()
+        synchronize(model, group)
         model.recompute = options.recompute
         train_mode(model, options.freeze_bn)
-        optimizer = make_optimizer(options, model)
+        optimizer = optimizer_of(options, model)
         parallel = make_parallel(options, model, world)
-        criterion = make_criterion(options).to(world.device)
+        criterion = make_criterion(options, group).to(world.device)
         stepper = Stepper(parallel, criterion, optimizer, world, options.stepping(world.device))
 
         parts = Parts(model, optimizer, stepper.scaler, average)
         recipe = options.recipe() | {"data": dataset.digest()}
-        draw = partial(draw_sample, model, make_palette(dataset.labels.colors()))
+        draw = partial(draw_sample, model, make_palette(dataset.labels.colors()), IMG_MEAN)
         data = Data(make_val_dataset(options, classes.table), draw, classes.own)
         with Run(options, world, stop, parts, recipe, data) as run:
             loading = Loading(options.batch_size, options.num_workers)
             batches = train_batches(dataset, seed, run.remaining, world, loading, options.memory_format)
             for step, batch in run.steps(batches):
                 lr = poly_lr(options.learning_rate, step - 1, options.num_steps, options.power)
-                set_learning_rate(optimizer, lr)
+                set_learning_rate(optimizer, lr * warm_up(step - 1, options.warmup))
                 result = stepper.step(step, batch)  # forward, loss, backward, check, update
                 if average is not None:
                     average.update(step)
@@ -197,6 +196,7 @@ def make_model(options: TrainOptions, weights: dict[str, Tensor] | None) -> Netw
         options.model,
         options.num_classes,
         options.recurrence,
+        consistency=options.ccl_channels if options.ccl else 0,
         backbone=options.backbone,
         dropout=options.dropout,
         abn="apex" if options.backend == "apex" and options.abn == "torch" else options.abn,
@@ -204,21 +204,27 @@ def make_model(options: TrainOptions, weights: dict[str, Tensor] | None) -> Netw
     )
 
 
-def make_criterion(options: TrainOptions) -> CriterionDSN:
-    """Return the loss module."""
+def make_criterion(options: TrainOptions, group: distributed.Statistics) -> CriterionDSN | WithConsistency:
+    """Return the loss module. `group` shares the classes of the category-consistent loss."""
     class_weights = torch.tensor(options.class_weights) if options.class_weights else None
+    criterion = CriterionDSN(options.ignore_label, class_weights)
     if options.ohem:
-        return CriterionOhemDSN(options.ignore_label, options.ohem_thres, options.ohem_keep, class_weights)
-    return CriterionDSN(options.ignore_label, class_weights)
+        kept = options.ohem_thres, options.ohem_keep
+        criterion = CriterionOhemDSN(options.ignore_label, *kept, class_weights)
+    if not options.ccl:
+        return criterion
+    consistency = CategoryConsistentLoss(ignore_index=options.ignore_label, num_classes=options.num_classes)
+    consistency.group = group
+    return WithConsistency(criterion, consistency)
 
 
-def make_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
-    """Return SGD for all weights of `model`."""
+def optimizer_of(options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of all weights of `model`."""
     lr, momentum, decay = options.learning_rate, options.momentum, options.weight_decay
     if options.backend == "apex":
         return apex.optimizer(model.parameters(), lr, momentum, decay)
-    at_once = updates_at_once(next(model.parameters()).device, options.channels_last) or None
-    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay, fused=at_once)
+    at_once = updates_at_once(next(model.parameters()).device, options.channels_last)
+    return make_optimizer(options.optimizer, model, lr, momentum, decay, at_once)
 
 
 def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.World) -> nn.Module:
@@ -228,22 +234,6 @@ def make_parallel(options: TrainOptions, model: nn.Module, world: distributed.Wo
     else:
         parallel = world.data_parallel(model, all_used=options.all_weights_used)
     return torch.compile(parallel) if options.compile else parallel  # type: ignore[return-value]
-
-
-def draw_sample(
-    model: Network, palette: list[int], image: Tensor, label: Tensor, logits: Tensor
-) -> dict[str, np.ndarray]:
-    """Draw a sample for TensorBoard: image, label, prediction, and the attention of its middle pixel."""
-    pixels = image.permute(1, 2, 0).cpu().numpy() + IMG_MEAN
-    picture = pixels[..., ::-1].round().clip(0, 255).astype(np.uint8)
-    prediction = upsample(logits[None], label.shape)[0].argmax(0)
-    classes = [colored(each.cpu().numpy(), palette) for each in (label, prediction)]
-    drawn = {"train/image_label_prediction": np.hstack([picture, *classes])}
-    if has_attention(model):
-        middle = label.shape[0] // 2, label.shape[1] // 2
-        maps = picture_attention(model, image[None], [middle])[:, 0].cpu().numpy()
-        drawn["train/attention"] = np.array(draw_attention(picture, middle, maps))
-    return drawn
 
 
 if __name__ == "__main__":

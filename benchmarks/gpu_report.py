@@ -103,7 +103,7 @@ def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
         entry["note"] = lines[-1][:200] if lines else f"exit status {process.returncode}"
     if result.exists():
         entry["result"] = json.loads(result.read_text())
-    elif part.name == "tests":
+    elif part.name.startswith("tests"):
         entry["result"] = tests_of(text)
     elif found := re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text):
         entry["result"] = {"errors": sum(int(number) for pair in found for number in pair if number)}
@@ -150,19 +150,18 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
             Part("attention", [*attention, *tiny.split(), *written("attention")], 60),
             Part("kernels", own("kernels"), 60),
         ]
-    tests = [
-        name
-        for name in (
-            "unit/test_cc_attention.py",
-            "unit/test_attention_options.py",
-            "kernels/test_attention_kernels.py",
-            "kernels/test_fused_norm.py",
-            "kernels/test_fused_loss.py",
-            "unit/test_networks.py",
-            "unit/test_loader.py",
-        )
-        if (ROOT / "tests" / name).exists()
-    ]
+    pytest = [*python, "pytest", "-v"]
+    files = (
+        "unit/test_cc_attention.py",
+        "unit/test_attention_options.py",
+        "kernels/test_attention_kernels.py",
+        "kernels/test_fused_norm.py",
+        "kernels/test_fused_loss.py",
+        "unit/test_networks.py",
+        "unit/test_loader.py",
+    )
+    tests = [f"tests/{name}" for name in files if (ROOT / "tests" / name).exists()]
+    attention_tests = [name for name in tests if "attention" in name]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
     def sanitized(tool: str, seconds: float) -> Part:
@@ -175,13 +174,15 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
     sizes += " --tile 769,769 --tile-batch 4"
     half, others = "bf16+channels_last", "bf16 fp16+channels_last float32+channels_last"
     peers = shlex.split("--contenders ours bmm einsum non-local --dtypes bfloat16 float32 tf32 --rounds 3")
+    ours = shlex.split("--contenders ours --dtypes bfloat16 float32 tf32 --rounds 3")
     compiled = shlex.split(
         "--contenders ours bmm-compiled einsum-compiled flex --shapes 8x97x97 --dtypes bfloat16 float32"
     )
     evaluation = [*python, "benchmarks.evaluation", "--device", device, "--size", "1024x2048"]
     evaluation += shlex.split("--tile 769,769 --tile-batch 4 --num-workers 8 --pictures 128 --rounds 2")
     return [
-        Part("tests", [*python, "pytest", "-v", *(f"tests/{name}" for name in tests), "-k", "cuda"], 100),
+        Part("tests", [*pytest, *tests, "-k", "cuda"], 100),
+        Part("tests-untested", [*pytest, *attention_tests, "-k", "cuda"], 60, {"CC_ATTENTION_UNTESTED": "1"}),
         stepped("step-parts", f"{sizes} --measure parts --settings {half} --fused off on", 80),
         stepped("step", f"{sizes} --measure step memory --rounds 3 --settings {half} {others}", 120),
         stepped(
@@ -194,7 +195,8 @@ def parts_of(out: Path, device: str, quick: bool) -> list[Part]:
             f"{sizes} --measure prediction --rounds 3 --settings {half} float32 --fused off on --cuda-graph",
             90,
         ),
-        Part("attention", [*attention, *peers, "--untested", *written("attention")], 200),
+        Part("attention-untested", [*attention, *ours, "--untested", *written("attention-untested")], 60),
+        Part("attention", [*attention, *peers, *written("attention")], 200),
         stepped("step-bmm", f"{sizes} --measure step --rounds 3 --settings {half} --attention bmm", 60),
         Part("evaluation", [*evaluation, "--out", str(out / "evaluation.json")], 110),
         sanitized("memcheck", 60),
@@ -266,10 +268,19 @@ def page(report: dict[str, Any]) -> str:
     lines += table(["", ""], [[key, value] for key, value in about.items() if key != "nvidia_smi"])
     outcomes = [[n, e["status"], e.get("seconds", ""), e.get("note", "")] for n, e in parts.items()]
     lines += ["## Parts", "", *table(["part", "outcome", "seconds", "note"], outcomes)]
-    if tests := results.get("tests"):
+    for name in ("tests", "tests-untested"):
+        if not (tests := results.get(name)):
+            continue
         counts = ", ".join(f"{tests[word]} {word}" for word in ("passed", "failed", "error", "skipped"))
-        lines += ["## Tests", "", counts, "", *(f"- {name}" for name in tests["failures"]), ""]
-    for name in ("attention", "attention-compiled"):
+        lines += [
+            f"## {name.capitalize()}",
+            "",
+            counts,
+            "",
+            *(f"- {failure}" for failure in tests["failures"]),
+            "",
+        ]
+    for name in ("attention", "attention-untested", "attention-compiled"):
         if name in results:
             lines += attention_page(name, results[name])
     lines += step_page(results)
@@ -390,13 +401,31 @@ def environment(device: str) -> dict[str, Any]:
 def kernels(device: str, quick: bool) -> dict[str, Any]:
     """Compare all kinds of kernels, forward and backward, with float64 on the CPU.
 
-    Rows and columns are short and long. Inputs are made on the CPU, so that the GPU runs mainly our kernels.
-
     Returns:
-        The largest relative error of each precision.
+        The largest relative error by precision; "untested" and "options" are those of kernels that are not
+        the default.
 
     Raises:
         RuntimeError: an error is larger than rounding.
+    """
+    import fused
+    from benchmarks.attention import ERROR_LIMITS
+    from cc_attention import ops
+
+    errors = attention_kernels(device, quick)
+    with ops.untested_kernels():
+        if device != "cpu":
+            errors |= {f"untested {name}": error for name, error in attention_kernels(device, quick).items()}
+        errors |= attention_options(device, ERROR_LIMITS)
+    if device in fused.DEVICE_TYPES:
+        errors |= fused_kernels(device)
+    return {"relative_error": errors}
+
+
+def attention_kernels(device: str, quick: bool) -> dict[str, float]:
+    """Compare the attention of pictures with float64, like `kernels`.
+
+    Rows and columns are short and long. Inputs are made on the CPU, so that the GPU runs mainly our kernels.
     """
     from benchmarks.attention import ERROR_LIMITS, Case
     from cc_attention import criss_cross_attention, reference
@@ -407,11 +436,12 @@ def kernels(device: str, quick: bool) -> dict[str, Any]:
         if device == "cpu" and precision == "tf32":
             continue
         for line in lines:
-            # Rows and columns. The first channels fill matrix tiles, the second ones only copies of 16 bytes,
-            # and the last ones neither.
+            # Rows, columns, and both in the same kernel. The first channels fill matrix tiles, the second
+            # ones only copies of 16 bytes, and the last ones neither.
             for shape, channels in (
                 ((1, 3, line), (16, 64)),
                 ((1, line, 3), (24, 72)),
+                ((2, min(line, 130), min(line, 130) - 1), (16, 64)),
                 ((1, line, 2), (3, 5)),
             ):
                 case = Case(shape, channels, precision, "cpu")
@@ -432,20 +462,15 @@ def kernels(device: str, quick: bool) -> dict[str, Any]:
                 print(f"{precision} {'x'.join(map(str, shape))} channels {channels}: {worst:.1e}", flush=True)
                 if not worst <= ERROR_LIMITS[precision]:
                     raise RuntimeError(f"{precision} {shape} {channels}: relative error {worst:.2g}")
-    import fused
-
-    errors |= attention_options(device, ERROR_LIMITS)
-    if device in fused.DEVICE_TYPES:
-        errors |= fused_kernels(device)
-    return {"relative_error": errors}
+    return errors
 
 
 def attention_options(device: str, limits: Mapping[str, float]) -> dict[str, float]:
     """Compare the attention with heads, scale, axes, frames and a residual with float64, like `kernels`.
 
-    Query, key and value are parts of a larger map. The kernels are used even if they are not the default.
+    Query, key and value are parts of a larger map.
     """
-    from cc_attention import criss_cross_attention, ops, reference
+    from cc_attention import criss_cross_attention, reference
 
     errors: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
@@ -456,42 +481,41 @@ def attention_options(device: str, limits: Mapping[str, float]) -> dict[str, flo
         ((2, 5, 20, 24), 1, None),
         ((1, 3, 17, 40), 2, (0, 2)),
     ]
-    with ops.untested_kernels():
-        for precision, limit in limits.items():
-            if device == "cpu" and precision == "tf32":
-                continue
-            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-            dtype = getattr(torch, "float32" if precision == "tf32" else precision)
-            for (n, *size), heads, axes in cases:
-                layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
-                joint, residual, grad = (
-                    torch.randn(n, channels, *size, generator=generator).to(dtype).to(memory_format=layout)
-                    for channels in (200, 128, 128)
+    for precision, limit in limits.items():
+        if device == "cpu" and precision == "tf32":
+            continue
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        dtype = getattr(torch, "float32" if precision == "tf32" else precision)
+        for (n, *size), heads, axes in cases:
+            layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+            joint, residual, grad = (
+                torch.randn(n, channels, *size, generator=generator).to(dtype).to(memory_format=layout)
+                for channels in (200, 128, 128)
+            )
+            # Positive values and gradients: otherwise the gradient of gamma, a sum over all, cancels.
+            joint[:, 64:].abs_()
+            grad.abs_()
+            answers = []
+            for function, place, exact in (
+                (criss_cross_attention, device, dtype),
+                (reference.criss_cross_attention, "cpu", torch.float64),
+            ):
+                parts = joint.to(place, exact)[:, :192].split([32, 32, 128], 1)
+                gamma = torch.tensor([0.7], dtype=torch.float64).to(place, torch.float32)
+                maps = (*parts, residual.to(place, exact), gamma)
+                leaves = [x.detach().requires_grad_() for x in maps]
+                result = function(
+                    *leaves[:3], heads=heads, scale=0.5, axes=axes, residual=leaves[3], gamma=leaves[4]
                 )
-                # Positive values and gradients: otherwise the gradient of gamma, a sum over all, cancels.
-                joint[:, 64:].abs_()
-                grad.abs_()
-                answers = []
-                for function, place, exact in (
-                    (criss_cross_attention, device, dtype),
-                    (reference.criss_cross_attention, "cpu", torch.float64),
-                ):
-                    parts = joint.to(place, exact)[:, :192].split([32, 32, 128], 1)
-                    gamma = torch.tensor([0.7], dtype=torch.float64).to(place, torch.float32)
-                    maps = (*parts, residual.to(place, exact), gamma)
-                    leaves = [x.detach().requires_grad_() for x in maps]
-                    result = function(
-                        *leaves[:3], heads=heads, scale=0.5, axes=axes, residual=leaves[3], gamma=leaves[4]
-                    )
-                    gradients = torch.autograd.grad(result, leaves, grad.to(place, exact))
-                    answers.append([x.detach().cpu().double() for x in (result, *gradients)])
-                found = [(x - y).norm() / y.norm() for x, y in zip(*answers, strict=True)]
-                worst = float(torch.stack(found).max())
-                name = f"options {precision}"
-                errors[name] = max(errors.get(name, 0.0), worst)
-                print(f"{name} {'x'.join(map(str, size))} heads {heads} axes {axes}: {worst:.1e}", flush=True)
-                if not worst <= limit:
-                    raise RuntimeError(f"{name} {size} heads {heads} axes {axes}: relative error {worst:.2g}")
+                gradients = torch.autograd.grad(result, leaves, grad.to(place, exact))
+                answers.append([x.detach().cpu().double() for x in (result, *gradients)])
+            found = [(x - y).norm() / y.norm() for x, y in zip(*answers, strict=True)]
+            worst = float(torch.stack(found).max())
+            name = f"options {precision}"
+            errors[name] = max(errors.get(name, 0.0), worst)
+            print(f"{name} {'x'.join(map(str, size))} heads {heads} axes {axes}: {worst:.1e}", flush=True)
+            if not worst <= limit:
+                raise RuntimeError(f"{name} {size} heads {heads} axes {axes}: relative error {worst:.2g}")
     return errors
 
 

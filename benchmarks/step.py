@@ -53,6 +53,7 @@ from engine.acceleration import Speed, accelerate, autocast
 from engine.data.transfer import Batch
 from engine.inference import predict_classes
 from engine.runtime.distributed import World
+from engine.training.optimizer import make_optimizer
 from engine.training.step import Criterion, StepOptions, Stepper, Total, updates_at_once, waits_late
 from fused import MODES
 from loss import CriterionDSN
@@ -175,9 +176,9 @@ def make_batch(args: argparse.Namespace, device: torch.device, setting: Setting)
     return Batch(images.contiguous(memory_format=setting.layout), labels, [])
 
 
-def make_optimizer(model: torch.nn.Module, in_one_kernel: bool) -> torch.optim.Optimizer:
+def optimizer_of(model: torch.nn.Module, in_one_kernel: bool) -> torch.optim.Optimizer:
     """Return the optimizer of train.py."""
-    return torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=1e-4, fused=in_one_kernel or None)
+    return make_optimizer("sgd", model, 1e-4, 0.9, 1e-4, in_one_kernel)
 
 
 def our_step(args: argparse.Namespace, device: torch.device, setting: Setting) -> timing.Run:
@@ -188,7 +189,7 @@ def our_step(args: argparse.Namespace, device: torch.device, setting: Setting) -
     criterion = RangedCriterion(CriterionDSN().to(device))
     network: Any = torch.compile(model) if setting.compiled else model
     with fused.using(setting.fused):
-        optimizer = make_optimizer(model, updates_at_once(device, setting.channels_last))
+        optimizer = optimizer_of(model, updates_at_once(device, setting.channels_last))
         options = StepOptions(setting.amp, late=waits_late(device, setting.amp), graph=setting.cuda_graph)
     stepper = Stepper(network, criterion, optimizer, World(0, 1, device), options)
     batch = make_batch(args, device, setting)
@@ -200,7 +201,7 @@ def peer_step(args: argparse.Namespace, device: torch.device, setting: Setting) 
     """Return a training step of mmsegmentation: its network and loss, and the same update as ours."""
     peer = peers.MMSegmentation(args.peer_site, args.backbone, device)
     peer.network.to(memory_format=setting.layout)
-    optimizer = make_optimizer(peer.network, in_one_kernel=False)
+    optimizer = optimizer_of(peer.network, in_one_kernel=False)
     scaler = torch.amp.GradScaler(device.type, enabled=setting.amp == "fp16")
     batch = make_batch(args, device, setting)
     samples = peer.labelled(batch.labels)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cc_attention import reference
@@ -128,37 +129,72 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def slow_cause(maps: Sequence[Tensor], heads: int, mask: int, tf32: bool) -> str | None:
-    """Return why the tensor cores of a GPU can't be used where they are expected; None if they can.
+def _tensor_core_step(value: Tensor, tf32: bool) -> int:
+    """Return the elements in 16 bytes if tensor cores are expected for the dtype of `value`, otherwise 1.
 
-    They are expected for 16-bit types, and for float32 if TF32 is allowed. The conditions are those of `fits`
-    in csrc/cuda/tensor_core.h, except for its limits on the number of elements.
-
-    Args:
-        maps: query, key, value and, if given, the residual.
-        heads: number of heads.
-        mask: the axes, as in `PICTURE_MASK`.
-        tf32: whether TF32 is allowed.
+    They are expected for 16-bit types, and for float32 if TF32 is allowed.
     """
-    value = maps[2]
-    dtype, dim = value.dtype, value.dim()
+    dtype = value.dtype
     if reference.autocast_enabled(value) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(value.device.type)
     bits16 = dtype in (torch.float16, torch.bfloat16)
-    if dim not in (4, 5) or not (bits16 or (tf32 and dtype == torch.float32)):
+    return 16 // dtype.itemsize if bits16 or (tf32 and dtype == torch.float32) else 1
+
+
+def _has_tensor_cores(value: Tensor) -> bool:
+    """Return whether the device of `value` has tensor cores for the kernels."""
+    return value.is_cuda and torch.cuda.get_device_capability(value.device) >= (8, 0)
+
+
+def slow_cause(value: Tensor, mask: int, tf32: bool) -> str | None:
+    """Return why the tensor cores of a GPU can't be used where they are expected; None if they can.
+
+    The conditions are those of `fits` in csrc/cuda/tensor_core.h, except for its limits on the number of
+    elements, and for what `aligned` provides.
+
+    Args:
+        value: the map of values.
+        mask: the axes, as in `PICTURE_MASK`.
+        tf32: whether TF32 is allowed.
+    """
+    dim = value.dim()
+    if _tensor_core_step(value, tf32) == 1:
         return None
-    step = 16 // dtype.itemsize
-    channels = {t.shape[1] // heads for t in maps}
-    if any(count == 0 or count % step for count in channels):
-        return f"the channels of each head are no multiples of {step}"
     if max(value.shape[axis + 2] for axis in range(dim - 2) if mask & 1 << (axis + 5 - dim)) > LONGEST_LINE:
         return f"a line has more than {LONGEST_LINE} pixels"
-    unchanged = dtype == value.dtype  # autocast makes copies
-    if unchanged and any(
-        t.storage_offset() % step or (t.stride(1) == 1 and t.stride(-1) % step) for t in maps
-    ):
-        return "a slice does not begin at a multiple of 16 bytes"
     return None
+
+
+def aligned(x: Tensor, heads: int, step: int) -> Tensor:
+    """Return a map whose pixels and heads begin at multiples of 16 bytes, as the tensor cores need them.
+
+    Channels of zeros are added to each head where their number is no multiple of `step`, and slices that
+    begin elsewhere are copied. This costs less than the general kernels.
+
+    Args:
+        x: map [N, heads * channels, ...] in channels_last, or some channels of a larger map.
+        heads: number of heads.
+        step: number of elements in 16 bytes.
+    """
+    channels = x.shape[1] // heads
+    if channels % step:
+        by_heads = x.movedim(1, -1).unflatten(-1, (heads, channels))
+        return F.pad(by_heads, (0, -channels % step)).flatten(-2).movedim(-1, 1)
+    if (
+        in_transform() or torch.compiler.is_compiling()
+    ):  # there, inputs are no slices, or a copy is made anyway
+        return x
+    if x.storage_offset() % step or (x.stride(1) == 1 and x.stride(-1) % step):
+        return x.clone(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    return x
+
+
+def _without_padding(x: Tensor, heads: int, channels: int) -> Tensor:
+    """Return a map of the operator with `channels` channels in all: the first of each head."""
+    if x.shape[1] == channels:
+        return x
+    by_heads = x.movedim(1, -1).unflatten(-1, (heads, x.shape[1] // heads))
+    return to_channels_last(by_heads[..., : channels // heads].flatten(-2).movedim(-1, 1))
 
 
 @functools.cache
@@ -170,13 +206,12 @@ def _warn_slow(description: str) -> None:
     )
 
 
-def _check_speed(maps: Sequence[Tensor], heads: int, mask: int, tf32: bool) -> None:
-    """Warn once in a process if a GPU can't use its tensor cores because of the shapes."""
+def _check_speed(value: Tensor, mask: int, tf32: bool) -> None:
+    """Warn once in a process if a GPU can't use its tensor cores because of the shape."""
     if torch.compiler.is_compiling() or _warn_slow.cache_info().currsize:
         return
-    cause = slow_cause(maps, heads, mask, tf32)
-    if cause and torch.cuda.is_available() and torch.cuda.get_device_capability(maps[0].device) >= (8, 0):
-        _warn_slow(f"{cause} (value {list(maps[2].shape)}, {maps[2].dtype}, heads={heads})")
+    if cause := slow_cause(value, mask, tf32):
+        _warn_slow(f"{cause} (value {list(value.shape)}, {value.dtype})")
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -384,14 +419,20 @@ def criss_cross_attention(  # noqa: PLR0913
     if residual is not None and gamma is not None:
         residual, gamma = convert(residual), gamma.to(_gamma_dtype(value))
     tf32 = value.is_cuda and _tf32_allowed()
-    if value.is_cuda:
-        given = [t for t in (query, key, value, residual) if t is not None]
-        _check_speed(given, heads, mask, tf32)
+    all_channels = value.shape[1]
+    if value.dim() in (4, 5) and _has_tensor_cores(value) and (step := _tensor_core_step(value, tf32)) > 1:
+        _check_speed(value, mask, tf32)
+        matches = query.shape == key.shape and (residual is None or residual.shape == value.shape)
+        divisible = heads > 0 and query.shape[1] % heads == value.shape[1] % heads == 0
+        # Otherwise the operator raises the error, which added channels could hide.
+        if matches and divisible and slow_cause(value, mask, tf32) is None:
+            query, key, value = (aligned(t, heads, step) for t in (query, key, value))
+            residual = None if residual is None else aligned(residual, heads, step)
     keep = _is_differentiated(query, key, value, residual, gamma)
     out, _, total = torch.ops.cc_attention.criss_cross_attention(
         query, key, value, residual, gamma, heads, scale, mask, tf32, keep
     )
-    return out if residual is None else total
+    return _without_padding(out if residual is None else total, heads, all_channels)
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
@@ -451,7 +492,11 @@ def joins(x: Tensor) -> bool:
     """
     if has_torch_function((x,)) or x.device.type not in DEVICE_TYPES & WHOLE_DEVICE_TYPES:
         return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
+        return False
+    # On tensor cores, `criss_cross_attention` adds channels to maps that are not aligned.
+    step = _tensor_core_step(x, _tf32_allowed()) if _has_tensor_cores(x) else 1
+    return x.shape[1] % step == 0 and x.shape[1] // 8 % step == 0
 
 
 def joint_attention(projection: Tensor, query_channels: int, residual: Tensor, gamma: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 
 import fused
 from engine.acceleration import AUTO, PRECISIONS, Speed, choose_precision, resolve_fused, use_fused
+from engine.training.optimizer import ENTRIES as OPTIMIZERS
 from engine.training.step import StepOptions, waits_late
 from fused import MODES
 from utils import args as flags
@@ -325,7 +326,25 @@ class RecipeOptions(Options):
     title = "recipe"
     batch_size: int = option(8, Flag("global batch size, over all processes", flags.batch, recipe=True))
     num_steps: int = option(60000, Flag("training steps", flags.positive_int, recipe=True))
+    optimizer: str = option(
+        "sgd",
+        Flag(
+            "sgd, as in the paper, or adamw, for transformers (try --learning-rate 6e-5 --weight-decay 0.01 "
+            "--warmup 1500)",
+            choices=tuple(OPTIMIZERS),
+            recipe=True,
+        ),
+    )
     learning_rate: float = option(1e-2, Flag("initial learning rate", flags.positive_float, recipe=True))
+    warmup: int = option(
+        0,
+        Flag(
+            "steps in which the learning rate grows linearly to its value",
+            flags.count,
+            metavar="STEPS",
+            recipe=True,
+        ),
+    )
     power: float = option(
         0.9,
         Flag(
@@ -336,7 +355,12 @@ class RecipeOptions(Options):
     )
     momentum: float = option(0.9, Flag("momentum of SGD", flags.fraction, recipe=True))
     weight_decay: float = option(
-        1e-4, Flag("weight decay (all parameters)", flags.number(float, 0), recipe=True)
+        1e-4,
+        Flag(
+            "weight decay, of all parameters with sgd, not of norms and biases with adamw",
+            flags.number(float, 0),
+            recipe=True,
+        ),
     )
     ohem: bool = option(False, Flag("online hard example mining", flags.boolean, bare=True, recipe=True))
     ohem_thres: float = option(
@@ -349,6 +373,12 @@ class RecipeOptions(Options):
     class_weights: Sequence[float] | None = option(
         None,
         Flag("loss weight of each class; by default all equal", flags.numbers, metavar="W,W", recipe=True),
+    )
+    ccl: bool = option(
+        False, Flag("add the category-consistent loss (--model ccnet and nonlocal)", recipe=True)
+    )
+    ccl_channels: int = option(
+        16, Flag("channels of the features of --ccl", flags.positive_int, metavar="N", recipe=True)
     )
     ema: float | None = option(
         None,
@@ -485,6 +515,8 @@ class TrainOptions(
             raise UsageError(
                 f"--start-iters {self.start_iters}: must be less than --num-steps {self.num_steps}"
             )
+        if self.warmup >= self.num_steps:
+            raise UsageError(f"--warmup {self.warmup}: must be less than --num-steps {self.num_steps}")
         if self.class_weights and len(self.class_weights) != self.num_classes:
             raise UsageError(
                 f"--class-weights: has {len(self.class_weights)} weights; give one for each of the "
@@ -516,6 +548,10 @@ class TrainOptions(
                 "--cuda-graph: not supported by --grad-accum, --amp fp16 and --compile; omit one of them"
             )
         if self.backend == "apex":
+            if self.optimizer != "sgd":
+                raise UsageError(
+                    f"--optimizer {self.optimizer}: not supported by --backend apex; omit one of them"
+                )
             for name in ("channels_last", "compile", "recompute", "cuda_graph"):
                 if getattr(self, name):
                     raise UsageError(

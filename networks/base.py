@@ -90,6 +90,18 @@ class Network(ResNet):
             ChannelDropout(dsn_channels, dropout),
             nn.Conv2d(dsn_channels, num_classes, 1),
         )
+        self.consistency: nn.Conv2d | None = None
+
+    def add_consistency(self, channels: int) -> None:
+        """Add features for loss.CategoryConsistentLoss: a 1x1 convolution of the output of the attention.
+
+        They are computed in training mode only. Networks for inference do without them, and ignore their
+        weights in a checkpoint.
+
+        Args:
+            channels: number of channels of the features.
+        """
+        self.consistency = nn.Conv2d(self.head.channels, channels, 1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the logits of both heads.
@@ -99,11 +111,16 @@ class Network(ResNet):
 
         Returns:
             [logits, dsn_logits] of the main head and the auxiliary head, each [N, num_classes, H, W] at 1/8
-            of the input size. Without the auxiliary head (`networks.fold_batch_norm`), only [logits].
+            of the input size. Without the auxiliary head (`networks.fold_batch_norm`), only [logits]. In
+            training mode after `add_consistency`, the third output is its features [N, channels, H, W].
         """
         with recomputation() if self.recompute else contextlib.nullcontext():
             layer3, layer4 = self.features(images)
-            outputs = [self.head(layer4)]
-            if self.dsn is not None:
-                outputs.append(self.dsn(layer3))
-        return outputs
+            if self.consistency is None or not self.training:
+                outputs = [self.head(layer4)]
+                if self.dsn is not None:
+                    outputs.append(self.dsn(layer3))
+                return outputs
+            logits, context = self.head.with_context(layer4)
+            assert self.dsn is not None
+            return [logits, self.dsn(layer3), self.consistency(context)]

@@ -43,26 +43,36 @@ MODELS: dict[str, Architecture] = {
 }
 
 
-def make_network(model: str, num_classes: int, recurrence: int | None = None, **options: Any) -> Network:
+def make_network(
+    model: str, num_classes: int, recurrence: int | None = None, consistency: int = 0, **options: Any
+) -> Network:
     """Return a network of the registry.
 
     Args:
         model: name in MODELS.
         num_classes: number of classes.
         recurrence: number of applications of the attention; None for the default of the model.
+        consistency: channels of the features for the category-consistent loss; 0 without this loss.
         **options: backbone, dropout, abn and variant (see `Network`).
 
     Raises:
-        UsageError: the model does not take a recurrence.
+        UsageError: the model does not take a recurrence, or has no features for the loss.
         ValueError: an argument is out of range.
     """
     architecture = MODELS[model]
+    if consistency and not hasattr(architecture.head, "with_context"):
+        taking = " and ".join(name for name, each in MODELS.items() if hasattr(each.head, "with_context"))
+        raise UsageError(f"--ccl: uses the output of an attention, which --model {taking} have; omit it")
     number = recurrence_of(model, recurrence)
     if number is not None:
         options["recurrence"] = number
     if architecture.network is not None:
-        return architecture.network(num_classes, **options)
-    return Network(architecture.head, num_classes, **options)
+        network = architecture.network(num_classes, **options)
+    else:
+        network = Network(architecture.head, num_classes, **options)
+    if consistency:
+        network.add_consistency(consistency)
+    return network
 
 
 def recurrence_of(model: str, given: int | None) -> int | None:

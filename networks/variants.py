@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def variant_of(state: Mapping[str, Tensor]) -> str:
     return "ccnet"
 
 
-def options_of(state: Mapping[str, Tensor] | None) -> dict[str, str]:
+def options_of(state: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """Return the keyword arguments that a network needs to match a state dict.
 
     The result is empty if there is no state dict, and for the "ccnet" variant. In these two cases, it also

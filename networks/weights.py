@@ -29,7 +29,7 @@ CLASSIFIER = "head.bottleneck.3.weight"
 #: Entry that only converted weights of another program have: an offset added to the input images.
 SHIFT = "shift"
 #: Prefixes allowed to be missing: an ImageNet backbone does not have them.
-HEADS = ("head.", "dsn.")
+HEADS = ("head.", "dsn.", "consistency.")
 #: Keys under which a checkpoint may hold its state dict.
 WRAPPERS = ("model", "state_dict")
 #: Components that data parallelism and torch.compile add to the names of wrapped modules.

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import fused
 from engine.acceleration import autocast
+from engine.training.optimizer import make_optimizer
 from loss import CriterionDSN, CriterionOhemDSN
 from networks import Network, make_network
 from networks.models import recurrence_of
@@ -237,7 +238,7 @@ def criterion_of(setting: Setting) -> CriterionDSN:
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer as in train.py."""
-    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4)
+    return make_optimizer("sgd", model, 1e-2, 0.9, 1e-4, in_one_kernel=False)
 
 
 def autocast_of(setting: Setting, device: str) -> torch.autocast:

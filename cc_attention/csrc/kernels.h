@@ -79,6 +79,7 @@ struct Forward {
   Map residual;       // [N,T,H,W,heads,C]; data is null if there is none
   MutableMap sum;     // [N,T,H,W,heads,C]; data is null if there is none. On the CPU, it may be out
   const void* gamma;  // one float, or double for float64; null if there is no residual
+  void* workspace;    // forward_workspace_cuda(...) bytes, aligned to 16; unused on the CPU
 };
 
 // The scores are recomputed from query and key, and the softmax from the scores and the normalizer.
@@ -134,6 +135,7 @@ int forward_cuda(const Forward& arguments, const Device& device, void* stream);
 int backward_cuda(const Backward& arguments, const Device& device, void* stream);
 int primitive_cuda(Primitive primitive, Dtype dtype, const Sizes& sizes, const void* first, const void* second,
                    void* out, void* stream);
+int64_t forward_workspace_cuda(const Forward& arguments, const Device& device);
 int64_t backward_workspace_cuda(const Backward& arguments, const Device& device);
 
 }  // namespace cc_attention

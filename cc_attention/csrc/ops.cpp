@@ -94,21 +94,25 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
   const auto results = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
     return {with_residual && !keep ? nothing(value) : out, normalizer, sum};
   };
-  const Forward arguments = {kernel_dtype(op, value),
-                             sizes,
-                             useful_axes(sizes, axes),
-                             scale,
-                             map_of(query),
-                             map_of(key),
-                             map_of(value),
-                             mutable_map_of(out),
-                             normalizer.mutable_data_ptr(),
-                             with_residual ? map_of(residual) : Map{nullptr, 0},
-                             with_residual ? mutable_map_of(sum) : MutableMap{nullptr, 0},
-                             with_residual ? gamma->const_data_ptr() : nullptr};
+  Forward arguments = {kernel_dtype(op, value),
+                       sizes,
+                       useful_axes(sizes, axes),
+                       scale,
+                       map_of(query),
+                       map_of(key),
+                       map_of(value),
+                       mutable_map_of(out),
+                       normalizer.mutable_data_ptr(),
+                       with_residual ? map_of(residual) : Map{nullptr, 0},
+                       with_residual ? mutable_map_of(sum) : MutableMap{nullptr, 0},
+                       with_residual ? gamma->const_data_ptr() : nullptr,
+                       nullptr};
 #ifdef USE_CUDA
   if (value.is_cuda()) {
     const CudaCall call(value, tf32);
+    const int64_t bytes = forward_workspace_cuda(arguments, call.device);
+    Tensor workspace = torch::stable::new_empty(value, {bytes}, ScalarType::Byte);
+    arguments.workspace = workspace.mutable_data_ptr();
     call.check(forward_cuda(arguments, call.device, call.stream));
     return results();
   }

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from engine.training.optimizer import entries_of
 from utils.errors import RunError, UsageError
 from utils.files import kind_of, open_input, put_aside, replacing, temporary_name, write_file, writing
 from utils.run_files import CLASSES, read_arguments
@@ -37,8 +38,6 @@ LOCK = ".lock"
 FORMAT = 2
 #: Maximum number of bytes to read from the JSON file of a state. Valid files have less than 10,000 bytes.
 LARGEST_DESCRIPTION = 1 << 20
-#: Entries of the optimizer for each weight.
-OPTIMIZER_ENTRIES = {"momentum_buffer"}
 
 
 class Validation(NamedTuple):
@@ -395,11 +394,11 @@ def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, partial: bool) -> None:
-    """Check that `saved` has the momentum of all weights of `optimizer`, or of none.
+    """Check that `saved` has the moments of all weights of `optimizer`, or of none.
 
-    With `partial`, some weights may lack their momentum.
+    With `partial`, some weights may lack them.
 
-    load_state_dict accepts a momentum of the wrong shape. The first step would then fail, or broadcast it.
+    load_state_dict accepts moments of the wrong shape. The first step would then fail, or broadcast them.
 
     Raises:
         _Misfit: weights, entries or shapes differ.
@@ -414,10 +413,13 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, partial: bool
     if entries and not partial and len(entries) < len(weights):
         raise _Misfit(f"its optimizer lacks {len(weights) - len(entries)} of {len(weights)} weights")
     for number, entry in entries.items():
-        if entry.keys() != OPTIMIZER_ENTRIES:
+        if entry.keys() != entries_of(optimizer):
             raise _Misfit(f"its optimizer has other entries for weight {number}")
         for name, value in entry.items():
-            _check_tensor(f"{name} of weight {number}", weights[number], value)
+            like = torch.zeros(()) if name == "step" else weights[number]
+            _check_tensor(f"{name} of weight {number}", like, value)
+            if name in ("step", "exp_avg_sq") and value.numel() and value.min() < 0:
+                raise _Misfit(f"{name} of weight {number} is negative")
 
 
 def _check_scale(own: Mapping[str, float], saved: Any) -> None:

@@ -39,6 +39,10 @@ from utils.run_files import ARGUMENTS, CLASSES
 Draw = Callable[[Tensor, Tensor, Tensor], Mapping[str, np.ndarray]]
 
 
+#: Names of the parts of the loss in the log: those of both heads and of the category-consistent loss.
+LOSSES = ("main_loss", "auxiliary_loss", "ccl_variance", "ccl_distance", "ccl_regularization")
+
+
 class Parts(NamedTuple):
     """Objects that are saved in a state."""
 
@@ -414,7 +418,7 @@ class Run:
         self._on_main(lambda: checkpoint.note_validation(state))
 
     def _log(self, step: int, batch: Batch, result: StepResult) -> None:
-        names, numbers = ("main_loss", "auxiliary_loss"), result.numbers()
+        numbers = result.numbers()
         records = [record for share in self.world.gather(batch.records) for record in share]
         more = {"loss_scale": numbers.scale} if self.parts.scaler.is_enabled() else {}
         self._on_main(
@@ -422,7 +426,7 @@ class Run:
                 step,
                 numbers.loss,
                 self.parts.optimizer.param_groups[0]["lr"],
-                **dict(zip(names, numbers.parts, strict=False)),
+                **dict(zip(LOSSES, numbers.parts, strict=False)),
                 gradient_norm=numbers.gradient_norm if math.isfinite(numbers.gradient_norm) else None,
                 **more,
                 data_seconds=round(self._waited, 4),

@@ -125,6 +125,7 @@ class NonLocalHead(nn.Module):
         activation: str = "leaky_relu",
     ):
         super().__init__()
+        self.channels = channels
         norm = (backend, activation)
         self.conva = convolution_norm(in_channels, channels, 3, *norm)
         self.attention = NonLocalAttention(channels, recurrence)
@@ -138,8 +139,12 @@ class NonLocalHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [N, num_classes, H, W] of x [N, in_channels, H, W]."""
-        y = self.convb(self.attention(self.conva(x)))
-        return self.bottleneck(torch.cat([x, y], 1))
+        return self.with_context(x)[0]
+
+    def with_context(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits, and the output of the attention [N, channels, H, W]."""
+        context = self.attention(self.conva(x))
+        return self.bottleneck(torch.cat([x, self.convb(context)], 1)), context
 
     def attention_maps(self, x: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
         """Return the attention maps [R, P, H, W] of P pixels of x [1, in_channels, H, W]."""

@@ -41,6 +41,7 @@ class RCCAHead(nn.Module):
         activation: str = "leaky_relu",
     ):
         super().__init__()
+        self.channels = channels
         norm = (backend, activation)
         self.conva = convolution_norm(in_channels, channels, 3, *norm)
         self.cca = RecurrentCrissCrossAttention(channels, recurrence)
@@ -54,8 +55,12 @@ class RCCAHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [N, num_classes, H, W] of x [N, in_channels, H, W]."""
-        y = self.convb(self.cca(self.conva(x)))
-        return self.bottleneck(torch.cat([x, y], 1))
+        return self.with_context(x)[0]
+
+    def with_context(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits, and the output of the attention [N, channels, H, W]."""
+        context = self.cca(self.conva(x))
+        return self.bottleneck(torch.cat([x, self.convb(context)], 1)), context
 
     def attention_maps(self, x: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
         """Return the attention maps [R, P, H, W] of P pixels of x [1, in_channels, H, W].

@@ -8,9 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import write_pair
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from examples import attention_maps, predict_folder
+from examples import attention_maps, mask_rcnn, predict_folder
 
 
 @pytest.fixture
@@ -45,3 +48,24 @@ def test_another_network_learns(example: str, package: str, capsys: pytest.Captu
     importlib.import_module(f"examples.{example}").main()
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+def test_attention_in_mask_rcnn() -> None:
+    """The attention changes nothing at first, sits before the last block of res4, and is trained."""
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+    model = MaskRCNN(backbone, num_classes=3, min_size=64, max_size=96).eval()
+    image = torch.rand(3, 48, 72)
+    with torch.no_grad():
+        before = model.backbone(image[None])
+        attention = mask_rcnn.add_attention(model)
+        after = model.backbone(image[None])
+        assert model([image])[0].keys() == {"boxes", "labels", "scores", "masks"}
+    for name, features in before.items():
+        torch.testing.assert_close(features, after[name])
+    assert list(model.backbone.body["layer3"]).index(attention) == 1
+    assert (attention.in_dim, attention.recurrence) == (256, 2)
+    target = mask_rcnn.random_target(48, 72)
+    assert target["masks"].sum(dim=(1, 2)).tolist() == [28 * 24, 36 * 24]
+    assert mask_rcnn.train_step(model, [image], [target]) > 0
+    assert attention.gamma.item() != 0

@@ -24,12 +24,14 @@ from planted_norm_bugs import NORM  # noqa: E402
 from planting import Bug, Suite  # noqa: E402
 from test_attention_kernels import (  # noqa: E402
     BF16,
+    F16,
     F32,
     Backend,
     Problem,
     check,
     check_problem,
     check_where_finite,
+    in_turns,
     masked,
     on_path,
     run,
@@ -482,10 +484,122 @@ BUGS: list[Bug] = [
         "channel < b.sizes.C; channel += kWarp",
         "channel < b.sizes.C; channel += kWarp + 1",
     ),
+    # Both passes in one launch, in image order
+    Bug(
+        "forward: values before the earlier pass",
+        FORWARD,
+        "      if constexpr (in_image_order) work.wait(a.order);\n",
+        "",
+    ),
+    Bug(
+        "forward: wait for the earlier pass too late",
+        FORWARD,
+        "      if constexpr (in_image_order) work.wait(a.order);\n      start_values();\n",
+        "      start_values();\n      if constexpr (in_image_order) work.wait(a.order);\n",
+    ),
+    Bug(
+        "forward: earlier pass never complete",
+        FORWARD,
+        "  if constexpr (in_image_order) work.finish(a.order);\n",
+        "",
+    ),
+    Bug(
+        "backward: gradients before the earlier pass",
+        BACKWARD,
+        "      if (first_block) work.wait(a.order);",
+        "      ;",
+    ),
+    Bug(
+        "backward: earlier pass never complete",
+        BACKWARD,
+        "  if constexpr (in_image_order) work.finish(a.order);\n",
+        "",
+    ),
+    Bug(
+        "order: wait without a barrier",
+        COMMON,
+        "device::wait_for_counter(done(order), order.earlier_blocks);\n    __syncthreads();",
+        "device::wait_for_counter(done(order), order.earlier_blocks);",
+    ),
+    Bug(
+        "order: counted without a barrier",
+        COMMON,
+        "    if (last) return;\n    __syncthreads();\n",
+        "    if (last) return;\n",
+    ),
+    Bug(
+        "order: one block is not waited for",
+        COMMON,
+        "done(order), order.earlier_blocks);",
+        "done(order), order.earlier_blocks - 1);",
+    ),
+    Bug(
+        "order: one counter for all images",
+        COMMON,
+        "    return order.counters + 1 + *reinterpret_cast<const unsigned*>(device::dynamic_shared());",
+        "    return order.counters + 1;",
+    ),
+    Bug("order: number of the block as ticket", COMMON, "device::take_ticket(order.counters)", "blockIdx.x"),
+    Bug(
+        "order: earlier pass of the last image first",
+        COMMON,
+        "          ++image;\n",
+        "          image = order.images - 1 - image;\n",
+    ),
+    Bug(
+        "order: work without a barrier",
+        COMMON,
+        "      shared[2] = earlier;\n    }\n    __syncthreads();",
+        "      shared[2] = earlier;\n    }",
+    ),
+    Bug(
+        "order: header in the ring",
+        FORWARD,
+        "device::dynamic_shared() + kHeaderBytes<in_image_order>;",
+        "device::dynamic_shared();",
+    ),
+    Bug(
+        "order: header in the weights",
+        BACKWARD,
+        "device::dynamic_shared() + kHeaderBytes<in_image_order>;",
+        "device::dynamic_shared();",
+    ),
+    Bug(
+        "order: frames as images",
+        COMMON,
+        "return sizes.pixels() / (earlier.step * earlier.length);",
+        "return sizes.N * sizes.T;",
+    ),
+    Bug(
+        "order: counters are not zero",
+        FORWARD,
+        "device::set_zero(f.workspace, ImageOrder::counter_bytes(a.order.images), stream)",
+        "cudaSuccess",
+    ),
+    Bug(
+        "order: one counter is not zero",
+        COMMON,
+        "return (images + 1) * static_cast<int64_t>(sizeof(unsigned));",
+        "return images * static_cast<int64_t>(sizeof(unsigned));",
+    ),
+    Bug(
+        "order: residual in both passes",
+        FORWARD,
+        "a.residual.data != nullptr && (!in_image_order || work.last);",
+        "a.residual.data != nullptr;",
+    ),
+    Bug(
+        "order: next image of the last one",
+        COMMON,
+        "const bool more = image + 1 < order.images;",
+        "const bool more = image < order.images;",
+    ),
 ]
 
 # Heads, other axes, pitches with gaps, scale and residual.
 PROBLEMS = [
+    Problem((4, 8, 72, 4, 5), BF16, untested=True),
+    Problem((2, 8, 16, 3, 4, 5), F16, axes="TW", untested=True),
     on_path(True, BF16, axes="THW"),
     on_path(True, BF16, axes="W", scale=3.0),
     on_path(True, F32, axes="TW"),
@@ -528,7 +642,8 @@ def failure(library: Path) -> str | None:
         operands, exact = problem.sample(), None
         for schedule in SCHEDULES:
             try:
-                named = solve(emulator, problem, operands, schedule=schedule)
+                turns = in_turns(schedule) if problem.untested else {"schedule": schedule}
+                named = solve(emulator, problem, operands, **turns)
                 if exact is None:
                     check_problem(problem, named, operands)
                     exact = named

@@ -448,11 +448,12 @@ class Problem:
     gamma: float | None = -1.3
     gaps: int = 8
     tensor_cores: bool = True
+    untested: bool = False
     shared_memory: int = SHARED_MEMORY
 
     @property
     def arguments(self) -> dict[str, Any]:
-        names = ("axes", "heads", "scale", "gaps", "shared_memory")
+        names = ("axes", "heads", "scale", "gaps", "untested", "shared_memory")
         settings = {name: getattr(self, name) for name in names}
         return settings | {"capability": 90 if self.tensor_cores else 75, "tf32": self.tensor_cores}
 
@@ -579,6 +580,9 @@ LONG = [
     Problem((1, 8, 8, 130, 2), F32),
     Problem((1, 8, 8, 130, 2), F32, shared_memory=99 * 1024),
     Problem((1, 8, 72, 3, 70), BF16, shared_memory=48_000),
+    Problem((1, 8, 72, 2, 257), BF16, heads=1, untested=True, shared_memory=99 * 1024),
+    Problem((1, 8, 8, 2, 200), F32, untested=True, shared_memory=99 * 1024),
+    Problem((1, 8, 8, 272, 2), F32, gamma=None, untested=True, shared_memory=99 * 1024),
     Problem((1, 8, 16, 18, 2, 2), BF16, axes="TW"),
     Problem((1, 8, 8, 3, 150), BF16, gaps=1, tensor_cores=False),
     Problem((1, 3, 520, 2, 9), F32, gaps=1, tensor_cores=False),
@@ -621,6 +625,80 @@ def test_heads_that_are_not_aligned(emulator: Emulator, changes: dict[str, Any])
     operands = problem.sample()
     results = solve(emulator, problem, operands, capability=90)
     check_problem(problem, results, operands)
+
+
+# Pictures, videos and frames; one image; lines of other lengths, with other tiles, in the two passes; several
+# chunks of channels; blocks of each kernel; one stage in the ring of the backward.
+IN_ORDER = [
+    Problem((3, 8, 72, 4, 5), BF16),
+    Problem((1, 8, 8, 3, 3), F16, gamma=None, heads=1, gaps=0),
+    Problem((2, 8, 16, 3, 4, 5), BF16, axes="THW"),
+    Problem((2, 8, 16, 3, 4, 5), F16, axes="TW"),
+    Problem((2, 8, 16, 3, 4, 5), BF16, axes="TH", gamma=None),
+    Problem((2, 72, 16, 2, 17), BF16, heads=1),
+    Problem((2, 8, 136, 65, 68), BF16, heads=1, gamma=None, shared_memory=64_000),
+    Problem((1, 8, 8, 113, 114), F16, heads=1),
+]
+
+
+def in_turns(schedule: int) -> dict[str, int]:
+    """Return settings of the emulator in which few blocks run at a time."""
+    return {"schedule": schedule, "resident": (3, 2, 4, 5, 2, 1)[schedule % 6]}
+
+
+@pytest.mark.parametrize("problem", IN_ORDER, ids=str)
+@pytest.mark.build
+def test_image_order(emulator: Emulator, problem: Problem) -> None:
+    """Two passes in one launch give the bits of two launches, whichever blocks run at a time."""
+    operands = problem.sample()
+    truth = solve(emulator, problem, operands)
+    query, key, value, residual, _ = operands
+    gamma = None if problem.gamma is None else torch.tensor(problem.gamma, dtype=F64)
+    tried: dict[str, Any] = problem.arguments | {"untested": True}
+    if gamma is not None:
+        tried |= {"residual": residual, "gamma": gamma}
+    emulator.forward(query, key, value, **tried)
+    assert emulator.workspace_size > 0  # the counters
+    for schedule in SCHEDULES[:: 1 if query.numel() < 10_000 else 3]:
+        results = solve(emulator, problem, operands, untested=True, **in_turns(schedule))
+        for name, exact in truth.items():
+            assert torch.equal(results[name], exact), f"{name} under schedule {schedule}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(40, 16, 64, 97, 97), (3, 64, 512, 60, 33), (300, 8, 8, 5, 3)], ids=str)
+def test_image_order_on_cuda(shape: tuple[int, ...]) -> None:
+    """More blocks than a GPU runs at a time."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no GPU with tensor cores here")
+    backend, operands = on_device("cuda"), sample(shape, BF16, "cuda")
+    results, normalizer = run(backend, operands)
+    with ops.untested_kernels():
+        for _ in range(5):
+            others, normalizer_too = run(backend, operands)
+            for result, other in zip([*results, normalizer], [*others, normalizer_too], strict=True):
+                assert torch.equal(result, other)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem((1, 8, 8, 3, 70), BF16),  # another kernel for each pass
+        Problem((1, 8, 8, 3, 150), BF16),
+        Problem((1, 8, 8, 3, 4), F32),
+        Problem((1, 8, 8, 3, 4), BF16, axes="W"),
+        Problem((1, 8, 8, 3, 4), BF16, gaps=1, tensor_cores=False),
+    ],
+    ids=str,
+)
+@pytest.mark.build
+def test_calls_without_image_order(emulator: Emulator, problem: Problem) -> None:
+    operands = problem.sample()
+    query, key, value, *_ = operands
+    arguments: dict[str, Any] = problem.arguments | {"untested": True}
+    emulator.forward(query, key, value, **arguments)
+    assert emulator.workspace_size == 0
+    check_problem(problem, solve(emulator, problem, operands, untested=True), operands)
 
 
 @pytest.mark.parametrize("axes", ["W", "TH", "THW"])

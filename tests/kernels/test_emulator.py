@@ -1,5 +1,6 @@
 """The emulator of CUDA: each primitive against its definition, and each kind of planted error is found."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from torch import Tensor
 
 SOURCE = HERE / "selftest.cu"
 FAULTS = re.findall(r"^  (\w+),", SOURCE.read_text().split("enum Fault {")[1].split("}")[0], re.MULTILINE)
+CHAIN_FAULTS = re.findall(r"\w+", SOURCE.read_text().split("enum ChainFault {")[1].split("}")[0])
 #: Faults that give a wrong result with at least one schedule. Every other fault ends the launch.
 SILENT = {
     *("no_barrier_before_read", "no_barrier_after_read", "no_wait", "wait_for_too_few", "no_warp_barrier"),
@@ -139,6 +141,47 @@ def test_each_thread_runs_once(kernels: Emulator, schedule: int, threads: int):
         out = torch.zeros(torch.Size(grid).numel() * block, dtype=torch.int32)
         kernels.call("run_places", *grid, block, at(out), schedule=schedule, threads=threads)
         assert torch.equal(out, torch.arange(len(out), dtype=torch.int32))
+
+
+#: Blocks that run at a time: on two OS threads, or that number in turns.
+RESIDENT = (0, 1, 2, 4, 5)
+
+
+def run_chain(kernels: Emulator, fault: str, schedule: int, resident: int) -> bool:
+    """Run blocks that wait for each other, and return whether the result is right."""
+    blocks, threads = 12, 40
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(100, (blocks, threads), generator=generator, dtype=torch.int32)
+    out, counters = torch.full_like(numbers, -1000), torch.full((2,), -1, dtype=torch.int32)
+    kernels.call(
+        "run_chain",
+        *(at(numbers), at(out), at(counters), blocks, threads, CHAIN_FAULTS.index(fault)),
+        schedule=schedule,
+        resident=resident,
+    )
+    expected = numbers.clone()
+    for before, row in itertools.pairwise(expected):
+        row += before.roll(-1)
+    return torch.equal(out, expected) and counters.tolist() == [blocks, blocks]
+
+
+@pytest.mark.parametrize("resident", RESIDENT)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_blocks_that_wait_for_each_other(kernels: Emulator, schedule: int, resident: int):
+    assert run_chain(kernels, "chain_right", schedule, resident)
+
+
+@pytest.mark.parametrize("fault", CHAIN_FAULTS[1:])
+def test_faults_of_blocks_that_wait_are_found(kernels: Emulator, fault: str):
+    found = set()
+    for schedule, resident in itertools.product(SCHEDULES, RESIDENT[1:]):
+        try:
+            found.add("right" if run_chain(kernels, fault, schedule, resident) else "wrong")
+        except RuntimeError as error:
+            found.add("deadlock" if re.search(r"deadlock.*wait_for_counter", str(error)) else str(error))
+    silent = fault in ("no_wait_for_counter", "no_barrier_after_wait", "no_barrier_before_add")
+    assert found - {"right"} <= {"wrong" if silent else "deadlock", "wrong"}
+    assert ("wrong" if silent else "deadlock") in found
 
 
 @pytest.mark.parametrize(

@@ -453,63 +453,108 @@ def test_wrong_videos(function: Callable[..., Tensor]) -> None:
         function(video[None], video[None], video[None])
 
 
-class TestSlowPath:
-    """Shapes for which a GPU can't use its tensor cores are named once."""
+class TestTensorCores:
+    """Maps that tensor cores can't read are padded or copied; a shape that they can't serve is named once."""
 
-    @staticmethod
-    def maps(channels: tuple[int, int], size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-        shapes = [(1, count, *size) for count in (channels[0], *channels)]
-        return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+    @pytest.fixture
+    def as_on_tensor_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Treat the CPU like a GPU with tensor cores, and check what its kernels get."""
+        monkeypatch.setattr(ops, "_has_tensor_cores", lambda value: True)
+        if "cpu" not in ops.DEVICE_TYPES:
+            pytest.skip("the compiled operators are not built")
 
-    @pytest.mark.parametrize(
-        ("channels", "size", "heads", "cause"),
-        [
-            ((64, 512), (97, 272), 1, None),
-            ((64, 512), (97, 97), 8, None),
-            ((60, 512), (97, 97), 1, "the channels of each head are no multiples of 8"),
-            ((64, 512), (97, 97), 16, "the channels of each head are no multiples of 8"),
-            ((64, 512), (273, 97), 1, "a line has more than 272 pixels"),
-            ((64, 512), (9, 300, 9), 1, "a line has more than 272 pixels"),
-            ((64, 512), (300, 9, 9), 1, None),  # no attention along the frames
-        ],
-    )
-    def test_cause(
-        self, channels: tuple[int, int], size: tuple[int, ...], heads: int, cause: str | None
+    @pytest.mark.parametrize("channels", [(12, 20), (16, 20), (5, 3), (8, 16)])
+    @pytest.mark.parametrize("heads", [1, 2])
+    @pytest.mark.parametrize("size", [(5, 6), (2, 3, 4)])
+    @pytest.mark.parametrize("residual", [False, True])
+    def test_added_channels(
+        self,
+        as_on_tensor_cores: None,
+        monkeypatch: pytest.MonkeyPatch,
+        channels: tuple[int, int],
+        heads: int,
+        size: tuple[int, ...],
+        residual: bool,
     ) -> None:
-        assert ops.slow_cause(self.maps(channels, size, torch.bfloat16), heads, 6, False) == cause
-        assert ops.slow_cause(self.maps(channels, size, torch.float32), heads, 6, False) is None
+        few, many = (heads * count for count in channels)
+        generator = torch.Generator().manual_seed(1)
+        maps = [torch.randn(2, count, *size, generator=generator) for count in (few, few, many, many)]
+        leaves = [t.bfloat16().requires_grad_() for t in maps[: 4 if residual else 3]]
+        options = {"residual": leaves[3], "gamma": torch.tensor([0.7])} if residual else {}
+        taken, aligned = [], ops.aligned
+        monkeypatch.setattr(ops, "aligned", lambda *args: taken.append(aligned(*args)) or taken[-1])
+        result = criss_cross_attention(*leaves[:3], heads=heads, scale=0.5, **options)
+        assert [t.shape[1] // heads % 8 for t in taken] == [0] * len(leaves)
+        layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+        assert result.shape == maps[2].shape and result.is_contiguous(memory_format=layout)
 
-    def test_tf32_needs_multiples_of_4(self) -> None:
-        assert ops.slow_cause(self.maps((12, 20), (9, 9), torch.float32), 1, 6, True) is None
-        cause = ops.slow_cause(self.maps((12, 18), (9, 9), torch.float32), 1, 6, True)
-        assert cause == "the channels of each head are no multiples of 4"
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        options = {"residual": exact[3], "gamma": torch.tensor([0.7])} if residual else {}
+        truth = reference.criss_cross_attention(*exact[:3], heads=heads, scale=0.5, **options)
+        torch.testing.assert_close(result.double(), truth, rtol=0.02, atol=0.02)
+        grad = torch.randn(result.shape, generator=generator).bfloat16()
+        gradients = torch.autograd.grad(result, leaves, grad)
+        for ours, theirs in zip(gradients, torch.autograd.grad(truth, exact, grad.double()), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.05)
+
+    def test_wrong_channels_stay_an_error(self, as_on_tensor_cores: None) -> None:
+        query, key, value = (torch.zeros(1, count, 3, 4, dtype=torch.bfloat16) for count in (12, 13, 20))
+        with pytest.raises(RuntimeError, match="key must have 12 channels"):
+            criss_cross_attention(query, key, value)
+
+    def test_in_autocast_and_transforms(self, as_on_tensor_cores: None) -> None:
+        query, key, value = (torch.randn(2, count, 3, 4) for count in (12, 12, 20))
+        expected = reference.criss_cross_attention(query, key, value)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = criss_cross_attention(query, key, value)
+        assert result.dtype == torch.bfloat16
+        torch.testing.assert_close(result.float(), expected, rtol=0.02, atol=0.02)
+        half = [t.bfloat16() for t in (query, key, value)]
+        mapped = torch.vmap(criss_cross_attention)(*(t[:, None] for t in half))
+        torch.testing.assert_close(mapped[:, 0].float(), expected, rtol=0.02, atol=0.02)
+        compiled = torch.compile(criss_cross_attention, fullgraph=True, backend="aot_eager")(*half)
+        assert torch.equal(compiled, criss_cross_attention(*half))
 
     def test_slices(self) -> None:
-        joint = torch.empty(1, 9, 9, 100, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
-        parts = [joint[:, :8], joint[:, 8:16], joint[:, 16:24]]
-        expected = "a slice does not begin at a multiple of 16 bytes"
-        assert ops.slow_cause(parts, 1, 6, False) == expected  # the pitch
-        whole = torch.empty(1, 9, 9, 104, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
-        assert ops.slow_cause([whole[:, :8], whole[:, 8:16], whole[:, 16:24]], 1, 6, False) is None
-        assert ops.slow_cause([whole[:, :8], whole[:, 8:16], whole[:, 20:28]], 1, 6, False) == expected
+        joint = torch.randn(1, 9, 9, 104).bfloat16().permute(0, 3, 1, 2)
+        assert ops.aligned(joint[:, 8:16], 1, 8).data_ptr() == joint[:, 8:16].data_ptr()
+        odd = torch.randn(1, 9, 9, 100).bfloat16().permute(0, 3, 1, 2)
+        for part in (joint[:, 4:12], odd[:, 8:16]):
+            copy = ops.aligned(part, 1, 8)
+            assert torch.equal(copy, part) and copy.is_contiguous(memory_format=torch.channels_last)
+            assert copy.data_ptr() % 16 == 0
 
-    def test_one_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_module_joins_aligned_channels_only(
+        self, as_on_tensor_cores: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ops, "WHOLE_DEVICE_TYPES", {"cpu"})
+        maps = {count: torch.zeros(1, count, 3, 4, dtype=torch.bfloat16) for count in (64, 96, 72)}
+        assert {count: ops.joins(x) for count, x in maps.items()} == {64: True, 96: False, 72: False}
+        assert ops.joins(maps[72].double())
+
+    @pytest.mark.parametrize(
+        ("size", "cause"),
+        [
+            ((97, 272), None),
+            ((273, 97), "a line has more than 272 pixels"),
+            ((9, 300, 9), "a line has more than 272 pixels"),
+            ((300, 9, 9), None),  # no attention along the frames
+        ],
+    )
+    def test_cause(self, size: tuple[int, ...], cause: str | None) -> None:
+        value = torch.empty(1, 512, *size, dtype=torch.bfloat16, device="meta")
+        assert ops.slow_cause(value, 6, False) == cause
+        assert ops.slow_cause(value.float(), 6, False) is None
+        assert ops.slow_cause(value.float(), 6, True) == cause
+
+    def test_one_warning(self) -> None:
+        value = torch.empty(1, 512, 5, 300, dtype=torch.bfloat16, device="meta")
         ops._warn_slow.cache_clear()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        maps = self.maps((6, 512), (5, 7), torch.bfloat16)
-        with pytest.warns(
-            UserWarning, match=r"multiples of 8 \(value \[1, 512, 5, 7\], torch.bfloat16, heads=1"
-        ):
-            ops._check_speed(maps, 1, 6, False)
+        with pytest.warns(UserWarning, match=r"272 pixels \(value \[1, 512, 5, 300\], torch.bfloat16\)"):
+            ops._check_speed(value, 6, False)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ops._check_speed(maps, 1, 6, False)
-        ops._warn_slow.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            ops._check_speed(maps, 1, 6, False)
+            ops._check_speed(value, 6, False)
 
 
 # The modules

@@ -136,6 +136,24 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return shared_memory;
 }
 
+// Returns the next number of a counter in global memory: 0, 1, ... Blocks get their numbers in the order in which they
+// start.
+__device__ __forceinline__ unsigned take_ticket(unsigned* counter) { return atomicAdd(counter, 1); }
+// Adds 1 to a counter in global memory. What the thread has written before is visible to those who waited for it, and
+// so is what other threads of the block wrote before a barrier.
+__device__ __forceinline__ void add_to_counter(unsigned* counter) {
+  asm volatile("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+// Waits until a counter in global memory is at least `least`. Other threads of the block need a barrier after it.
+__device__ __forceinline__ void wait_for_counter(const unsigned* counter, unsigned least) {
+  for (;;) {
+    unsigned count;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    if (count >= least) break;
+    __nanosleep(200);
+  }
+}
+
 // Stores 16 bytes to global memory, aligned to 16, in one instruction. The compiler splits some assignments of a uint4.
 __device__ __forceinline__ void store_words(void* global, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]),
@@ -245,6 +263,11 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 }
 
 #endif  // CC_TENSOR_CORES
+
+// Queues the writing of zeros to global memory.
+inline cudaError_t set_zero(void* memory, int64_t bytes, void* stream) {
+  return cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+}
 
 // Queues kernel<<<grid, block, shared_bytes, stream>>>(arguments...).
 template <class... Parameters, class... Arguments>

@@ -24,6 +24,11 @@ int primitive_cuda(Primitive primitive, Dtype dtype, const Sizes& sizes, const v
   return general::primitive(primitive, dtype, sizes, first, second, out, stream);
 }
 
+int64_t forward_workspace_cuda(const Forward& arguments, const Device& device) {
+  if (arguments.sizes.pixels() == 0 || !tensor_core::serves(arguments, device)) return 0;
+  return tensor_core::forward_workspace(arguments, device);
+}
+
 int64_t backward_workspace_cuda(const Backward& arguments, const Device& device) {
   return tensor_core::serves(arguments, device) ? tensor_core::backward_workspace(arguments, device)
                                                 : general::backward_workspace(arguments);

@@ -8,6 +8,7 @@
 // order, so they become operands of the next product without moving between lanes.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "device.h"
@@ -61,13 +62,103 @@ struct Divisor {
   }
 };
 
-// Returns the line of this block and sets its head. The heads of a line have neighboring blocks.
+// The last two passes of a call in one launch, image by image: the earlier pass of image 0 and then, for each image,
+// the earlier pass of the next image and the later pass of this one. So the later pass finds in the L2 cache what the
+// earlier pass has read and written. An image is what both passes divide into lines: a frame, or a video if one pass is
+// along T.
+//
+// Blocks take their work in the order in which they start. A block of the later pass waits for all blocks of the
+// earlier pass of its image. These have started before, so they don't wait for it, however few blocks run at a time.
+struct ImageOrder {
+  Pass earlier;
+  Divisor by_earlier_step, by_image;
+  unsigned images, earlier_blocks, later_blocks;  // blocks of a pass in an image
+  unsigned* counters;  // the next ticket; then, for each image, the blocks of the earlier pass that are done
+
+  static int64_t images_of(const Sizes& sizes, const Pass& earlier) {
+    return sizes.pixels() / (earlier.step * earlier.length);
+  }
+  static int64_t counter_bytes(int64_t images) { return (images + 1) * static_cast<int64_t>(sizeof(unsigned)); }
+  int64_t blocks() const { return static_cast<int64_t>(images) * (earlier_blocks + later_blocks); }
+};
+
+inline ImageOrder image_order(const Sizes& sizes, const Pass& earlier, const Pass& later, void* counters) {
+  const int64_t images = ImageOrder::images_of(sizes, earlier);
+  const auto blocks = [&](const Pass& pass) { return static_cast<unsigned>(pass.lines / images * sizes.heads); };
+  return {
+      earlier,         Divisor(earlier.step), Divisor(blocks(earlier) + blocks(later)), static_cast<unsigned>(images),
+      blocks(earlier), blocks(later),         static_cast<unsigned*>(counters)};
+}
+
+// Bytes at the beginning of the shared memory of a block in image order: the number of its image.
+template <bool in_image_order>
+constexpr int kHeaderBytes = in_image_order ? 16 : 0;
+
+// The work of a block: a line of one head in one pass.
+struct Work {
+  Line line;
+  int head;
+  bool first, last;  // pass
+
+  // In image order: waits until the earlier pass of the image is complete, if this is the later one.
+  __device__ __forceinline__ void wait(const ImageOrder& order) const {
+    if (!last) return;
+    if (threadIdx.x == 0) device::wait_for_counter(done(order), order.earlier_blocks);
+    __syncthreads();
+  }
+  // In image order: counts a block of the earlier pass, whose results are written.
+  __device__ __forceinline__ void finish(const ImageOrder& order) const {
+    if (last) return;
+    __syncthreads();
+    if (threadIdx.x == 0) device::add_to_counter(done(order));
+  }
+
+ private:
+  static __device__ __forceinline__ unsigned* done(const ImageOrder& order) {
+    return order.counters + 1 + *reinterpret_cast<const unsigned*>(device::dynamic_shared());
+  }
+};
+
+// Returns the work of block number `block` of a pass. The heads of a line have neighboring blocks.
 template <class Operands>
-__device__ __forceinline__ Line line_of_block(const Operands& a, int& head) {
-  const unsigned block = a.pass.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const unsigned index = a.by_heads.quotient(block), outside = a.by_step.quotient(index);
-  head = static_cast<int>(block - index * a.heads);
-  return {outside * (static_cast<unsigned>(a.pass.step) * (a.pass.length - 1)) + index, a.pass.step, a.pass.length};
+__device__ __forceinline__ Work work_of(const Operands& a, const Pass& pass, const Divisor& by_step, unsigned block) {
+  const unsigned index = a.by_heads.quotient(block), outside = by_step.quotient(index);
+  return {{outside * (static_cast<unsigned>(pass.step) * (pass.length - 1)) + index, pass.step, pass.length},
+          static_cast<int>(block - index * a.heads),
+          pass.first,
+          pass.last};
+}
+
+// Returns the work of this block.
+template <bool in_image_order, class Operands>
+__device__ __forceinline__ Work work_of_block(const Operands& a) {
+  if constexpr (in_image_order) {
+    const ImageOrder& order = a.order;
+    unsigned* const shared = reinterpret_cast<unsigned*>(device::dynamic_shared());  // image, block, whether earlier
+    if (threadIdx.x == 0) {
+      unsigned block = device::take_ticket(order.counters), image = 0;
+      bool earlier = true;
+      if (block >= order.earlier_blocks) {
+        block -= order.earlier_blocks;
+        image = order.by_image.quotient(block);
+        block -= image * (order.earlier_blocks + order.later_blocks);
+        const bool more = image + 1 < order.images;  // there is a next image
+        earlier = more && block < order.earlier_blocks;
+        if (earlier)
+          ++image;
+        else if (more)
+          block -= order.earlier_blocks;
+      }
+      shared[0] = image;
+      shared[1] = block + image * (earlier ? order.earlier_blocks : order.later_blocks);
+      shared[2] = earlier;
+    }
+    __syncthreads();
+    return shared[2] ? work_of(a, order.earlier, order.by_earlier_step, shared[1])
+                     : work_of(a, a.pass, a.by_step, shared[1]);
+  } else {
+    return work_of(a, a.pass, a.by_step, a.pass.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
 }
 
 // A feature map of all heads, [N,T,H,W,pitch]. The channels of a head are a range of its channels.
@@ -342,7 +433,16 @@ __device__ __forceinline__ void write_rows(const FeatureMap<T>& map, const unsig
 
 constexpr int kLongestLine = 272;
 
+// The kernels that are also compiled for image order: those for elements of 16 bits, with up to 9 tiles of 16 keys. An
+// image of float32 takes too much of the L2 cache.
+template <class T>
+constexpr bool kImageOrder = sizeof(T) == 2;
+constexpr int kLongestInOrder = 9;
+
 inline int tiles_of(int64_t length) { return static_cast<int>((length + kTile - 1) / kTile); }
+
+// Returns the tiles of the longest line that the kernel for lines of the given length serves.
+inline int most_tiles(int64_t length) { return length <= 64 ? 4 : length <= 112 ? 7 : length <= 144 ? 9 : 17; }
 
 // Returns whether forward and backward kernels support the arguments. They need sm_80, 16-bit elements or permission to
 // use tf32, channels and addresses that allow copies of 16 bytes in every pixel and head, lines that fit in a block,
@@ -359,8 +459,9 @@ inline bool fits(Dtype dtype, const Sizes& sizes, int axes, const Device& device
   }
   for (const Pass& pass : passes_of(sizes, axes)) {
     if (pass.length > kLongestLine) return false;
-    // The first rows of the threads of copy_rows lie up to a quarter of a block behind the last tile.
-    const int64_t rows = tiles_of(pass.length) * (kTile + kTile / 4);
+    // The first rows of the threads of copy_rows lie up to a quarter of a block behind the last tile. A block that also
+    // serves longer lines of another pass may have more tiles than this line.
+    const int64_t rows = most_tiles(pass.length) * (kTile + kTile / 4);
     if (rows * pass.step * pitch > INT32_MAX) return false;
   }
   return true;
@@ -371,6 +472,7 @@ bool serves(const Forward& arguments, const Device& device);
 bool serves(const Backward& arguments, const Device& device);
 int forward(const Forward& arguments, const Device& device, void* stream);
 int backward(const Backward& arguments, const Device& device, void* stream);
+int64_t forward_workspace(const Forward& arguments, const Device& device);
 int64_t backward_workspace(const Backward& arguments, const Device& device);
 
 }  // namespace cc_attention::tensor_core

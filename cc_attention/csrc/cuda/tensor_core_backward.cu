@@ -37,6 +37,7 @@ struct Gradients {
   int heads, c, C;
   Pass pass;
   Divisor by_heads, by_step;
+  ImageOrder order;  // if the kernel takes two passes, of which `pass` is the later one
   __device__ __forceinline__ float factor() const { return gamma == nullptr ? 1.f : *gamma; }
 };
 
@@ -118,11 +119,13 @@ __device__ __forceinline__ void store_weights(unsigned char* to, float first, fl
 
 // rowsum(dO O) of the 16 queries of a warp. Pieces of 16 bytes give coalesced reads. The rows are processed in parts,
 // to save registers.
-template <class T>
+//
+// few_registers: in smaller parts.
+template <class T, bool few_registers>
 struct Delta {
   static constexpr int kRowsAtOnce = kWarp / kRowPieces;
   static constexpr int kPerPiece = 16 / kSize<T>;
-  static constexpr int kPieces = kSize<T> == 4 || kArchitecture >= 100 ? 1 : 2;  // pieces of a lane in a part
+  static constexpr int kPieces = kSize<T> == 4 || few_registers ? 1 : 2;  // pieces of a lane in a part
   static constexpr int kParts = kTile / kRowsAtOnce / kPieces;
   float sums[kParts][kPieces] = {};
   uint32_t out_words[kPieces][4];  // pieces of O, held from read() to add()
@@ -181,7 +184,7 @@ struct Item {
 };
 
 // key_tiles: tiles of 16 keys in a block of keys; warps: the maximum in a block, which limits the length of a line.
-template <class T, int key_tiles, int warps, int blocks_per_processor>
+template <class T, int key_tiles, int warps, int blocks_per_processor, bool in_image_order>
 __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
     backward_kernel(const Gradients<T> a, int stages) {
 #if CC_TENSOR_CORES
@@ -189,14 +192,16 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
   constexpr int weights_pitch = keys * kSize<T> + 16;
   constexpr int chunk_units = kChunk<T> / 8 / kUnitTiles;
 
-  int head;
-  const Line line = line_of_block(a, head);
+  const Work work = work_of_block<in_image_order>(a);
+  const Line line = work.line;
+  const int head = work.head;
   const int block_warps = blockDim.x / kWarp;
   const int warp = threadIdx.x / kWarp;
   const int queries = block_warps * kTile;
   const int first_row = warp * kTile;
 
-  unsigned char* weights = device::dynamic_shared();  // [queries] rows of `keys`: P, then dS
+  unsigned char* weights =
+      device::dynamic_shared() + kHeaderBytes<in_image_order>;  // [queries] rows of `keys`: P, then dS
   unsigned char* ring = weights + queries * weights_pitch;
   const int item_bytes = (keys + queries) * kPitch;  // a tile by keys, then one by queries
   // Returns the address in `weights` of the lane's part of result j, in row lane.row + 8 * half.
@@ -267,7 +272,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
         float p[2];
         for (int i = 0; i < 2; ++i) {
           const int k = first_key + 8 * j + 2 * lane.pair + i;
-          const bool seen = k < end && (a.pass.last || k != row);
+          const bool seen = k < end && (work.last || k != row);
           const float score = device::multiply(scores[j][2 * half + i], a.scale);
           const float difference = score - normalizer.top;  // subtract first: see the forward
           p[i] = seen ? device::exp2_approximate(fmaf(difference, kLog2e, shift)) : 0.f;
@@ -276,22 +281,25 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
       }
     }
 
+    if constexpr (in_image_order)
+      if (first_block) work.wait(a.order);
     float grad_weights[2 * key_tiles][4] = {};  // dP
-    Delta<T> new_delta;
+    using DeltaSum = Delta<T, in_image_order || kArchitecture >= 100>;
+    DeltaSum new_delta;
 #pragma unroll 1
     for (int channel = 0; channel < a.C; channel += kChunk<T>) {
       const unsigned char* by_keys = take_item();
       const unsigned char* grads = by_keys + keys * kPitch;
       const int steps = steps_from<T>(channel, a.C);
-      constexpr int parts = Delta<T>::kParts, part_steps = kRowBytes / kStepBytes / parts;
+      constexpr int parts = DeltaSum::kParts, part_steps = kRowBytes / kStepBytes / parts;
 #pragma unroll
       for (int part = 0; part < parts; ++part) {  // the products hide the latency of O
-        if (a.pass.first && first_block)
+        if (work.first && first_block)
           new_delta.read(part, a.out, line, first_row, head * a.C + channel, (head + 1) * a.C);
         const int from = part * part_steps * kStepBytes, left = steps - part * part_steps;
         multiply_rows<T, key_tiles>(grad_weights, grads + first_row * kPitch + from, by_keys + from,
                                     part < parts - 1 ? min(left, part_steps) : left);
-        if (a.pass.first && first_block) new_delta.add(part, grads + first_row * kPitch);
+        if (work.first && first_block) new_delta.add(part, grads + first_row * kPitch);
       }
 #pragma unroll 1
       for (int unit = warp; unit < live_tiles * chunk_units; unit += block_warps) {
@@ -299,13 +307,13 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
         const int tile = (second ? unit - live_tiles : unit) * kTile, from = second ? kUnitTiles * 8 : 0;
         const Place place(line, first_key + tile, head * a.C + channel + from, (head + 1) * a.C, a.grad_value.pitch);
         Runs<T, kUnitTiles> before;
-        if (!a.pass.first) before.read(place, a.grad_value.data);
+        if (!work.first) before.read(place, a.grad_value.data);
         float results[kUnitTiles][4] = {};
         multiply_transposed<T>(results, weights + tile * kSize<T>, weights_pitch, grads + from * kSize<T>, queries);
         write_sum(place, results, a.factor(), before, a.grad_value.data, a.grad_value.data, true);
       }
     }
-    if (a.pass.first && first_block) new_delta.write(a.delta, line, first_row, a.heads, head);
+    if (work.first && first_block) new_delta.write(a.delta, line, first_row, a.heads, head);
 
 #pragma unroll 1
     for (int channel = 0; channel < a.c; channel += kChunk<T>) {
@@ -334,11 +342,11 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
 #pragma unroll 1
       for (int from = 0; from < kChunk<T>; from += kUnitTiles * 8) {
         Runs<float, kUnitTiles> before;
-        if (!a.pass.first || !first_block)
+        if (!work.first || !first_block)
           before.read(place_of(a.partial_query.pitch, first_row, from), a.partial_query.data);
         float results[kUnitTiles][4] = {};
         multiply<T>(results, weights + first_row * weights_pitch, weights_pitch, by_keys + from * kSize<T>, keys);
-        const bool complete = a.pass.last && last_block;
+        const bool complete = work.last && last_block;
         const int pitch = complete ? a.grad_query.pitch : a.partial_query.pitch;
         write_sum(place_of(pitch, first_row, from), results, 1.f, before, a.partial_query.data, a.grad_query.data,
                   complete);
@@ -348,37 +356,58 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor)
         const bool second = unit >= live_tiles;
         const int tile = (second ? unit - live_tiles : unit) * kTile, from = second ? kUnitTiles * 8 : 0;
         Runs<float, kUnitTiles> before;
-        if (!a.pass.first) before.read(place_of(a.partial_key.pitch, first_key + tile, from), a.partial_key.data);
+        if (!work.first) before.read(place_of(a.partial_key.pitch, first_key + tile, from), a.partial_key.data);
         float results[kUnitTiles][4] = {};
         multiply_transposed<T>(results, weights + tile * kSize<T>, weights_pitch,
                                by_keys + keys * kPitch + from * kSize<T>, queries);
-        const int pitch = a.pass.last ? a.grad_key.pitch : a.partial_key.pitch;
+        const int pitch = work.last ? a.grad_key.pitch : a.partial_key.pitch;
         write_sum(place_of(pitch, first_key + tile, from), results, 1.f, before, a.partial_key.data, a.grad_key.data,
-                  a.pass.last);
+                  work.last);
       }
     }
   }
+  if constexpr (in_image_order) work.finish(a.order);
 #else
   __trap();  // compiled for an older architecture than fits() checked: fail instead of leaving the output unwritten
 #endif
 }
 
-// The kernel, by its number of key tiles, for lines of a given length. The smaller tiles of the kernel for long lines
-// may fit in the shared memory of the device where others do not.
 int shared_bytes(Dtype dtype, int64_t length, int key_tiles, int stages) {
   const int queries = tiles_of(length) * kTile, keys = key_tiles * kTile;
   const int weights_pitch = keys * static_cast<int>(element_size(dtype)) + 16;
   return queries * weights_pitch + stages * (keys + queries) * kPitch;
 }
+
+// Kernels for long lines, which they divide into blocks of keys. The second fits in the shared memory of any device.
+constexpr int kLongKeyTiles = 6;
+constexpr int kFewKeyTiles = 2;
+
+// Returns the number of key tiles of the kernel for lines of the given length, or 0 if none fits in the shared memory.
 int key_tiles_for(Dtype dtype, int64_t length, const Device& device) {
-  const int key_tiles = length <= 64 ? 4 : length <= 112 ? 7 : length <= 144 ? 9 : 6;
-  return shared_bytes(dtype, length, key_tiles, 1) <= device.shared_memory ? key_tiles : 6;
+  const int usual = most_tiles(length) > kLongestInOrder ? kLongKeyTiles : most_tiles(length);
+  const int few = device.untested ? kFewKeyTiles : usual;
+  for (const int key_tiles : {usual, kLongKeyTiles, few})
+    if (shared_bytes(dtype, length, key_tiles, 1) <= device.shared_memory) return key_tiles;
+  return 0;
 }
 
-// The parts of the workspace: numbers of general::total, partial gradients of query and key, delta. Partial gradients
-// are those of other passes than the last, or of some keys.
+// Returns whether the last two passes are one launch in image order, with the kernel for the longer lines.
+bool in_image_order(const Backward& b, const Device& device) {
+  const Passes passes = passes_of(b.sizes, b.axes);
+  if (!device.untested || element_size(b.dtype) != 2 || passes.count < 2) return false;
+  const Pass &earlier = passes.end()[-2], &later = passes.end()[-1];
+  const int key_tiles = key_tiles_for(b.dtype, later.length, device);
+  const int bytes = shared_bytes(b.dtype, std::max(earlier.length, later.length), key_tiles, 1) + kHeaderBytes<true>;
+  return key_tiles > kFewKeyTiles && key_tiles != kLongKeyTiles && bytes <= device.shared_memory &&
+         key_tiles_for(b.dtype, earlier.length, device) == key_tiles &&
+         (earlier.lines + later.lines) * b.sizes.heads <= INT32_MAX;
+}
+
+// The parts of the workspace: numbers of general::total, partial gradients of query and key, delta, counters. Partial
+// gradients are those of other passes than the last, or of some keys.
 struct Workspace {
   int64_t totals, channels, delta;  // totals in bytes, the others in floats
+  int64_t counters = 0;             // in bytes
   Workspace(const Backward& b, const Device& device) {
     const Passes passes = passes_of(b.sizes, b.axes);
     bool partial = passes.count > 1;
@@ -386,8 +415,18 @@ struct Workspace {
     totals = b.grad_gamma == nullptr ? 0 : general::total_bytes();
     delta = b.sizes.pixels() * b.sizes.heads;
     channels = partial && b.dtype != Dtype::float32 ? delta * b.sizes.c : 0;
+    if (in_image_order(b, device))
+      counters = ImageOrder::counter_bytes(ImageOrder::images_of(b.sizes, passes.end()[-2]));
   }
+  int64_t bytes() const { return totals + (2 * channels + delta) * static_cast<int64_t>(sizeof(float)) + counters; }
 };
+
+template <class T, int key_tiles, int warps, int blocks_per_processor>
+auto kernel_of(bool in_image_order) {
+  if constexpr (kImageOrder<T>)
+    if (in_image_order) return backward_kernel<T, key_tiles, warps, blocks_per_processor, true>;
+  return backward_kernel<T, key_tiles, warps, blocks_per_processor, false>;
+}
 
 template <class T>
 int run(const Backward& b, const Device& device, void* stream) {
@@ -413,35 +452,55 @@ int run(const Backward& b, const Device& device, void* stream) {
                  static_cast<int>(b.sizes.C),
                  {},
                  Divisor(b.sizes.heads),
+                 {},
                  {}};
   if constexpr (std::is_same_v<T, float>) {
     a.partial_query = a.grad_query;
     a.partial_key = a.grad_key;
   }
 
-  for (const Pass& pass : passes_of(b.sizes, b.axes)) {
+  const Passes passes = passes_of(b.sizes, b.axes);
+  const bool in_order = sizes.counters > 0;
+  for (const Pass& pass : passes) {
+    if (in_order && &pass == passes.end() - 2) continue;  // the next launch takes it too
     a.pass = pass;
     a.by_step = Divisor(pass.step);
-    const int key_tiles = key_tiles_for(b.dtype, pass.length, device);
-    const int stages = shared_bytes(b.dtype, pass.length, key_tiles, 2) <= device.shared_memory ? 2 : 1;
+    const bool both = in_order && pass.last;
+    int64_t length = pass.length, lines = pass.lines * b.sizes.heads;
+    if (both) {
+      const Pass& earlier = passes.end()[-2];
+      void* const counters = a.delta + sizes.delta;
+      a.order = image_order(b.sizes, earlier, pass, counters);
+      const cudaError_t error = device::set_zero(counters, sizes.counters, stream);
+      if (error != cudaSuccess) return error;
+      length = std::max(earlier.length, pass.length);
+      lines = a.order.blocks();
+    }
+    const int key_tiles = key_tiles_for(b.dtype, length, device);
+    const auto bytes = [&](int stages) {
+      return shared_bytes(b.dtype, length, key_tiles, stages) + (both ? kHeaderBytes<true> : 0);
+    };
+    const int stages = bytes(2) <= device.shared_memory ? 2 : 1;
     const auto launch = [&](auto kernel) {
-      return device::launch(kernel, dim3(static_cast<unsigned>(pass.lines * b.sizes.heads)),
-                            tiles_of(pass.length) * kWarp, shared_bytes(b.dtype, pass.length, key_tiles, stages),
-                            stream, a, stages);
+      return device::launch(kernel, dim3(static_cast<unsigned>(lines)), tiles_of(length) * kWarp, bytes(stages), stream,
+                            a, stages);
     };
     cudaError_t error;
     switch (key_tiles) {
       case 4:
-        error = launch(backward_kernel<T, 4, 4, 4>);
+        error = launch(kernel_of<T, 4, 4, 4>(both));
         break;
       case 7:
-        error = launch(backward_kernel<T, 7, 7, 2>);
+        error = launch(kernel_of<T, 7, 7, 2>(both));
         break;
       case 9:
-        error = launch(backward_kernel<T, 9, 9, 1>);
+        error = launch(kernel_of<T, 9, 9, 1>(both));
+        break;
+      case kLongKeyTiles:
+        error = launch(backward_kernel<T, kLongKeyTiles, 17, 1, false>);
         break;
       default:
-        error = launch(backward_kernel<T, 6, 17, 1>);
+        error = launch(backward_kernel<T, kFewKeyTiles, 17, 1, false>);
     }
     if (error != cudaSuccess) return error;
   }
@@ -457,8 +516,7 @@ bool serves(const Backward& b, const Device& device) {
              read_only(b.grad_value)}))
     return false;
   for (const Pass& pass : passes_of(b.sizes, b.axes))
-    if (shared_bytes(b.dtype, pass.length, key_tiles_for(b.dtype, pass.length, device), 1) > device.shared_memory)
-      return false;
+    if (key_tiles_for(b.dtype, pass.length, device) == 0) return false;
   return true;
 }
 
@@ -473,9 +531,6 @@ int backward(const Backward& b, const Device& device, void* stream) {
   }
 }
 
-int64_t backward_workspace(const Backward& b, const Device& device) {
-  const Workspace sizes(b, device);
-  return sizes.totals + (2 * sizes.channels + sizes.delta) * static_cast<int64_t>(sizeof(float));
-}
+int64_t backward_workspace(const Backward& b, const Device& device) { return Workspace(b, device).bytes(); }
 
 }  // namespace cc_attention::tensor_core

@@ -31,26 +31,29 @@ struct Operands {
   int heads, c, C;
   Pass pass;
   Divisor by_heads, by_step;
+  ImageOrder order;  // if the kernel takes two passes, of which `pass` is the later one
 };
 
 // key_tiles: tiles of 16 keys in the longest line; warps: the maximum in a block.
-template <class T, int key_tiles, int warps, int blocks_per_processor>
+template <class T, int key_tiles, int warps, int blocks_per_processor, bool in_image_order>
 __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor) forward_kernel(const Operands<T> a, int stages) {
 #if CC_TENSOR_CORES
   constexpr int keys = key_tiles * kTile;
   constexpr int tiles = kChunk<T> / 8;  // 16 x 8 results of a chunk of channels
   constexpr int steps = keys / kStep<T>;
 
-  int head;
-  const Line line = line_of_block(a, head);
+  const Work work = work_of_block<in_image_order>(a);
+  const Line line = work.line;
+  const int head = work.head;
   const Lane lane = this_lane();
   const int warp = threadIdx.x / kWarp;
   const int block_queries = blockDim.x / kWarp * kTile;
   const int first_query = blockIdx.y * block_queries;
   const int rows[2] = {first_query + warp * kTile + lane.row, first_query + warp * kTile + lane.row + 8};
 
-  unsigned char* const ring = device::dynamic_shared();                                // [stages] pairs of tiles
-  const int residual_bytes = a.residual.data != nullptr ? block_queries * kPitch : 0;  // of its tile
+  unsigned char* const ring = device::dynamic_shared() + kHeaderBytes<in_image_order>;  // [stages] pairs of tiles
+  const bool with_residual = a.residual.data != nullptr && (!in_image_order || work.last);
+  const int residual_bytes = with_residual ? block_queries * kPitch : 0;  // of its tile
   const int pair_bytes = (keys + block_queries) * kPitch + residual_bytes;
   const int own_rows = (keys + warp * kTile) * kPitch;  // offset of the warp's queries in a pair
   int filling = 1;                                      // the pair that receives the next values
@@ -60,7 +63,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor) forward_ke
     if (next_channel < end) {
       unsigned char* const to = ring + filling * pair_bytes;
       copy_rows(to, a.value, line, 0, keys, next_channel, end);
-      if (!a.pass.first) copy_rows(to + keys * kPitch, a.out, line, first_query, block_queries, next_channel, end);
+      if (!work.first) copy_rows(to + keys * kPitch, a.out, line, first_query, block_queries, next_channel, end);
       if (residual_bytes > 0)
         copy_rows(to + (keys + block_queries) * kPitch, a.residual, line, first_query, block_queries, next_channel,
                   end);
@@ -80,6 +83,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor) forward_ke
     copy_rows(ring + keys * kPitch, a.query, line, first_query, block_queries, channel, channels_end);
     device::commit_copies();
     if (done == 0) {
+      if constexpr (in_image_order) work.wait(a.order);
       start_values();
       if (stages == 3) {
         start_values();
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor) forward_ke
     return a.normalizers[line.pixel(row) * a.heads + head];
   };
   Normalizer<float> before[2] = {{-INFINITY, 0.f}, {-INFINITY, 0.f}};  // of the earlier passes
-  if (!a.pass.first)
+  if (!work.first)
     for (int half = 0; half < 2; ++half)
       if (rows[half] < line.length) before[half] = normalizer_of(rows[half]);
 
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor) forward_ke
     for (int i = 0; i < 4; ++i) {
       const int k = 8 * j + 2 * lane.pair + i % 2;
       scores[j][i] = device::multiply(scores[j][i], a.scale);
-      if (k >= line.length || (!a.pass.last && k == rows[i / 2])) scores[j][i] = -INFINITY;
+      if (k >= line.length || (!work.last && k == rows[i / 2])) scores[j][i] = -INFINITY;
       largest[i / 2] = fmaxf(largest[i / 2], scores[j][i]);
     }
   const auto base_of = [](float top) { return top == -INFINITY ? 0.f : top; };  // to avoid -inf - -inf = NaN
@@ -136,13 +140,13 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor) forward_ke
   for (int half = 0; half < 2; ++half) {
     for (const int other : {1, 2}) sum[half] += __shfl_xor_sync(kAllLanes, sum[half], other);
     float top = largest[half], here = 1.f, there = 0.f;
-    if (!a.pass.first) {
+    if (!work.first) {
       top = fmaxf(top, before[half].top);
       here = expf(largest[half] - base_of(top));
       there = expf(before[half].top - base_of(top)) * before[half].total;
     }
     const float total = fmaf(here, sum[half], there);
-    const bool none = total == 0.f && !a.pass.last;  // no finite score so far; if there is none at all, NaN
+    const bool none = total == 0.f && !work.last;  // no finite score so far; if there is none at all, NaN
     weight[half] = none ? 0.f : here / total;
     before_weight[half] = none ? 0.f : there / total;
     if (lane.pair == 0 && rows[half] < line.length) normalizer_of(rows[half]) = {top, total};
@@ -178,7 +182,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor) forward_ke
 #pragma unroll
       for (int j = 0; j < tiles; ++j, at += 8 * kSize<T>) {
         float result[2] = {weight[half] * results[j][2 * half], weight[half] * results[j][2 * half + 1]};
-        if (!a.pass.first) {
+        if (!work.first) {
           float old[2];
           load_pair<T>(old, at);
           for (int i = 0; i < 2; ++i) result[i] = fmaf(before_weight[half], old[i], result[i]);
@@ -198,26 +202,53 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_per_processor) forward_ke
       write_rows(a.sum, own + block_queries * kPitch, line, first_query + warp * kTile, channel, end);
   }
   device::wait_for_copies<0>();  // the remaining empty groups
+  if constexpr (in_image_order) work.finish(a.order);
 #else
   __trap();  // compiled for an older architecture than fits() checked: fail instead of leaving the output unwritten
 #endif
 }
 
+// How a line of the given length is divided over blocks.
+struct Shape {
+  int key_tiles, blocks, warps, stages, shared_bytes;
+  Shape(int64_t length, Dtype dtype, bool with_residual, bool in_image_order, const Device& device)
+      : key_tiles(most_tiles(length)) {
+    // tf32 uses eight warps for the longest lines, not nine: nine would occupy the four partitions of a multiprocessor
+    // like twelve, and leave too few registers per thread.
+    const int most_warps = key_tiles < 17 ? key_tiles : dtype == Dtype::float32 ? 8 : 9;
+    const int query_tiles = tiles_of(length);
+    const auto bytes = [&](int stages) {
+      const int header = in_image_order ? kHeaderBytes<true> : 0;
+      return header + stages * (key_tiles + (with_residual ? 2 : 1) * warps) * kTile * kPitch;
+    };
+    blocks = (query_tiles + most_warps - 1) / most_warps;
+    do warps = (query_tiles + blocks - 1) / blocks;
+    while (bytes(2) > device.shared_memory && ++blocks <= query_tiles);
+    // With the larger pairs of a residual, a third one would take the place of another block.
+    const int blocks_per_processor = key_tiles == 4 ? 4 : key_tiles == 7 ? 2 : 1;
+    const int room = device.shared_memory / (with_residual ? blocks_per_processor : 1);
+    stages = bytes(3) <= room ? 3 : 2;
+    shared_bytes = bytes(stages);
+  }
+};
+
+// Returns whether the last two passes are one launch in image order: if the same kernel serves both, with one block for
+// each line.
+bool in_image_order(const Forward& f, const Device& device) {
+  const Passes passes = passes_of(f.sizes, f.axes);
+  if (!device.untested || element_size(f.dtype) != 2 || passes.count < 2) return false;
+  const Pass &earlier = passes.at[passes.count - 2], &later = passes.at[passes.count - 1];
+  const int64_t length = std::max(earlier.length, later.length);
+  return most_tiles(length) <= kLongestInOrder && most_tiles(earlier.length) == most_tiles(later.length) &&
+         Shape(length, f.dtype, f.residual.data != nullptr, true, device).blocks == 1 &&
+         (earlier.lines + later.lines) * f.sizes.heads <= INT32_MAX;
+}
+
 template <class T, int key_tiles, int warps, int blocks_per_processor>
-cudaError_t launch_pass(const Operands<T>& a, const Device& device, void* stream) {
-  const int query_tiles = tiles_of(a.pass.length);
-  const auto shared_bytes = [&](int block_warps, int stages) {
-    return stages * (key_tiles + (a.residual.data == nullptr ? 1 : 2) * block_warps) * kTile * kPitch;
-  };
-  int blocks = (query_tiles + warps - 1) / warps, block_warps;
-  do block_warps = (query_tiles + blocks - 1) / blocks;
-  while (shared_bytes(block_warps, 2) > device.shared_memory && ++blocks <= query_tiles);
-  // With the larger pairs of a residual, a third one would take the place of another block.
-  const int room = device.shared_memory / (a.residual.data == nullptr ? 1 : blocks_per_processor);
-  const int stages = shared_bytes(block_warps, 3) <= room ? 3 : 2;
-  const dim3 grid(static_cast<unsigned>(a.pass.lines * a.heads), blocks);
-  return device::launch(forward_kernel<T, key_tiles, warps, blocks_per_processor>, grid, block_warps * kWarp,
-                        shared_bytes(block_warps, stages), stream, a, stages);
+auto kernel_of(bool in_image_order) {
+  if constexpr (kImageOrder<T>)
+    if (in_image_order) return forward_kernel<T, key_tiles, warps, blocks_per_processor, true>;
+  return forward_kernel<T, key_tiles, warps, blocks_per_processor, false>;
 }
 
 template <class T>
@@ -236,22 +267,44 @@ cudaError_t run(const Forward& f, const Device& device, void* stream) {
                 static_cast<int>(f.sizes.C),
                 {},
                 Divisor(f.sizes.heads),
+                {},
                 {}};
-  for (const Pass& pass : passes_of(f.sizes, f.axes)) {
+  const Passes passes = passes_of(f.sizes, f.axes);
+  const bool in_order = in_image_order(f, device);
+  for (const Pass& pass : passes) {
+    if (in_order && &pass == passes.end() - 2) continue;  // the next launch takes it too
     a.pass = pass;
     a.by_step = Divisor(pass.step);
     if (pass.last) a.residual = typed<T>(f.residual);
+    const bool both = in_order && pass.last;
+    int64_t length = pass.length, lines = pass.lines * a.heads;
+    if (both) {
+      const Pass& earlier = passes.end()[-2];
+      a.order = image_order(f.sizes, earlier, pass, f.workspace);
+      const cudaError_t error = device::set_zero(f.workspace, ImageOrder::counter_bytes(a.order.images), stream);
+      if (error != cudaSuccess) return error;
+      length = std::max(earlier.length, pass.length);
+      lines = a.order.blocks();
+    }
+    const Shape shape(length, f.dtype, a.residual.data != nullptr, both, device);
+    const auto launch = [&](auto kernel) {
+      return device::launch(kernel, dim3(static_cast<unsigned>(lines), shape.blocks), shape.warps * kWarp,
+                            shape.shared_bytes, stream, a, shape.stages);
+    };
     cudaError_t error;
-    if (pass.length <= 64)
-      error = launch_pass<T, 4, 4, 4>(a, device, stream);
-    else if (pass.length <= 112)
-      error = launch_pass<T, 7, 7, 2>(a, device, stream);
-    else if (pass.length <= 144)
-      error = launch_pass<T, 9, 9, 1>(a, device, stream);
-    else
-      // tf32 uses eight warps, not nine: nine would occupy the four partitions of a multiprocessor like twelve, and
-      // leave too few registers per thread.
-      error = launch_pass<T, 17, sizeof(T) == 4 ? 8 : 9, 1>(a, device, stream);
+    switch (shape.key_tiles) {
+      case 4:
+        error = launch(kernel_of<T, 4, 4, 4>(both));
+        break;
+      case 7:
+        error = launch(kernel_of<T, 7, 7, 2>(both));
+        break;
+      case 9:
+        error = launch(kernel_of<T, 9, 9, 1>(both));
+        break;
+      default:
+        error = launch(forward_kernel<T, 17, (sizeof(T) == 4 ? 8 : 9), 1, false>);
+    }
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -262,6 +315,11 @@ cudaError_t run(const Forward& f, const Device& device, void* stream) {
 bool serves(const Forward& f, const Device& device) {
   return fits(f.dtype, f.sizes, f.axes, device,
               {f.query, f.key, f.value, read_only(f.out), f.residual, read_only(f.sum)});
+}
+
+int64_t forward_workspace(const Forward& f, const Device& device) {
+  if (!in_image_order(f, device)) return 0;
+  return ImageOrder::counter_bytes(ImageOrder::images_of(f.sizes, passes_of(f.sizes, f.axes).end()[-2]));
 }
 
 int forward(const Forward& f, const Device& device, void* stream) {

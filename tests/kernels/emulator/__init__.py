@@ -154,6 +154,7 @@ class Forward(ctypes.Structure):
         ("residual", Map),
         ("sum", Map),
         ("gamma", c_void_p),
+        ("workspace", c_void_p),
     ]
 
 
@@ -230,9 +231,11 @@ class Emulator:
     AssertionError where something else than the outputs was written to.
 
     Settings: capability, shared_memory (bytes of a block), tf32, untested, as in struct Device; schedule,
-    one of SCHEDULES or beyond; threads, of the operating system.
+    one of SCHEDULES or beyond; threads, of the operating system; resident, blocks that run in turns, an even
+    number to let late ones go first (0: each thread runs one, at the same time).
 
     tensor_cores: whether the last attention call ran on tensor cores.
+    workspace_size: bytes of its workspace.
     """
 
     def __init__(self, library: Path) -> None:
@@ -240,6 +243,7 @@ class Emulator:
         self.library.emulator_error.restype = ctypes.c_char_p
         self.library.emulator_switches.restype = c_int64
         self.tensor_cores = False
+        self.workspace_size = 0
 
     def call(
         self,
@@ -248,9 +252,10 @@ class Emulator:
         schedule: int = 0,
         threads: int = 2,
         shared_memory: int = SHARED_MEMORY,
+        resident: int = 0,
     ) -> None:
         """Call a function of the library that launches kernels and returns a cudaError_t."""
-        self.library.emulator_set(schedule, threads, shared_memory)
+        self.library.emulator_set(schedule, threads, shared_memory, resident)
         code = self.library[name](*arguments)
         message = self.library.emulator_error().decode()
         if message or code:
@@ -277,12 +282,11 @@ class Emulator:
 
         for field, operand in operands.items():
             give(field, operand)
-        if isinstance(arguments, Backward):
-            workspace_bytes = self.library.emulated_backward_workspace
-            workspace_bytes.restype = c_int64
-            size = workspace_bytes(byref(arguments), byref(device))
-            operands["workspace"] = Operand((size,), torch.uint8)
-            give("workspace", operands["workspace"])
+        workspace_bytes = self.library[f"{name}_workspace"]
+        workspace_bytes.restype = c_int64
+        self.workspace_size = workspace_bytes(byref(arguments), byref(device))
+        operands["workspace"] = Operand((self.workspace_size,), torch.uint8)
+        give("workspace", operands["workspace"])
         self.call(name, byref(arguments), byref(device), shared_memory=shared_memory, **settings)
         self.tensor_cores = bool(self.library[f"{name}_on_tensor_cores"](byref(arguments), byref(device)))
         check(operands)

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -128,6 +129,7 @@ struct Copy {
   void* shared;
   const void* global;  // null: zeros
   int group;
+  unsigned char issued[16];  // the source at that time
 };
 
 struct Fiber {
@@ -203,6 +205,7 @@ struct Settings {
   int number = 0;
   int os_threads = 1;
   int shared_limit = 0;
+  int resident = 0;  // blocks that run in turns; 0: one on each OS thread, at the same time
 } settings;
 std::string first_error;
 std::atomic<bool> failed{false};
@@ -242,9 +245,135 @@ Range thread_local_memory() {
   return found;
 }
 
+uint32_t xorshift(uint64_t& state) {  // xorshift64
+  state ^= state << 13;
+  state ^= state >> 7;
+  state ^= state << 17;
+  return static_cast<uint32_t>(state >> 32);
+}
+
+// The blocks that are resident, one in each worker (an OS thread), and how they wait for each other.
+//
+// In turns, one worker runs at a time. By order of priority, blocks without a ticket go first, so that all have one;
+// then the block with the first ticket or, if the number of workers is even, that with the last.
+class Residents {
+ public:
+  void begin(int workers, bool in_turns, const Schedule& schedule) {
+    blocks_.assign(workers, {true});
+    in_turns_ = in_turns;
+    schedule_ = schedule;
+    random_ = mix(schedule.seed) | 1;
+    version_ = tickets_ = 0;
+    turn_ = 0;
+  }
+
+  // Waits for the first turn of a worker.
+  void enter(int worker) {
+    std::unique_lock lock(mutex_);
+    if (in_turns_) changed_.wait(lock, [&] { return turn_ == worker || failed; });
+  }
+  void start_block(int worker) {
+    const std::lock_guard lock(mutex_);
+    blocks_[worker] = {true};
+  }
+  void leave(int worker) {
+    const std::lock_guard lock(mutex_);
+    blocks_[worker].running = false;
+    if (in_turns_) choose();
+    changed_.notify_all();
+  }
+
+  unsigned take_ticket(int worker, unsigned* counter) {
+    std::unique_lock lock(mutex_);
+    blocks_[worker].ticket = tickets_++;
+    const unsigned ticket = (*counter)++;
+    let_others(worker, lock);
+    return ticket;
+  }
+  void add(int worker, unsigned* counter) {
+    std::unique_lock lock(mutex_);
+    ++*counter;
+    ++version_;
+    changed_.notify_all();
+    let_others(worker, lock);
+  }
+  void pause(int worker) {
+    std::unique_lock lock(mutex_);
+    let_others(worker, lock);
+  }
+
+  // Returns whether a counter has reached `least`, and otherwise sets the version of the counters that said so.
+  bool reached(const unsigned* counter, unsigned least, uint64_t& version) {
+    const std::lock_guard lock(mutex_);
+    version = version_;
+    return *counter >= least;
+  }
+  // Waits for other blocks until a counter has changed since `version`. Returns false if that can't happen.
+  bool wait(int worker, uint64_t version) {
+    std::unique_lock lock(mutex_);
+    Block& own = blocks_[worker];
+    own.waiting = true;
+    own.version = version;
+    const auto stuck = [&] {
+      return std::none_of(blocks_.begin(), blocks_.end(), [&](const Block& b) { return can_go_on(b); });
+    };
+    if (stuck()) return false;
+    let_others(worker, lock);
+    changed_.wait(lock, [&] { return failed || can_go_on(own) || stuck(); });
+    const bool changed = can_go_on(own) || failed;
+    own.waiting = !changed;
+    return changed;
+  }
+
+ private:
+  struct Block {
+    bool running = false, waiting = false;
+    uint64_t version = 0, ticket = ~uint64_t{0};  // the highest: none yet
+  };
+
+  bool can_go_on(const Block& block) const { return block.running && !(block.waiting && block.version == version_); }
+
+  // In turns: chooses who goes on; returns when the worker may, or something has failed.
+  void let_others(int worker, std::unique_lock<std::mutex>& lock) {
+    if (!in_turns_) return;
+    choose();
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return turn_ == worker || failed; });
+  }
+
+  void choose() {
+    std::vector<int> able;
+    for (int i = 1; i <= static_cast<int>(blocks_.size()); ++i) {  // in rounds: the first one behind this turn
+      const int worker = (turn_ + i) % static_cast<int>(blocks_.size());
+      if (can_go_on(blocks_[worker])) able.push_back(worker);
+    }
+    if (able.empty()) return;
+    const auto place = [&](int worker) {
+      const uint64_t ticket = blocks_[worker].ticket + 1;  // 0: none
+      return blocks_.size() % 2 == 0 && ticket ? ~ticket : ticket;
+    };
+    if (schedule_.order == Order::random)
+      turn_ = able[xorshift(random_) % able.size()];
+    else if (schedule_.order == Order::rounds)
+      turn_ = able[0];
+    else
+      turn_ = *std::min_element(able.begin(), able.end(), [&](int a, int b) { return place(a) < place(b); });
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<Block> blocks_;
+  bool in_turns_ = false;
+  Schedule schedule_;
+  uint64_t random_ = 1, version_ = 0, tickets_ = 0;  // version: changes of counters so far
+  int turn_ = 0;
+} residents;
+
 // Runs blocks, one after the other, on the OS thread that it is used on.
 class Runner {
  public:
+  explicit Runner(int worker) : worker_(worker) {}
+
   void begin(dim3 grid, int block, int shared_bytes, void (*call)(const void*), const void* kernel) {
     grid_ = grid;
     block_ = dim3(block);
@@ -291,6 +420,8 @@ class Runner {
       prepare(fiber.context, stacks_[i]->begin(), kStackBytes - shift, [] { local.runner->thread(); });
       make_ready(i);
     }
+    polling_.clear();
+    residents.start_block(worker_);
     position_ = kMaxThreads - 1;  // rounds start behind it, with the first position
     current_ = pick();
     ++switched_;
@@ -345,8 +476,32 @@ class Runner {
     warp.barrier = where;
     warp.at_barrier |= 1u << current_ % kLanes;
     ++at_barrier_;
-    open_barrier();
+    if (open_barrier() && schedule_.order == Order::random && random() % 4 == 0) residents.pause(worker_);
+    if (failed) leave();
     next();
+  }
+
+  unsigned take_ticket(unsigned* counter, Where where) {
+    at("take_ticket", where);
+    const unsigned ticket = residents.take_ticket(worker_, counter);
+    if (failed) leave();
+    return ticket;
+  }
+
+  void add_to_counter(unsigned* counter, Where where) {
+    at("add_to_counter", where);
+    residents.add(worker_, counter);
+    if (failed) leave();
+  }
+
+  // Other threads of the block go on first.
+  void wait_for_counter(const unsigned* counter, unsigned least, Where where) {
+    at("wait_for_counter", where);
+    for (uint64_t version; !residents.reached(counter, least, version);) {
+      if (polling_.empty()) version_ = version;
+      polling_.push_back(current_);
+      next();
+    }
   }
 
   void interrupt() {
@@ -361,7 +516,9 @@ class Runner {
     if (valid && (shared_.holds(global, 16) || static_shared_.holds(global, 16))) fail("the source is shared memory");
     interrupt();
     memset(shared, kPoison, 16);
-    fiber().copies.push_back({shared, valid ? global : nullptr, fiber().group});
+    Copy copy{shared, valid ? global : nullptr, fiber().group, {}};
+    if (valid) memcpy(copy.issued, global, 16);
+    fiber().copies.push_back(copy);
   }
 
   void wait_for_copies(int pending, Where where) {
@@ -371,7 +528,8 @@ class Runner {
     for (; own.first_copy < own.copies.size(); ++own.first_copy) {
       const Copy& copy = own.copies[own.first_copy];
       if (copy.group >= own.group - pending) break;
-      copy.global ? memcpy(copy.shared, copy.global, 16) : memset(copy.shared, 0, 16);
+      if (copy.global && memcmp(copy.issued, copy.global, 16)) fail("the source of a copy was written to meanwhile");
+      memcpy(copy.shared, copy.issued, 16);
     }
     if (own.first_copy == own.copies.size()) {
       own.copies.clear();
@@ -423,13 +581,14 @@ class Runner {
     __builtin_unreachable();
   }
 
-  void open_barrier() {
-    if (at_barrier_ < alive_) return;
+  bool open_barrier() {
+    if (at_barrier_ < alive_) return false;
     at_barrier_ = 0;
     for (size_t w = 0; w < warps_.size(); ++w) {
       make_ready(static_cast<int>(w), warps_[w].at_barrier);
       warps_[w].at_barrier = 0;
     }
+    return true;
   }
 
   // The threads that can go on, by position: a bit per lane, and a bit per warp that has any.
@@ -453,12 +612,7 @@ class Runner {
     ready_warps_ |= 1u << position;
   }
 
-  uint32_t random() {  // xorshift64
-    random_ ^= random_ << 13;
-    random_ ^= random_ >> 7;
-    random_ ^= random_ << 17;
-    return static_cast<uint32_t>(random_ >> 32);
-  }
+  uint32_t random() { return xorshift(random_); }
 
   int any_bit(uint32_t mask) {
     const int shift = static_cast<int>(random() % 32);
@@ -494,6 +648,12 @@ class Runner {
 
   // Lets the thread go on that the schedule says; returns when the calling one's turn comes.
   void next() {
+    if (!ready_warps_ && !polling_.empty()) {
+      if (!residents.wait(worker_, version_)) fail_of_deadlock();
+      if (failed) leave();
+      for (const int thread : polling_) make_ready(thread);
+      polling_.clear();
+    }
     if (!ready_warps_) fail_of_deadlock();
     const int before = current_;
     current_ = pick();
@@ -539,6 +699,7 @@ class Runner {
       record_error("a write behind the end of a __shared__ variable, in block " + text_of(index_));
   }
 
+  const int worker_;
   dim3 grid_, block_, index_;
   int threads_ = 0;
   void (*call_)(const void*) = nullptr;
@@ -552,6 +713,8 @@ class Runner {
   Context main_;
   int current_ = 0;
   int alive_ = 0, at_barrier_ = 0;
+  std::vector<int> polling_;  // threads that wait for a counter
+  uint64_t version_ = 0;      // of the counters when the first of them saw its own
 
   Schedule schedule_;
   uint32_t ready_[kMaxWarps] = {}, ready_warps_ = 0;
@@ -568,6 +731,11 @@ void collective(const Operation& operation, uint32_t mask, void* argument, Where
 void block_barrier(Where where) { local.runner->block_barrier(where); }
 void fail(const char* text) { local.runner->fail(text); }
 void interrupt() { local.runner->interrupt(); }
+unsigned take_ticket(unsigned* counter, Where where) { return local.runner->take_ticket(counter, where); }
+void add_to_counter(unsigned* counter, Where where) { local.runner->add_to_counter(counter, where); }
+void wait_for_counter(const unsigned* counter, unsigned least, Where where) {
+  local.runner->wait_for_counter(counter, least, where);
+}
 void copy_async(void* shared, const void* global, bool valid, Where where) {
   local.runner->copy_async(shared, global, valid, where);
 }
@@ -595,8 +763,10 @@ cudaError_t launch(dim3 grid, int block, int shared_bytes, void (*call)(const vo
   const Schedule schedule = numbered_schedule(settings.number);
   const uint64_t count = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   std::atomic<uint64_t> started{0};
-  const auto work = [&](Runner& runner) {
+  const auto work = [&](int worker) {
+    Runner& runner = *runners[worker];
     runner.begin(grid, block, shared_bytes, call, kernel);
+    residents.enter(worker);
     for (uint64_t i; !failed && (i = started++) < count;) {
       // Forwards, backwards, or each block once with a stride that has no factor in common with their number.
       uint64_t b = i;
@@ -606,12 +776,15 @@ cudaError_t launch(dim3 grid, int block, int shared_bytes, void (*call)(const vo
         b = count - 1 - i;
       runner.run(dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y), schedule.seed + b, schedule);
     }
+    residents.leave(worker);
   };
-  const size_t workers = std::min<uint64_t>(settings.os_threads, count);
-  while (runners.size() < workers) runners.push_back(std::make_unique<Runner>());
+  const bool in_turns = settings.resident > 0;
+  const size_t workers = std::min<uint64_t>(in_turns ? settings.resident : settings.os_threads, count);
+  residents.begin(static_cast<int>(workers), in_turns, schedule);
+  while (runners.size() < workers) runners.push_back(std::make_unique<Runner>(static_cast<int>(runners.size())));
   std::vector<std::thread> others;
-  for (size_t i = 1; i < workers; ++i) others.emplace_back([&, i] { work(*runners[i]); });
-  work(*runners[0]);
+  for (size_t i = 1; i < workers; ++i) others.emplace_back([&, i] { work(static_cast<int>(i)); });
+  work(0);
   for (std::thread& other : others) other.join();
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
@@ -619,8 +792,8 @@ cudaError_t launch(dim3 grid, int block, int shared_bytes, void (*call)(const vo
 }  // namespace emulator
 
 // For the tests, one call at a time: how launches run from now on; forgets the error.
-extern "C" void emulator_set(int schedule, int os_threads, int shared_limit) {
-  emulator::settings = {schedule, std::max(1, os_threads), shared_limit};
+extern "C" void emulator_set(int schedule, int os_threads, int shared_limit, int resident) {
+  emulator::settings = {schedule, std::max(1, os_threads), shared_limit, resident};
   emulator::first_error.clear();
   emulator::failed = false;
   emulator::switches = 0;

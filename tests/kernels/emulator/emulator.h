@@ -5,6 +5,10 @@
 // apart between collectives: nothing may rely on lock-step. A collective is carried out once, by the lane that arrives
 // last, on the operands of all.
 //
+// Blocks that wait for each other (by counters in global memory) run on OS threads at the same time, or in turns: then
+// only some blocks are resident at a time, one of them runs until it waits or has changed a counter, and the schedule
+// says which goes on. If all of them wait, the launch ends as a deadlock.
+//
 // What is undefined on a GPU is made to show: shared memory starts as NaN, a copy arrives at the wait for it and not
 // before, a wrong use ends the launch with an error code and a message (emulator_error).
 #pragma once
@@ -83,6 +87,10 @@ void block_barrier(Where where);
 
 // Where a random schedule may let another thread go on, besides the waits.
 void interrupt();
+
+unsigned take_ticket(unsigned* counter, Where where);
+void add_to_counter(unsigned* counter, Where where);
+void wait_for_counter(const unsigned* counter, unsigned least, Where where);
 
 void copy_async(void* shared, const void* global, bool valid, Where where);
 void commit_copies();

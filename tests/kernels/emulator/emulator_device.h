@@ -27,6 +27,22 @@ inline float exp2_approximate(float x) {
 
 using emulator::dynamic_shared;
 
+inline unsigned take_ticket(unsigned* counter, emulator::Where where = emulator::Where::current()) {
+  return emulator::take_ticket(counter, where);
+}
+inline void add_to_counter(unsigned* counter, emulator::Where where = emulator::Where::current()) {
+  emulator::add_to_counter(counter, where);
+}
+inline void wait_for_counter(const unsigned* counter, unsigned least,
+                             emulator::Where where = emulator::Where::current()) {
+  emulator::wait_for_counter(counter, least, where);
+}
+
+inline cudaError_t set_zero(void* memory, int64_t bytes, void*) {
+  memset(memory, 0, bytes);
+  return cudaSuccess;
+}
+
 inline void store_words(void* global, const uint32_t (&words)[4]) {
   emulator::interrupt();
   if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("the address in global memory is not a multiple of 16");

@@ -27,6 +27,10 @@ extern "C" int emulated_primitive(int primitive, int dtype, const Sizes* sizes, 
                         nullptr);
 }
 
+extern "C" int64_t emulated_forward_workspace(const Forward* arguments, const Device* device) {
+  return forward_workspace_cuda(*arguments, *device);
+}
+
 extern "C" int64_t emulated_backward_workspace(const Backward* arguments, const Device* device) {
   return backward_workspace_cuda(*arguments, *device);
 }

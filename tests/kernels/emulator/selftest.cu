@@ -217,6 +217,31 @@ __global__ void pipeline(const float* in, float* out, int rows, Fault fault) {
   if (other + words[0] == 12345) out[0] = other;  // so that they are not left out
 }
 
+enum ChainFault {
+  chain_right,
+  no_wait_for_counter,
+  no_barrier_after_wait,
+  no_barrier_before_add,
+  no_ticket,
+  later_ticket
+};
+
+// Blocks that follow each other: out [blocks, threads], out[t, i] = in[t, i] + out[t - 1, (i + 1) % threads].
+__global__ void chain(const int* in, int* out, unsigned* counters, ChainFault fault) {
+  __shared__ unsigned shared_ticket;
+  const int thread = threadIdx.x, threads = blockDim.x;
+  if (thread == 0) shared_ticket = fault == no_ticket ? blockIdx.x : device::take_ticket(counters);
+  __syncthreads();
+  const unsigned ticket = shared_ticket;
+  if (thread == 0 && fault != no_wait_for_counter)
+    device::wait_for_counter(counters + 1, fault == later_ticket ? ticket + 1 : ticket);
+  if (fault != no_barrier_after_wait) __syncthreads();
+  const int before = ticket > 0 ? out[(ticket - 1) * threads + (thread + 1) % threads] : 0;
+  out[ticket * threads + thread] = in[ticket * threads + thread] + before;
+  if (fault != no_barrier_before_add) __syncthreads();
+  if (thread == 0) device::add_to_counter(counters + 1);
+}
+
 // Loads and products again and again, for the time that they take.
 __global__ void busy(float* out, int repeats) {
   unsigned char* row = device::dynamic_shared() + threadIdx.x * 16;
@@ -275,6 +300,12 @@ extern "C" int run_places(int x, int y, int z, int block, int* out) {
 extern "C" int run_pipeline(const float* in, float* out, int rows, int fault) {
   return device::launch(pipeline, 1, kThreads, 2 * kCopied * static_cast<int>(sizeof(float)), nullptr, in, out, rows,
                         static_cast<Fault>(fault));
+}
+
+extern "C" int run_chain(const int* in, int* out, unsigned* counters, int blocks, int threads, int fault) {
+  const cudaError_t error = device::set_zero(counters, 2 * sizeof *counters, nullptr);
+  if (error != cudaSuccess) return error;
+  return device::launch(chain, blocks, threads, 0, nullptr, in, out, counters, static_cast<ChainFault>(fault));
 }
 
 extern "C" int run_busy(float* out, int blocks, int repeats) {
