@@ -155,6 +155,7 @@ def check(options: EvaluateOptions, table: ClassTable | None, device: torch.devi
     Raises:
         InputError: a flag or file is invalid. The message names the flag or file.
     """
+    options.check()
     print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     weights = read_weights(options.restore_from)
     with torch.device("meta"):

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence, Set
@@ -204,7 +205,7 @@ def find_published(place: Place, names: Sequence[str], partial: bool) -> list[Fo
         pairs = [*found.pairs, *(pair._replace(label="") for pair in found.without_label)]
         if pairs and len(pairs) != number and not partial and not generated:
             problems.append(
-                f"{place.root}: has {len(pairs)} of the {number} pictures of {name}; unpack the whole "
+                f"{place.root}: has {len(pairs)} of the {number} pictures of {name}; unpack all of "
                 f"{data.archives}, or give --partial"
             )
         notes = [layout.say_skipped(found.skipped)] if found.skipped else []
@@ -349,7 +350,7 @@ def commands(place: Place) -> list[str]:
     """Return the commands that train and evaluate with the settings closest to the published ones."""
     if place.data is None:
         return []
-    chosen = f"--data-dir {place.root} --dataset {place.name}"
+    chosen = f"--data-dir {shlex.quote(place.root)} --dataset {place.name}"
     return [f"python {name}.py {chosen} {flags}\n" for name, flags in place.data.settings.items()]
 
 

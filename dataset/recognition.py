@@ -11,7 +11,7 @@ from dataset import folder_pair
 from dataset.catalog import DATA_SETS
 from dataset.layout import MOST_TEXT, Found, Pair, files_below, named
 from dataset.published import STEM, DataSet, Split
-from dataset.split import TEST, TRAIN
+from dataset.split import NAMES_OF_SIDES, TEST, TRAIN
 from utils.errors import DataError, UsageError
 from utils.files import read_text
 
@@ -76,10 +76,11 @@ def recognize(root: str, name: str | None = None, listed: bool = False) -> Place
         if _lacking(root, folder, data, TRAIN) is None
         and not any(os.path.exists(os.path.join(root, folder, path)) for path in data.unless)
     ]
-    pair = [folder_pair.IMAGES, folder_pair.LABELS]
-    for each, folders in ((CITYSCAPES, ["leftImg8bit/train", "gtFine/train"]), (FOLDERS, pair)):
-        if all(os.path.isdir(os.path.join(root, folder)) for folder in folders):
-            found.append(Place(root, each))
+    is_pair = folder_pair.is_pair(root)
+    if is_pair and os.path.isdir(os.path.join(root, folder_pair.LABELS)):
+        found.append(Place(root, FOLDERS))
+    if all(os.path.isdir(os.path.join(root, folder, TRAIN)) for folder in ("leftImg8bit", "gtFine")):
+        found.append(Place(root, CITYSCAPES))
     names = sorted({place.name for place in found}, key=NAMES.index)
     if len(names) > 1:
         raise DataError(
@@ -88,7 +89,25 @@ def recognize(root: str, name: str | None = None, listed: bool = False) -> Place
         )
     if found:
         return found[0]
-    return Place(root, FOLDERS if folder_pair.is_pair(root) else CITYSCAPES)
+    others = ("leftImg8bit", folder_pair.LABELS)
+    if not listed and not any(os.path.isdir(os.path.join(root, folder)) for folder in others):
+        _check_parts(root)
+    return Place(root, FOLDERS if is_pair else CITYSCAPES)
+
+
+def _check_parts(root: str) -> None:
+    """Raise DataError if a directory has a part of a published data set; the message says what it lacks."""
+    for data in DATA_SETS.values():
+        for folder in data.folders:
+            lacking = _lacking(root, folder, data, TRAIN)
+            split = data.splits[TRAIN]
+            for path in map(_folder_of, (*split.pictures, *split.labels)):
+                # The name of a side tells no data set.
+                if path not in NAMES_OF_SIDES and os.path.isdir(os.path.join(root, folder, path)):
+                    raise DataError(
+                        f"{root}: has the folder {os.path.join(folder, path)} of {data.title}, but no "
+                        f"{lacking}; unpack {data.archives} (docs/datasets.md)"
+                    )
 
 
 def _lacking(root: str, folder: str, data: DataSet, name: str) -> str | None:
@@ -253,8 +272,8 @@ def problems_of(place: Place, name: str, found: Found) -> list[str]:
 def say(place: Place, name: str, pairs: Sequence[Pair]) -> str:
     """Return the line about a split of a data set and the official number of its pictures."""
     assert place.data is not None
-    number = place.data.splits[name].number
+    official = place.data.splits[name].number
     return (
-        f"{place.root}: {place.data.title} (--dataset {place.name}); {name}: {len(pairs)} pictures of the "
-        f"official {number}"
+        f"{place.root}: {place.data.title}: {len(pairs)} of the official {official} pictures for {name} "
+        f"(--dataset {place.name})"
     )

@@ -530,8 +530,7 @@ class TrainOptions(
             raise UsageError("--short-sides: replaces --random-scale; omit one of them")
         if self.scale_range != SCALE_RANGE and not self.random_scale:
             raise UsageError("--scale-range: requires --random-scale; add it")
-        if self.long_side and not self.short_sides:
-            raise UsageError("--long-side: requires --short-sides; add it")
+        check_long_side(self.short_sides, self.long_side)
         if self.data_list and self.val_every and not self.val_list:
             raise UsageError("--val-every: requires --val-list if --data-list is given; add it")
         if self.abn == "inplace" and self.amp:
@@ -666,3 +665,19 @@ class EvaluateOptions(
     )
     num_workers: int = option(2, Flag("data workers per process", flags.workers))
     output_dir: str = option(None, Flag("folder of the results; by default that of the checkpoint"))
+
+    def check(self) -> None:
+        """Check the options against each other.
+
+        Raises:
+            UsageError: options contradict each other. The message names the flag.
+        """
+        if self.short_sides and tuple(self.scales) != (1.0,):
+            raise UsageError("--short-sides: replaces --scales; omit one of them")
+        check_long_side(self.short_sides, self.long_side)
+
+
+def check_long_side(short_sides: Sequence[int] | None, long_side: int | None) -> None:
+    """Raise UsageError if --long-side is given without --short-sides."""
+    if long_side and not short_sides:
+        raise UsageError("--long-side: requires --short-sides; add it")

