@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -316,10 +317,10 @@ def test_a_range_of_factors_is_that_of_the_lists(generated) -> None:
     assert transforms.choose_scaling(False, (0.7, 2.1), None, None) is False
     assert transforms.choose_scaling(True, (0.7, 2.1), None, None) == transforms.Scaling()
     data = CSDataSet(str(generated("voc2012")), crop_size=(33, 33), scale=transforms.Scaling((), (40,), 70))
-    assert (
-        " scale=1." in data.sample(0, np.random.default_rng(0)).record()
-        or "scale=0." in data.sample(0, np.random.default_rng(0)).record()
-    )
+    sample = data.sample(0, np.random.default_rng(0))
+    height, width = data.sizes()[0]
+    scale = min(40 / min(height, width), 70 / max(height, width))
+    assert sample.augmentation.scale == scale and f" scale={scale:.6f} crop=" in sample.record()
 
 
 # What a data set lists
@@ -378,7 +379,7 @@ def test_real_camvid_in_the_folders_of_segnet(tmp_path: Path, root: Path) -> Non
             os.symlink(source / path, tmp_path / target)
         side, name = Path(picture).parent.name, Path(picture).stem
         for split, where in stills.items():
-            assert (__import__("re").fullmatch(where.names, name) is not None) == (split == side)
+            assert (re.fullmatch(where.names, name) is not None) == (split == side)
     for split in ("train", "val", "test"):
         data = CSDataSet(str(tmp_path), split=split)
         official = DATA_SETS["camvid"].splits[split].number
@@ -523,9 +524,7 @@ def test_a_list_has_the_classes_of_the_data_set(generated, tmp_path: Path) -> No
 
 
 def test_a_split_that_is_not_published_is_refused(generated) -> None:
-    with pytest.raises(
-        DataError, match="--split test: ADE20K has labels for train and val; give one of them"
-    ):
+    with pytest.raises(DataError, match="--split test: ADE20K has labels for train and val; give"):
         CSDataSet(str(generated("ade20k")), split="test")
 
 
@@ -539,7 +538,6 @@ def test_official_numbers_are_beside_those_found(generated, tmp_path: Path, caps
     flags = ["--num-workers", 1, "--json", tmp_path / "counts.json"]
     assert status_of(check.main, root, *flags) == 2
     said = capsys.readouterr()
-    assert f"{root}: has {TRAIN} of the 367 pictures of train; unpack the whole the folder" not in said.out
     assert f"{root}: has {TRAIN} of the 367 pictures of train" in said.out
     assert "val: 2 pictures of the official 101 in 1 folder" in said.out
     assert "3 problems in 8 pictures" in said.err.splitlines()[-1]
