@@ -103,7 +103,8 @@ def _check_parts(root: str) -> None:
             split = data.splits[TRAIN]
             for path in map(_folder_of, (*split.pictures, *split.labels)):
                 # The name of a side tells no data set.
-                if path not in NAMES_OF_SIDES and os.path.isdir(os.path.join(root, folder, path)):
+                is_telling = lacking and path not in NAMES_OF_SIDES
+                if is_telling and os.path.isdir(os.path.join(root, folder, path)):
                     raise DataError(
                         f"{root}: has the folder {os.path.join(folder, path)} of {data.title}, but no "
                         f"{lacking}; unpack {data.archives} (docs/datasets.md)"

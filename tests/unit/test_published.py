@@ -365,6 +365,7 @@ def test_the_frames_of_camvid_are_divided_as_by_segnet(tmp_path: Path) -> None:
     assert sorted(names) == sorted(frames)
 
 
+@pytest.mark.slow
 def test_real_camvid_in_the_folders_of_segnet(tmp_path: Path, root: Path) -> None:
     """Real pictures, linked: official numbers, known colors and the split of the full-size pictures."""
     source = root.parent / "shared/data/camvid"
