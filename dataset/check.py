@@ -188,7 +188,7 @@ def find_published(place: Place, names: Sequence[str], partial: bool) -> list[Fo
 
     Args:
         place: the data directory.
-        names: the splits; empty for all that have files.
+        names: the splits; empty for all or, with `partial`, all that have files.
         partial: whether a part of the pictures is enough.
 
     Raises:
@@ -203,6 +203,8 @@ def find_published(place: Place, names: Sequence[str], partial: bool) -> list[Fo
         problems = recognition.problems_of(place, name, found)
         # Pictures without a label are checked as well.
         pairs = [*found.pairs, *(pair._replace(label="") for pair in found.without_label)]
+        if partial and not names and not (pairs or found.without_picture):
+            continue
         if pairs and len(pairs) != number and not partial and not generated:
             problems.append(
                 f"{place.root}: has {len(pairs)} of the {number} pictures of {name}; unpack all of "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dataset.labels import ClassTable, choose_table
 
@@ -50,20 +50,20 @@ class DataSet:
         splits: the splits by name. Each data set has "train" and "val"; "test" is there if its labels are
             published.
         table: file of the class table, in the folder of this module; None for the classes of Cityscapes.
-        folders: where the data set may begin, relative to --data-dir.
-        unless: paths below the folder; if one of them exists, it is another data set.
         train: flags of train.py that come closest to the published settings.
         evaluate: likewise, flags of evaluate.py.
+        folders: where the data set may begin, relative to --data-dir.
+        unless: paths below the folder; if one of them exists, it is another data set.
     """
 
     title: str
     archives: str
     splits: Mapping[str, Split]
     table: str | None
+    train: str
+    evaluate: str
     folders: tuple[str, ...] = ("",)
     unless: tuple[str, ...] = ()
-    train: str = ""
-    evaluate: str = field(default="--whole")
 
     @property
     def settings(self) -> dict[str, str]:

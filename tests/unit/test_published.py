@@ -30,7 +30,8 @@ from dataset.labels import (
     rows_of_table,
     table_of_rows,
 )
-from dataset.recognition import CITYSCAPES, FOLDERS, recognize
+from dataset.published import DataSet, Split
+from dataset.recognition import CITYSCAPES, FOLDERS, Place, discover, recognize
 from engine.data.loader import SampleStream
 from engine.inference import predict_classes, predict_multiscale
 from utils.errors import DataError, InputError
@@ -553,6 +554,11 @@ def test_official_numbers_are_beside_those_found(generated, tmp_path: Path, caps
     said = capsys.readouterr()
     assert "of the official 101" in said.out
     assert f"python train.py --data-dir {root} --dataset camvid {DATA_SETS['camvid'].train}" in said.out
+    without("CamVid/val", "CamVid/valannot")(root)
+    assert status_of(check.main, root, *flags, "--partial") == 0
+    assert not re.search("^val", capsys.readouterr().out, re.MULTILINE)
+    assert status_of(check.main, root, *flags) == 2
+    assert "CamVid/val/*.png: no such pictures for val" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -581,6 +587,35 @@ def test_declarations_are_complete(layout: str) -> None:
     assert data.title in page
     text = " ".join(page.replace("\\\n", " ").split())
     assert data.train in text and data.evaluate in text
+
+
+def test_another_data_set_is_one_declaration(tmp_path: Path) -> None:
+    """Names with folders, a list with other words, and the second of two patterns."""
+    pictures, labels = ("gone/{}.jpg", "rgb/{}_rgb.jpg"), ("ids/{}.png",)
+    data = DataSet(
+        title="Another",
+        archives="another.zip",
+        splits={
+            "train": Split(pictures=pictures, labels=labels, number=3, names=r"a/.*"),
+            "val": Split(pictures=pictures, labels=labels, number=1, lists=("val.txt",)),
+        },
+        table=None,
+        train="",
+        evaluate="",
+    )
+    for name in ("a/1", "a/2", "b/1", "3"):
+        for path in (f"rgb/{name}_rgb.jpg", f"ids/{name}.png"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).touch()
+    (tmp_path / "rgb/a/1.jpg").touch()  # another ending
+    (tmp_path / "val.txt").write_text("any/where/3.jpg 17\n\n")
+    place = Place(str(tmp_path), "another", data)
+    found = {name: discover(place, name).pairs for name in data.splits}
+    assert found["train"] == [
+        ("rgb/a/1_rgb.jpg", "ids/a/1.png", "1_rgb"),
+        ("rgb/a/2_rgb.jpg", "ids/a/2.png", "2_rgb"),
+    ]
+    assert found["val"] == [("rgb/3_rgb.jpg", "ids/3.png", "3_rgb")]
 
 
 def test_names_and_colors_are_the_published_ones() -> None:
