@@ -77,22 +77,23 @@ def write(
         Whether anything was written; False if the complete data set already exists.
 
     Raises:
-        UsageError: `out` is a file, or a folder with other content than a data set with these parameters.
+        UsageError: `out` is a file, or a folder with other content than a data set with these parameters, or
+            the layout does not have so many pictures.
     """
     out = Path(out)
     parameters = {"format": FORMAT, "train": train, "val": val, "size": list(size), "seed": seed}
-    if layout != CITYSCAPES:
+    is_cityscapes = layout == CITYSCAPES
+    if not is_cityscapes:
         parameters["layout"] = layout
+    counts = {"train": train, "val": val} if is_cityscapes else layouts.splits(layout, train, val)
     if _is_complete(out, parameters):
         return False
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / _STARTED, json.dumps(parameters).encode())
-    if layout == CITYSCAPES:
-        counts, files = {"train": train, "val": val}, _files
-    else:
-        counts, files = layouts.splits(layout, train, val), partial(layouts.files, layout)
-        for path, content in layouts.lists(layout, counts).items():
-            _write(out / path, content)
+    files = _files if is_cityscapes else partial(layouts.files, layout)
+    lists = {} if is_cityscapes else layouts.lists(layout, counts)
+    for path, content in lists.items():
+        _write(out / path, content)
     for split, count in counts.items():
         for index in range(count):
             for path, content in files(split, index, size, seed).items():

@@ -15,6 +15,7 @@ from dataset.labels import IGNORE, LABELS, Label
 from dataset.mini import person
 from dataset.mini.cityscapes import picture, png
 from dataset.published import STEM
+from utils.errors import UsageError
 
 #: Names in other data sets of the labels of Cityscapes: ADE20K, PASCAL VOC and CamVid. Other labels are
 #: unlabeled, background and void.
@@ -50,12 +51,17 @@ NAMES = {
 #: Column of NAMES by data set, and the label of all labels of Cityscapes that are not in NAMES.
 COLUMNS = {"ade20k": 0, "voc2012": 1, "voc2012_aug": 1, "camvid": 2, "camvid_stills": 2}
 OTHERS = ("unlabeled", "background", "Void")
-#: Names of the pictures of CamVid by split, number of the first one, and step to the next one.
+#: Names of the pictures of CamVid by split: sequences, and numbers of their frames.
 FRAMES = {
-    "train": ("0001TP_{:06d}", 6690, 30),
-    "val": ("0016E5_{:05d}", 7959, 2),
-    "test": ("Seq05VD_f{:05d}", 0, 30),
+    "train": (
+        ("0001TP_{:06d}", range(6690, 8521, 30)),
+        ("0006R0_f{:05d}", range(930, 3931, 30)),
+        ("0016E5_{:05d}", (*range(390, 2401, 30), *range(4350, 7921, 30), *range(8190, 8641, 30))),
+    ),
+    "val": (("0016E5_{:05d}", range(7959, 8160, 2)),),
+    "test": (("Seq05VD_f{:05d}", range(0, 5101, 30)), ("0001TP_{:06d}", range(8550, 10381, 30))),
 }
+CAMVID = {split: [name.format(n) for name, frames in each for n in frames] for split, each in FRAMES.items()}
 #: Number of the first scene of the split "test", whose cities are those of "val".
 TEST_FROM = 500_000
 #: Smallest height and width in data sets whose pictures differ in size, relative to the largest.
@@ -65,8 +71,19 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def splits(layout: str, train: int, val: int) -> dict[str, int]:
-    """Return the number of pictures of each split; "test" has as many as "val"."""
-    return {name: train if name == "train" else val for name in DATA_SETS[layout].splits}
+    """Return the number of pictures of each split; "test" has as many as "val".
+
+    Raises:
+        UsageError: CamVid, whose names tell the split, does not have so many.
+    """
+    counts = {name: train if name == "train" else val for name in DATA_SETS[layout].splits}
+    for split, number in counts.items():
+        if layout.startswith("camvid") and number > len(CAMVID[split]):
+            raise UsageError(
+                f"--{'train' if split == 'train' else 'val'} {number}: CamVid has {len(CAMVID[split])} "
+                f"pictures for {split}; give at most that number"
+            )
+    return counts
 
 
 def files(layout: str, split: str, index: int, size: tuple[int, int], seed: int) -> dict[str, bytes]:
@@ -90,9 +107,8 @@ def files(layout: str, split: str, index: int, size: tuple[int, int], seed: int)
         image, ids = person.render(_drawn(size, rng), rng)
         label = png(ids)
     else:
-        city, stem, arrays = picture(
-            *(("val", TEST_FROM + index) if split == "test" else (split, index)), size, seed
-        )
+        scene = ("val", TEST_FROM + index) if split == "test" else (split, index)
+        city, stem, arrays = picture(*scene, size, seed)
         if layout in ("ade20k", "voc2012", "voc2012_aug"):
             arrays = _cut(arrays, rng)
         name = name or f"{city}/{stem}"
@@ -136,8 +152,7 @@ def name_of(layout: str, split: str, index: int) -> str:
     if layout == "lip":
         return f"{index + 1}_{1000 * (split == 'val') + index + 1}"
     if layout.startswith("camvid"):
-        name, first, step = FRAMES[split]
-        return name.format(first + step * index)
+        return CAMVID[split][index]
     return ""
 
 

@@ -366,6 +366,22 @@ def test_the_frames_of_camvid_are_divided_as_by_segnet(tmp_path: Path) -> None:
     assert sorted(names) == sorted(frames)
 
 
+def test_generated_frames_of_camvid_are_of_their_split() -> None:
+    stills = DATA_SETS["camvid_stills"].splits
+    counts = mini.layouts.splits("camvid_stills", 367, 101)
+    names = {
+        split: [mini.layouts.name_of("camvid_stills", split, index) for index in range(number)]
+        for split, number in counts.items()
+    }
+    assert len({name for each in names.values() for name in each}) == 367 + 2 * 101
+    for split, each in names.items():
+        assert {re.fullmatch(stills[split].names, name) is not None for name in each} == {True}
+        others = [other.names for other_name, other in stills.items() if other_name != split]
+        assert not any(re.fullmatch(pattern, name) for pattern in others for name in each)
+    with pytest.raises(InputError, match="--val 102: CamVid has 101 pictures for val; give at most"):
+        mini.layouts.splits("camvid", 1, 102)
+
+
 @pytest.mark.slow
 def test_real_camvid_in_the_folders_of_segnet(tmp_path: Path, root: Path) -> None:
     """Real pictures, linked: official numbers, known colors and the split of the full-size pictures."""
