@@ -155,6 +155,7 @@ def make_dataset(options: TrainOptions, table: ClassTable | None, split: str = "
         options.input_size if train else None,
         scale=train and transforms.choose_scaling(*options.scaling),
         mirror=train and options.random_mirror,
+        photometric=train and options.photometric,
         ignore_label=options.ignore_label,
         num_classes=options.num_classes,
         split=split,

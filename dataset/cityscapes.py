@@ -56,7 +56,7 @@ class Sample(NamedTuple):
 
     def record(self) -> str:
         """Describe the sample in one line: name, scale, crop offset, mirror."""
-        scale, top, left, mirror = self.augmentation
+        scale, top, left, mirror, _ = self.augmentation
         factor = f"{scale:.1f}" if transforms.is_tenths(scale) else f"{scale:.6f}"
         return f"{self.name} scale={factor} crop={top},{left} mirror={int(mirror)}"
 
@@ -101,6 +101,7 @@ class CSDataSet(Dataset):
         labeled: whether there are labels; without them only `picture` and `check` can be called.
         cache: cache for decoded pictures, with a plan for `sizes()`.
         dataset: name of the layout of `root`; None to find it (see `recognition.recognize`).
+        photometric: whether to distort colors randomly (dataset/photometric.py).
 
     Raises:
         DataError: see `recognition.recognize`, `layout.read_list`, `classes_of`, and `discover` of layout,
@@ -122,6 +123,7 @@ class CSDataSet(Dataset):
         labeled: bool = True,
         cache: PictureCache | None = None,
         dataset: str | None = None,
+        photometric: bool = False,
     ):
         self.skipped: list[str] = []
         self.taken: list[str] = []  # lines about what was taken for what in a folder pair
@@ -155,6 +157,7 @@ class CSDataSet(Dataset):
         self.mean = np.asarray(mean)
         self.scale = scale
         self.mirror = mirror
+        self.photometric = photometric
         self.labeled = labeled
         self.cache = cache
         self.labels = LabelReader(table, ignore_label, num_classes)
@@ -192,7 +195,7 @@ class CSDataSet(Dataset):
             encoded = self._load(index)
             size = encoded[0].height, encoded[0].width
         crop = size if self.crop_size is None else self.crop_size
-        augmentation = transforms.draw(rng, size, crop, self.scale, self.mirror)
+        augmentation = transforms.draw(rng, size, crop, self.scale, self.mirror, self.photometric)
         if cached is not None:
             image, label = cached
         elif self.cache is not None:

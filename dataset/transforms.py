@@ -12,6 +12,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from dataset import photometric as colors
+from dataset.photometric import Distortion
+
 #: Smallest and largest scale factor of the original.
 SCALE_RANGE = (0.7, 2.1)
 
@@ -72,12 +75,13 @@ def choose_scaling(
 
 
 class Augmentation(NamedTuple):
-    """The augmentation of a sample: resize by `scale`, crop at (top, left), then mirror."""
+    """The augmentation of a sample: resize by `scale`, crop at (top, left), mirror, then distort colors."""
 
     scale: float
     top: int
     left: int
     mirror: bool
+    distortion: Distortion | None = None
 
 
 class Content(NamedTuple):
@@ -100,10 +104,11 @@ def draw(
     crop: tuple[int, int],
     scale: bool | Scaling,
     mirror: bool,
+    photometric: bool = False,
 ) -> Augmentation:
     """Draw the augmentation of a sample.
 
-    Every call draws the same number of random values, for all arguments.
+    Every call draws the same number of random values, and further ones at the end for `photometric`.
 
     Args:
         rng: random generator.
@@ -111,6 +116,7 @@ def draw(
         crop: (height, width) of the crop.
         scale: how to scale randomly; True for the factors of the original, False for not at all.
         mirror: whether to mirror randomly.
+        photometric: whether to distort colors randomly.
     """
     factor_draw, top_draw, left_draw, mirror_draw = rng.random(4)
     scaling = Scaling() if scale is True else scale
@@ -118,7 +124,8 @@ def draw(
     height, width = scaled_size(size, factor)
     top = int(top_draw * (max(height - crop[0], 0) + 1))
     left = int(left_draw * (max(width - crop[1], 0) + 1))
-    return Augmentation(factor, top, left, mirror and mirror_draw < 0.5)
+    distortion = colors.draw(rng) if photometric else None
+    return Augmentation(factor, top, left, mirror and mirror_draw < 0.5, distortion)
 
 
 def is_tenths(scale: float) -> bool:
@@ -193,7 +200,7 @@ def apply(
     Returns:
         Image uint8 [*crop, 3] and label uint8 [*crop], both contiguous, and the area without padding.
     """
-    scale, top, left, mirror = augmentation
+    scale, top, left, mirror, distortion = augmentation
     rows, columns = (_span(*axis) for axis in zip(size, crop, (scale, scale), (top, left), strict=True))
     image = image[rows.begin : rows.end, columns.begin : columns.end]
     if scale == 1.0:
@@ -203,6 +210,8 @@ def apply(
         image = _resize(image, scale, rows, columns)
         label = label.take(_nearest(size[0], scale, rows), 0).take(_nearest(size[1], scale, columns), 1)
     image = image[: rows.last - top, : columns.last - left]
+    if distortion is not None:
+        image = colors.apply(np.ascontiguousarray(image), distortion)
     height, width = label.shape
     if (height, width) != crop:
         padding = (0, crop[0] - height, 0, crop[1] - width, cv2.BORDER_CONSTANT)

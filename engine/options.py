@@ -273,6 +273,9 @@ class SampleOptions(Options):
     input_size: tuple[int, int] = option(
         (769, 769), Flag("size of the crops", flags.size, metavar="H,W", recipe=True, shared=True)
     )
+    photometric: bool = option(
+        False, Flag("change brightness, contrast, saturation and hue at random", recipe=True)
+    )
     random_mirror: bool = option(False, Flag("mirror half of the samples", recipe=True))
     random_scale: bool = option(False, Flag("scale each sample by a random factor", recipe=True))
     scale_range: tuple[float, float] = option(
