@@ -105,7 +105,7 @@ def test_samples_are_a_function_of_seed_and_number_and_keep_their_place(tmp_path
             np.ascontiguousarray(three.image[:bottom, left:right]), one.augmentation.distortion
         )
         error = np.abs(one.image.astype(int) - expected)  # OpenCV rounds hues by the place in a vector
-        assert error.max() < 8 and error.mean() < 0.1
+        assert error.max() < 8 and error.mean() < 0.5
         differ += not np.array_equal(one.image, three.image)
     assert differ > 6
 
