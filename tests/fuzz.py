@@ -289,7 +289,8 @@ WORDS = (
 )
 #: Flags that a fuzzer does not give: they start processes, open cameras or make a run long.
 LEFT_OUT = {
-    "--help", "--nproc", "--local-rank", "--num-steps", "--rounds", "--seeds", "--fit", "--resume", "--compile",
+    "--help", "--nproc", "--local-rank", "--num-steps", "--rounds", "--seeds", "--fit", "--resume",
+    "--compile",
 }  # fmt: skip
 
 
