@@ -1,0 +1,405 @@
+// Backward of the attention in exact float32 (float32.h).
+//
+// Like the forward, it is one pass over the lines of each axis, and every gradient is the sum of the parts from the
+// passes: the first pass writes it, and the others add to it, without atomics. A block computes a whole line of one head.
+// With P = exp(S - top) / total and S = scale Q K^T, where gamma is 1 without a residual:
+//
+//     dV = gamma P^T dO      dP = dO V^T      dS = gamma scale P (dP - delta), delta = rowsum(dO O)
+//     dQ = dS K              dK = dS^T Q
+//
+// All of them are computed in this order. P, then dP and then dS are a matrix in shared memory. dP takes the place of P
+// after a part of its channels, because a sum of sums has a smaller rounding error than one long sum; the P of each
+// thread waits in the workspace, where it stays in the L2 cache. A line with more keys than that matrix is processed in
+// blocks of keys. The gradient of gamma is the sum of delta.
+#include "float32.h"
+#include "general.h"
+
+namespace cc_attention::float32 {
+namespace {
+
+constexpr int kLongestSum = 128;  // channels of dP that a thread adds up before the sum goes to shared memory
+static_assert(kLongestSum % kPieceChannels == 0);
+
+// The division of a line over the threads of a block. In the products of rows, a thread has queries that are
+// query_groups apart and keys that are key_groups apart. In the weighted sums, groups of kLanes threads have rows in
+// turn. longest: maximum pixels of a line, of which at most query_groups * query_rows queries and, at a time,
+// key_groups * key_rows keys.
+template <int threads, int query_groups, int query_rows, int key_groups, int key_rows, int longest, int blocks>
+struct Shape {
+  static constexpr int kThreads = threads, kBlocks = blocks, kLongest = longest;
+  static constexpr int kQueryGroups = query_groups, kQueryRows = query_rows;
+  static constexpr int kKeyGroups = key_groups, kKeyRows = key_rows;
+  static constexpr int kQueries = query_groups * query_rows, kKeys = std::min(longest, key_groups * key_rows);
+  static constexpr int kGroups = threads / kLanes;
+  static constexpr int kQuerySums = ceil_div(longest, kGroups), kKeySums = ceil_div(kKeys, kGroups);
+  static constexpr int kSide = (longest + 1) / 4 * 4 + 2;  // the next one of weight_at
+  static constexpr int kDeltas = ceil_div(longest, threads * 4 / kPieceChannels);  // rows of delta per thread
+  static constexpr int kProducts = query_rows * key_rows;
+  static_assert(query_groups * key_groups <= threads && longest <= kQueries && longest <= kSide);
+};
+using Short = Shape<128, 11, 6, 11, 6, 66, 3>;
+using Medium = Shape<128, 9, 11, 14, 7, 98, 3>;  // 97 pixels: 95 % of the lanes' products exist
+using Long = Shape<256, 15, 9, 17, 8, 134, 2>;
+using Longest = Shape<256, 32, 9, 8, 7, 272, 2>;
+
+// How a line is divided.
+struct Division {
+  int keys;         // in a block of keys
+  int query_piece;  // queries in a piece of values
+  int key_piece;    // keys in a piece of values
+  int stage;        // floats in a piece
+};
+
+// What streams through the ring for each block of keys. Products of rows take two maps at once.
+enum Part { kScores, kValueSums, kGradients, kQuerySums, kKeySums, kParts };
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    backward_kernel(const Backward b, const Pass pass, const Division division, float* const deltas,
+                    float* const saved) {
+#if CC_TENSOR_CORES
+  constexpr int side = S::kSide, groups = S::kGroups;
+  const int length = pass.length;
+  const int c = static_cast<int>(b.sizes.c), C = static_cast<int>(b.sizes.C);
+  const unsigned block = block_of_pass(pass);
+  const auto this_line = [&] { return HeadLine(pass, static_cast<int>(b.sizes.heads), again(block)); };
+
+  float* const weights = reinterpret_cast<float*>(device::dynamic_shared());  // [keys / 4, side, 4]: P, dP, dS
+  float* const delta = weights + side * division.keys;                        // [length]
+  float* const ring = delta + ceil_div(length, 4) * 4;                        // [2, stage]
+
+  // The next piece.
+  int next_first_key = 0, next_part = kScores, next_channel = 0, next_row = 0, next_stage = 0;
+  const auto start_piece = [&] {
+    if (next_first_key < length) {
+      float* const to = ring + next_stage * division.stage;
+      const HeadLine line = this_line();
+      const int keys = min(division.keys, length - next_first_key);
+      if (next_part == kScores || next_part == kGradients) {
+        const bool scores = next_part == kScores;
+        const int channels = scores ? c : C;
+        constexpr int quads = kPieceChannels / 4;
+        copy_rows<S::kThreads, quads, kRowPitch>(to, scores ? b.key : b.value, line, next_first_key, keys, keys,
+                                                 next_channel, channels);
+        copy_rows<S::kThreads, quads, kRowPitch>(to + keys * kRowPitch, scores ? b.query : b.grad, line, 0, length,
+                                                 length, next_channel, channels);
+        next_channel += kPieceChannels;
+        if (next_channel >= channels) {
+          next_channel = 0;
+          ++next_part;
+        }
+      } else {
+        const bool values = next_part == kValueSums, by_keys = next_part == kQuerySums;
+        const int channels = values ? C : c, rows = by_keys ? keys : length;
+        const int piece = by_keys ? division.key_piece : division.query_piece;
+        const int count = min(piece, rows - next_row), padded = by_keys ? ceil_div(count, 4) * 4 : count;
+        const Map& map = values ? b.grad : by_keys ? b.key : b.query;
+        const int first = (by_keys ? next_first_key : 0) + next_row;
+        const bool wide = values && channels - next_channel > kNarrow;
+        if (wide)
+          copy_rows<S::kThreads, kWide / 4, kWide>(to, map, line, first, count, padded, next_channel, channels);
+        else
+          copy_rows<S::kThreads, kNarrow / 4, kNarrow>(to, map, line, first, count, padded, next_channel, channels);
+        next_row += piece;
+        if (next_row >= rows) {
+          next_row = 0;
+          next_channel += wide ? kWide : kNarrow;
+          if (next_channel >= channels) {
+            next_channel = 0;
+            ++next_part;
+          }
+        }
+      }
+      if (next_part == kParts) {
+        next_part = kScores;
+        next_first_key += division.keys;
+      }
+    }
+    next_stage = 1 - next_stage;
+    device::commit_copies();
+  };
+  // Waits for the next piece, starts copying the one after it, and returns the former.
+  const auto take_piece = [&]() -> const float* {
+    const float* const piece = ring + (1 - next_stage) * division.stage;
+    device::wait_for_copies<0>();
+    __syncthreads();  // the piece is visible to all threads, and all have read the previous one
+    start_piece();
+    return piece;
+  };
+  start_piece();
+
+  if (!pass.first) {
+    const HeadLine line = this_line();
+    for (int i = threadIdx.x; i < length; i += S::kThreads) delta[i] = deltas[line.entry(i)];
+  }
+
+#pragma unroll 1
+  for (int first_key = 0; first_key < length; first_key += division.keys) {
+    const int keys = min(division.keys, length - first_key), padded = ceil_div(keys, 4) * 4;
+    // The products of the thread.
+    const int query = threadIdx.x / S::kKeyGroups, key = threadIdx.x % S::kKeyGroups;
+    const bool active = query < S::kQueryGroups;
+    float* const own_saved = saved + static_cast<int64_t>(block) * S::kProducts * S::kThreads + threadIdx.x;
+    const auto weight = [&](int i, int j) -> float& {
+      return weights[weight_at<side>(query + i * S::kQueryGroups, key + j * S::kKeyGroups)];
+    };
+    float products[S::kQueryRows][S::kKeyRows];
+    const auto clear = [&] {
+#pragma unroll
+      for (auto& row : products)
+#pragma unroll
+        for (float& product : row) product = 0.f;
+    };
+    const auto multiply = [&](const float* piece, int channel, int channels) {
+      if (active)
+        multiply_rows<S::kQueryGroups, S::kKeyGroups>(products, piece + (keys + query) * kRowPitch,
+                                                      piece + key * kRowPitch, steps_of(channel, channels));
+    };
+
+    clear();
+#pragma unroll 1
+    for (int channel = 0; channel < c; channel += kPieceChannels) multiply(take_piece(), channel, c);
+    if (active) {
+      const HeadLine line = this_line();
+      const float scale = static_cast<float>(b.scale);
+#pragma unroll
+      for (int i = 0; i < S::kQueryRows; ++i) {
+        const int own_query = query + i * S::kQueryGroups;
+        if (own_query >= length) break;
+        const auto normalizer = static_cast<const Normalizer<float>*>(b.normalizer)[line.entry(own_query)];
+        const float factor = 1.f / normalizer.total;
+#pragma unroll
+        for (int j = 0; j < S::kKeyRows; ++j) {
+          const int own_key = key + j * S::kKeyGroups;
+          if (own_key >= padded) break;
+          const float score = device::multiply(products[i][j], scale);
+          const bool seen = own_key < keys && (pass.last || first_key + own_key != own_query);
+          const float p = seen ? exp_difference(score, normalizer.top) * factor : 0.f;
+          weight(i, j) = p;
+          own_saved[(i * S::kKeyRows + j) * S::kThreads] = p;
+        }
+      }
+    }
+
+    const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const float gamma = b.gamma == nullptr ? 1.f : *static_cast<const float*>(b.gamma);
+    // Writes factor * sums, or adds it, to the thread's rows of the channels of a map from `channel` on: those of the
+    // `count` pixels from the first one on.
+    const auto write_sums = [&](const auto& sums, float factor, const MutableMap& map, bool add, int first, int count,
+                                int channels, int channel, auto&& row_of) {
+      constexpr int rows = std::extent_v<std::remove_reference_t<decltype(sums)>>;
+      constexpr int width = std::extent_v<std::remove_reference_t<decltype(sums)>, 1>, parts = width / 4;
+      channel += 4 * lane;
+#pragma unroll
+      for (int start = 0; start < rows; start += kRowsAtOnce) {
+        const HeadLine line = this_line();
+        const Rows<float> to{static_cast<float*>(map.data) + line.offset(map.pitch, first, channels, channel),
+                             static_cast<int>(line.step * map.pitch), count, channels - channel};
+        Quad results[kRowsAtOnce][parts] = {};
+        if (add) read(results, {to.first, to.step, to.count, to.channels}, start, rows, row_of);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i)
+#pragma unroll
+          for (int j = 0; j < width; ++j) {
+            float& result = results[i][j / 4].at[j % 4];
+            result = fmaf(factor, sums[min(start + i, rows - 1)][j], result);
+          }
+        write(results, to, start, rows, row_of);
+      }
+    };
+
+    // dV
+    const auto sum_gradients = [&]<int width>(int channel) {
+      const Keys<groups, S::kKeySums> own{group};
+      float sums[S::kKeySums][width] = {};
+#pragma unroll 1
+      for (int first = 0; first < length; first += division.query_piece)
+        add_over_queries<side>(sums, own, weights + weight_at<side>(first, 0), take_piece() + 4 * lane,
+                               min(division.query_piece, length - first));
+      write_sums(sums, gamma, b.grad_value, !pass.first, first_key, keys, C, channel, [&](int i) { return own.at(i); });
+    };
+#pragma unroll 1
+    for (int channel = 0; channel < C;) {
+      if (C - channel > kNarrow) {
+        sum_gradients.template operator()<8>(channel);
+        channel += kWide;
+      } else {
+        sum_gradients.template operator()<4>(channel);
+        channel += kNarrow;
+      }
+    }
+
+    // dP and dS
+    const bool new_delta = pass.first && first_key == 0;
+    float delta_sums[S::kDeltas] = {};
+    constexpr int quads = kPieceChannels / 4, deltas_apart = S::kThreads / quads;
+    const int delta_row = threadIdx.x / quads, delta_quad = threadIdx.x % quads;
+    clear();
+#pragma unroll 1
+    for (int channel = 0; channel < C; channel += kPieceChannels) {
+      const float* const piece = take_piece();
+      Quad outs[S::kDeltas];
+      if (new_delta) {  // the products hide the latency
+        const HeadLine line = this_line();
+        const int own_channel = channel + 4 * delta_quad;
+        const float* from =
+            static_cast<const float*>(b.out.data) + line.offset(b.out.pitch, delta_row, C, own_channel);
+        const int step = deltas_apart * static_cast<int>(line.step * b.out.pitch);
+#pragma unroll
+        for (int i = 0; i < S::kDeltas; ++i, from += step)
+          outs[i] = delta_row + i * deltas_apart < length && own_channel < C ? load_quad(from) : Quad{};
+      }
+      multiply(piece, channel, C);
+      if (new_delta && channel + 4 * delta_quad < C) {
+        const float* grad = piece + (keys + delta_row) * kRowPitch + 4 * delta_quad;
+#pragma unroll
+        for (int i = 0; i < S::kDeltas; ++i, grad += deltas_apart * kRowPitch) {
+          if (delta_row + i * deltas_apart >= length) break;
+          const Quad other = load_quad(grad);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) delta_sums[i] = fmaf(outs[i].at[k], other.at[k], delta_sums[i]);
+        }
+      }
+      const bool last = channel + kPieceChannels >= C;
+      if (last && new_delta) {
+        const HeadLine line = this_line();
+#pragma unroll
+        for (int i = 0; i < S::kDeltas; ++i) {
+          for (int lanes = 1; lanes < quads; lanes *= 2)
+            delta_sums[i] += __shfl_xor_sync(kAllLanes, delta_sums[i], lanes);
+          const int row = delta_row + i * deltas_apart;
+          if (delta_quad > 0 || row >= length) continue;
+          delta[row] = delta_sums[i];
+          deltas[line.entry(row)] = delta_sums[i];
+        }
+        __syncthreads();
+      }
+      if (!active || (!last && (channel + kPieceChannels) % kLongestSum != 0)) continue;
+      const float factor = gamma * static_cast<float>(b.scale);
+      const bool first = channel < kLongestSum;
+#pragma unroll
+      for (int i = 0; i < S::kQueryRows; ++i) {
+        const int own_query = query + i * S::kQueryGroups;
+        if (own_query >= length) break;
+        float P[S::kKeyRows];
+#pragma unroll
+        for (int j = 0; j < S::kKeyRows; ++j)
+          P[j] = last && key + j * S::kKeyGroups < keys ? own_saved[(i * S::kKeyRows + j) * S::kThreads] : 0.f;
+        const float shift = last ? factor * delta[own_query] : 0.f;
+#pragma unroll
+        for (int j = 0; j < S::kKeyRows; ++j) {
+          if (key + j * S::kKeyGroups >= keys) break;
+          float& to = weight(i, j);
+          const float sum = first ? products[i][j] : to + products[i][j];
+          to = last ? P[j] * (factor * sum - shift) : sum;
+        }
+      }
+      clear();
+    }
+
+    // dQ
+#pragma unroll 1
+    for (int channel = 0; channel < c; channel += kNarrow) {
+      float sums[S::kQuerySums][4] = {};
+#pragma unroll 1
+      for (int first = 0; first < keys; first += division.key_piece)
+        add_over_keys<side, groups>(sums, weights + weight_at<side>(group, first), take_piece() + 4 * lane,
+                                    ceil_div(min(division.key_piece, keys - first), 4));
+      write_sums(sums, 1.f, b.grad_query, !pass.first || first_key > 0, 0, length, c, channel,
+                 [&](int i) { return group + i * groups; });
+    }
+
+    // dK
+#pragma unroll 1
+    for (int channel = 0; channel < c; channel += kNarrow) {
+      const Keys<groups, S::kKeySums> own{group};
+      float sums[S::kKeySums][4] = {};
+#pragma unroll 1
+      for (int first = 0; first < length; first += division.query_piece)
+        add_over_queries<side>(sums, own, weights + weight_at<side>(first, 0), take_piece() + 4 * lane,
+                               min(division.query_piece, length - first));
+      write_sums(sums, 1.f, b.grad_key, !pass.first, first_key, keys, c, channel, [&](int i) { return own.at(i); });
+    }
+  }
+  device::wait_for_copies<0>();  // the last, empty group
+#else
+  __trap();  // compiled for an older architecture than fits() checked: fail instead of leaving the output unwritten
+#endif
+}
+
+// A kernel and a division of a line for it.
+struct Choice {
+  void (*kernel)(Backward, Pass, Division, float*, float*) = nullptr;
+  int threads, products;  // of a block, and products of rows of each thread
+  Division division;
+  int shared_bytes;
+};
+
+// Returns the first kernel that fits, from those for short lines to those for long ones; without a kernel if none does.
+Choice choose(int length, const Device& device) {
+  Choice choice;
+  const auto consider = [&]<class S>(S) {
+    if (choice.kernel != nullptr || length > S::kLongest) return;
+    const int keys = ceil_div(ceil_div(length, ceil_div(length, S::kKeys)), 4) * 4;
+    // A piece of products is read up to the last row of the last thread.
+    const int rows = std::max(S::kKeyGroups * S::kKeyRows, std::min(keys, length) + S::kQueries);
+    const int stage = std::max(kPieceRows * kWide, rows * kRowPitch);
+    const int floats = S::kSide * keys + ceil_div(length, 4) * 4 + 2 * stage;
+    const int bytes = floats * static_cast<int>(sizeof(float));
+    if (bytes > device.shared_memory) return;
+    const int key_piece = piece_of(std::min(keys, length));
+    choice = {backward_kernel<S>, S::kThreads, S::kProducts, {keys, piece_of(length), key_piece, stage}, bytes};
+  };
+  consider(Short{});
+  consider(Medium{});
+  consider(Long{});
+  consider(Longest{});
+  return choice;
+}
+
+// The parts of the workspace: numbers of general::total, delta, P of all blocks.
+struct Workspace {
+  int64_t totals, delta, saved;  // totals in bytes, the others in floats
+  Workspace(const Backward& b, const Device& device) {
+    totals = b.grad_gamma == nullptr ? 0 : general::total_bytes();
+    delta = b.sizes.pixels() * b.sizes.heads;
+    saved = 0;
+    for (const Pass& pass : passes_of(b.sizes, b.axes)) {
+      const Choice choice = choose(pass.length, device);
+      saved = std::max(saved, pass.lines * b.sizes.heads * choice.products * choice.threads);
+    }
+  }
+};
+
+}  // namespace
+
+bool serves(const Backward& b, const Device& device) {
+  if (!fits(b.dtype, b.sizes, b.axes, device,
+            {b.query, b.key, b.value, b.out, b.grad, read_only(b.grad_query), read_only(b.grad_key),
+             read_only(b.grad_value)}))
+    return false;
+  for (const Pass& pass : passes_of(b.sizes, b.axes))
+    if (choose(pass.length, device).kernel == nullptr || pass.lines * b.sizes.heads > INT32_MAX) return false;
+  return true;
+}
+
+int backward(const Backward& b, const Device& device, void* stream) {
+  const Workspace sizes(b, device);
+  float* const delta = reinterpret_cast<float*>(static_cast<unsigned char*>(b.workspace) + sizes.totals);
+  for (const Pass& pass : passes_of(b.sizes, b.axes)) {
+    const Choice choice = choose(pass.length, device);
+    const dim3 grid(static_cast<unsigned>(pass.lines * b.sizes.heads));
+    const cudaError_t error = device::launch(choice.kernel, grid, choice.threads, choice.shared_bytes, stream, b, pass,
+                                             choice.division, delta, delta + sizes.delta);
+    if (error != cudaSuccess) return error;
+  }
+  if (b.grad_gamma == nullptr) return cudaSuccess;
+  return general::total(b.dtype, delta, sizes.delta, b.workspace, b.grad_gamma, stream);
+}
+
+int64_t backward_workspace(const Backward& b, const Device& device) {
+  const Workspace sizes(b, device);
+  return sizes.totals + (sizes.delta + sizes.saved) * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace cc_attention::float32
