@@ -23,10 +23,11 @@ static_assert(kLongestSum % kPieceChannels == 0);
 // The division of a line over the threads of a block. In the products of rows, a thread has queries that are
 // query_groups apart and keys that are key_groups apart. In the weighted sums, groups of kLanes threads have rows in
 // turn. longest: maximum pixels of a line, of which at most query_groups * query_rows queries and, at a time,
-// key_groups * key_rows keys.
-template <int threads, int query_groups, int query_rows, int key_groups, int key_rows, int longest, int blocks>
+// key_groups * key_rows keys. ahead: rows of O that a thread reads before the products, as registers allow.
+template <int threads, int query_groups, int query_rows, int key_groups, int key_rows, int longest, int blocks,
+          int ahead>
 struct Shape {
-  static constexpr int kThreads = threads, kBlocks = blocks, kLongest = longest;
+  static constexpr int kThreads = threads, kBlocks = blocks, kLongest = longest, kAhead = ahead;
   static constexpr int kQueryGroups = query_groups, kQueryRows = query_rows;
   static constexpr int kKeyGroups = key_groups, kKeyRows = key_rows;
   static constexpr int kQueries = query_groups * query_rows, kKeys = std::min(longest, key_groups * key_rows);
@@ -37,10 +38,68 @@ struct Shape {
   static constexpr int kProducts = query_rows * key_rows;
   static_assert(query_groups * key_groups <= threads && longest <= kQueries && longest <= kSide);
 };
-using Short = Shape<128, 11, 6, 11, 6, 66, 3>;
-using Medium = Shape<128, 9, 11, 14, 7, 98, 3>;  // 97 pixels: 95 % of the lanes' products exist
-using Long = Shape<256, 15, 9, 17, 8, 134, 2>;
-using Longest = Shape<256, 32, 9, 8, 7, 272, 2>;
+using Short = Shape<128, 11, 6, 11, 6, 66, 3, 3>;
+using Medium = Shape<128, 9, 11, 14, 7, 98, 3, 2>;  // 97 pixels: 95 % of the lanes' products exist
+using Long = Shape<256, 15, 9, 17, 8, 134, 2, 0>;
+using Longest = Shape<256, 32, 9, 8, 7, 272, 2, 0>;
+
+// The products of rows of a thread. The last threads have those of others, and do not keep them.
+template <class S>
+struct Own {
+  int query, key, queries;
+  __device__ __forceinline__ explicit Own(int length) {
+    const int thread = again(threadIdx.x), place = thread / S::kKeyGroups;
+    key = thread % S::kKeyGroups;
+    query = min(place, S::kQueryGroups - 1);
+    queries = place < S::kQueryGroups ? length : 0;
+  }
+  __device__ __forceinline__ int query_of(int i) const { return query + i * S::kQueryGroups; }
+  __device__ __forceinline__ int key_of(int j) const { return key + j * S::kKeyGroups; }
+  __device__ __forceinline__ int weight(int i, int j) const { return weight_at<S::kSide>(query_of(i), key_of(j)); }
+};
+
+// rowsum(dO O) of a line. Four neighboring threads share the channels of a piece.
+template <class S>
+struct Delta {
+  static constexpr int kQuads = kPieceChannels / 4, kApart = S::kThreads / kQuads;
+  float sums[S::kDeltas] = {};
+  Quad outs[S::kDeltas];
+  static __device__ __forceinline__ int row(int i) { return again(threadIdx.x) / kQuads + i * kApart; }
+  static __device__ __forceinline__ int quad() { return again(threadIdx.x) % kQuads; }
+
+  // Reads the thread's rows from first to end - 1 of a piece of O. What doesn't exist is 0.
+  template <int first, int end>
+  __device__ __forceinline__ void read(const Backward& b, const HeadLine& line, int channel) {
+    const int C = static_cast<int>(b.sizes.C), step = kApart * static_cast<int>(line.step * b.out.pitch);
+    channel += 4 * quad();
+    const float* from = static_cast<const float*>(b.out.data) + line.offset(b.out.pitch, row(first), C, channel);
+#pragma unroll
+    for (int i = first; i < end; ++i, from += step)
+      outs[i] = row(i) < line.length && channel < C ? load_quad(from) : Quad{};
+  }
+  // Adds the products with the piece of dO. Beyond the last channel, that is undefined.
+  __device__ __forceinline__ void add(const float* grad, int length, int channels) {
+    const int thread = again(threadIdx.x), first = thread / kQuads, quad = thread % kQuads;
+    grad += first * kRowPitch + 4 * quad;
+#pragma unroll
+    for (int i = 0; i < S::kDeltas; ++i, grad += kApart * kRowPitch) {
+      if (first + i * kApart >= length || 4 * quad >= channels) continue;
+      const Quad other = load_quad(grad);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[i] = fmaf(outs[i].at[k], other.at[k], sums[i]);
+    }
+  }
+  // Writes the sums to `delta`, [length] in shared memory, and to `deltas`, [N,T,H,W,heads].
+  __device__ __forceinline__ void write(float* delta, float* deltas, const HeadLine& line) {
+#pragma unroll
+    for (int i = 0; i < S::kDeltas; ++i) {
+      for (int lanes = 1; lanes < kQuads; lanes *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], lanes);
+      if (quad() > 0 || row(i) >= line.length) continue;
+      delta[row(i)] = sums[i];
+      deltas[line.entry(row(i))] = sums[i];
+    }
+  }
+};
 
 // How a line is divided.
 struct Division {
@@ -136,12 +195,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll 1
   for (int first_key = 0; first_key < length; first_key += division.keys) {
     const int keys = min(division.keys, length - first_key), padded = ceil_div(keys, 4) * 4;
-    // The products of the thread.
-    const int query = threadIdx.x / S::kKeyGroups, key = threadIdx.x % S::kKeyGroups;
-    const bool active = query < S::kQueryGroups;
-    float* const own_saved = saved + static_cast<int64_t>(block) * S::kProducts * S::kThreads + threadIdx.x;
-    const auto weight = [&](int i, int j) -> float& {
-      return weights[weight_at<side>(query + i * S::kQueryGroups, key + j * S::kKeyGroups)];
+    const auto saved_at = [&] {
+      return saved + static_cast<int64_t>(again(block)) * S::kProducts * S::kThreads + threadIdx.x;
     };
     float products[S::kQueryRows][S::kKeyRows];
     const auto clear = [&] {
@@ -151,35 +206,38 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
         for (float& product : row) product = 0.f;
     };
     const auto multiply = [&](const float* piece, int channel, int channels) {
-      if (active)
-        multiply_rows<S::kQueryGroups, S::kKeyGroups>(products, piece + (keys + query) * kRowPitch,
-                                                      piece + key * kRowPitch, steps_of(channel, channels));
+      const Own<S> own(length);
+      multiply_rows<S::kQueryGroups, S::kKeyGroups>(products, piece + (keys + own.query) * kRowPitch,
+                                                    piece + own.key * kRowPitch, steps_of(channel, channels));
     };
 
     clear();
 #pragma unroll 1
     for (int channel = 0; channel < c; channel += kPieceChannels) multiply(take_piece(), channel, c);
-    if (active) {
+    {
       const HeadLine line = this_line();
+      const Own<S> own(length);
+      float* const own_saved = saved_at();
       const float scale = static_cast<float>(b.scale);
 #pragma unroll
       for (int i = 0; i < S::kQueryRows; ++i) {
-        const int own_query = query + i * S::kQueryGroups;
-        if (own_query >= length) break;
-        const auto normalizer = static_cast<const Normalizer<float>*>(b.normalizer)[line.entry(own_query)];
+        if (own.query_of(i) >= own.queries) continue;
+        const auto normalizer = static_cast<const Normalizer<float>*>(b.normalizer)[line.entry(own.query_of(i))];
         const float factor = 1.f / normalizer.total;
 #pragma unroll
         for (int j = 0; j < S::kKeyRows; ++j) {
-          const int own_key = key + j * S::kKeyGroups;
-          if (own_key >= padded) break;
+          const int key = own.key_of(j);
           const float score = device::multiply(products[i][j], scale);
-          const bool seen = own_key < keys && (pass.last || first_key + own_key != own_query);
-          const float p = seen ? exp_difference(score, normalizer.top) * factor : 0.f;
-          weight(i, j) = p;
+          const bool self = !pass.last && first_key + key == own.query_of(i);
+          const float p = self ? 0.f : exp_difference(score, normalizer.top) * factor;
+          if (key >= keys) continue;
+          weights[own.weight(i, j)] = p;
           own_saved[(i * S::kKeyRows + j) * S::kThreads] = p;
         }
       }
     }
+    for (int key = keys; key < padded; ++key)  // add_over_keys takes groups of four
+      for (int query = threadIdx.x; query < length; query += S::kThreads) weights[weight_at<side>(query, key)] = 0.f;
 
     const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const float gamma = b.gamma == nullptr ? 1.f : *static_cast<const float*>(b.gamma);
@@ -230,68 +288,42 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     }
 
     // dP and dS
-    const bool new_delta = pass.first && first_key == 0;
-    float delta_sums[S::kDeltas] = {};
-    constexpr int quads = kPieceChannels / 4, deltas_apart = S::kThreads / quads;
-    const int delta_row = threadIdx.x / quads, delta_quad = threadIdx.x % quads;
+    const bool first_delta = pass.first && first_key == 0;
+    Delta<S> new_delta;
     clear();
 #pragma unroll 1
     for (int channel = 0; channel < C; channel += kPieceChannels) {
       const float* const piece = take_piece();
-      Quad outs[S::kDeltas];
-      if (new_delta) {  // the products hide the latency
-        const HeadLine line = this_line();
-        const int own_channel = channel + 4 * delta_quad;
-        const float* from =
-            static_cast<const float*>(b.out.data) + line.offset(b.out.pitch, delta_row, C, own_channel);
-        const int step = deltas_apart * static_cast<int>(line.step * b.out.pitch);
-#pragma unroll
-        for (int i = 0; i < S::kDeltas; ++i, from += step)
-          outs[i] = delta_row + i * deltas_apart < length && own_channel < C ? load_quad(from) : Quad{};
-      }
+      if (first_delta) new_delta.template read<0, S::kAhead>(b, this_line(), channel);
       multiply(piece, channel, C);
-      if (new_delta && channel + 4 * delta_quad < C) {
-        const float* grad = piece + (keys + delta_row) * kRowPitch + 4 * delta_quad;
-#pragma unroll
-        for (int i = 0; i < S::kDeltas; ++i, grad += deltas_apart * kRowPitch) {
-          if (delta_row + i * deltas_apart >= length) break;
-          const Quad other = load_quad(grad);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) delta_sums[i] = fmaf(outs[i].at[k], other.at[k], delta_sums[i]);
-        }
+      if (first_delta) {
+        new_delta.template read<S::kAhead, S::kDeltas>(b, this_line(), channel);
+        new_delta.add(piece + keys * kRowPitch, length, C - channel);
       }
       const bool last = channel + kPieceChannels >= C;
-      if (last && new_delta) {
-        const HeadLine line = this_line();
-#pragma unroll
-        for (int i = 0; i < S::kDeltas; ++i) {
-          for (int lanes = 1; lanes < quads; lanes *= 2)
-            delta_sums[i] += __shfl_xor_sync(kAllLanes, delta_sums[i], lanes);
-          const int row = delta_row + i * deltas_apart;
-          if (delta_quad > 0 || row >= length) continue;
-          delta[row] = delta_sums[i];
-          deltas[line.entry(row)] = delta_sums[i];
-        }
+      if (last && first_delta) {
+        new_delta.write(delta, deltas, this_line());
         __syncthreads();
       }
-      if (!active || (!last && (channel + kPieceChannels) % kLongestSum != 0)) continue;
+      if (!last && (channel + kPieceChannels) % kLongestSum != 0) continue;
       const float factor = gamma * static_cast<float>(b.scale);
       const bool first = channel < kLongestSum;
+      const Own<S> own(length);
+      const float* const own_saved = saved_at();
 #pragma unroll
       for (int i = 0; i < S::kQueryRows; ++i) {
-        const int own_query = query + i * S::kQueryGroups;
-        if (own_query >= length) break;
+        const auto exists = [&](int j) { return own.query_of(i) < own.queries && own.key_of(j) < keys; };
         float P[S::kKeyRows];
 #pragma unroll
         for (int j = 0; j < S::kKeyRows; ++j)
-          P[j] = last && key + j * S::kKeyGroups < keys ? own_saved[(i * S::kKeyRows + j) * S::kThreads] : 0.f;
-        const float shift = last ? factor * delta[own_query] : 0.f;
+          P[j] = last && exists(j) ? own_saved[(i * S::kKeyRows + j) * S::kThreads] : 0.f;
+        const float shift = last && exists(0) ? factor * delta[own.query_of(i)] : 0.f;
 #pragma unroll
         for (int j = 0; j < S::kKeyRows; ++j) {
-          if (key + j * S::kKeyGroups >= keys) break;
-          float& to = weight(i, j);
-          const float sum = first ? products[i][j] : to + products[i][j];
-          to = last ? P[j] * (factor * sum - shift) : sum;
+          float sum = products[i][j];
+          if (exists(j) && !first) sum += weights[own.weight(i, j)];
+          if (last) sum = P[j] * (factor * sum - shift);
+          if (exists(j)) weights[own.weight(i, j)] = sum;
         }
       }
       clear();

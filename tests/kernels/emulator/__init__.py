@@ -233,13 +233,14 @@ class Emulator:
     one of SCHEDULES or beyond; threads, of the operating system.
 
     tensor_cores: whether the last attention call ran on tensor cores.
+    lines: whether it ran on the kernels for lines in float32.
     """
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_error.restype = ctypes.c_char_p
         self.library.emulator_switches.restype = c_int64
-        self.tensor_cores = False
+        self.tensor_cores = self.lines = False
 
     def call(
         self,
@@ -285,6 +286,11 @@ class Emulator:
             give("workspace", operands["workspace"])
         self.call(name, byref(arguments), byref(device), shared_memory=shared_memory, **settings)
         self.tensor_cores = bool(self.library[f"{name}_on_tensor_cores"](byref(arguments), byref(device)))
+        self.lines = (
+            untested
+            and not self.tensor_cores
+            and bool(self.library[f"{name}_in_float32"](byref(arguments), byref(device)))
+        )
         check(operands)
 
     def forward(
