@@ -21,10 +21,13 @@
 
 #include "device.h"
 #include "line.h"
+#include "tensor_core.h"
 
 namespace cc_attention::float32 {
 
 using device::kAllLanes;
+using tensor_core::Divisor;
+using tensor_core::read_only;
 using Quad = Vec4<float>;
 
 constexpr int kLanes = 16;           // neighboring threads, which hold neighboring keys or channels
@@ -56,11 +59,24 @@ __device__ __forceinline__ float exp_difference(float a, float b) {
   return device::exp2_approximate((a - b) * 1.4426950408889634f);
 }
 
-// A head of a line. Heads of the same line have neighboring indices.
+// The lines of a pass, each head of which counts as one. Heads of the same line have neighboring indices.
+struct Lines {
+  Pass pass;
+  int heads;
+  Divisor by_heads, by_step;
+  Lines(const Pass& pass, int64_t heads)
+      : pass(pass), heads(static_cast<int>(heads)), by_heads(heads), by_step(pass.step) {}
+};
+
 struct HeadLine : LineOf<int64_t> {
   int head, heads;
-  __device__ __forceinline__ HeadLine(const Pass& pass, int heads, unsigned index)
-      : LineOf(line_of(pass, index / heads)), head(index % heads), heads(heads) {}
+  __device__ __forceinline__ HeadLine(const Lines& lines, unsigned index) : heads(lines.heads) {
+    const unsigned line = lines.by_heads.quotient(index), outside = lines.by_step.quotient(line);
+    head = static_cast<int>(index - line * heads);
+    first = outside * (lines.pass.step * (lines.pass.length - 1)) + line;
+    step = lines.pass.step;
+    length = lines.pass.length;
+  }
   // Returns the index of a pixel in [N,T,H,W,heads].
   __device__ __forceinline__ int64_t entry(int i) const { return pixel(i) * heads + head; }
   // Returns the offset of channel `channel` of the head in pixel i of a map with `channels` channels per head.
@@ -229,8 +245,6 @@ __device__ __forceinline__ void write(const Quad (&quads)[kRowsAtOnce][parts], c
 
 // The number of rows in a piece of weighted sums: pieces of nearly equal size, a multiple of four.
 inline int piece_of(int rows) { return ceil_div(ceil_div(rows, ceil_div(rows, kPieceRows)), 4) * 4; }
-
-inline Map read_only(const MutableMap& map) { return {map.data, map.pitch}; }
 
 // Returns whether the kernels support arguments with these maps on the device, except for the lengths of lines: float32,
 // sm_80 for asynchronous copies, channels and addresses that allow copies of 16 bytes in every pixel and head, and

@@ -41,6 +41,7 @@ struct Shape {
 using Short = Shape<128, 11, 6, 11, 6, 66, 3, 3>;
 using Medium = Shape<128, 9, 11, 14, 7, 98, 3, 2>;  // 97 pixels: 95 % of the lanes' products exist
 using Long = Shape<256, 15, 9, 17, 8, 134, 2, 0>;
+using Longer = Shape<256, 32, 6, 8, 7, 190, 2, 0>;
 using Longest = Shape<256, 32, 9, 8, 7, 272, 2, 0>;
 
 // The products of rows of a thread. The last threads have those of others, and do not keep them.
@@ -114,14 +115,15 @@ enum Part { kScores, kValueSums, kGradients, kQuerySums, kKeySums, kParts };
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    backward_kernel(const Backward b, const Pass pass, const Division division, float* const deltas,
+    backward_kernel(const Backward b, const Lines lines, const Division division, float* const deltas,
                     float* const saved) {
 #if CC_TENSOR_CORES
+  const Pass& pass = lines.pass;
   constexpr int side = S::kSide, groups = S::kGroups;
   const int length = pass.length;
   const int c = static_cast<int>(b.sizes.c), C = static_cast<int>(b.sizes.C);
   const unsigned block = block_of_pass(pass);
-  const auto this_line = [&] { return HeadLine(pass, static_cast<int>(b.sizes.heads), again(block)); };
+  const HeadLine line(lines, block);
 
   float* const weights = reinterpret_cast<float*>(device::dynamic_shared());  // [keys / 4, side, 4]: P, dP, dS
   float* const delta = weights + side * division.keys;                        // [length]
@@ -132,7 +134,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const auto start_piece = [&] {
     if (next_first_key < length) {
       float* const to = ring + next_stage * division.stage;
-      const HeadLine line = this_line();
       const int keys = min(division.keys, length - next_first_key);
       if (next_part == kScores || next_part == kGradients) {
         const bool scores = next_part == kScores;
@@ -188,7 +189,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   start_piece();
 
   if (!pass.first) {
-    const HeadLine line = this_line();
     for (int i = threadIdx.x; i < length; i += S::kThreads) delta[i] = deltas[line.entry(i)];
   }
 
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   for (int first_key = 0; first_key < length; first_key += division.keys) {
     const int keys = min(division.keys, length - first_key), padded = ceil_div(keys, 4) * 4;
     const auto saved_at = [&] {
-      return saved + static_cast<int64_t>(again(block)) * S::kProducts * S::kThreads + threadIdx.x;
+      return saved + static_cast<int64_t>(block) * S::kProducts * S::kThreads + threadIdx.x;
     };
     float products[S::kQueryRows][S::kKeyRows];
     const auto clear = [&] {
@@ -215,7 +215,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll 1
     for (int channel = 0; channel < c; channel += kPieceChannels) multiply(take_piece(), channel, c);
     {
-      const HeadLine line = this_line();
       const Own<S> own(length);
       float* const own_saved = saved_at();
       const float scale = static_cast<float>(b.scale);
@@ -250,7 +249,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       channel += 4 * lane;
 #pragma unroll
       for (int start = 0; start < rows; start += kRowsAtOnce) {
-        const HeadLine line = this_line();
         const Rows<float> to{static_cast<float*>(map.data) + line.offset(map.pitch, first, channels, channel),
                              static_cast<int>(line.step * map.pitch), count, channels - channel};
         Quad results[kRowsAtOnce][parts] = {};
@@ -294,15 +292,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll 1
     for (int channel = 0; channel < C; channel += kPieceChannels) {
       const float* const piece = take_piece();
-      if (first_delta) new_delta.template read<0, S::kAhead>(b, this_line(), channel);
+      if (first_delta) new_delta.template read<0, S::kAhead>(b, line, channel);
       multiply(piece, channel, C);
       if (first_delta) {
-        new_delta.template read<S::kAhead, S::kDeltas>(b, this_line(), channel);
+        new_delta.template read<S::kAhead, S::kDeltas>(b, line, channel);
         new_delta.add(piece + keys * kRowPitch, length, C - channel);
       }
       const bool last = channel + kPieceChannels >= C;
       if (last && first_delta) {
-        new_delta.write(delta, deltas, this_line());
+        new_delta.write(delta, deltas, line);
         __syncthreads();
       }
       if (!last && (channel + kPieceChannels) % kLongestSum != 0) continue;
@@ -361,7 +359,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
 // A kernel and a division of a line for it.
 struct Choice {
-  void (*kernel)(Backward, Pass, Division, float*, float*) = nullptr;
+  void (*kernel)(Backward, Lines, Division, float*, float*) = nullptr;
   int threads, products;  // of a block, and products of rows of each thread
   Division division;
   int shared_bytes;
@@ -385,6 +383,7 @@ Choice choose(int length, const Device& device) {
   consider(Short{});
   consider(Medium{});
   consider(Long{});
+  consider(Longer{});
   consider(Longest{});
   return choice;
 }
@@ -421,8 +420,8 @@ int backward(const Backward& b, const Device& device, void* stream) {
   for (const Pass& pass : passes_of(b.sizes, b.axes)) {
     const Choice choice = choose(pass.length, device);
     const dim3 grid(static_cast<unsigned>(pass.lines * b.sizes.heads));
-    const cudaError_t error = device::launch(choice.kernel, grid, choice.threads, choice.shared_bytes, stream, b, pass,
-                                             choice.division, delta, delta + sizes.delta);
+    const cudaError_t error = device::launch(choice.kernel, grid, choice.threads, choice.shared_bytes, stream, b,
+                                             Lines(pass, b.sizes.heads), choice.division, delta, delta + sizes.delta);
     if (error != cudaSuccess) return error;
   }
   if (b.grad_gamma == nullptr) return cudaSuccess;

@@ -23,6 +23,7 @@ struct Division {
   int tiles;  // blocks per line and head
   int piece;  // keys in a piece of values
   int stage;  // floats in a piece
+  Divisor by_tiles;
 };
 
 template <int rows>
@@ -31,14 +32,16 @@ constexpr int kSide = kGroups * rows + 2;
 // rows, keys: number of queries and, at a time, of keys of a thread in the scores.
 template <int rows, int keys>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    forward_kernel(const Forward f, const Pass pass, const Division division) {
+    forward_kernel(const Forward f, const Lines lines, const Division division) {
 #if CC_TENSOR_CORES
+  const Pass& pass = lines.pass;
   constexpr int side = kSide<rows>, key_block = keys * kLanes;
   const int length = pass.length, padded = ceil_div(length, 4) * 4;
   const int c = static_cast<int>(f.sizes.c), C = static_cast<int>(f.sizes.C);
   const unsigned block = block_of_pass(pass);
-  const auto this_line = [&] { return HeadLine(pass, static_cast<int>(f.sizes.heads), again(block / division.tiles)); };
-  const int first_query = block % division.tiles * division.tile;
+  const unsigned line_index = division.by_tiles.quotient(block);
+  const HeadLine line(lines, line_index);
+  const int first_query = static_cast<int>(block - line_index * division.tiles) * division.tile;
   const int queries = min(division.tile, length - first_query);
   const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
 
@@ -55,7 +58,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const auto start_piece = [&] {
     float* const to = ring + next_stage * division.stage;
     next_stage = 1 - next_stage;
-    const HeadLine line = this_line();
     if (next_channel < 0) {
       const int count = min(key_block, length - next_key), channel = next_channel - before_values;
       copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(to, f.key, line, next_key, count, count, channel, c);
@@ -119,7 +121,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 
   // A thread reads the scores that it has written itself.
-  const HeadLine line = this_line();
 #pragma unroll 1
   for (int i = 0; i < rows; ++i) {
     const int query = group + i * kGroups;
@@ -162,8 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     // The rows of the block in a map, [N,T,H,W,heads,C].
     const auto rows_in = [&](auto* data, int64_t pitch) {
       using Element = std::conditional_t<std::is_same_v<decltype(data), void*>, float, const float>;
-      const HeadLine line = this_line();
-      const int own_channel = channel + 4 * lane;
+        const int own_channel = channel + 4 * lane;
       return Rows<Element>{static_cast<Element*>(data) + line.offset(pitch, first_query, C, own_channel),
                            static_cast<int>(line.step * pitch), queries, C - own_channel};
     };
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // A kernel and a division of a line for it.
 struct Choice {
-  void (*kernel)(Forward, Pass, Division) = nullptr;
+  void (*kernel)(Forward, Lines, Division) = nullptr;
   Division division;
   int shared_bytes;
 };
@@ -236,7 +236,7 @@ Choice choose(int length, const Device& device) {
     const int64_t cost = alone * tiles * (rows + 1) * (key_blocks * keys * 64 + padded * 32);
     if (best.kernel != nullptr && cost >= best_cost) return;
     best_cost = static_cast<int>(std::min<int64_t>(cost, INT32_MAX));
-    best = {forward_kernel<rows, keys>, {tile, tiles, piece_of(length), stage}, static_cast<int>(bytes)};
+    best = {forward_kernel<rows, keys>, {tile, tiles, piece_of(length), stage, Divisor(tiles)}, static_cast<int>(bytes)};
   };
   consider.template operator()<5, 9>();
   consider.template operator()<9, 5>();
@@ -262,7 +262,8 @@ int forward(const Forward& f, const Device& device, void* stream) {
     const Choice choice = choose(pass.length, device);
     const int64_t blocks = pass.lines * f.sizes.heads * choice.division.tiles;
     const cudaError_t error = device::launch(choice.kernel, dim3(static_cast<unsigned>(blocks)), kThreads,
-                                             choice.shared_bytes, stream, f, pass, choice.division);
+                                             choice.shared_bytes, stream, f, Lines(pass, f.sizes.heads),
+                                             choice.division);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
