@@ -54,6 +54,13 @@ __device__ __forceinline__ void store_quad(float* to, const Quad& quad) {
   device::store_words(to, words);
 }
 
+#ifndef CC_EMULATOR
+// Starts reading an address of global memory into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+#else
+inline void prefetch(const void*) {}
+#endif
+
 // Returns exp(a - b). Subtract before multiplying by log2(e): the product of a large b would round the difference away.
 __device__ __forceinline__ float exp_difference(float a, float b) {
   return device::exp2_approximate((a - b) * 1.4426950408889634f);
@@ -95,15 +102,15 @@ __device__ __forceinline__ unsigned block_of_pass(const Pass& pass) {
 // Starts copying `rows` pixels of a map to rows of shared memory: the 4 * quads channels from channel `channel` of the
 // head on, as far as they exist. The rows up to `padded` get zeros.
 template <int threads, int quads, int pitch>
-__device__ __forceinline__ void copy_rows(float* to, const Map& map, const HeadLine& line, int first, int rows,
-                                          int padded, int channel, int channels) {
+__device__ __forceinline__ void copy_rows(int thread, float* to, const Map& map, const HeadLine& line, int first,
+                                          int rows, int padded, int channel, int channels) {
   constexpr int apart = threads / quads;
-  channel += threadIdx.x % quads * 4;
+  channel += thread % quads * 4;
   if (channel >= channels) return;
-  int row = threadIdx.x / quads;
+  int row = thread / quads;
   const float* from = static_cast<const float*>(map.data) + line.offset(map.pitch, first + row, channels, channel);
   const int64_t step = apart * line.step * map.pitch;
-  to += row * pitch + threadIdx.x % quads * 4;
+  to += row * pitch + thread % quads * 4;
 #pragma unroll 1
   for (; row < padded; row += apart, from += step, to += apart * pitch)
     device::copy_async(to, row < rows ? from : static_cast<const float*>(map.data), row < rows);

@@ -23,11 +23,10 @@ static_assert(kLongestSum % kPieceChannels == 0);
 // The division of a line over the threads of a block. In the products of rows, a thread has queries that are
 // query_groups apart and keys that are key_groups apart. In the weighted sums, groups of kLanes threads have rows in
 // turn. longest: maximum pixels of a line, of which at most query_groups * query_rows queries and, at a time,
-// key_groups * key_rows keys. ahead: rows of O that a thread reads before the products, as registers allow.
-template <int threads, int query_groups, int query_rows, int key_groups, int key_rows, int longest, int blocks,
-          int ahead>
+// key_groups * key_rows keys.
+template <int threads, int query_groups, int query_rows, int key_groups, int key_rows, int longest, int blocks>
 struct Shape {
-  static constexpr int kThreads = threads, kBlocks = blocks, kLongest = longest, kAhead = ahead;
+  static constexpr int kThreads = threads, kBlocks = blocks, kLongest = longest;
   static constexpr int kQueryGroups = query_groups, kQueryRows = query_rows;
   static constexpr int kKeyGroups = key_groups, kKeyRows = key_rows;
   static constexpr int kQueries = query_groups * query_rows, kKeys = std::min(longest, key_groups * key_rows);
@@ -38,11 +37,11 @@ struct Shape {
   static constexpr int kProducts = query_rows * key_rows;
   static_assert(query_groups * key_groups <= threads && longest <= kQueries && longest <= kSide);
 };
-using Short = Shape<128, 11, 6, 11, 6, 66, 3, 3>;
-using Medium = Shape<128, 9, 11, 14, 7, 98, 3, 2>;  // 97 pixels: 95 % of the lanes' products exist
-using Long = Shape<256, 15, 9, 17, 8, 134, 2, 0>;
-using Longer = Shape<256, 32, 6, 8, 7, 190, 2, 0>;
-using Longest = Shape<256, 32, 9, 8, 7, 272, 2, 0>;
+using Short = Shape<128, 11, 6, 11, 6, 66, 3>;
+using Medium = Shape<128, 9, 11, 14, 7, 98, 3>;  // 97 pixels: 95 % of the lanes' products exist
+using Long = Shape<256, 13, 10, 19, 7, 130, 2>;
+using Longer = Shape<256, 32, 6, 8, 7, 190, 2>;
+using Longest = Shape<256, 32, 9, 8, 7, 272, 2>;
 
 // The products of rows of a thread. The last threads have those of others, and do not keep them.
 template <class S>
@@ -64,40 +63,42 @@ template <class S>
 struct Delta {
   static constexpr int kQuads = kPieceChannels / 4, kApart = S::kThreads / kQuads;
   float sums[S::kDeltas] = {};
-  Quad outs[S::kDeltas];
-  static __device__ __forceinline__ int row(int i) { return again(threadIdx.x) / kQuads + i * kApart; }
-  static __device__ __forceinline__ int quad() { return again(threadIdx.x) % kQuads; }
+  static __device__ __forceinline__ int thread() { return again(threadIdx.x); }
 
-  // Reads the thread's rows from first to end - 1 of a piece of O. What doesn't exist is 0.
-  template <int first, int end>
-  __device__ __forceinline__ void read(const Backward& b, const HeadLine& line, int channel) {
+  // Calls act(i, address, row) for the thread's rows of O, at its part of the piece of channels from `channel` on.
+  template <class Act>
+  static __device__ __forceinline__ void for_rows(const Backward& b, const HeadLine& line, int channel, Act&& act) {
     const int C = static_cast<int>(b.sizes.C), step = kApart * static_cast<int>(line.step * b.out.pitch);
-    channel += 4 * quad();
-    const float* from = static_cast<const float*>(b.out.data) + line.offset(b.out.pitch, row(first), C, channel);
+    const int first = thread() / kQuads;
+    channel += thread() % kQuads * 4;
+    const float* from = static_cast<const float*>(b.out.data) + line.offset(b.out.pitch, first, C, channel);
+    const int length = channel < C ? line.length : 0;
 #pragma unroll
-    for (int i = first; i < end; ++i, from += step)
-      outs[i] = row(i) < line.length && channel < C ? load_quad(from) : Quad{};
+    for (int i = 0; i < S::kDeltas; ++i, from += step)
+      if (first + i * kApart < length) act(i, from, first + i * kApart);
   }
-  // Adds the products with the piece of dO. Beyond the last channel, that is undefined.
-  __device__ __forceinline__ void add(const float* grad, int length, int channels) {
-    const int thread = again(threadIdx.x), first = thread / kQuads, quad = thread % kQuads;
-    grad += first * kRowPitch + 4 * quad;
+  static __device__ __forceinline__ void start(const Backward& b, const HeadLine& line, int channel) {
+    for_rows(b, line, channel, [](int, const float* from, int) { prefetch(from); });
+  }
+  // Adds the products with the piece of dO.
+  __device__ __forceinline__ void add(const Backward& b, const HeadLine& line, int channel, const float* grads) {
+    Quad outs[S::kDeltas] = {};
+    for_rows(b, line, channel, [&](int i, const float* from, int) { outs[i] = load_quad(from); });
+    for_rows(b, line, channel, [&](int i, const float*, int row) {
+      const Quad grad = load_quad(grads + row * kRowPitch + thread() % kQuads * 4);
 #pragma unroll
-    for (int i = 0; i < S::kDeltas; ++i, grad += kApart * kRowPitch) {
-      if (first + i * kApart >= length || 4 * quad >= channels) continue;
-      const Quad other = load_quad(grad);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sums[i] = fmaf(outs[i].at[k], other.at[k], sums[i]);
-    }
+      for (int k = 0; k < 4; ++k) sums[i] = fmaf(outs[i].at[k], grad.at[k], sums[i]);
+    });
   }
   // Writes the sums to `delta`, [length] in shared memory, and to `deltas`, [N,T,H,W,heads].
   __device__ __forceinline__ void write(float* delta, float* deltas, const HeadLine& line) {
 #pragma unroll
     for (int i = 0; i < S::kDeltas; ++i) {
       for (int lanes = 1; lanes < kQuads; lanes *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], lanes);
-      if (quad() > 0 || row(i) >= line.length) continue;
-      delta[row(i)] = sums[i];
-      deltas[line.entry(row(i))] = sums[i];
+      const int row = thread() / kQuads + i * kApart;
+      if (thread() % kQuads > 0 || row >= line.length) continue;
+      delta[row] = sums[i];
+      deltas[line.entry(row)] = sums[i];
     }
   }
 };
@@ -109,9 +110,6 @@ struct Division {
   int key_piece;    // keys in a piece of values
   int stage;        // floats in a piece
 };
-
-// What streams through the ring for each block of keys. Products of rows take two maps at once.
-enum Part { kScores, kValueSums, kGradients, kQuerySums, kKeySums, kParts };
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
@@ -129,64 +127,44 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   float* const delta = weights + side * division.keys;                        // [length]
   float* const ring = delta + ceil_div(length, 4) * 4;                        // [2, stage]
 
-  // The next piece.
-  int next_first_key = 0, next_part = kScores, next_channel = 0, next_row = 0, next_stage = 0;
-  const auto start_piece = [&] {
-    if (next_first_key < length) {
-      float* const to = ring + next_stage * division.stage;
-      const int keys = min(division.keys, length - next_first_key);
-      if (next_part == kScores || next_part == kGradients) {
-        const bool scores = next_part == kScores;
-        const int channels = scores ? c : C;
-        constexpr int quads = kPieceChannels / 4;
-        copy_rows<S::kThreads, quads, kRowPitch>(to, scores ? b.key : b.value, line, next_first_key, keys, keys,
-                                                 next_channel, channels);
-        copy_rows<S::kThreads, quads, kRowPitch>(to + keys * kRowPitch, scores ? b.query : b.grad, line, 0, length,
-                                                 length, next_channel, channels);
-        next_channel += kPieceChannels;
-        if (next_channel >= channels) {
-          next_channel = 0;
-          ++next_part;
-        }
-      } else {
-        const bool values = next_part == kValueSums, by_keys = next_part == kQuerySums;
-        const int channels = values ? C : c, rows = by_keys ? keys : length;
-        const int piece = by_keys ? division.key_piece : division.query_piece;
-        const int count = min(piece, rows - next_row), padded = by_keys ? ceil_div(count, 4) * 4 : count;
-        const Map& map = values ? b.grad : by_keys ? b.key : b.query;
-        const int first = (by_keys ? next_first_key : 0) + next_row;
-        const bool wide = values && channels - next_channel > kNarrow;
-        if (wide)
-          copy_rows<S::kThreads, kWide / 4, kWide>(to, map, line, first, count, padded, next_channel, channels);
-        else
-          copy_rows<S::kThreads, kNarrow / 4, kNarrow>(to, map, line, first, count, padded, next_channel, channels);
-        next_row += piece;
-        if (next_row >= rows) {
-          next_row = 0;
-          next_channel += wide ? kWide : kNarrow;
-          if (next_channel >= channels) {
-            next_channel = 0;
-            ++next_part;
-          }
-        }
-      }
-      if (next_part == kParts) {
-        next_part = kScores;
-        next_first_key += division.keys;
-      }
-    }
-    next_stage = 1 - next_stage;
-    device::commit_copies();
+  // Each of these starts copying a piece to `to`: the channels from `channel` on of
+  // - the keys of a block and all queries, for products of rows,
+  const auto copy_products = [&](float* to, bool scores, int first_key, int channel) {
+    constexpr int quads = kPieceChannels / 4;
+    const int keys = min(division.keys, length - first_key), channels = scores ? c : C, thread = again(threadIdx.x);
+    copy_rows<S::kThreads, quads, kRowPitch>(thread, to, scores ? b.key : b.value, line, first_key, keys, keys, channel,
+                                             channels);
+    copy_rows<S::kThreads, quads, kRowPitch>(thread, to + keys * kRowPitch, scores ? b.query : b.grad, line, 0, length,
+                                             length, channel, channels);
+  };
+  // - queries from row `first` on, for weighted sums, in dO or in Q,
+  const auto copy_queries = [&](float* to, bool of_grad, int first, int channel) {
+    const int count = min(division.query_piece, length - first), thread = again(threadIdx.x);
+    if (of_grad && C - channel > kNarrow)
+      copy_rows<S::kThreads, kWide / 4, kWide>(thread, to, b.grad, line, first, count, count, channel, C);
+    else
+      copy_rows<S::kThreads, kNarrow / 4, kNarrow>(thread, to, of_grad ? b.grad : b.query, line, first, count, count,
+                                                   channel, of_grad ? C : c);
+  };
+  // - keys of a block from row `first` on, for weighted sums.
+  const auto copy_keys = [&](float* to, int first_key, int first, int channel) {
+    const int count = min(division.key_piece, min(division.keys, length - first_key) - first);
+    copy_rows<S::kThreads, kNarrow / 4, kNarrow>(again(threadIdx.x), to, b.key, line, first_key + first, count,
+                                                 ceil_div(count, 4) * 4, channel, c);
   };
   // Waits for the next piece, starts copying the one after it, and returns the former.
-  const auto take_piece = [&]() -> const float* {
-    const float* const piece = ring + (1 - next_stage) * division.stage;
+  int filling = 0;  // the place of the next piece
+  const auto take_piece = [&](auto&& copy_next) -> const float* {
+    const float* const piece = ring + filling * division.stage;
+    filling = 1 - filling;
     device::wait_for_copies<0>();
     __syncthreads();  // the piece is visible to all threads, and all have read the previous one
-    start_piece();
+    copy_next(ring + filling * division.stage);
+    device::commit_copies();
     return piece;
   };
-  start_piece();
+  copy_products(ring, true, 0, 0);
+  device::commit_copies();
 
   if (!pass.first) {
     for (int i = threadIdx.x; i < length; i += S::kThreads) delta[i] = deltas[line.entry(i)];
@@ -195,50 +173,63 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll 1
   for (int first_key = 0; first_key < length; first_key += division.keys) {
     const int keys = min(division.keys, length - first_key), padded = ceil_div(keys, 4) * 4;
-    const auto saved_at = [&] {
-      return saved + static_cast<int64_t>(block) * S::kProducts * S::kThreads + threadIdx.x;
-    };
-    float products[S::kQueryRows][S::kKeyRows];
-    const auto clear = [&] {
-#pragma unroll
-      for (auto& row : products)
-#pragma unroll
-        for (float& product : row) product = 0.f;
-    };
+    float* const saved_weights = saved + static_cast<int64_t>(block) * S::kProducts * S::kThreads + threadIdx.x;
+    float products[S::kQueryRows][S::kKeyRows] = {};
     const auto multiply = [&](const float* piece, int channel, int channels) {
       const Own<S> own(length);
       multiply_rows<S::kQueryGroups, S::kKeyGroups>(products, piece + (keys + own.query) * kRowPitch,
                                                     piece + own.key * kRowPitch, steps_of(channel, channels));
     };
-
-    clear();
-#pragma unroll 1
-    for (int channel = 0; channel < c; channel += kPieceChannels) multiply(take_piece(), channel, c);
-    {
+    // Writes the products in the place of the weights, or adds them, and clears them.
+    const auto keep_products = [&](bool add) {
       const Own<S> own(length);
-      float* const own_saved = saved_at();
-      const float scale = static_cast<float>(b.scale);
 #pragma unroll
       for (int i = 0; i < S::kQueryRows; ++i) {
-        if (own.query_of(i) >= own.queries) continue;
-        const auto normalizer = static_cast<const Normalizer<float>*>(b.normalizer)[line.entry(own.query_of(i))];
-        const float factor = 1.f / normalizer.total;
+        const bool exists = own.query_of(i) < own.queries;
 #pragma unroll
         for (int j = 0; j < S::kKeyRows; ++j) {
-          const int key = own.key_of(j);
-          const float score = device::multiply(products[i][j], scale);
-          const bool self = !pass.last && first_key + key == own.query_of(i);
-          const float p = self ? 0.f : exp_difference(score, normalizer.top) * factor;
-          if (key >= keys) continue;
-          weights[own.weight(i, j)] = p;
-          own_saved[(i * S::kKeyRows + j) * S::kThreads] = p;
+          float& weight = weights[own.weight(i, j)];
+          if (exists && own.key_of(j) < keys) weight = add ? weight + products[i][j] : products[i][j];
+          products[i][j] = 0.f;
         }
       }
+    };
+    // Calls act(weight, query, key, place in saved_weights) for all weights of the thread. Registers hold none of them.
+    const auto for_weights = [&](auto&& act) {
+      const Own<S> own(length);
+#pragma unroll 1
+      for (int i = 0; i < S::kQueryRows && own.query_of(i) < own.queries; ++i) {
+        const auto act_on_key = act(own.query_of(i));
+#pragma unroll
+        for (int j = 0; j < S::kKeyRows; ++j)
+          if (own.key_of(j) < keys)
+            act_on_key(weights[own.weight(i, j)], own.key_of(j), saved_weights[(i * S::kKeyRows + j) * S::kThreads]);
+      }
+    };
+
+    // P
+#pragma unroll 1
+    for (int channel = 0; channel < c; channel += kPieceChannels) {
+      const float* const piece = take_piece([&](float* to) {
+        const int next = channel + kPieceChannels;
+        next < c ? copy_products(to, true, first_key, next) : copy_queries(to, true, 0, 0);
+      });
+      multiply(piece, channel, c);
     }
+    keep_products(false);
+    for_weights([&](int query) {
+      const auto normalizer = static_cast<const Normalizer<float>*>(b.normalizer)[line.entry(query)];
+      return [&, query, top = normalizer.top, factor = 1.f / normalizer.total](float& weight, int key, float& saved) {
+        const bool self = !pass.last && first_key + key == query;
+        const float score = device::multiply(weight, static_cast<float>(b.scale));
+        weight = saved = self ? 0.f : exp_difference(score, top) * factor;
+      };
+    });
     for (int key = keys; key < padded; ++key)  // add_over_keys takes groups of four
       for (int query = threadIdx.x; query < length; query += S::kThreads) weights[weight_at<side>(query, key)] = 0.f;
 
-    const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const auto this_group = [] { return static_cast<int>(again(threadIdx.x)) / kLanes; };
+    const auto this_lane = [] { return static_cast<int>(again(threadIdx.x)) % kLanes; };
     const float gamma = b.gamma == nullptr ? 1.f : *static_cast<const float*>(b.gamma);
     // Writes factor * sums, or adds it, to the thread's rows of the channels of a map from `channel` on: those of the
     // `count` pixels from the first one on.
@@ -246,7 +237,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
                                 int channels, int channel, auto&& row_of) {
       constexpr int rows = std::extent_v<std::remove_reference_t<decltype(sums)>>;
       constexpr int width = std::extent_v<std::remove_reference_t<decltype(sums)>, 1>, parts = width / 4;
-      channel += 4 * lane;
+      channel += 4 * this_lane();
 #pragma unroll
       for (int start = 0; start < rows; start += kRowsAtOnce) {
         const Rows<float> to{static_cast<float*>(map.data) + line.offset(map.pitch, first, channels, channel),
@@ -266,12 +257,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
     // dV
     const auto sum_gradients = [&]<int width>(int channel) {
-      const Keys<groups, S::kKeySums> own{group};
+      const Keys<groups, S::kKeySums> own{this_group()};
       float sums[S::kKeySums][width] = {};
 #pragma unroll 1
-      for (int first = 0; first < length; first += division.query_piece)
-        add_over_queries<side>(sums, own, weights + weight_at<side>(first, 0), take_piece() + 4 * lane,
+      for (int first = 0; first < length; first += division.query_piece) {
+        const float* const piece = take_piece([&](float* to) {
+          const int next = first + division.query_piece;
+          if (next < length || channel + width * kLanes < C)
+            copy_queries(to, true, next < length ? next : 0, next < length ? channel : channel + width * kLanes);
+          else
+            copy_products(to, false, first_key, 0);
+        });
+        add_over_queries<side>(sums, own, weights + weight_at<side>(first, 0), piece + 4 * this_lane(),
                                min(division.query_piece, length - first));
+      }
       write_sums(sums, gamma, b.grad_value, !pass.first, first_key, keys, C, channel, [&](int i) { return own.at(i); });
     };
 #pragma unroll 1
@@ -288,53 +287,46 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     // dP and dS
     const bool first_delta = pass.first && first_key == 0;
     Delta<S> new_delta;
-    clear();
 #pragma unroll 1
     for (int channel = 0; channel < C; channel += kPieceChannels) {
-      const float* const piece = take_piece();
-      if (first_delta) new_delta.template read<0, S::kAhead>(b, line, channel);
+      const float* const piece = take_piece([&](float* to) {
+        const int next = channel + kPieceChannels;
+        next < C ? copy_products(to, false, first_key, next) : copy_keys(to, first_key, 0, 0);
+      });
+      if (channel > 0 && channel % kLongestSum == 0) keep_products(channel > kLongestSum);
+      if (first_delta) new_delta.start(b, line, channel);  // the products hide most of the latency
       multiply(piece, channel, C);
-      if (first_delta) {
-        new_delta.template read<S::kAhead, S::kDeltas>(b, line, channel);
-        new_delta.add(piece + keys * kRowPitch, length, C - channel);
-      }
-      const bool last = channel + kPieceChannels >= C;
-      if (last && first_delta) {
-        new_delta.write(delta, deltas, line);
-        __syncthreads();
-      }
-      if (!last && (channel + kPieceChannels) % kLongestSum != 0) continue;
-      const float factor = gamma * static_cast<float>(b.scale);
-      const bool first = channel < kLongestSum;
-      const Own<S> own(length);
-      const float* const own_saved = saved_at();
-#pragma unroll
-      for (int i = 0; i < S::kQueryRows; ++i) {
-        const auto exists = [&](int j) { return own.query_of(i) < own.queries && own.key_of(j) < keys; };
-        float P[S::kKeyRows];
-#pragma unroll
-        for (int j = 0; j < S::kKeyRows; ++j)
-          P[j] = last && exists(j) ? own_saved[(i * S::kKeyRows + j) * S::kThreads] : 0.f;
-        const float shift = last && exists(0) ? factor * delta[own.query_of(i)] : 0.f;
-#pragma unroll
-        for (int j = 0; j < S::kKeyRows; ++j) {
-          float sum = products[i][j];
-          if (exists(j) && !first) sum += weights[own.weight(i, j)];
-          if (last) sum = P[j] * (factor * sum - shift);
-          if (exists(j)) weights[own.weight(i, j)] = sum;
-        }
-      }
-      clear();
+      if (first_delta) new_delta.add(b, line, channel, piece + keys * kRowPitch);
     }
+    keep_products(C > kLongestSum);
+    if (first_delta) {
+      new_delta.write(delta, deltas, line);
+      __syncthreads();
+    }
+    for_weights([&](int query) {
+      const float factor = gamma * static_cast<float>(b.scale);
+      return [=, shift = factor * delta[query]](float& weight, int, const float& saved) {
+        weight = saved * (factor * weight - shift);
+      };
+    });
 
     // dQ
 #pragma unroll 1
     for (int channel = 0; channel < c; channel += kNarrow) {
+      const int group = this_group();
       float sums[S::kQuerySums][4] = {};
 #pragma unroll 1
-      for (int first = 0; first < keys; first += division.key_piece)
-        add_over_keys<side, groups>(sums, weights + weight_at<side>(group, first), take_piece() + 4 * lane,
+      for (int first = 0; first < keys; first += division.key_piece) {
+        const float* const piece = take_piece([&](float* to) {
+          const int next = first + division.key_piece;
+          if (next < keys || channel + kNarrow < c)
+            copy_keys(to, first_key, next < keys ? next : 0, next < keys ? channel : channel + kNarrow);
+          else
+            copy_queries(to, false, 0, 0);
+        });
+        add_over_keys<side, groups>(sums, weights + weight_at<side>(group, first), piece + 4 * this_lane(),
                                     ceil_div(min(division.key_piece, keys - first), 4));
+      }
       write_sums(sums, 1.f, b.grad_query, !pass.first || first_key > 0, 0, length, c, channel,
                  [&](int i) { return group + i * groups; });
     }
@@ -342,12 +334,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     // dK
 #pragma unroll 1
     for (int channel = 0; channel < c; channel += kNarrow) {
-      const Keys<groups, S::kKeySums> own{group};
+      const Keys<groups, S::kKeySums> own{this_group()};
       float sums[S::kKeySums][4] = {};
 #pragma unroll 1
-      for (int first = 0; first < length; first += division.query_piece)
-        add_over_queries<side>(sums, own, weights + weight_at<side>(first, 0), take_piece() + 4 * lane,
+      for (int first = 0; first < length; first += division.query_piece) {
+        const float* const piece = take_piece([&](float* to) {
+          const int next = first + division.query_piece;
+          if (next < length || channel + kNarrow < c)
+            copy_queries(to, false, next < length ? next : 0, next < length ? channel : channel + kNarrow);
+          else if (first_key + division.keys < length)
+            copy_products(to, true, first_key + division.keys, 0);
+        });
+        add_over_queries<side>(sums, own, weights + weight_at<side>(first, 0), piece + 4 * this_lane(),
                                min(division.query_piece, length - first));
+      }
       write_sums(sums, 1.f, b.grad_key, !pass.first, first_key, keys, c, channel, [&](int i) { return own.at(i); });
     }
   }

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     next_stage = 1 - next_stage;
     if (next_channel < 0) {
       const int count = min(key_block, length - next_key), channel = next_channel - before_values;
-      copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(to, f.key, line, next_key, count, count, channel, c);
-      copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(to + key_rows, f.query, line, first_query, queries, queries,
+      copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(threadIdx.x, to, f.key, line, next_key, count, count, channel, c);
+      copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(threadIdx.x, to + key_rows, f.query, line, first_query, queries, queries,
                                                          channel, c);
       next_channel += kPieceChannels;
       if (next_channel == 0) {
@@ -75,9 +75,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int count = min(division.piece, length - next_key), rows_to = ceil_div(count, 4) * 4;
       const bool wide = C - next_channel > kNarrow;
       if (wide)
-        copy_rows<kThreads, kWide / 4, kWide>(to, f.value, line, next_key, count, rows_to, next_channel, C);
+        copy_rows<kThreads, kWide / 4, kWide>(threadIdx.x, to, f.value, line, next_key, count, rows_to, next_channel, C);
       else
-        copy_rows<kThreads, kNarrow / 4, kNarrow>(to, f.value, line, next_key, count, rows_to, next_channel, C);
+        copy_rows<kThreads, kNarrow / 4, kNarrow>(threadIdx.x, to, f.value, line, next_key, count, rows_to, next_channel, C);
       next_key += division.piece;
       if (next_key >= length) {
         next_key = 0;
