@@ -20,6 +20,14 @@ namespace {
 constexpr int kLongestSum = 128;  // channels of dP that a thread adds up before the sum goes to shared memory
 static_assert(kLongestSum % kPieceChannels == 0);
 
+// Whether to compute an address again where it is used. It saves registers on some architectures and takes more on
+// others, and never changes the results.
+#ifdef __CUDA_ARCH__
+constexpr bool kRecompute = __CUDA_ARCH__ < 900;
+#else
+constexpr bool kRecompute = false;
+#endif
+
 // The division of a line over the threads of a block. In the products of rows, a thread has queries that are
 // query_groups apart and keys that are key_groups apart. In the weighted sums, groups of kLanes threads have rows in
 // turn. longest: maximum pixels of a line, of which at most query_groups * query_rows queries and, at a time,
@@ -173,7 +181,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll 1
   for (int first_key = 0; first_key < length; first_key += division.keys) {
     const int keys = min(division.keys, length - first_key), padded = ceil_div(keys, 4) * 4;
-    float* const saved_weights = saved + static_cast<int64_t>(block) * S::kProducts * S::kThreads + threadIdx.x;
+    const unsigned own_block = kRecompute ? again(block) : block;
+    float* const saved_weights = saved + static_cast<int64_t>(own_block) * S::kProducts * S::kThreads + threadIdx.x;
     float products[S::kQueryRows][S::kKeyRows] = {};
     const auto multiply = [&](const float* piece, int channel, int channels) {
       const Own<S> own(length);

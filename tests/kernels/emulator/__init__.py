@@ -286,11 +286,8 @@ class Emulator:
             give("workspace", operands["workspace"])
         self.call(name, byref(arguments), byref(device), shared_memory=shared_memory, **settings)
         self.tensor_cores = bool(self.library[f"{name}_on_tensor_cores"](byref(arguments), byref(device)))
-        self.lines = (
-            untested
-            and not self.tensor_cores
-            and bool(self.library[f"{name}_in_float32"](byref(arguments), byref(device)))
-        )
+        in_float32 = bool(self.library[f"{name}_in_float32"](byref(arguments), byref(device)))
+        self.lines = bool(untested) and not self.tensor_cores and in_float32
         check(operands)
 
     def forward(
