@@ -16,6 +16,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ def shared_memory() -> dict[str, dict[str, int]]:
     kernels = Emulator(build())
     table: dict[str, dict[str, int]] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        paths = [(str(dtype).removeprefix("torch."), {})]
+        paths: list[tuple[str, dict[str, Any]]] = [(str(dtype).removeprefix("torch."), {})]
         if dtype == torch.float32:
             paths += [("tf32", {"tf32": True}), ("float32 in lines", {"untested": True})]
         for name, path in paths:

@@ -168,8 +168,8 @@ def test_without_residual_and_with_gamma_of_zero(kernels: Emulator, gamma: float
         assert all(not results[f"grad_{name}"].any() for name in ("query", "key", "value"))
 
 
-# Lines at the limits of the kernels and beyond: of the forward 72, 80, 104 and 112 pixels, of the backward 66,
-# 98, 130, 190 and 272.
+# Lines at the limits of the kernels and beyond: of the forward 72, 80, 104 and 112 pixels, of the backward
+# 66, 98, 130, 190 and 272.
 LENGTHS = [64, 66, 67, 72, 73, 80, 97, 98, 99, 104, 105, 112, 113, 129, 130, 131, 190, 191, 257, 272]
 
 
