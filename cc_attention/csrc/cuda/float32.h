@@ -9,8 +9,9 @@
 //
 // A thread holds up to 104 sums in registers. For lines of 97 pixels and 128 channels, a step of four keys of
 // add_over_keys takes 21 loads of 16 bytes from shared memory for 416 multiply-adds, four steps of add_over_queries take
-// 24 for 416, and four channels of multiply_rows 18 for 308. Neighboring threads read the same or neighboring addresses,
-// so these loads use less than a half of the bandwidth of shared memory, and multiply-adds are the bound.
+// 24 for 416, and four channels of multiply_rows 18 for 308. By arithmetic, multiply-adds are the bound: with one warp
+// in each of four partitions, which load 128 bytes per cycle together, these loads take 116, 80 and 100 of 416, 416 and
+// 308 cycles if addresses that threads of a warp share are read once. Measurements have to show whether they are.
 //
 // The maps stream from global memory through a ring of two pieces. A thread starts copying the next piece before it
 // works on the current one, and there is one barrier per piece.
