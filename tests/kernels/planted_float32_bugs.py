@@ -23,7 +23,7 @@ TABLE = [
         COMMON,
         "keys: single ones",
         "4 * groups * kQuads + group + groups * i",
-        "4 * groups * kQuads + group + i",
+        "groups * kQuads + group + groups * i",
     ),
     (
         COMMON,
@@ -244,7 +244,7 @@ PROBLEMS = [
     Line(axes="THW"),
     Line((1, 4, 8, 2, 73), axes="W", gaps=8),
     Line((1, 8, 8, 2, 140), axes="HW", gamma=None),
-    Line((1, 4, 8, 2, 70), axes="W", heads=1, shared_memory=SMALL_MEMORY),
+    Line((1, 4, 8, 2, 97), axes="W", heads=1, shared_memory=SMALL_MEMORY),
 ]
 
 # Shape and settings.

@@ -8,10 +8,11 @@
 //   add_over_queries  weighted sums over queries: P^T dO and dS^T Q
 //
 // A thread holds up to 104 sums in registers. For lines of 97 pixels and 128 channels, a step of four keys of
-// add_over_keys takes 21 loads of 16 bytes from shared memory for 416 multiply-adds, four steps of add_over_queries take
-// 24 for 416, and four channels of multiply_rows 18 for 308. By arithmetic, multiply-adds are the bound: with one warp
-// in each of four partitions, which load 128 bytes per cycle together, these loads take 116, 80 and 100 of 416, 416 and
-// 308 cycles if addresses that threads of a warp share are read once. Measurements have to show whether they are.
+// add_over_keys takes 21 loads of 16 bytes from shared memory for 416 multiply-adds, four steps of add_over_queries
+// take 24 for 416, and four channels of multiply_rows 18 for 308. By arithmetic, multiply-adds are the bound: with one
+// warp in each of four partitions, which load 128 bytes per cycle together, these loads take 116, 128 and 100 of 416,
+// 416 and 308 cycles if addresses that threads of a warp share are read once. Measurements have to show whether they
+// are.
 //
 // The maps stream from global memory through a ring of two pieces. A thread starts copying the next piece before it
 // works on the current one, and there is one barrier per piece.
@@ -39,8 +40,8 @@ constexpr int kWide = 8 * kLanes;    // channels in a piece of weighted sums wit
 constexpr int kNarrow = 4 * kLanes;  // the same with four channels per thread
 constexpr int kRowsAtOnce = 3;       // rows of earlier results that a thread reads before it adds to them
 
-constexpr int kLongestLine = 4096;   // longer ones don't fit in shared memory in any case
-constexpr int kMostRows = 512;       // a thread computes addresses up to so many pixels behind a line
+constexpr int kLongestLine = 4096;  // longer ones don't fit in shared memory in any case
+constexpr int kMostRows = 512;      // a thread computes addresses up to so many pixels behind a line
 
 template <class I>
 constexpr CC_HOST_DEVICE I ceil_div(I a, I b) {
@@ -138,7 +139,9 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[a_rows][b_rows], con
 }
 
 // Returns the number of steps of multiply_rows for a piece from channel `channel` on.
-__device__ __forceinline__ int steps_of(int channel, int channels) { return min(kPieceChannels, channels - channel) / 4; }
+__device__ __forceinline__ int steps_of(int channel, int channels) {
+  return min(kPieceChannels, channels - channel) / 4;
+}
 
 // Weights of queries and keys in shared memory, [key / 4, side, key % 4]. With side = 2 or 6 modulo 8, weights of
 // neighboring groups of keys lie in different banks.
@@ -213,15 +216,16 @@ __device__ __forceinline__ void add_over_queries(float (&sums)[rows][channels], 
   }
 }
 
-// The part of a map that a thread reads and writes: some of `count` rows, which are `step` elements apart, from the first
-// on. Of each, it has four channels there, of `channels` from there on, and at every further kNarrow channels.
+// The part of a map that a thread reads and writes: some of `count` rows, which are `step` elements apart, from the
+// first on. Of each, it has four channels there, of `channels` from there on, and at every further kNarrow channels.
 template <class Element>
 struct Rows {
   Element* first;
   int step, count, channels;
 
   // Calls act(i, part, whether it exists, its address) for kRowsAtOnce of the thread's rows, which are `rows` in all.
-  // row_of: returns the row with a number. The addresses are computed again each time, and hold no registers in between.
+  // row_of: returns the row with a number. The addresses are computed again each time, and hold no registers in
+  // between.
   template <int parts, class RowOf, class Act>
   __device__ __forceinline__ void for_each(int start, int rows, RowOf&& row_of, Act&& act) const {
     Element* const from = first + again(0);
@@ -254,9 +258,9 @@ __device__ __forceinline__ void write(const Quad (&quads)[kRowsAtOnce][parts], c
 // The number of rows in a piece of weighted sums: pieces of nearly equal size, a multiple of four.
 inline int piece_of(int rows) { return ceil_div(ceil_div(rows, ceil_div(rows, kPieceRows)), 4) * 4; }
 
-// Returns whether the kernels support arguments with these maps on the device, except for the lengths of lines: float32,
-// sm_80 for asynchronous copies, channels and addresses that allow copies of 16 bytes in every pixel and head, and
-// offsets within a line that fit in an int.
+// Returns whether the kernels support arguments with these maps on the device, except for the lengths of lines:
+// float32, sm_80 for asynchronous copies, channels and addresses that allow copies of 16 bytes in every pixel and head,
+// and offsets within a line that fit in an int.
 inline bool fits(Dtype dtype, const Sizes& sizes, int axes, const Device& device, std::initializer_list<Map> maps) {
   if (dtype != Dtype::float32 || device.capability < 80) return false;
   if (sizes.c <= 0 || sizes.C <= 0 || sizes.c % 4 != 0 || sizes.C % 4 != 0) return false;

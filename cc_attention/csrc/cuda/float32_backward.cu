@@ -1,8 +1,8 @@
 // Backward of the attention in exact float32 (float32.h).
 //
 // Like the forward, it is one pass over the lines of each axis, and every gradient is the sum of the parts from the
-// passes: the first pass writes it, and the others add to it, without atomics. A block computes a whole line of one head.
-// With P = exp(S - top) / total and S = scale Q K^T, where gamma is 1 without a residual:
+// passes: the first pass writes it, and the others add to it, without atomics. A block computes a whole line of one
+// head. With P = exp(S - top) / total and S = scale Q K^T, where gamma is 1 without a residual:
 //
 //     dV = gamma P^T dO      dP = dO V^T      dS = gamma scale P (dP - delta), delta = rowsum(dO O)
 //     dQ = dS K              dK = dS^T Q
@@ -37,10 +37,10 @@ struct Shape {
   static constexpr int kThreads = threads, kBlocks = blocks, kLongest = longest;
   static constexpr int kQueryGroups = query_groups, kQueryRows = query_rows;
   static constexpr int kKeyGroups = key_groups, kKeyRows = key_rows;
-  static constexpr int kQueries = query_groups * query_rows, kKeys = std::min(longest, key_groups * key_rows);
+  static constexpr int kQueries = query_groups * query_rows, kKeys = std::min(longest, key_groups* key_rows);
   static constexpr int kGroups = threads / kLanes;
   static constexpr int kQuerySums = ceil_div(longest, kGroups), kKeySums = ceil_div(kKeys, kGroups);
-  static constexpr int kSide = (longest + 1) / 4 * 4 + 2;  // the next one of weight_at
+  static constexpr int kSide = (longest + 1) / 4 * 4 + 2;                          // the next one of weight_at
   static constexpr int kDeltas = ceil_div(longest, threads * 4 / kPieceChannels);  // rows of delta per thread
   static constexpr int kProducts = query_rows * key_rows;
   static_assert(query_groups * key_groups <= threads && longest <= kQueries && longest <= kSide);

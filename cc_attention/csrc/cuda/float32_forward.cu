@@ -2,9 +2,9 @@
 //
 // There is one pass over the lines of each axis (line.h). A block computes one line of one head, or a part of the
 // queries of a long line. It computes the scores with all keys once; they and then their exponentials stay in shared
-// memory. Two groups of kLanes threads form a warp, and each group computes whole rows: the scores of its queries, their
-// softmax, and its sums of values. The softmax of a later pass starts from the normalizers of the earlier ones, and their
-// result is weighted like a value. If all their scores are -inf, its weight is 0.
+// memory. Two groups of kLanes threads form a warp, and each group computes whole rows: the scores of its queries,
+// their softmax, and its sums of values. The softmax of a later pass starts from the normalizers of the earlier ones,
+// and their result is weighted like a value. If all their scores are -inf, its weight is 0.
 #include <algorithm>
 #include <initializer_list>
 
@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
 
   float* const weights = reinterpret_cast<float*>(device::dynamic_shared());  // [padded / 4, side, 4]
-  float* const factors = weights + side * padded;          // [rows * kGroups] factors of the sums
-  float* const carried = factors + rows * kGroups;         // [rows * kGroups] factors of the earlier result
-  float* const ring = carried + rows * kGroups;            // [2, stage]
+  float* const factors = weights + side * padded;                             // [rows * kGroups] factors of the sums
+  float* const carried = factors + rows * kGroups;          // [rows * kGroups] factors of the earlier result
+  float* const ring = carried + rows * kGroups;             // [2, stage]
   const int key_rows = min(key_block, length) * kRowPitch;  // offset of the queries in a piece
 
   // The next piece: keys and queries for each block of keys, whose channels count up to 0, then values for each span of
@@ -60,9 +60,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     next_stage = 1 - next_stage;
     if (next_channel < 0) {
       const int count = min(key_block, length - next_key), channel = next_channel - before_values;
-      copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(threadIdx.x, to, f.key, line, next_key, count, count, channel, c);
-      copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(threadIdx.x, to + key_rows, f.query, line, first_query, queries, queries,
-                                                         channel, c);
+      copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(threadIdx.x, to, f.key, line, next_key, count, count, channel,
+                                                         c);
+      copy_rows<kThreads, kPieceChannels / 4, kRowPitch>(threadIdx.x, to + key_rows, f.query, line, first_query,
+                                                         queries, queries, channel, c);
       next_channel += kPieceChannels;
       if (next_channel == 0) {
         next_key += key_block;
@@ -75,9 +76,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int count = min(division.piece, length - next_key), rows_to = ceil_div(count, 4) * 4;
       const bool wide = C - next_channel > kNarrow;
       if (wide)
-        copy_rows<kThreads, kWide / 4, kWide>(threadIdx.x, to, f.value, line, next_key, count, rows_to, next_channel, C);
+        copy_rows<kThreads, kWide / 4, kWide>(threadIdx.x, to, f.value, line, next_key, count, rows_to, next_channel,
+                                              C);
       else
-        copy_rows<kThreads, kNarrow / 4, kNarrow>(threadIdx.x, to, f.value, line, next_key, count, rows_to, next_channel, C);
+        copy_rows<kThreads, kNarrow / 4, kNarrow>(threadIdx.x, to, f.value, line, next_key, count, rows_to,
+                                                  next_channel, C);
       next_key += division.piece;
       if (next_key >= length) {
         next_key = 0;
@@ -163,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     // The rows of the block in a map, [N,T,H,W,heads,C].
     const auto rows_in = [&](auto* data, int64_t pitch) {
       using Element = std::conditional_t<std::is_same_v<decltype(data), void*>, float, const float>;
-        const int own_channel = channel + 4 * lane;
+      const int own_channel = channel + 4 * lane;
       return Rows<Element>{static_cast<Element*>(data) + line.offset(pitch, first_query, C, own_channel),
                            static_cast<int>(line.step * pitch), queries, C - own_channel};
     };
@@ -236,7 +239,8 @@ Choice choose(int length, const Device& device) {
     const int64_t cost = alone * tiles * (rows + 1) * (key_blocks * keys * 64 + padded * 32);
     if (best.kernel != nullptr && cost >= best_cost) return;
     best_cost = static_cast<int>(std::min<int64_t>(cost, INT32_MAX));
-    best = {forward_kernel<rows, keys>, {tile, tiles, piece_of(length), stage, Divisor(tiles)}, static_cast<int>(bytes)};
+    best = {
+        forward_kernel<rows, keys>, {tile, tiles, piece_of(length), stage, Divisor(tiles)}, static_cast<int>(bytes)};
   };
   consider.template operator()<5, 9>();
   consider.template operator()<9, 5>();
@@ -248,7 +252,8 @@ Choice choose(int length, const Device& device) {
 }  // namespace
 
 bool serves(const Forward& f, const Device& device) {
-  if (!fits(f.dtype, f.sizes, f.axes, device, {f.query, f.key, f.value, read_only(f.out), f.residual, read_only(f.sum)}))
+  if (!fits(f.dtype, f.sizes, f.axes, device,
+            {f.query, f.key, f.value, read_only(f.out), f.residual, read_only(f.sum)}))
     return false;
   for (const Pass& pass : passes_of(f.sizes, f.axes)) {
     const Choice choice = choose(pass.length, device);
@@ -261,9 +266,9 @@ int forward(const Forward& f, const Device& device, void* stream) {
   for (const Pass& pass : passes_of(f.sizes, f.axes)) {
     const Choice choice = choose(pass.length, device);
     const int64_t blocks = pass.lines * f.sizes.heads * choice.division.tiles;
-    const cudaError_t error = device::launch(choice.kernel, dim3(static_cast<unsigned>(blocks)), kThreads,
-                                             choice.shared_bytes, stream, f, Lines(pass, f.sizes.heads),
-                                             choice.division);
+    const cudaError_t error =
+        device::launch(choice.kernel, dim3(static_cast<unsigned>(blocks)), kThreads, choice.shared_bytes, stream, f,
+                       Lines(pass, f.sizes.heads), choice.division);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
