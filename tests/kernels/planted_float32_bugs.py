@@ -230,7 +230,7 @@ BUGS = [
 PROBLEMS = [
     Line(axes="THW"),
     Line((1, 4, 8, 2, 73), axes="W", gaps=8),
-    Line((1, 8, 8, 2, 150), axes="HW", gamma=None),
+    Line((1, 8, 8, 150, 2), gamma=None),
     Line((1, 4, 8, 2, 97), axes="W", heads=1, shared_memory=SMALL_MEMORY),
 ]
 
