@@ -42,8 +42,8 @@ class Parser(flags.Parser):
         self.add_argument(
             "--recipe",
             metavar="NAME",
-            help="take flags from recipes/NAME.toml, or from a file that ends in .toml (docs/recipes.md); flags "
-            "of the command line override them",
+            help="take flags from recipes/NAME.toml, or from a file that ends in .toml (docs/recipes.md); "
+            "flags of the command line override them",
         )
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
