@@ -116,7 +116,7 @@ def _checked(path: str, key: str, value: Any, parser: argparse.ArgumentParser) -
     parsed: Any = None
     try:
         parsed = text if action.type is None else action.type(text)  # type: ignore[operator]
-    except argparse.ArgumentTypeError as error:
+    except (argparse.ArgumentTypeError, ValueError) as error:
         raise UsageError(f"{path}: {key}: {error}") from error
     if action.choices is not None and parsed not in action.choices:
         raise UsageError(

@@ -403,6 +403,7 @@ def main(argv: list[str] | None = None) -> None:
             write_file(path, what)
         return text
 
+    print(f"counting parameters, FLOPs and memory of {len(rows)} recipes", flush=True)
     text = write()
     if args.data:
         if args.rehearses:
