@@ -3,7 +3,7 @@
     python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0
 
 The command writes result.txt, scores.txt, confusion.png and outputs/ next to the checkpoint. With --split
-test, which has no labels, submission.zip for the benchmark server replaces the scores. Network and classes
+test without labels, submission.zip for the benchmark server replaces the scores. Network and classes
 are those of the run that wrote the checkpoint (args.json in its folder), unless a flag overrides them.
 """
 
@@ -13,7 +13,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 import fused
-from dataset import CSDataSet
+from dataset import CSDataSet, recognition
 from dataset.classes import choose_classes, classes_of_checkpoint
-from dataset.folder_pair import LISTS, is_pair
+from dataset.folder_pair import LISTS
 from dataset.labels import CITYSCAPES, LABELS, ClassTable, rows_of_table
+from dataset.transforms import factor_of
 from engine.acceleration import accelerate
 from engine.data.loader import Loading
 from engine.evaluation import results
@@ -44,15 +45,16 @@ from utils.errors import DataError, UsageError
 from utils.files import check_outputs, check_writable, unwritable
 from utils.resources import check_fits
 
-#: Folder of the colored predictions; name of the split without labels; folder of its label-id predictions.
-OUTPUTS, TEST, SUBMISSION = "outputs", "test", "submission"
+#: Folder of the colored predictions; folder of the label-id predictions of a split without labels.
+OUTPUTS, SUBMISSION = "outputs", "submission"
 Weights = dict[str, Tensor] | None
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of evaluate.py."""
     parser = flags.Parser("evaluate.py", __doc__)
-    add_flags(parser, EvaluateOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
+    choices: dict[str, Iterable[str]] = {"model": MODELS, "backbone": DEPTHS, "dataset": recognition.NAMES}
+    add_flags(parser, EvaluateOptions, choices, reads_checkpoint=True)
     return parser
 
 
@@ -95,11 +97,17 @@ def resolve(
         table = classes_of_checkpoint(args.restore_from, recorded.labels, found.classes, found.num_classes)
         num_classes = len((table or CITYSCAPES).classes)
     else:
-        # If nothing is recorded about the run, the labels of a folder pair tell the classes.
+        # If nothing is recorded about the run, a published data set, or the labels of a folder pair, tell the
+        # classes.
         unknown = weights is not None and not recorded.run and given["num_classes"] is None
-        pair = unknown and args.data_list is None and is_pair(args.data_dir)
+        place = place_of(args)
+        told = unknown and (place.data is not None or (args.data_list is None and place.is_pair))
         classes = choose_classes(
-            args.data_dir, args.data_list, found.classes, None if pair else found.num_classes
+            args.data_dir,
+            args.data_list,
+            found.classes,
+            None if told else found.num_classes,
+            args.dataset,
         )
         table, num_classes = classes.table, classes.number
         if found.num_classes not in (None, num_classes):
@@ -114,6 +122,11 @@ def resolve(
     return EvaluateOptions.of(args), table, recorded.notes
 
 
+def place_of(args: argparse.Namespace | EvaluateOptions) -> recognition.Place:
+    """Return the layout of --data-dir."""
+    return recognition.recognize(args.data_dir, args.dataset, args.data_list is not None)
+
+
 def check_list(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
     """Check that pictures for training are not evaluated, where a folder pair would be divided at random.
 
@@ -124,7 +137,7 @@ def check_list(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
     if (
         run.get("data_list")
         and args.data_list is None
-        and is_pair(args.data_dir)
+        and place_of(args).is_pair
         and not any(map(os.path.isfile, lists))
     ):
         raise UsageError(
@@ -139,6 +152,7 @@ def check(options: EvaluateOptions, table: ClassTable | None, device: torch.devi
     Raises:
         InputError: a flag or file is invalid. The message names the flag or file.
     """
+    options.check()
     print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     weights = read_weights(options.restore_from)
     with torch.device("meta"):
@@ -152,11 +166,11 @@ def check(options: EvaluateOptions, table: ClassTable | None, device: torch.devi
     print(*dataset.taken, dataset.check(instances=missing is None), sep="\n", flush=True)
     if missing:
         print(f"averageScoreInstClasses and averageScoreInstCategories are omitted: {missing}", flush=True)
-    if options.split == TEST:
+    if not dataset.labeled:
         check_names(dataset.source, [pair.name for pair in dataset.pairs])
     if device.type == "cpu":
         largest = max(dataset.sizes(), key=math.prod) if options.whole else options.input_size
-        pixels = math.prod(largest) * (max(options.scales) ** 2 if options.whole else 1)
+        pixels = math.prod(largest) * (max(scales_of(options, largest)) ** 2 if options.whole else 1)
         check_fits("--input-size, --scales, --whole", pixels)
     check_outputs_of(options, dataset)
 
@@ -169,7 +183,7 @@ def check_outputs_of(options: EvaluateOptions, dataset: CSDataSet) -> None:
     """
     written = [output(options, pair.name) for pair in dataset.pairs]
     files: tuple[str, ...] = results.FILES
-    if options.split == TEST:
+    if not dataset.labeled:
         written += [submitted(options, pair.name) for pair in dataset.pairs]
         files = (f"{SUBMISSION}.zip",)
     written += [os.path.join(options.output_dir, name) for name in files]
@@ -194,7 +208,13 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
     tile_batch = options.tile_batch or max(options.batch_size, 4 if world.device.type == "cuda" else 1)
     result = evaluate(
         lambda images: predict_classes(
-            network, images, options.scales, options.flip, tile_size, options.num_classes, tile_batch
+            network,
+            images,
+            scales_of(options, images.shape[2:]),
+            options.flip and (dataset.labels.mirrored() or True),
+            tile_size,
+            options.num_classes,
+            tile_batch,
         ),
         dataset,
         world,
@@ -213,6 +233,14 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
     world.on_main(lambda: write(options, dataset, result))
 
 
+def scales_of(options: EvaluateOptions, size: Sequence[int]) -> Sequence[float]:
+    """Return the scales at which a picture of (height, width) `size` is predicted."""
+    if not options.short_sides:
+        return options.scales
+    height, width = size
+    return [factor_of((height, width), side, options.long_side) for side in options.short_sides]
+
+
 def make_dataset(options: EvaluateOptions, table: ClassTable | None) -> CSDataSet:
     """Return the data set to evaluate on."""
     return CSDataSet(
@@ -225,7 +253,8 @@ def make_dataset(options: EvaluateOptions, table: ClassTable | None) -> CSDataSe
         num_classes=options.num_classes,
         split=options.split,
         table=table,
-        labeled=options.split != TEST,
+        labeled=recognition.has_labels(place_of(options), options.split, options.data_list is not None),
+        dataset=options.dataset,
     )
 
 
@@ -253,14 +282,14 @@ def submitted(options: EvaluateOptions, name: str) -> str:
 def keep(options: EvaluateOptions, dataset: CSDataSet, name: str, prediction: np.ndarray) -> None:
     """Write a prediction as a colored picture and, for the test split, as label ids."""
     save_indexed_png(output(options, name), prediction, make_palette(dataset.labels.colors()))
-    if options.split == TEST:
+    if not dataset.labeled:
         save_gray_png(submitted(options, name), dataset.labels.label_ids()[prediction])
 
 
 def write(options: EvaluateOptions, dataset: CSDataSet, result: Result) -> None:
     """Write the scores or, for the test split, the archive of the predicted label ids."""
     try:
-        if options.split == TEST:
+        if not dataset.labeled:
             sizes = [
                 (submitted(options, pair.name), size)
                 for pair, size in zip(dataset.pairs, dataset.sizes(), strict=True)

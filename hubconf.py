@@ -35,11 +35,11 @@ PREFIX = f"ccnet_{hashlib.sha256(_FOLDER.encode()).hexdigest()[:8]}"
 
 
 def ccnet(weights: str | None = None, **options: Any) -> Any:
-    """Load CCNet.
+    """Load CCNet, or another model of networks/models.py.
 
     Args:
         weights: checkpoint file; None for random weights.
-        **options: see `segmenter.Segmenter.load`: device, amp, backbone, num_classes and others.
+        **options: see `segmenter.Segmenter.load`: device, amp, model, backbone, num_classes and others.
 
     Returns:
         A `segmenter.Segmenter`, with the methods predict(picture) and attention(picture, pixels).

@@ -231,7 +231,8 @@ class Segmenter:
         fits = tile_size is None or all(
             side <= tile for side, tile in zip(image.shape[2:], tile_size, strict=True)
         )
-        averaging = (scales, flip, None if fits else tile_size, self.num_classes)
+        flips = flip and (self.labels.mirrored() or True)
+        averaging = (scales, flips, None if fits else tile_size, self.num_classes)
         with torch.inference_mode(), using(self._fused):
             if probabilities:
                 logits = predict_multiscale(self._network, image, *averaging)[0]

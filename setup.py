@@ -53,9 +53,10 @@ class Library(NamedTuple):
 CC_ATTENTION = Library(
     "cc_attention",
     ["ops.cpp", "cpu/attention_cpu.cpp", "cpu/baseline.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp"],
-    [f"cuda/{name}.cu" for name in ("dispatch", "general", "tensor_core_backward", "tensor_core_forward")],
+    [f"cuda/{name}.cu" for name in ("dispatch", "general")]
+    + [f"cuda/{name}_{way}.cu" for name in ("float32", "tensor_core") for way in ("backward", "forward")],
     ["common.h", "kernels.h", "cpu/instruction_sets.h", "cpu/lines.h", "cpu/product.h", "cpu/vector.h"]
-    + [f"cuda/{name}.h" for name in ("device", "general", "line", "tensor_core")],
+    + [f"cuda/{name}.h" for name in ("device", "float32", "general", "line", "tensor_core")],
 )
 #: It also includes headers of cc_attention.
 FUSED = Library(

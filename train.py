@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fused
-from dataset import IMG_MEAN, CSDataSet, cache
+from dataset import IMG_MEAN, CSDataSet, cache, recognition, transforms
 from dataset.classes import Classes, choose_classes
 from dataset.labels import ClassTable
 from engine import recipes
@@ -47,7 +47,7 @@ from utils.resources import check_fits
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of train.py."""
     parser = recipes.Parser("train.py", __doc__)
-    add_flags(parser, TrainOptions, {"model": MODELS, "backbone": DEPTHS})
+    add_flags(parser, TrainOptions, {"model": MODELS, "backbone": DEPTHS, "dataset": recognition.NAMES})
     return parser
 
 
@@ -55,7 +55,7 @@ def main() -> int:
     """Parse the flags, check them, and train; return the exit status."""
     args = get_parser().parse_args()
     with distributed.reported_once():
-        classes = choose_classes(args.data_dir, args.data_list, args.classes, args.num_classes)
+        classes = choose_classes(args.data_dir, args.data_list, args.classes, args.num_classes, args.dataset)
         args.num_classes, args.recurrence = classes.number, recurrence_of(args.model, args.recurrence)
         options = TrainOptions.of(args)
         devices = distributed.choose_devices(options.gpu, options.nproc)
@@ -155,12 +155,14 @@ def make_dataset(options: TrainOptions, table: ClassTable | None, split: str = "
         options.data_dir,
         options.data_list if train else options.val_list,
         options.input_size if train else None,
-        scale=train and options.random_scale,
+        scale=train and transforms.choose_scaling(*options.scaling),
         mirror=train and options.random_mirror,
+        photometric=train and options.photometric,
         ignore_label=options.ignore_label,
         num_classes=options.num_classes,
         split=split,
         table=table,
+        dataset=options.dataset,
     )
 
 

@@ -80,7 +80,7 @@ class Plain:
         label = ids.copy()
         for row in LABELS:
             label[ids == row.id] = row.train_id
-        scale, top, left, mirror = augmentation
+        scale, top, left, mirror, _ = augmentation
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
         label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
         image = np.asarray(image, np.float32)

@@ -3,9 +3,9 @@
     python -m dataset.check CS [--split S] [--data-list L] [--classes TABLE] [--plot PNG] [--json FILE]
 
 Reads all pictures, labels and instances in several processes. For each split it prints the number of pictures
-(for Cityscapes next to the official number), their sizes, and how often each class occurs. For each problem
-it prints a line with the file, what is wrong and what to do. The exit status is 0 without problems, otherwise
-2.
+(for a published data set next to the official number), their sizes, and how often each class occurs. For
+each problem it prints a line with the file, what is wrong and what to do. The exit status is 0 without
+problems, otherwise 2.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence, Set
@@ -22,13 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset import folder_pair, layout
+from dataset import folder_pair, layout, mini, recognition
 from dataset.class_chart import draw_chart
 from dataset.classes import choose_classes
 from dataset.inspection import has_ids, look_at_all
 from dataset.labels import IGNORE, Counts, LabelReader
 from dataset.layout import Pair, instances_of
 from dataset.pictures import say_turned
+from dataset.recognition import Place
 from utils import args as flags
 from utils.errors import DataError, RunError, UsageError
 from utils.files import check_output_file, unwritable, write_file
@@ -54,7 +56,8 @@ class Found(NamedTuple):
     pairs: list[Pair]
     problems: list[str]
     notes: list[str]
-    official: dict[str, int]  # number of pictures that each city should have
+    official: dict[str, int]  # number of pictures that each city of Cityscapes should have
+    number: int | None = None  # official number of pictures
 
 
 class Split(NamedTuple):
@@ -67,6 +70,7 @@ class Split(NamedTuple):
     sizes: Counter[tuple[int, int]]
     counts: Counts
     pictures: np.ndarray  # int64 [256]: number of pictures that contain each train id
+    official: int | None  # official number of pictures
 
     @property
     def pixels(self) -> np.ndarray:
@@ -95,6 +99,7 @@ def look_at(found: Found, root: str, labels: LabelReader, workers: int) -> Split
         Counter(),
         Counts(),
         np.zeros(256, np.int64),
+        found.number,
     )
     for city, number in found.official.items():
         if split.cities[city] != number:
@@ -156,11 +161,14 @@ def find(args: argparse.Namespace) -> list[Found]:
         DataError: the data set, split or list does not exist.
     """
     root = args.root
+    place = recognition.recognize(root, args.dataset, args.data_list is not None)
     if args.data_list:
         if not os.path.isdir(root):
             layout.check_root(root)
         return [Found(args.data_list, layout.read_list(root, args.data_list), [], [], {})]
-    if folder_pair.is_pair(root):
+    if place.data:
+        return find_published(place, list(dict.fromkeys(args.split or ())), args.partial)
+    if place.is_pair:
         return find_sides(root, list(dict.fromkeys(args.split or ())))
     for name in args.split or ():
         layout.check_split(name)
@@ -173,6 +181,40 @@ def find(args: argparse.Namespace) -> list[Found]:
             f"{root}: leftImg8bit has no folder train, val or test; unpack leftImg8bit_trainvaltest.zip again"
         )
     return [find_split(root, name, args.partial) for name in names]
+
+
+def find_published(place: Place, names: Sequence[str], partial: bool) -> list[Found]:
+    """Find the pairs of the splits of a published data set, and what is missing.
+
+    Args:
+        place: the data directory.
+        names: the splits; empty for all or, with `partial`, all that have files.
+        partial: whether a part of the pictures is enough.
+
+    Raises:
+        DataError: there is no such split, or a list is missing.
+    """
+    data = place.data
+    assert data is not None
+    generated = mini.is_generated(place.root)
+    splits = []
+    for name in names or data.splits:
+        found, number = recognition.scan(place, name), recognition.check_side(place, name).number
+        problems = recognition.problems_of(place, name, found)
+        # Pictures without a label are checked as well.
+        pairs = [*found.pairs, *(pair._replace(label="") for pair in found.without_label)]
+        if partial and not names and not (pairs or found.without_picture):
+            continue
+        if pairs and len(pairs) != number and not partial and not generated:
+            problems.append(
+                f"{place.root}: has {len(pairs)} of the {number} pictures of {name}; unpack all of "
+                f"{data.archives}, or give --partial"
+            )
+        notes = [layout.say_skipped(found.skipped)] if found.skipped else []
+        if generated:
+            notes.append("written by dataset.mini, so the number of pictures need not be the official one")
+        splits.append(Found(name, pairs, problems, notes, {}, number))
+    return splits
 
 
 def find_sides(root: str, names: Sequence[str]) -> list[Found]:
@@ -232,7 +274,7 @@ def find_split(root: str, name: str, partial: bool) -> Found:
             f"{os.path.join(root, 'leftImg8bit', name)}: has no pictures; unpack leftImg8bit_trainvaltest.zip"
         )
     notes = [layout.say_skipped(found.skipped)] if found.skipped else []
-    return Found(name, pairs, problems, notes, {} if partial else official)
+    return Found(name, pairs, problems, notes, {} if partial else official, sum(official.values()) or None)
 
 
 def check_written(args: argparse.Namespace, found: Sequence[Found]) -> None:
@@ -257,8 +299,7 @@ def check_written(args: argparse.Namespace, found: Sequence[Found]) -> None:
 def describe(split: Split, labels: LabelReader) -> str:
     """Return the counts, sizes and class frequencies of a split as text."""
     number = split.cities.total()
-    official = official_cities(split.name, split.cities.keys())
-    beside = f" of the official {sum(official.values())}" if official else ""
+    beside = "" if split.official is None else f" of the official {split.official}"
     number_of_folders = len(split.cities)
     folders = "1 folder" if number_of_folders == 1 else f"{number_of_folders} folders"
     lines = [f"{split.name}: {number} pictures{beside} in {folders}"]
@@ -293,6 +334,7 @@ def as_json(splits: Sequence[Split], labels: LabelReader) -> dict[str, Any]:
     return {
         split.name: {
             "pictures": split.cities.total(),
+            "official": split.official,
             "folders": dict(sorted(split.cities.items())),
             "sizes": [{"height": h, "width": w, "pictures": n} for (h, w), n in split.sizes.most_common()],
             "classes": {
@@ -304,6 +346,14 @@ def as_json(splits: Sequence[Split], labels: LabelReader) -> dict[str, Any]:
         }
         for split in splits
     }
+
+
+def commands(place: Place) -> list[str]:
+    """Return the commands that train and evaluate with the settings closest to the published ones."""
+    if place.data is None:
+        return []
+    chosen = f"--data-dir {shlex.quote(place.root)} --dataset {place.name}"
+    return [f"python {name}.py {chosen} {flags}\n" for name, flags in place.data.settings.items()]
 
 
 # The command
@@ -320,14 +370,15 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "root",
         metavar="CS",
-        help="folder with leftImg8bit and gtFine, or with images and labels, or that of the paths in "
-        "--data-list",
+        help="folder of a published data set (docs/datasets.md), or with images and labels, or that of the "
+        "paths in --data-list",
     )
+    add("--dataset", choices=recognition.NAMES, help="name of the data set, if its folders do not tell it")
     add(
         "--split",
         action="append",
         metavar="S",
-        help="folder below leftImg8bit, or train, val or test; can be repeated; default: all",
+        help="train, val or test, or a folder below leftImg8bit; can be repeated; default: all",
     )
     add("--data-list", metavar="L", help="file of 'image<TAB>label' lines, used instead of the folders")
     add("--classes", metavar="TABLE", help="class table of another data set (docs/own_data.md)")
@@ -351,7 +402,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of processes (default: number of CPU cores)",
     )
-    add("--partial", action="store_true", help="accept a part of the Cityscapes pictures")
+    add("--partial", action="store_true", help="accept a part of the pictures of a published data set")
     add("--plot", metavar="PNG", help="write a chart of the class frequencies")
     add("--json", metavar="FILE", help="write all results as JSON")
     return parser
@@ -360,7 +411,9 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = get_parser().parse_args(argv)
-    classes = choose_classes(args.root, args.data_list, args.classes, args.num_classes, skip=True)
+    classes = choose_classes(
+        args.root, args.data_list, args.classes, args.num_classes, args.dataset, skip=True
+    )
     print("\n".join(classes.notes), end="\n" if classes.notes else "", flush=True)
     labels = LabelReader(classes.table, args.ignore_label, classes.number)
     splits: list[Split] = []
@@ -396,6 +449,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.root}: {len(problems)} problems in {pictures} pictures, the first is {problems[0]}"
         )
     print(f"{args.root}: no problems in {pictures} pictures")
+    if args.data_list is None:
+        print(*commands(recognition.recognize(args.root, args.dataset)), sep="", end="")
     return 0
 
 

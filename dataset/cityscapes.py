@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import folder_pair, layout, transforms
+from dataset import folder_pair, layout, recognition, transforms
 from dataset.cache import PictureCache, on_disk
 from dataset.classes import CLASS_FILES, classes_of
 from dataset.labels import IGNORE, ClassTable, Counts, LabelReader
@@ -56,8 +56,9 @@ class Sample(NamedTuple):
 
     def record(self) -> str:
         """Describe the sample in one line: name, scale, crop offset, mirror."""
-        scale, top, left, mirror = self.augmentation
-        return f"{self.name} scale={scale:.1f} crop={top},{left} mirror={int(mirror)}"
+        scale, top, left, mirror, _ = self.augmentation
+        factor = f"{scale:.1f}" if transforms.is_tenths(scale) else f"{scale:.6f}"
+        return f"{self.name} scale={factor} crop={top},{left} mirror={int(mirror)}"
 
 
 class Picture(NamedTuple):
@@ -71,12 +72,13 @@ class Picture(NamedTuple):
 
 
 class CSDataSet(Dataset):
-    """Pictures with labels, in the Cityscapes layout, in a folder pair (see there), or given by a list.
+    """Pictures with labels: a published data set (dataset.catalog), a folder pair, or given by a list.
 
     Labels named `*_labelTrainIds.png` hold train ids. Other labels are converted with `table` if it is given,
     by their ids or, for color pictures, by their colors. Without a table, labels named `*_labelIds.png` are
-    converted with the table of Cityscapes, and all others hold train ids. For a folder pair without `table`
-    and `num_classes`, the table is made from the values of its labels (`dataset.classes.classes_of`).
+    converted with the table of Cityscapes, and all others hold train ids. Without `table` and `num_classes`,
+    a published data set has its own table, and that of a folder pair is made from the values of its labels
+    (`dataset.classes.classes_of`).
 
     An item is a tuple of image (float32 [3, h, w], BGR minus mean), label (train ids, int64 [h, w]), size
     (height, width, 3) of the picture on disk, and name. The augmentation is drawn from torch's random state.
@@ -88,19 +90,22 @@ class CSDataSet(Dataset):
             `root`.
         crop_size: (height, width) of the samples; None for whole pictures.
         mean: BGR mean to subtract.
-        scale: whether to scale randomly by 0.7 to 2.1.
+        scale: how to scale randomly; True for factors from 0.7 to 2.1, False for not at all.
         mirror: whether to mirror randomly.
         ignore_label: label of void pixels and padding.
         num_classes: number of classes; None for that of the table. Larger train ids, other than
             `ignore_label`, are an error.
-        split: "train", "val" or another folder below leftImg8bit, or a side of a folder pair; used without a
-            list.
+        split: "train", "val" or another folder below leftImg8bit, or a split of another data set; used
+            without a list.
         table: meaning of the values of the label pictures.
         labeled: whether there are labels; without them only `picture` and `check` can be called.
         cache: cache for decoded pictures, with a plan for `sizes()`.
+        dataset: name of the layout of `root`; None to find it (see `recognition.recognize`).
+        photometric: whether to distort colors randomly (dataset/photometric.py).
 
     Raises:
-        DataError: see `layout.read_list`, `layout.discover`, `folder_pair.discover` and `classes_of`.
+        DataError: see `recognition.recognize`, `layout.read_list`, `classes_of`, and `discover` of layout,
+            folder_pair and recognition.
     """
 
     def __init__(  # noqa: PLR0913
@@ -109,7 +114,7 @@ class CSDataSet(Dataset):
         list_path: str | None = None,
         crop_size: tuple[int, int] | None = (769, 769),
         mean: Sequence[float] | np.ndarray = IMG_MEAN,
-        scale: bool = True,
+        scale: bool | transforms.Scaling = True,
         mirror: bool = True,
         ignore_label: int = IGNORE,
         num_classes: int | None = None,
@@ -117,15 +122,25 @@ class CSDataSet(Dataset):
         table: ClassTable | None = None,
         labeled: bool = True,
         cache: PictureCache | None = None,
+        dataset: str | None = None,
+        photometric: bool = False,
     ):
         self.skipped: list[str] = []
         self.taken: list[str] = []  # lines about what was taken for what in a folder pair
         self.described: list[str] = []  # possible files of lists and classes in a folder pair
+        place = recognition.recognize(root, dataset, list_path is not None)
+        if place.data and table is None and num_classes is None:
+            table = place.data.classes()
         if list_path is not None:
             if not os.path.isdir(root):
                 layout.check_root(root)
             self.pairs, self.source = layout.read_list(root, list_path, labeled), list_path
-        elif folder_pair.is_pair(root):
+        elif place.data:
+            found = recognition.discover(place, split, labeled)
+            self.pairs, self.skipped = found.pairs, found.skipped
+            self.taken = [recognition.say(place, split, self.pairs)]
+            self.source = f"{os.path.join(root, place.folder)} ({split})"
+        elif place.is_pair:
             self.pairs, self.taken, self.skipped = folder_pair.discover(root, split, labeled)
             self.source = f"{os.path.join(root, folder_pair.IMAGES)} ({split})"
             self.described = [*folder_pair.LISTS.values(), folder_pair.TEST_LIST, *CLASS_FILES]
@@ -142,6 +157,7 @@ class CSDataSet(Dataset):
         self.mean = np.asarray(mean)
         self.scale = scale
         self.mirror = mirror
+        self.photometric = photometric
         self.labeled = labeled
         self.cache = cache
         self.labels = LabelReader(table, ignore_label, num_classes)
@@ -179,7 +195,7 @@ class CSDataSet(Dataset):
             encoded = self._load(index)
             size = encoded[0].height, encoded[0].width
         crop = size if self.crop_size is None else self.crop_size
-        augmentation = transforms.draw(rng, size, crop, self.scale, self.mirror)
+        augmentation = transforms.draw(rng, size, crop, self.scale, self.mirror, self.photometric)
         if cached is not None:
             image, label = cached
         elif self.cache is not None:
@@ -189,7 +205,7 @@ class CSDataSet(Dataset):
             # Rows below the crop need not be decoded.
             image, label = self._decode(encoded, transforms.rows_needed(size, crop, augmentation))
         image, label, content = transforms.apply(
-            image, label, size, crop, augmentation, self.labels.ignore_label
+            image, label, size, crop, augmentation, self.labels.ignore_label, self.labels.mirror_lookup()
         )
         return Sample(image, label, content, self.pairs[index].name, augmentation), size
 
@@ -198,6 +214,7 @@ class CSDataSet(Dataset):
         about = repr(self.pairs)
         if self.labels.table:  # its names do not matter
             about += repr([(label.id, label.train_id, label.color) for label in self.labels.table.labels])
+            about += repr(self.labels.mirrored()) if self.labels.mirrored() else ""
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
     def sizes(self) -> list[tuple[int, int]]:

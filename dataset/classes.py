@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dataset import folder_pair
+from dataset import folder_pair, recognition
 from dataset.label_values import BACKGROUND, BACKGROUNDS, MOST_CLASSES, Values, listed, scan, table_of
 from dataset.labels import (
     CITYSCAPES,
@@ -123,22 +123,33 @@ def _say(root: str, values: Values, table: ClassTable, file: str | None) -> str:
 
 
 def choose_classes(
-    root: str, data_list: str | None, path: str | None, num_classes: int | None, skip: bool = False
+    root: str,
+    data_list: str | None,
+    path: str | None,
+    num_classes: int | None,
+    dataset: str | None = None,
+    skip: bool = False,
 ) -> Classes:
-    """Return the classes that the flags give, or else those of a folder pair.
+    """Return the classes that the flags give, or else those of the data set.
 
     Args:
         root: value of --data-dir.
         data_list: value of --data-list; with a list, only the file classes.tsv of a folder pair is used.
         path: value of --classes.
         num_classes: value of --num-classes.
+        dataset: value of --dataset.
         skip: see `classes_of`.
 
     Raises:
-        DataError: see `choose_table` and `classes_of`.
+        DataError, UsageError: see `choose_table`, `classes_of` and `recognition.recognize`.
     """
-    pair = folder_pair.is_pair(root)
-    if path is None and pair and os.path.lexists(os.path.join(root, TABLE)):
+    place = recognition.recognize(root, dataset, data_list is not None)
+    pair = place.is_pair
+    if path is None and place.data and place.data.table:
+        table, number = choose_table(place.data.table_path, num_classes)
+        note = f"{root}: the {number} classes of {place.data.title}"
+        found = Classes(table, number, [note])
+    elif path is None and pair and os.path.lexists(os.path.join(root, TABLE)):
         table, number = choose_table(os.path.join(root, TABLE), num_classes)  # with a list too
         found = Classes(table, number, [f"{root}: {number} classes by {TABLE}"])
     elif path is None and num_classes is None and data_list is None and pair:

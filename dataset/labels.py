@@ -56,6 +56,7 @@ class Label(NamedTuple):
     category: str
     has_instances: bool
     color: Color
+    mirror: int | None = None  # train id in a mirrored picture, as left parts become right; None for the same
 
 
 LABELS = (
@@ -106,9 +107,11 @@ class ClassTable:
         classes: the K classes: the first row of each train id, ordered by train id.
         names: names of the classes.
         colors: RGB colors of the classes.
+        mirrored: train id of each class in a mirrored picture; None if all stay the same.
 
     Raises:
-        ValueError: there are no classes, train ids have gaps, or two rows have the same id.
+        ValueError: there are no classes, train ids have gaps, two rows have the same id, or the mirrors of
+            two classes are not each other.
     """
 
     def __init__(self, labels: Sequence[Label]):
@@ -128,6 +131,16 @@ class ClassTable:
         self.classes = tuple(first[train_id] for train_id in range(len(first)))
         self.names = tuple(label.name for label in self.classes)
         self.colors = tuple(label.color for label in self.classes)
+        same = tuple(range(len(first)))
+        mirrors = (first[k].mirror for k in same)
+        mirrored = tuple(k if mirror is None else mirror for k, mirror in zip(same, mirrors, strict=True))
+        for k, other in enumerate(mirrored):
+            if other not in same or mirrored[other] != k:
+                raise ValueError(
+                    f"{self.names[k]} has the mirror {other}, but the class {other} does not have the mirror "
+                    f"{k}; give both or none"
+                )
+        self.mirrored = None if mirrored == same else mirrored
 
     def train_ids(self, ignore_label: int = IGNORE) -> np.ndarray:
         """Return the lookup table int16 [256] from label id to train id, with -1 for unknown ids.
@@ -156,6 +169,19 @@ class ClassTable:
                 table[key] = number
             elif self.labels[before].train_id != label.train_id:
                 raise ValueError(f"{self.labels[before].name} and {label.name} have the same color")
+        return table
+
+    def mirror_lookup(self, ignore_label: int = IGNORE) -> np.ndarray | None:
+        """Return the lookup table uint8 [256] from train id to that in a mirrored picture; None if the same.
+
+        Void stays void, also if `ignore_label` is a class.
+        """
+        if self.mirrored is None:
+            return None
+        table = np.arange(256, dtype=np.uint8)
+        for k, other in enumerate(self.mirrored):
+            if ignore_label not in (k, other):
+                table[k] = other
         return table
 
     def label_ids(self) -> np.ndarray:
@@ -244,6 +270,14 @@ class LabelReader:
         """Return the id of each class in pictures of label ids, uint8 [K]."""
         known = (self.table or CITYSCAPES).label_ids()
         return known if len(known) == self.num_classes else np.arange(self.num_classes, dtype=np.uint8)
+
+    def mirrored(self) -> tuple[int, ...] | None:
+        """Return the train id of each class in a mirrored picture; None if all stay the same."""
+        return None if self.table is None else self.table.mirrored
+
+    def mirror_lookup(self) -> np.ndarray | None:
+        """Return the lookup table of `ClassTable.mirror_lookup`."""
+        return None if self.table is None else self.table.mirror_lookup(self.ignore_label)
 
     def is_cityscapes(self) -> bool:
         """Return whether the classes are the 19 of the Cityscapes benchmark."""
@@ -365,8 +399,9 @@ class LabelReader:
         )
 
 
-#: The columns of a class table file.
+#: The columns of a class table file, and the one that it may have too.
 COLUMNS = ("name", "id", "train_id", "color")
+MIRROR = "mirror"
 #: Maximum bytes of the file, and characters of a name.
 MOST_TEXT, LONGEST_NAME = 2**20, 200
 #: Maximum number of rows: row numbers have eight bits, and 255 means no row.
@@ -379,7 +414,7 @@ def read_table(path: str) -> ClassTable:
     The first line names the columns name, id, train_id and color, in any order. Further columns are ignored,
     and so are empty lines and lines that start with #. id is the value in the label pictures (0 to 255, or -
     for color pictures), train_id is the number of the class (0, 1, 2, ..., or 255 for void), and color is
-    R,G,B.
+    R,G,B. A column mirror may have the train id that the class has in a mirrored picture, if it is another.
 
     Raises:
         DataError: the table is unreadable or invalid; the message names the file and the line.
@@ -421,7 +456,8 @@ def format_table(table: ClassTable) -> str:
     Raises:
         ValueError: a name is empty, too long or holds a NUL character.
     """
-    lines = ["id\ttrain_id\tcolor\tname"]
+    has_mirrors = table.mirrored is not None
+    lines = ["id\ttrain_id\tcolor" + has_mirrors * f"\t{MIRROR}" + "\tname"]
     for label in table.labels:
         name = " ".join(label.name.split())  # tabs and line breaks would end the cell
         if not 0 < len(name) <= LONGEST_NAME or "\0" in name:
@@ -429,7 +465,8 @@ def format_table(table: ClassTable) -> str:
                 f"the class name {name[:40]!r} can't be written; give one of 1 to {LONGEST_NAME} characters"
             )
         number = "-" if label.id < 0 else str(label.id)
-        lines.append(f"{number}\t{label.train_id}\t{color_text(label.color)}\t{name}")
+        mirror = f"\t{'-' if label.mirror is None else label.mirror}" if has_mirrors else ""
+        lines.append(f"{number}\t{label.train_id}\t{color_text(label.color)}{mirror}\t{name}")
     return "\n".join(lines) + "\n"
 
 
@@ -468,6 +505,7 @@ def rows_of_table(table: ClassTable | None) -> list[dict[str, Any]]:
     """Return the rows of a class table as JSON values; None is the table of Cityscapes."""
     return [
         {"name": label.name, "id": label.id, "train_id": label.train_id, "color": list(label.color)}
+        | ({} if label.mirror is None else {MIRROR: label.mirror})
         for label in (table or CITYSCAPES).labels
     ]
 
@@ -477,7 +515,7 @@ def table_of_rows(path: str, rows: Sequence[Any]) -> ClassTable | None:
 
     Args:
         path: the checkpoint, for the error message.
-        rows: the rows, from `rows_of_table` or from another program. Their color may be None.
+        rows: the rows, from `rows_of_table` or from another program. Their color and mirror may be None.
 
     Raises:
         DataError: a row or the table is invalid.
@@ -497,6 +535,8 @@ def table_of_rows(path: str, rows: Sequence[Any]) -> ClassTable | None:
                 raise ValueError(f"row {number} is not a label")
             text = {name: str(cell) for name, cell in cells.items()}
             text["color"] = ",".join(map(str, cells["color"]))
+            if row.get(MIRROR) is not None:
+                text[MIRROR] = str(row[MIRROR])
             labels.append(_row({**text, "id": "-" if cells["id"] == -1 else text["id"]}))
         table = ClassTable(labels)
     except ValueError as error:
@@ -521,6 +561,7 @@ def _row(row: dict[str, str]) -> Label:
         "",
         False,
         _color(row["color"]),
+        None if row.get(MIRROR, "") in ("", "-") else _byte(MIRROR, row[MIRROR]),
     )
 
 

@@ -133,8 +133,9 @@ def check_root(root: str) -> None:
     raise DataError(
         f"{root}: {problem}; give --data-dir the folder in which leftImg8bit_trainvaltest.zip and "
         "gtFine_trainvaltest.zip were unpacked (csDownload of the package cityscapesscripts downloads both, "
-        "python -m dataset.check checks them), a folder with your own pictures in images and their labels in "
-        "labels (docs/own_data.md), or the folder of the paths in --data-list"
+        "python -m dataset.check checks them), another data set of docs/datasets.md, a folder with your own "
+        "pictures in images and their labels in labels (docs/own_data.md), or the folder of the paths in "
+        "--data-list"
     )
 
 

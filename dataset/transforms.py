@@ -6,22 +6,82 @@ Source: dataset/datasets.py of the original.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from dataset import photometric as colors
+from dataset.photometric import Distortion
+
+#: Smallest and largest scale factor of the original.
+SCALE_RANGE = (0.7, 2.1)
+
+
+def factors_between(low: float, high: float) -> tuple[float, ...]:
+    """Return the scale factors low, low + 0.1, ..., high."""
+    return tuple(low + step / 10.0 for step in range(round(10 * (high - low)) + 1))
+
+
 #: The 15 scale factors 0.7, 0.8, ..., 2.1, drawn with equal probability.
-SCALES = tuple(0.7 + step / 10.0 for step in range(15))
+SCALES = factors_between(*SCALE_RANGE)
+
+
+def factor_of(size: tuple[int, int], short_side: int, long_side: int | None) -> float:
+    """Return the factor by which the short side of a picture becomes `short_side`.
+
+    Args:
+        size: (height, width) of the picture.
+        short_side: wanted length.
+        long_side: maximum length of the long side, for which the factor is smaller; None for no limit.
+
+    Source: TrainDataset of CSAIL's semantic-segmentation-pytorch, the published code of ADE20K.
+    """
+    factor = short_side / min(size)
+    return factor if long_side is None else min(factor, long_side / max(size))
+
+
+class Scaling(NamedTuple):
+    """Random scaling: by one of the factors or, if there are short sides, to one of them."""
+
+    factors: tuple[float, ...] = SCALES
+    short_sides: tuple[int, ...] = ()
+    long_side: int | None = None  # maximum length of the long side; see `factor_of`
+
+    def choose(self, drawn: float, size: tuple[int, int]) -> float:
+        """Return the scale factor of a picture.
+
+        Args:
+            drawn: random number in [0, 1).
+            size: (height, width) of the picture.
+        """
+        if self.short_sides:
+            side = self.short_sides[int(drawn * len(self.short_sides))]
+            return factor_of(size, side, self.long_side)
+        return self.factors[int(drawn * len(self.factors))]
+
+
+def choose_scaling(
+    random_scale: bool,
+    scale_range: tuple[float, float],
+    short_sides: Sequence[int] | None,
+    long_side: int | None,
+) -> Scaling | bool:
+    """Return the scaling that the flags of the same names ask for; False for none."""
+    if short_sides:
+        return Scaling((), tuple(short_sides), long_side)
+    return random_scale and Scaling(factors_between(*scale_range))
 
 
 class Augmentation(NamedTuple):
-    """The augmentation of a sample: resize by `scale`, crop at (top, left), then mirror."""
+    """The augmentation of a sample: resize by `scale`, crop at (top, left), mirror, then distort colors."""
 
-    scale: float  # a multiple of 0.1
+    scale: float
     top: int
     left: int
     mirror: bool
+    distortion: Distortion | None = None
 
 
 class Content(NamedTuple):
@@ -39,25 +99,38 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def draw(
-    rng: np.random.Generator, size: tuple[int, int], crop: tuple[int, int], scale: bool, mirror: bool
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    crop: tuple[int, int],
+    scale: bool | Scaling,
+    mirror: bool,
+    photometric: bool = False,
 ) -> Augmentation:
     """Draw the augmentation of a sample.
 
-    Every call draws the same number of random values, for all arguments.
+    Every call draws the same number of random values, and further ones at the end for `photometric`.
 
     Args:
         rng: random generator.
         size: (height, width) of the picture.
         crop: (height, width) of the crop.
-        scale: whether to scale randomly.
+        scale: how to scale randomly; True for the factors of the original, False for not at all.
         mirror: whether to mirror randomly.
+        photometric: whether to distort colors randomly.
     """
     factor_draw, top_draw, left_draw, mirror_draw = rng.random(4)
-    factor = SCALES[int(factor_draw * len(SCALES))] if scale else 1.0
+    scaling = Scaling() if scale is True else scale
+    factor = scaling.choose(factor_draw, size) if scaling else 1.0
     height, width = scaled_size(size, factor)
     top = int(top_draw * (max(height - crop[0], 0) + 1))
     left = int(left_draw * (max(width - crop[1], 0) + 1))
-    return Augmentation(factor, top, left, mirror and mirror_draw < 0.5)
+    distortion = colors.draw(rng) if photometric else None
+    return Augmentation(factor, top, left, mirror and mirror_draw < 0.5, distortion)
+
+
+def is_tenths(scale: float) -> bool:
+    """Return whether a scale factor is a multiple of 0.1, up to rounding."""
+    return abs(10 * scale - round(10 * scale)) < 1e-9
 
 
 class _Span(NamedTuple):
@@ -76,13 +149,15 @@ class _Span(NamedTuple):
 
 def _span(size: int, crop: int, scale: float, first: int) -> _Span:
     last = min(first + crop, int(np.rint(size * scale)))
+    end = min(math.ceil(last / scale) + 1, size)
+    if not is_tenths(scale):
+        return _Span(first, last, 0, end, 0)
     # Exactly n lines of the picture become k lines of the resized picture. Windows that start at a multiple
     # of this period are interpolated with the same fractions as the whole picture.
     tenths = round(scale * 10)
     k, n = tenths // math.gcd(tenths, 10), 10 // math.gcd(tenths, 10)
     # Start one period earlier, since the first line also needs the line before it.
     period = max(first // k - 1, 0)
-    end = min(math.ceil(last / scale) + 1, size)
     return _Span(first, last, period * n, end, period * k)
 
 
@@ -104,6 +179,7 @@ def apply(
     crop: tuple[int, int],
     augmentation: Augmentation,
     ignore_label: int,
+    mirrored: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Content]:
     """Augment a picture and its label.
 
@@ -118,11 +194,13 @@ def apply(
         crop: (height, width) of the result; smaller pictures are padded at the bottom and right.
         augmentation: augmentation to apply.
         ignore_label: value of the padding in the label.
+        mirrored: lookup table uint8 [256] from a label to that in a mirrored picture, in which left and right
+            parts are exchanged; None if labels stay the same.
 
     Returns:
         Image uint8 [*crop, 3] and label uint8 [*crop], both contiguous, and the area without padding.
     """
-    scale, top, left, mirror = augmentation
+    scale, top, left, mirror, distortion = augmentation
     rows, columns = (_span(*axis) for axis in zip(size, crop, (scale, scale), (top, left), strict=True))
     image = image[rows.begin : rows.end, columns.begin : columns.end]
     if scale == 1.0:
@@ -132,6 +210,8 @@ def apply(
         image = _resize(image, scale, rows, columns)
         label = label.take(_nearest(size[0], scale, rows), 0).take(_nearest(size[1], scale, columns), 1)
     image = image[: rows.last - top, : columns.last - left]
+    if distortion is not None:
+        image = colors.apply(np.ascontiguousarray(image), distortion)
     height, width = label.shape
     if (height, width) != crop:
         padding = (0, crop[0] - height, 0, crop[1] - width, cv2.BORDER_CONSTANT)
@@ -140,6 +220,8 @@ def apply(
     content = Content(height, 0, width)
     if mirror:
         image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+        if mirrored is not None:
+            label = cv2.LUT(label, mirrored)
         content = Content(height, crop[1] - width, crop[1])
     # Copy arrays that are read-only, because they may be views of the cache.
     return np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"]), content

@@ -102,7 +102,7 @@ def predict_multiscale(
     model: Model,
     image: Tensor,
     scales: Sequence[float],
-    flip: bool,
+    flip: bool | Sequence[int],
     tile_size: tuple[int, int] | None = None,
     num_classes: int | None = None,
     tile_batch: int = 1,
@@ -114,7 +114,8 @@ def predict_multiscale(
         image: images [N, 3, h, w].
         scales: factors of height and width. Each prediction is resized back before averaging.
         flip: whether to predict also the image mirrored left to right. The prediction of the mirrored image
-            is mirrored back before averaging.
+            is mirrored back before averaging. If left and right parts are classes, give the class that each
+            class has in a mirrored image instead of True.
         tile_size: (height, width) of the tiles; None predicts whole images.
         num_classes: number of classes, C; required with `tile_size`.
         tile_batch: see `predict_sliding`.
@@ -134,7 +135,7 @@ def predict_classes(
     model: Model,
     image: Tensor,
     scales: Sequence[float],
-    flip: bool,
+    flip: bool | Sequence[int],
     tile_size: tuple[int, int] | None = None,
     num_classes: int | None = None,
     tile_batch: int = 1,
@@ -179,7 +180,7 @@ def predict_classes(
 def _predicted_once(
     image: Tensor,
     scales: Sequence[float],
-    flip: bool,
+    flip: bool | Sequence[int],
     tile_size: tuple[int, int] | None,
     num_classes: int | None,
     tile_batch: int,
@@ -250,7 +251,7 @@ def _multiscale(
     model: Model,
     image: Tensor,
     scales: Sequence[float],
-    flip: bool,
+    flip: bool | Sequence[int],
     tile_size: tuple[int, int] | None,
     num_classes: int | None,
     tile_batch: int,
@@ -270,7 +271,8 @@ def _multiscale(
         scaled = _resized(picture, _scaled(picture.size, scale))
         logits = predict(scaled)
         if flip:
-            logits = _mean([logits, _mirrored(predict(_mirrored(scaled)))])
+            classes = None if flip is True else flip
+            logits = _mean([logits, _mirrored(predict(_mirrored(scaled)), classes)])
         predictions.append(_resized(logits, picture.size))
     return _mean(predictions)
 
@@ -398,13 +400,19 @@ def _resized(lines: _Lines, size: tuple[int, int]) -> _Lines:
     return _Lines(axis, size, read)
 
 
-def _mirrored(lines: _Lines) -> _Lines:
-    """Mirror lines left to right. Lines that are columns are read from the other end."""
+def _mirrored(lines: _Lines, channels: Sequence[int] | None = None) -> _Lines:
+    """Mirror lines left to right. Lines that are columns are read from the other end.
+
+    Args:
+        lines: lines of an image or of logits.
+        channels: channel from which each channel of the result is taken; None for the same.
+    """
 
     def read(start: int, stop: int) -> Tensor:
         if lines.axis == 3:
             start, stop = lines.length - stop, lines.length - start
-        return lines.read(start, stop).flip(-1)
+        flipped = lines.read(start, stop).flip(-1)
+        return flipped if channels is None else flipped[:, channels]
 
     return lines._replace(read=read)
 

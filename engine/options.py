@@ -30,6 +30,8 @@ from utils.errors import UsageError
 
 #: Minimum side of a crop. It gives 2x2 features at stride 8, enough for batch statistics of one sample.
 SMALLEST_CROP = 9
+#: Smallest and largest factor of the random scale, as in the original.
+SCALE_RANGE = (0.7, 2.1)
 
 Group = TypeVar("Group", bound="Options")
 
@@ -185,12 +187,15 @@ class DataOptions(Options):
     data_dir: str = option(
         "",
         Flag(
-            "data set in the Cityscapes layout, folder with your images/ and labels/, or the folder that the "
-            "paths of --data-list are relative to",
+            "published data set (docs/datasets.md), folder with your images/ and labels/, or the folder that "
+            "the paths of --data-list are relative to",
             required=True,
             noted=True,
             shared=True,
         ),
+    )
+    dataset: str | None = option(
+        None, Flag("name of the data set, if its folders do not tell it", noted=True, shared=True)
     )
     data_list: str | None = option(
         None, Flag("file of 'image<TAB>label' lines; by default the split of the data set", noted=True)
@@ -272,8 +277,33 @@ class SampleOptions(Options):
     input_size: tuple[int, int] = option(
         (769, 769), Flag("size of the crops", flags.size, metavar="H,W", recipe=True, shared=True)
     )
+    photometric: bool = option(
+        False, Flag("change brightness, contrast, saturation and hue at random", recipe=True)
+    )
     random_mirror: bool = option(False, Flag("mirror half of the samples", recipe=True))
-    random_scale: bool = option(False, Flag("scale each sample by a factor from 0.7 to 2.1", recipe=True))
+    random_scale: bool = option(False, Flag("scale each sample by a random factor", recipe=True))
+    scale_range: tuple[float, float] = option(
+        SCALE_RANGE,
+        Flag(
+            "smallest and largest factor of --random-scale, in steps of 0.1",
+            flags.factors,
+            metavar="LOW,HIGH",
+            recipe=True,
+        ),
+    )
+    short_sides: Sequence[int] | None = option(
+        None,
+        Flag(
+            "scale each sample so that its short side has one of these lengths",
+            flags.sides,
+            metavar="S,S",
+            recipe=True,
+        ),
+    )
+    long_side: int | None = option(
+        None,
+        Flag("maximum length of the long side with --short-sides", flags.side, metavar="S", recipe=True),
+    )
     num_workers: int = option(8, Flag("data workers per training process", flags.workers))
     cache: str | None = option(
         None, Flag("keep decoded pictures (8 MB each) for the next epochs", choices=("ram", "disk"))
@@ -289,6 +319,11 @@ class SampleOptions(Options):
     cache_dir: str | None = option(
         None, Flag("folder of --cache disk; by default --snapshot-dir", metavar="DIR")
     )
+
+    @property
+    def scaling(self) -> tuple[bool, tuple[float, float], Sequence[int] | None, int | None]:
+        """The arguments of dataset.transforms.choose_scaling."""
+        return self.random_scale, self.scale_range, self.short_sides, self.long_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -532,6 +567,11 @@ class TrainOptions(
                 f"--input-size {self.input_size[0]},{self.input_size[1]}: leaves one row or column of "
                 f"features; give at least {SMALLEST_CROP},{SMALLEST_CROP}"
             )
+        if self.short_sides and self.random_scale:
+            raise UsageError("--short-sides: replaces --random-scale; omit one of them")
+        if self.scale_range != SCALE_RANGE and not self.random_scale:
+            raise UsageError("--scale-range: requires --random-scale; add it")
+        check_long_side(self.short_sides, self.long_side)
         if self.data_list and self.val_every and not self.val_list:
             raise UsageError("--val-every: requires --val-list if --data-list is given; add it")
         if self.abn == "inplace" and self.amp:
@@ -641,9 +681,22 @@ class EvaluateOptions(
     """All options of evaluate.py."""
 
     title = "evaluation"
+    short_sides: Sequence[int] | None = option(
+        None,
+        Flag(
+            "average the predictions at these lengths of the short side, instead of --scales",
+            flags.sides,
+            metavar="S,S",
+            noted=True,
+        ),
+    )
+    long_side: int | None = option(
+        None,
+        Flag("maximum length of the long side with --short-sides", flags.side, metavar="S", noted=True),
+    )
     split: str = option(
         "val",
-        Flag("split of the data set; test has no labels and gives an archive to submit", noted=True),
+        Flag("split of the data set; test without labels gives an archive to submit", noted=True),
     )
     batch_size: int = option(1, Flag("pictures of equal size to predict together, per process", flags.batch))
     tile_batch: int | None = option(
@@ -657,3 +710,19 @@ class EvaluateOptions(
     )
     num_workers: int = option(2, Flag("data workers per process", flags.workers))
     output_dir: str = option(None, Flag("folder of the results; by default that of the checkpoint"))
+
+    def check(self) -> None:
+        """Check the options against each other.
+
+        Raises:
+            UsageError: options contradict each other. The message names the flag.
+        """
+        if self.short_sides and tuple(self.scales) != (1.0,):
+            raise UsageError("--short-sides: replaces --scales; omit one of them")
+        check_long_side(self.short_sides, self.long_side)
+
+
+def check_long_side(short_sides: Sequence[int] | None, long_side: int | None) -> None:
+    """Raise UsageError if --long-side is given without --short-sides."""
+    if long_side and not short_sides:
+        raise UsageError("--long-side: requires --short-sides; add it")

@@ -117,7 +117,7 @@ def describe(
         if value is not None:
             if name in run and run[name] != value:
                 notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")
-        elif name in run and not (name in ("recurrence", "classes") and run[name] is None):
+        elif name in run and not (run[name] is None and _may_be_none(name, found.get("model"))):
             check_value(file, name, run[name])
             value = table_path(checkpoint, run[name]) if name == "classes" else run[name]
             source, remedy = f"{file}: {name} {value}", f"give {flag} {of_weights.get(name)}"
@@ -140,6 +140,13 @@ def describe(
             without = f"without {run_files.ARGUMENTS} next to it or a description in it"
             notes.append(f"{checkpoint}: {without}, {', and '.join(what)}")
     return OfRun(Description(**found), labels if found["classes"] is None else None, run, notes)
+
+
+def _may_be_none(name: str, model: str | None) -> bool:
+    """Return whether a run of a model may have no value for a field of `Description`."""
+    return name == "classes" or (
+        name == "recurrence" and model is not None and MODELS[model].recurrence is None
+    )
 
 
 def _recorded(

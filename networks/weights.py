@@ -36,8 +36,8 @@ WRAPPERS = ("model", "state_dict")
 WRAPPING = ("module", "_orig_mod")
 #: Valid dtypes of weights: no integers, no complex numbers, and no 8-bit types, which need a scale.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: Maximum number of elements of an entry; the largest of CCNet has 12 million. A small file can hold an
-#: expanded view of any shape.
+#: Maximum number of elements of an entry; the largest of our networks has 19 million. A small file can hold
+#: an expanded view of any shape.
 LARGEST = 2**28
 
 #: First bytes of files that torch.save wrote before PyTorch 1.6.

@@ -288,7 +288,10 @@ WORDS = (
     "%s{}",
 )
 #: Flags that a fuzzer does not give: they start processes, open cameras or make a run long.
-LEFT_OUT = {"--help", "--nproc", "--local-rank", "--num-steps", "--rounds", "--seeds", "--fit", "--resume"}
+LEFT_OUT = {
+    "--help", "--nproc", "--local-rank", "--num-steps", "--rounds", "--seeds", "--fit", "--resume",
+    "--compile",
+}  # fmt: skip
 
 
 def values(action: argparse.Action) -> st.SearchStrategy[list[str]]:

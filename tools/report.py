@@ -173,6 +173,7 @@ class Evaluation(NamedTuple):
             num_classes=how["num_classes"],
             split=how["split"],
             table=table_of(results, result, how),
+            dataset=how.get("dataset"),
         )
         return cls(dataset, how, os.path.join(results, OUTPUTS))
 

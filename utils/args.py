@@ -145,20 +145,34 @@ positive_float = number(float, FLOAT32_MIN)
 fraction = number(float, 0, 1)
 numbers = several(positive_float)
 scales = several(number(float, 0.01, 16))
-_side = number(int, 1, LONGEST_SIDE)
+side = number(int, 1, LONGEST_SIDE)
+sides = several(side)
+
+
+def factors(text: str) -> tuple[float, float]:
+    """Parse "low,high", two scale factors in steps of 0.1."""
+    try:
+        found = [number(float, 0.1, 16)(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        found = []
+    if len(found) != 2 or found[0] > found[1] or any(abs(10 * x - round(10 * x)) > 1e-9 for x in found):
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)} is not a range of factors; give LOW,HIGH in steps of 0.1, such as 0.5,2.0"
+        )
+    return found[0], found[1]
 
 
 def size(text: str) -> tuple[int, int]:
     """Parse "height,width", or one number for a square, into (height, width)."""
     try:
-        sides = [int(_side(part)) for part in text.split(",")]
+        found = [int(side(part)) for part in text.split(",")]
     except argparse.ArgumentTypeError:
-        sides = []
-    if len(sides) not in (1, 2):
+        found = []
+    if len(found) not in (1, 2):
         raise argparse.ArgumentTypeError(
             f"{quoted(text)} is not a size; give height,width such as 769,769, each from 1 to {LONGEST_SIDE}"
         )
-    return sides[0], sides[-1]
+    return found[0], found[-1]
 
 
 def initial_weights(text: str) -> str | None:

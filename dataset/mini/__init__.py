@@ -1,69 +1,38 @@
-"""Generated street scenes in the Cityscapes layout, a small data set for tests and first trials.
+"""Generated pictures in the layout of Cityscapes or another data set, for tests and first trials.
 
-    python -m dataset.mini OUT [--train N] [--val N] [--size HxW] [--seed S]
+    python -m dataset.mini OUT [--layout NAME] [--train N] [--val N] [--size HxW] [--seed S]
 
-Every class of the Cityscapes benchmark occurs in both splits, with instances, occlusion, perspective and void
-regions. Light, colors and positions vary between pictures and between cities, so classes must be recognized
-by shape, texture and context rather than by color or position. Picture i of a split depends only on the seed,
-the split, i and the size.
+The pictures are street scenes; those in the layout of LIP are persons. Every class of the Cityscapes
+benchmark occurs in both splits, with instances, occlusion, perspective and void regions. Light, colors and
+positions vary between pictures and between cities, so classes must be recognized by shape, texture and
+context rather than by color or position. Picture i of a split depends only on the seed, the split, i, the
+size and the layout.
 """
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
-
-from dataset.mini.street import City, render
+from dataset.catalog import DATA_SETS
+from dataset.mini import layouts
+from dataset.mini.cityscapes import CITIES, picture, png
+from dataset.mini.street import render
 from utils.errors import UsageError
 from utils.files import write_file
 
-__all__ = ["picture", "render", "write"]
+__all__ = ["CITIES", "LAYOUTS", "picture", "render", "write"]
+
+#: The layout of Cityscapes, and those of the published data sets.
+CITYSCAPES = "cityscapes"
+LAYOUTS = (CITYSCAPES, *DATA_SETS)
 
 #: Format version; increase it whenever the same parameters would give different files.
 FORMAT = 1
 
-CITIES = {
-    "train": (
-        "ambersund",
-        "brinkhaven",
-        "corvale",
-        "dunmarch",
-        "eastmoor",
-        "fennick",
-        "galdorf",
-        "hollbrueck",
-    ),
-    "val": ("ivenstadt", "jorvelle", "kestrel", "lunebrook"),
-}
-
 _COMPLETE, _STARTED = "mini.json", "mini.started.json"
 #: Smallest and largest (height, width) of the pictures.
 SIZES = ((32, 64), (1024, 2048))
-
-
-def _png(array: np.ndarray) -> bytes:
-    return cv2.imencode(".png", array)[1].tobytes()
-
-
-def picture(split: str, index: int, size: tuple[int, int], seed: int) -> tuple[str, str, tuple]:
-    """Generate one picture of a split.
-
-    Args:
-        split: "train" or "val".
-        index: number of the picture in the split.
-        size: (height, width).
-        seed: seed of the data set.
-
-    Returns:
-        City, file name stem, and the arrays of `render`.
-    """
-    names = CITIES[split]
-    which, number = index % len(names), list(CITIES).index(split)
-    city = City.draw(np.random.default_rng((seed, number, 0, which)))
-    arrays = render(size, np.random.default_rng((seed, number, 1, index)), city)
-    return names[which], f"{names[which]}_{index // len(names):06d}_000019", arrays
 
 
 def _is_complete(out: Path, parameters: dict) -> bool:
@@ -86,7 +55,14 @@ def _is_complete(out: Path, parameters: dict) -> bool:
     return marker.name == _COMPLETE
 
 
-def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: int) -> bool:
+def is_generated(out: str | Path) -> bool:
+    """Return whether a folder holds a complete generated data set."""
+    return (Path(out) / _COMPLETE).is_file()
+
+
+def write(
+    out: str | Path, train: int, val: int, size: tuple[int, int], seed: int, layout: str = CITYSCAPES
+) -> bool:
     """Write the data set to a folder, or complete a part of it.
 
     Args:
@@ -95,27 +71,48 @@ def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: in
         val: number of pictures in the split "val".
         size: (height, width) of the pictures.
         seed: seed of the data set.
+        layout: one of LAYOUTS.
 
     Returns:
         Whether anything was written; False if the complete data set already exists.
 
     Raises:
-        UsageError: `out` is a file, or a folder with other content than a data set with these parameters.
+        UsageError: `out` is a file, or a folder with other content than a data set with these parameters, or
+            the layout does not have so many pictures.
     """
     out = Path(out)
     parameters = {"format": FORMAT, "train": train, "val": val, "size": list(size), "seed": seed}
+    is_cityscapes = layout == CITYSCAPES
+    if not is_cityscapes:
+        parameters["layout"] = layout
+    counts = {"train": train, "val": val} if is_cityscapes else layouts.splits(layout, train, val)
     if _is_complete(out, parameters):
         return False
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / _STARTED, json.dumps(parameters).encode())
-    for split, count in (("train", train), ("val", val)):
+    files = _files if is_cityscapes else partial(layouts.files, layout)
+    lists = {} if is_cityscapes else layouts.lists(layout, counts)
+    for path, content in lists.items():
+        _write(out / path, content)
+    for split, count in counts.items():
         for index in range(count):
-            city, stem, (image, labels, instances) = picture(split, index, size, seed)
-            pictures, truth = out / "leftImg8bit" / split / city, out / "gtFine" / split / city
-            pictures.mkdir(parents=True, exist_ok=True)
-            truth.mkdir(parents=True, exist_ok=True)
-            write_file(pictures / f"{stem}_leftImg8bit.png", _png(image))
-            write_file(truth / f"{stem}_gtFine_labelIds.png", _png(labels))
-            write_file(truth / f"{stem}_gtFine_instanceIds.png", _png(instances))
+            for path, content in files(split, index, size, seed).items():
+                _write(out / path, content)
     os.replace(out / _STARTED, out / _COMPLETE)
     return True
+
+
+def _files(split: str, index: int, size: tuple[int, int], seed: int) -> dict[str, bytes]:
+    """Return the content of each file of a picture in the layout of Cityscapes, by its path."""
+    city, stem, (image, labels, instances) = picture(split, index, size, seed)
+    truth = f"gtFine/{split}/{city}/{stem}_gtFine"
+    return {
+        f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png": png(image),
+        f"{truth}_labelIds.png": png(labels),
+        f"{truth}_instanceIds.png": png(instances),
+    }
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, content)

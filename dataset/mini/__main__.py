@@ -32,6 +32,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=_size, default=(128, 256), help="size of the pictures, HEIGHTxWIDTH (default: 128x256)"
     )
+    parser.add_argument(
+        "--layout", choices=mini.LAYOUTS, default=mini.CITYSCAPES, help="data set whose layout to write"
+    )
     parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the data set")
     return parser
 
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"
     try:
-        written = mini.write(args.out, args.train, args.val, args.size, args.seed)
+        written = mini.write(args.out, args.train, args.val, args.size, args.seed, args.layout)
     except OSError as error:
         raise unwritable(error) from error
     print(f"{args.out}: {'wrote' if written else 'already holds'} {what}")

@@ -686,7 +686,7 @@ class TestWrongUsage:
         data = ["--data-dir", folder / "data", *TINY]
         for flags, word in (
             (["--backbone", "resnet101"], "--backbone"),
-            (["--num-classes", "7"], "--num-classes 19"),
+            (["--num-classes", "7"], "classes 19"),
         ):
             status, line = called(evaluate, [*data, *checkpoint, *flags], monkeypatch, capsys)
             assert status == 2 and "CS_scenes_4.pth" in line and word in line

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,16 +88,18 @@ def shared_memory() -> dict[str, dict[str, int]]:
     kernels = Emulator(build())
     table: dict[str, dict[str, int]] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+        paths: list[tuple[str, dict[str, Any]]] = [(str(dtype).removeprefix("torch."), {})]
+        if dtype == torch.float32:
+            paths += [("tf32", {"tf32": True}), ("float32 in lines", {"untested": True})]
+        for name, path in paths:
             for length in LENGTHS:
                 query, value = (
                     torch.zeros(1, 64, 1, length, dtype=dtype),
                     torch.zeros(1, 64, 1, length, dtype=dtype),
                 )
-                out, normalizer = kernels.forward(query, query, value, tf32=tf32)
+                out, normalizer = kernels.forward(query, query, value, **path)
                 forward = kernels.library.emulator_largest_shared()
-                kernels.backward(query, query, value, out, normalizer, value, tf32=tf32)
+                kernels.backward(query, query, value, out, normalizer, value, **path)
                 table.setdefault(f"forward {name}", {})[str(length)] = forward
                 backward = kernels.library.emulator_largest_shared()
                 table.setdefault(f"backward {name}", {})[str(length)] = backward

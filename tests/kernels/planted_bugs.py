@@ -19,6 +19,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # run as a script, outside pytest
 
 from emulator import CSRC, SCHEDULES, Emulator  # noqa: E402
+from planted_float32_bugs import FLOAT32  # noqa: E402
 from planted_loss_bugs import LOSS  # noqa: E402
 from planted_norm_bugs import NORM  # noqa: E402
 from planting import Bug, Suite  # noqa: E402
@@ -675,7 +676,7 @@ def failure(library: Path) -> str | None:
 
 
 ATTENTION = Suite(CSRC, BUGS, failure)
-SUITES = [ATTENTION, NORM, LOSS]
+SUITES = [ATTENTION, FLOAT32, NORM, LOSS]
 
 
 def main(names: list[str]) -> int:

@@ -57,6 +57,17 @@ def test_blocks_ask_for_the_shared_memory_of_the_table() -> None:
         block = EXPECTED["shared_memory"][operator]["112"]
         assert 2 * (block + 1024) <= 228 * 1024  # two blocks in a multiprocessor of sm_90
         assert block <= 99 * 1024  # one in that of sm_86, sm_89 and sm_120
+    for operator in ("forward float32 in lines", "backward float32 in lines"):
+        block = EXPECTED["shared_memory"][operator]["97"]
+        assert 3 * (block + 1024) <= 228 * 1024
+
+
+def test_registers_of_the_float32_kernels_for_lines_of_97() -> None:
+    """Three blocks of 128 threads fit in a multiprocessor, so that some compute while others wait."""
+    for kernels in EXPECTED["kernels"].values():
+        for name in ("forward_kernel<13, 7>", "backward_kernel<float32::Shape<128, 9, 11, 14, 7, 98, 3> >"):
+            kernel = kernels[f"float32_{name.split('_')[0]}: float32::{name}"]
+            assert 3 * 128 * kernel["registers"] <= 64 * 1024
 
 
 @pytest.mark.build

@@ -7,6 +7,7 @@ from planting import Bug, Suite
 
 SAMPLE = (
     *("forward: values without a barrier", "backward: dS without a barrier", "general: weights overtake"),
+    *("float32 forward: pieces without a barrier", "float32 backward: delta without a barrier"),
     *("norm: partial sums without a barrier", "norm: channels beyond the end"),
     *("loss: sum: no barrier", "loss: gradient: row of others"),
 )

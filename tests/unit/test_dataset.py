@@ -50,7 +50,7 @@ def test_label_table():
 
 def augmented_by_the_original(image, label, crop, augmentation):
     """Augment as the original: resize bytes, convert, subtract the mean, pad, crop, transpose, mirror."""
-    scale, top, left, mirror = augmentation
+    scale, top, left, mirror, _ = augmentation
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
     label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
     image = np.asarray(image, np.float32)

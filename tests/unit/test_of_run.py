@@ -99,7 +99,15 @@ def test_a_recurrence_only_where_there_is_an_attention(tmp_path: Path, where: st
 
 @pytest.mark.parametrize(
     "run",
-    [{"model": "other"}, {"backbone": 7}, {"recurrence": "2"}, {"num_classes": None}, {"classes": ["a"]}],
+    [
+        {"model": "other"},
+        {"model": None},
+        {"backbone": 7},
+        {"recurrence": "2"},
+        {"recurrence": None},
+        {"num_classes": None},
+        {"classes": ["a"]},
+    ],
 )
 def test_impossible_values_are_named(tmp_path: Path, state: dict[str, Tensor], run: dict) -> None:
     (name,) = run

@@ -236,13 +236,14 @@ class Emulator:
 
     tensor_cores: whether the last attention call ran on tensor cores.
     workspace_size: bytes of its workspace.
+    lines: whether it ran on the kernels for lines in float32.
     """
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_error.restype = ctypes.c_char_p
         self.library.emulator_switches.restype = c_int64
-        self.tensor_cores = False
+        self.tensor_cores = self.lines = False
         self.workspace_size = 0
 
     def call(
@@ -289,6 +290,8 @@ class Emulator:
         give("workspace", operands["workspace"])
         self.call(name, byref(arguments), byref(device), shared_memory=shared_memory, **settings)
         self.tensor_cores = bool(self.library[f"{name}_on_tensor_cores"](byref(arguments), byref(device)))
+        in_float32 = bool(self.library[f"{name}_in_float32"](byref(arguments), byref(device)))
+        self.lines = bool(untested) and not self.tensor_cores and in_float32
         check(operands)
 
     def forward(

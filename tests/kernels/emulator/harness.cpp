@@ -1,6 +1,7 @@
 // The functions of kernels.h for the GPU, under names that Python can look up.
 #include "../kernels.h"  // of the copy of the sources that build() makes
 
+#include "../cuda/float32.h"
 #include "../cuda/tensor_core.h"
 
 using namespace cc_attention;
@@ -19,6 +20,14 @@ extern "C" int emulated_forward_on_tensor_cores(const Forward* arguments, const 
 
 extern "C" int emulated_backward_on_tensor_cores(const Backward* arguments, const Device* device) {
   return tensor_core::serves(*arguments, *device);
+}
+
+extern "C" int emulated_forward_in_float32(const Forward* arguments, const Device* device) {
+  return float32::serves(*arguments, *device);
+}
+
+extern "C" int emulated_backward_in_float32(const Backward* arguments, const Device* device) {
+  return float32::serves(*arguments, *device);
 }
 
 extern "C" int emulated_primitive(int primitive, int dtype, const Sizes* sizes, const void* first, const void* second,
