@@ -20,6 +20,7 @@ import fused
 from dataset import IMG_MEAN, CSDataSet, cache, recognition, transforms
 from dataset.classes import Classes, choose_classes
 from dataset.labels import ClassTable
+from engine import recipes
 from engine.data.loader import Loading, train_batches
 from engine.options import TrainOptions, add_flags, for_device
 from engine.randomness import seed_of, set_deterministic
@@ -45,7 +46,7 @@ from utils.resources import check_fits
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of train.py."""
-    parser = flags.Parser("train.py", __doc__)
+    parser = recipes.Parser("train.py", __doc__)
     add_flags(parser, TrainOptions, {"model": MODELS, "backbone": DEPTHS, "dataset": recognition.NAMES})
     return parser
 
@@ -59,6 +60,7 @@ def main() -> int:
         options = TrainOptions.of(args)
         devices = distributed.choose_devices(options.gpu, options.nproc)
         options, notes = for_device(options, devices[0])
+        notes += [f"recipe {recipes.path_of(args.recipe)}"] if args.recipe else []
     return distributed.run(
         devices,
         check=lambda: check(options, classes, notes, distributed.processes(devices), devices[0]),

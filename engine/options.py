@@ -160,7 +160,11 @@ def add_flags(
                     "help": f"{flag.help}; by default that of the checkpoint{other}",
                     "default": None,
                 }
-            if default is False and flag.parse is None:
+            if default is False and flag.parse is None and issubclass(options, TrainOptions):
+                # The command has no positional arguments that could be taken for the value. A value overrides
+                # a recipe: --random-mirror 0.
+                settings |= {"type": flags.boolean, "nargs": "?", "const": True, "metavar": "0|1"}
+            elif default is False and flag.parse is None:
                 settings["action"] = "store_true"
             else:
                 settings["type"] = flag.parse or str
@@ -345,7 +349,8 @@ class StartOptions(NetworkOptions):
         None,
         Flag(
             "initial weights, of an ImageNet backbone or of this network: a file, or torchvision or "
-            "timm:NAME to download them; random by default",
+            "timm:NAME to download them; random by default, or with the word random",
+            flags.initial_weights,
             metavar="FILE",
         ),
     )

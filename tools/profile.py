@@ -50,6 +50,7 @@ from tools.cost import (
     parameters_of,
     simulate,
 )
+from tools.published import ATTENTION_COST
 from utils import args as flags
 from utils.errors import UsageError
 from utils.files import check_outputs, check_writable, write_file
@@ -61,15 +62,7 @@ from utils.resources import check_memory
 OVERHEAD, RESERVE = 1.05, 1 * GIB
 #: Largest batch that train.py accepts.
 LARGEST_BATCH = 2**16
-#: --paper: GFLOPs and memory (MB) published for models and recurrences (ICCV, tables 3 and 5; the last one is
-#: of TPAMI; input 3x769x769).
-PAPER = {
-    ("ccnet", 1): (8.3, 53),
-    ("ccnet", 2): (16.5, 127),
-    ("ccnet", 3): (24.7, 208),
-    ("nonlocal", 1): (108, 1411),
-    ("nonlocal", 2): (216, 2820),
-}
+#: --paper: size of the input in the papers.
 PAPER_SIZE = (769, 769)
 #: Part of the network that is the attention.
 PAPER_PARTS = {"ccnet": "head.cca", "nonlocal": "head.attention"}
@@ -276,7 +269,7 @@ def paper() -> dict[str, dict[str, float]]:
     setting = Setting(backbone="resnet50", size=PAPER_SIZE, train=True)
     without = simulate(setting._replace(recurrence=0))
     rows = {}
-    for (model, recurrence), (gflops, megabytes) in PAPER.items():
+    for (model, recurrence), (gflops, megabytes) in ATTENTION_COST.items():
         one = setting._replace(model=model, recurrence=recurrence)
         ours = simulate(one)
         theirs = simulate(one._replace(train=False), formulas=paper_formulas())

@@ -17,9 +17,9 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import evaluate
 import train
@@ -71,34 +71,92 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     own, of_train, of_evaluate = split(sys.argv[1:] if argv is None else argv)
     args = get_parser().parse_args(own)
-    recipe = train.get_parser().parse_args(of_train)  # reports wrong flags before anything starts
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    print(table(measure(args.out, seeds, of_train, of_evaluate)), end="")
+
+
+class Plan(NamedTuple):
+    """The run of a seed: its folder, its last snapshot, and the flags of both commands."""
+
+    folder: str
+    checkpoint: str
+    of_train: list[str]
+    of_evaluate: list[str]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is trained, and evaluated with these flags."""
+        return is_result_of(self.folder, self.checkpoint, self.of_evaluate)
+
+    def commands(self) -> list[list[str]]:
+        """Return the commands that train, or resume, and evaluate."""
+        return [
+            ["train.py", *self.of_train],
+            ["evaluate.py", *self.of_evaluate, "--restore-from", self.checkpoint],
+        ]
+
+
+def plans(out: str, seeds: Iterable[int], of_train: list[str], of_evaluate: list[str]) -> dict[int, Plan]:
+    """Return the run of each seed, after checking the flags and that nothing is overwritten.
+
+    Args:
+        out: folder of the runs.
+        seeds: the seeds.
+        of_train: flags of train.py.
+        of_evaluate: flags of evaluate.py besides those that it shares with train.py.
+
+    Raises:
+        UsageError: a flag or a file is invalid.
+        SystemExit: a flag can't be parsed.
+    """
+    recipe = train.get_parser().parse_args(of_train)
     shared = [
         part for name in SHARED if (value := getattr(recipe, name)) is not None for part in flag(name, value)
     ]
     scoring = evaluate.get_parser().parse_args([*shared, *of_evaluate])
-    tables = [os.path.join(args.out, name) for name in TABLES]
     inputs = [recipe.restore_from, recipe.data_list, recipe.val_list, recipe.classes]
-    check_outputs(f"DIR {args.out}", tables, [*inputs, scoring.data_list, scoring.classes])
-    check_writable("DIR", args.out)
-
-    rows = []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        folder = os.path.join(args.out, f"seed_{seed}")
-        run("train.py", *of_train, "--random-seed", seed, "--snapshot-dir", folder, "--resume")
+    outputs = [os.path.join(out, name) for name in TABLES]
+    check_outputs(f"DIR {out}", outputs, [*inputs, scoring.data_list, scoring.classes])
+    check_writable("DIR", out)
+    found = {}
+    for seed in seeds:
+        folder = os.path.join(out, f"seed_{seed}")
+        own = ["--random-seed", str(seed), "--snapshot-dir", folder, "--resume"]
         checkpoint = os.path.join(folder, f"CS_scenes_{recipe.num_steps}.pth")
-        if not is_result_of(folder, checkpoint, [*shared, *of_evaluate]):
-            run("evaluate.py", *shared, *of_evaluate, "--restore-from", checkpoint)
-        found = run_files.read_result(folder)
+        found[seed] = Plan(folder, checkpoint, [*of_train, *own], [*shared, *of_evaluate])
+    return found
+
+
+def measure(
+    out: str, seeds: Iterable[int], of_train: list[str], of_evaluate: list[str]
+) -> list[dict[str, Any]]:
+    """Train and evaluate with each seed, write the tables, and return the seed and the mean IoU of each run.
+
+    Args:
+        out: see `plans`, as for the others.
+        seeds: the seeds.
+        of_train: flags of train.py.
+        of_evaluate: flags of evaluate.py.
+
+    Raises:
+        UsageError, RunError: a flag is invalid, or a command failed.
+        SystemExit: a flag can't be parsed.
+    """
+    rows = []
+    for seed, plan in plans(out, seeds, of_train, of_evaluate).items():
+        training, evaluation = plan.commands()
+        run(*training)
+        if not plan.is_finished:
+            run(*evaluation)
+        found = run_files.read_result(plan.folder)
         if found is None or found["meanIU"] is None:
             raise RunError(
-                f"{folder}: evaluate.py gave no score, because no class occurs; evaluate other pictures"
+                f"{plan.folder}: evaluate.py gave no score, because no class occurs; evaluate other pictures"
             )
         rows.append({"seed": seed, "meanIU": found["meanIU"]})
-
-    text = table(rows)
-    for path, content in zip(tables, (text, json.dumps(summary(rows), indent=2) + "\n"), strict=True):
-        write_file(path, content)
-    print(text, end="")
+    for name, content in zip(TABLES, (table(rows), json.dumps(summary(rows), indent=2) + "\n"), strict=True):
+        write_file(os.path.join(out, name), content)
+    return rows
 
 
 def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
@@ -140,8 +198,14 @@ def is_result_of(folder: str, checkpoint: str, given: Sequence[str]) -> bool:
     )
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def split(
+    argv: Sequence[str], own: tuple[Sequence[str], Sequence[str]] = OWN
+) -> tuple[list[str], list[str], list[str]]:
     """Split a command line into the flags of this command, of train.py and of evaluate.py.
+
+    Args:
+        argv: the command line.
+        own: flags of train.py and of evaluate.py that this command sets.
 
     Raises:
         UsageError: --train is missing, or a flag is set by this command.
@@ -153,15 +217,14 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     second = argv.index(EVALUATE) if EVALUATE in argv else len(argv)
     if second < first:
         raise UsageError(f"{EVALUATE}: stands before {TRAIN}; give it after {TRAIN} and its flags")
-    own = list(argv[:first])
     of_train, of_evaluate = list(argv[first + 1 : second]), list(argv[second + 1 :])
-    for given, taken in zip((of_train, of_evaluate), OWN, strict=True):
+    for given, taken in zip((of_train, of_evaluate), own, strict=True):
         for part in given:
             name = part.split("=")[0]
             # argparse accepts abbreviations of flags.
             if name.startswith("--") and any(flag.startswith(name) for flag in taken):
                 raise UsageError(f"{part}: set by this command for each seed; omit it")
-    return own, of_train, of_evaluate
+    return list(argv[:first]), of_train, of_evaluate
 
 
 def flag(name: str, value: Any) -> list[str]:

@@ -175,6 +175,11 @@ def size(text: str) -> tuple[int, int]:
     return found[0], found[-1]
 
 
+def initial_weights(text: str) -> str | None:
+    """Parse the source of initial weights; the word random, which overrides a recipe, means none."""
+    return None if text == "random" else text
+
+
 def exhausted(what: str) -> RunError:
     """Return the error for a shortage, naming flags that help.
 

@@ -74,8 +74,9 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
             continue
         known = options | (options_of("train") or set()) | (options_of("evaluate") or set())
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", rest.replace("\\\n", " ")):
-            # tools.seeds passes on the flags after --train and --evaluate.
-            allowed = known | {"--train", "--evaluate"} if name == "tools.seeds" else options
+            # These pass on the flags after --train and --evaluate.
+            passes = name in ("tools.seeds", "tools.table")
+            allowed = known | options | {"--train", "--evaluate"} if passes else options
             assert flag in allowed, f"{name} {flag}"
 
 
