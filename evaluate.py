@@ -35,8 +35,9 @@ from engine.inference import predict_classes
 from engine.options import EvaluateOptions, add_flags, for_device
 from engine.runtime import distributed
 from networks import MODELS, Network, fold_batch_norm, load_weights, make_network, match_weights
+from networks.models import backbone_name
 from networks.of_run import Description, args_file, describe, of_flags
-from networks.variants import DEPTHS, options_of
+from networks.variants import options_of
 from networks.weights import read_state_dict
 from utils import args as flags
 from utils.drawing.palette import make_palette, save_gray_png, save_indexed_png
@@ -52,7 +53,7 @@ Weights = dict[str, Tensor] | None
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of evaluate.py."""
     parser = flags.Parser("evaluate.py", __doc__)
-    add_flags(parser, EvaluateOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
+    add_flags(parser, EvaluateOptions, {"model": MODELS, "backbone": backbone_name}, reads_checkpoint=True)
     return parser
 
 

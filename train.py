@@ -36,9 +36,9 @@ from loss.criterion import upsample
 from networks import MODELS, Network, load_weights, make_network, match_weights, synchronize, train_mode
 from networks.abn import require_inplace_abn
 from networks.attention import has_attention, picture_attention
-from networks.models import check_statistics, recurrence_of
+from networks.models import backbone_name, check_statistics, recurrence_of
 from networks.pretrained import read_weights
-from networks.variants import DEPTHS, options_of
+from networks.variants import options_of
 from utils import args as flags
 from utils.drawing.attention_figure import draw_attention
 from utils.drawing.palette import colored, make_palette
@@ -49,7 +49,7 @@ from utils.resources import check_fits
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of train.py."""
     parser = flags.Parser("train.py", __doc__)
-    add_flags(parser, TrainOptions, {"model": MODELS, "backbone": DEPTHS})
+    add_flags(parser, TrainOptions, {"model": MODELS, "backbone": backbone_name})
     return parser
 
 

@@ -127,7 +127,7 @@ def for_device(options: Group, device: torch.device) -> tuple[Group, list[str]]:
 def add_flags(
     parser: argparse.ArgumentParser,
     options: type[Options],
-    choices: Mapping[str, Iterable[str]] = MappingProxyType({}),
+    choices: Mapping[str, Iterable[str] | Callable[[str], str]] = MappingProxyType({}),
     reads_checkpoint: bool = False,
 ) -> None:
     """Add the flags of `options` to a parser, group by group.
@@ -135,7 +135,8 @@ def add_flags(
     Args:
         parser: parser to add the flags to.
         options: class of the options of the command.
-        choices: accepted values of flags, by name, for flags whose choices depend on the caller.
+        choices: accepted values of flags, by name, or a function that returns an accepted value, for flags
+            whose choices depend on the caller.
         reads_checkpoint: whether flags with `from_run` take their default from the run of the checkpoint.
     """
     groups: dict[str, Any] = {}
@@ -163,7 +164,11 @@ def add_flags(
             else:
                 settings["type"] = flag.parse or str
                 settings["metavar"] = flag.metavar
-                settings["choices"] = sorted(choices[name]) if name in choices else flag.choices
+                accepted = choices.get(name, flag.choices)
+                if callable(accepted):
+                    settings["type"] = accepted
+                else:
+                    settings["choices"] = sorted(accepted or ()) if name in choices else accepted
                 settings["required"] = flag.required
             if flag.bare:
                 settings |= {"nargs": "?", "const": True}
@@ -228,7 +233,16 @@ class NetworkOptions(Options):
 
     title = "network"
     model: str = option("ccnet", Flag("network", recipe=True, noted=True, from_run=True))
-    backbone: str = option("resnet101", Flag("backbone", recipe=True, noted=True, from_run=True))
+    backbone: str = option(
+        "resnet101",
+        Flag(
+            "backbone: resnet50, resnet101, or timm:NAME for a network of the timm library",
+            metavar="NAME",
+            recipe=True,
+            noted=True,
+            from_run=True,
+        ),
+    )
     recurrence: int | None = option(
         None,
         Flag(
@@ -481,8 +495,12 @@ class TrainOptions(
 
     @property
     def all_weights_used(self) -> bool:
-        """Whether every weight gets a gradient; with --recurrence 0, those of the attention get none."""
-        return self.recurrence != 0
+        """Whether every weight gets a gradient.
+
+        With --recurrence 0, those of the attention get none. A network of timm may have weights that only its
+        classifier needs.
+        """
+        return self.recurrence != 0 and not self.backbone.startswith("timm:")
 
     def stepping(self, device: torch.device) -> StepOptions:
         """Return the options of a step on `device`."""

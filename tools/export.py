@@ -32,7 +32,7 @@ from engine.inference import resize
 from engine.options import ToolOptions, add_flags
 from networks import MODELS, Network, fold_batch_norm
 from networks.heads import RCCAHead
-from networks.variants import DEPTHS
+from networks.models import backbone_name
 from segmenter import Segmenter
 from tools import common
 from utils.errors import CheckpointError, RunError, UsageError
@@ -314,7 +314,7 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = common.Parser("export", __doc__)
     add = parser.add_argument
-    add_flags(parser, ToolOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
+    add_flags(parser, ToolOptions, {"model": MODELS, "backbone": backbone_name}, reads_checkpoint=True)
     add("--out", metavar="FILE", required=True, help="file to write, .onnx or .pt2")
     add(
         "--output",
