@@ -495,12 +495,8 @@ class TrainOptions(
 
     @property
     def all_weights_used(self) -> bool:
-        """Whether every weight gets a gradient.
-
-        With --recurrence 0, those of the attention get none. A network of timm may have weights that only its
-        classifier needs.
-        """
-        return self.recurrence != 0 and not self.backbone.startswith("timm:")
+        """Whether every weight gets a gradient; with --recurrence 0, those of the attention get none."""
+        return self.recurrence != 0
 
     def stepping(self, device: torch.device) -> StepOptions:
         """Return the options of a step on `device`."""

@@ -207,8 +207,8 @@ def backbone_of(checkpoint: str, state: Mapping[str, Tensor], said: Any = None) 
     Args:
         checkpoint: path of the checkpoint, for the error message.
         state: its weights.
-        said: the backbone by a flag or by what is recorded. It names a network of timm, which the entries of
-            the state dict do not.
+        said: the backbone by a flag or by what is recorded. The entries of the state dict do not name a
+            network of timm.
 
     Raises:
         CheckpointError: the block counts match no known backbone, or the network of timm is not named.
@@ -217,8 +217,8 @@ def backbone_of(checkpoint: str, state: Mapping[str, Tensor], said: Any = None) 
         if is_timm(said):
             return str(said)
         raise CheckpointError(
-            f"{checkpoint}: its backbone is a network of timm, and neither args.json nor a description in the "
-            "file says which; give --backbone timm:NAME"
+            f"{checkpoint}: its backbone is a network of timm, and nothing says which (args.json next to it, "
+            "or a description in it); give --backbone timm:NAME"
         )
     blocks = blocks_of(state)
     for backbone, depths in DEPTHS.items():

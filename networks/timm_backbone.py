@@ -46,6 +46,7 @@ class Plan(NamedTuple):
         channels_first: whether the maps are [N, C, H, W] and not [N, H, W, C].
         mean: mean of the pictures of timm's weights, RGB in 0..255.
         std: their standard deviation.
+        unused: names of weights that the features do not depend on.
     """
 
     arguments: Mapping[str, Any]
@@ -57,6 +58,7 @@ class Plan(NamedTuple):
     channels_first: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    unused: tuple[str, ...] = ()
 
 
 def is_timm(backbone: object) -> bool:
@@ -164,7 +166,7 @@ def _plan(create: Callable[..., Any], arguments: dict[str, Any]) -> Plan:
         try:
             for size in sizes:
                 _check_maps(network, plan, channels, size)
-            return plan._replace(multiple=multiple)
+            return plan._replace(multiple=multiple, unused=_unused(network, sizes[0]))
         except Exception as error:
             reason = error
     assert reason is not None
@@ -179,6 +181,12 @@ def _check_maps(network: nn.Module, plan: Plan, channels: Sequence[int], size: t
         found = tuple(y.shape) if plan.channels_first else (y.shape[0], y.shape[3], *y.shape[1:3])
         if found != (1, number, *(math.ceil(side / stride) for side in size)):
             raise ValueError(f"features of shape {list(y.shape)} for images of {size[0]}x{size[1]}")
+
+
+def _unused(network: nn.Module, size: tuple[int, int]) -> tuple[str, ...]:
+    """Return the names of the weights that get no gradient."""
+    torch.stack([y.sum() for y in network(torch.zeros(1, 3, *size))]).sum().backward()
+    return tuple(name for name, weight in network.named_parameters() if weight.grad is None)
 
 
 def _line(error: Exception | None) -> str:
@@ -218,6 +226,8 @@ class TimmBackbone(nn.Module):
         create = import_timm(backbone).create_model
         self.network = create(name, features_only=True, **self.plan.arguments)
         convert_batch_norm(self.network)
+        for unused in self.plan.unused:  # data parallelism waits for the gradients of all others
+            self.network.get_parameter(unused).requires_grad_(False)
         self.register_buffer("shift", torch.zeros(3))
         self.register_buffer("scale", 1 / torch.tensor(self.plan.std[::-1]))
 
@@ -237,7 +247,9 @@ class TimmBackbone(nn.Module):
         plan = self.plan
         height, width = x.shape[2:]
         if plan.multiple > 1:
-            x = F.pad(x, (0, -width % plan.multiple, 0, -height % plan.multiple))
+            # In this form, torch.export can reason about the sizes.
+            tall, wide = ((side + plan.multiple - 1) // plan.multiple for side in (height, width))
+            x = F.pad(x, (0, wide * plan.multiple - width, 0, tall * plan.multiple - height))
         size = x.shape[2] // STRIDE, x.shape[3] // STRIDE
         rows, columns = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
 
