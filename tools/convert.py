@@ -427,9 +427,7 @@ def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
     return plain_outputs(state, normalized(rgb), around=normalized(mean))
 
 
-def network_outputs(
-    state: Mapping[str, Tensor], images: Tensor, timm: str | None = None
-) -> list[Tensor]:
+def network_outputs(state: Mapping[str, Tensor], images: Tensor, timm: str | None = None) -> list[Tensor]:
     """Return the outputs of a network in the format of this project; see `outputs`."""
     if has_heads(state):
         return network_of(state, timm)(images)
