@@ -387,8 +387,8 @@ def export(network: Segmenter, out: str, output: str) -> None:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--backbone {network.description.backbone}: torch.export can't export it for pictures of any size "
-            f"({reason}); use another network"
+            f"--backbone {network.description.backbone}: torch.export can't write it for pictures of any "
+            f"size ({reason}); use another network"
         ) from error
     known = about(network, output)
     with replacing(out) as temporary:

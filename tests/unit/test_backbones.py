@@ -38,7 +38,7 @@ from utils.errors import UsageError
 timm = pytest.importorskip("timm")
 
 MEAN = torch.from_numpy(IMG_MEAN).double().view(3, 1, 1)
-#: A network with dilation, one with padding to 8, a pyramid, a pyramid in [N, H, W, C], and a plain transformer.
+#: A network with dilation, one with padding, a pyramid, one in [N, H, W, C], and a plain transformer.
 NETWORKS = {
     "resnet18": ((256, 512), 1),
     "convnext_atto": ((160, 320), 8),
