@@ -247,7 +247,6 @@ class TimmBackbone(nn.Module):
         plan = self.plan
         height, width = x.shape[2:]
         if plan.multiple > 1:
-            # In this form, torch.export can reason about the sizes.
             tall, wide = ((side + plan.multiple - 1) // plan.multiple for side in (height, width))
             x = F.pad(x, (0, wide * plan.multiple - width, 0, tall * plan.multiple - height))
         size = x.shape[2] // STRIDE, x.shape[3] // STRIDE

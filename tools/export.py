@@ -154,20 +154,14 @@ class Exported(nn.Module):
         return logits.argmax(1).to(torch.int32)
 
 
-def trace(model: nn.Module, smallest: int = SMALLEST) -> torch.export.ExportedProgram:
-    """Export a network as a program for any batch size, and any height and width from `smallest` pixels."""
+def trace(model: nn.Module) -> torch.export.ExportedProgram:
+    """Export a network as a program for any batch size, height and width."""
     example = torch.zeros(*EXAMPLE, 3, dtype=torch.uint8)
     batch, height, width = (
-        torch.export.Dim(axis, min=low) for axis, low in zip(AXES, (1, smallest, smallest), strict=True)
+        torch.export.Dim(axis, min=low) for axis, low in zip(AXES, (1, SMALLEST, SMALLEST), strict=True)
     )
     with torch.no_grad():
-        return torch.export.export(
-            model,
-            (example,),
-            dynamic_shapes=({0: batch, 1: height, 2: width},),
-            # Sizes that are rounded up give conditions that always hold, but that PyTorch can't prove.
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+        return torch.export.export(model, (example,), dynamic_shapes=({0: batch, 1: height, 2: width},))
 
 
 # The files
@@ -377,11 +371,8 @@ def export(network: Segmenter, out: str, output: str) -> None:
         RunError: outputs differ by more than TOLERANCE.
     """
     begin = time.monotonic()
-    exported, smallest = Exported(network.model, output).eval(), SMALLEST
-    if isinstance(network.model, TimmNetwork):  # more than a single patch
-        smallest = max(SMALLEST, network.model.backbone.plan.multiple + 1)
     try:
-        program = trace(exported, smallest)
+        program = trace(Exported(network.model, output).eval())
     except Exception as error:
         if not is_timm(network.description.backbone):
             raise
