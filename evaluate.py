@@ -13,7 +13,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,12 @@ from engine.evaluation.evaluate import Result, evaluate
 from engine.evaluation.metrics import CityscapesEvaluation, OfficialScores
 from engine.evaluation.submission import check_names, write_archive
 from engine.inference import predict_classes
-from engine.options import EvaluateOptions, add_flags, for_device
+from engine.options import EvaluateOptions, ValuesOf, add_flags, for_device
 from engine.runtime import distributed
 from networks import MODELS, Network, fold_batch_norm, load_weights, make_network, match_weights
+from networks.models import backbone_name
 from networks.of_run import Description, args_file, describe, of_flags
-from networks.variants import DEPTHS, options_of
+from networks.variants import options_of
 from networks.weights import read_state_dict
 from utils import args as flags
 from utils.drawing.palette import make_palette, save_gray_png, save_indexed_png
@@ -49,12 +50,14 @@ from utils.resources import check_fits
 OUTPUTS, SUBMISSION = "outputs", "submission"
 Weights = dict[str, Tensor] | None
 
+#: Accepted values of flags that depend on other packages.
+CHOICES: ValuesOf = {"model": MODELS, "backbone": backbone_name, "dataset": recognition.NAMES}
+
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of evaluate.py."""
     parser = flags.Parser("evaluate.py", __doc__)
-    choices: dict[str, Iterable[str]] = {"model": MODELS, "backbone": DEPTHS, "dataset": recognition.NAMES}
-    add_flags(parser, EvaluateOptions, choices, reads_checkpoint=True)
+    add_flags(parser, EvaluateOptions, CHOICES, reads_checkpoint=True)
     return parser
 
 

@@ -22,7 +22,7 @@ from dataset.classes import Classes, choose_classes
 from dataset.labels import ClassTable
 from engine import recipes
 from engine.data.loader import Loading, train_batches
-from engine.options import TrainOptions, add_flags, for_device
+from engine.options import TrainOptions, ValuesOf, add_flags, for_device
 from engine.randomness import seed_of, set_deterministic
 from engine.runtime import apex, distributed, signals
 from engine.training import checkpoint
@@ -34,20 +34,23 @@ from engine.training.step import Stepper, updates_at_once
 from loss import CategoryConsistentLoss, CriterionDSN, CriterionOhemDSN, WithConsistency
 from networks import MODELS, Network, load_weights, make_network, match_weights, synchronize, train_mode
 from networks.abn import require_inplace_abn
-from networks.models import check_statistics, recurrence_of
+from networks.models import backbone_name, check_statistics, recurrence_of
 from networks.pretrained import read_weights
 from networks.sample_picture import draw_sample
-from networks.variants import DEPTHS, options_of
+from networks.variants import options_of
 from utils import args as flags
 from utils.drawing.palette import make_palette
 from utils.files import check_outputs, check_writable
 from utils.resources import check_fits
 
+#: Accepted values of flags that depend on other packages.
+CHOICES: ValuesOf = {"model": MODELS, "backbone": backbone_name, "dataset": recognition.NAMES}
+
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of train.py."""
     parser = recipes.Parser("train.py", __doc__)
-    add_flags(parser, TrainOptions, {"model": MODELS, "backbone": DEPTHS, "dataset": recognition.NAMES})
+    add_flags(parser, TrainOptions, CHOICES)
     return parser
 
 

@@ -34,6 +34,8 @@ SMALLEST_CROP = 9
 SCALE_RANGE = (0.7, 2.1)
 
 Group = TypeVar("Group", bound="Options")
+#: Accepted values of flags, by name, or a function that returns an accepted value.
+ValuesOf = Mapping[str, Iterable[str] | Callable[[str], str]]
 
 
 class Flag(NamedTuple):
@@ -129,7 +131,7 @@ def for_device(options: Group, device: torch.device) -> tuple[Group, list[str]]:
 def add_flags(
     parser: argparse.ArgumentParser,
     options: type[Options],
-    choices: Mapping[str, Iterable[str]] = MappingProxyType({}),
+    choices: ValuesOf = MappingProxyType({}),
     reads_checkpoint: bool = False,
 ) -> None:
     """Add the flags of `options` to a parser, group by group.
@@ -137,7 +139,8 @@ def add_flags(
     Args:
         parser: parser to add the flags to.
         options: class of the options of the command.
-        choices: accepted values of flags, by name, for flags whose choices depend on the caller.
+        choices: accepted values of flags, by name, or a function that returns an accepted value, for flags
+            whose choices depend on the caller.
         reads_checkpoint: whether flags with `from_run` take their default from the run of the checkpoint.
     """
     groups: dict[str, Any] = {}
@@ -169,7 +172,11 @@ def add_flags(
             else:
                 settings["type"] = flag.parse or str
                 settings["metavar"] = flag.metavar
-                settings["choices"] = sorted(choices[name]) if name in choices else flag.choices
+                accepted = choices.get(name, flag.choices)
+                if callable(accepted):
+                    settings["type"] = accepted
+                else:
+                    settings["choices"] = sorted(accepted or ()) if name in choices else accepted
                 settings["required"] = flag.required
             if flag.bare:
                 settings |= {"nargs": "?", "const": True}
@@ -237,7 +244,16 @@ class NetworkOptions(Options):
 
     title = "network"
     model: str = option("ccnet", Flag("network", recipe=True, noted=True, from_run=True))
-    backbone: str = option("resnet101", Flag("backbone", recipe=True, noted=True, from_run=True))
+    backbone: str = option(
+        "resnet101",
+        Flag(
+            "backbone: resnet50, resnet101, or timm:NAME for a network of the timm library",
+            metavar="NAME",
+            recipe=True,
+            noted=True,
+            from_run=True,
+        ),
+    )
     recurrence: int | None = option(
         None,
         Flag(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from networks.abn import ABN, synchronize, train_mode
+from networks.abn import ABN
 from networks.base import Network
+from networks.batch_norm import synchronize, train_mode
 from networks.ccnet import Seg_Model
 from networks.dropout import ChannelDropout
 from networks.folding import fold_batch_norm

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import fused
 from networks.recomputation import current_outputs
@@ -78,7 +79,7 @@ class ABN(nn.Module):
         self.backend = backend
         self.eps = eps
         self.momentum = momentum
-        self.group: StatisticsGroup | None = None  # set by synchronize()
+        self.group: StatisticsGroup | None = None  # set by networks.synchronize()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.running_mean: Tensor
@@ -141,7 +142,7 @@ class ABN(nn.Module):
         """Normalize x without an activation, by PyTorch or apex."""
         weight = torch.where(self.weight >= 0, self.weight, -self.weight) + self.eps
         if self.training and self.group is not None:
-            synchronized = _apex_batch_norm if self._is_by_apex(x) else _synchronized_batch_norm
+            synchronized = _apex_batch_norm if self._is_by_apex(x) else synchronized_batch_norm
             return synchronized(x, weight, self, self.group)
         statistics = (self.running_mean, self.running_var)
         return F.batch_norm(x, *statistics, weight, self.bias, self.training, self.momentum, self.eps)
@@ -216,32 +217,6 @@ def require_inplace_abn(processes: int, device_type: str) -> None:
         ) from error
 
 
-def synchronize(model: nn.Module, group: StatisticsGroup | None) -> None:
-    """Make every ABN of `model` compute its training statistics over all processes of `group`.
-
-    Args:
-        model: network to change in place.
-        group: processes that share their statistics; None makes each process use only its local batch.
-    """
-    for module in model.modules():
-        if isinstance(module, ABN):
-            module.group = group if group is not None and group.size > 1 else None
-
-
-def train_mode(model: nn.Module, keep_statistics: bool) -> None:
-    """Set `model` to training mode.
-
-    Args:
-        model: network to change in place.
-        keep_statistics: whether to put every ABN in evaluation mode, which uses and keeps its running
-            statistics.
-    """
-    model.train()
-    for module in model.modules():
-        if keep_statistics and isinstance(module, ABN):
-            module.eval()
-
-
 def _apex_batch_norm(x: Tensor, weight: Tensor, norm: ABN, group: StatisticsGroup) -> Tensor:
     from apex.parallel.optimized_sync_batchnorm_kernel import SyncBatchnormFunction
 
@@ -256,7 +231,17 @@ def _apex_batch_norm(x: Tensor, weight: Tensor, norm: ABN, group: StatisticsGrou
     return y
 
 
-def _synchronized_batch_norm(x: Tensor, weight: Tensor, norm: ABN, group: StatisticsGroup) -> Tensor:
+def synchronized_batch_norm(
+    x: Tensor, weight: Tensor, norm: ABN | _BatchNorm, group: StatisticsGroup
+) -> Tensor:
+    """Normalize x [N, C, ...] with the statistics of all processes, and update the running statistics.
+
+    Args:
+        x: values of this process.
+        weight: [C], scale after the normalization.
+        norm: layer whose bias, running statistics, eps and momentum are used.
+        group: the processes.
+    """
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.momentum)
     if x.is_cuda:
         # Call the kernels behind nn.SyncBatchNorm directly, in order to pass |weight| + eps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from networks.base import Network
 from networks.ccnet import Seg_Model
 from networks.heads import ASPPHead, FCNHead, GCNHead, NonLocalHead, PSPHead, RCCAHead
+from networks.timm_backbone import TimmNetwork, check_name, is_timm
+from networks.variants import DEPTHS
+from utils.args import quoted
 from utils.errors import UsageError
 
 
@@ -56,7 +60,8 @@ def make_network(
         **options: backbone, dropout, abn and variant (see `Network`).
 
     Raises:
-        UsageError: the model does not take a recurrence, or has no features for the loss.
+        UsageError: the model does not take a recurrence, has no features for the loss, or the backbone can't
+            be used (see `TimmNetwork`).
         ValueError: an argument is out of range.
     """
     architecture = MODELS[model]
@@ -66,13 +71,32 @@ def make_network(
     number = recurrence_of(model, recurrence)
     if number is not None:
         options["recurrence"] = number
-    if architecture.network is not None:
+    if is_timm(options.get("backbone")):
+        network: Network = TimmNetwork(architecture.head, num_classes, **options)
+    elif architecture.network is not None:
         network = architecture.network(num_classes, **options)
     else:
         network = Network(architecture.head, num_classes, **options)
     if consistency:
         network.add_consistency(consistency)
     return network
+
+
+def backbone_name(text: str) -> str:
+    """Return the value of --backbone in a text.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such backbone.
+    """
+    if is_timm(text):
+        try:
+            check_name(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    elif text not in DEPTHS:
+        known = ", ".join(sorted(DEPTHS))
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is unknown; give {known} or timm:NAME")
+    return text
 
 
 def recurrence_of(model: str, given: int | None) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from networks.models import MODELS, models_of, recurrence_of
+from networks.timm_backbone import BACKBONE, is_timm
 from networks.variants import DEPTHS, blocks_of
 from networks.weights import about_of, classes_of
 from utils import run_files
@@ -104,7 +105,8 @@ def describe(
     # The entries of a model that another program registered may be unknown: the flags or args.json have to
     # tell these values.
     if models or said in (None, Description().model):
-        of_weights["backbone"] = backbone_of(checkpoint, state)
+        said = given.get("backbone") or run.get("backbone")
+        of_weights["backbone"] = backbone_of(checkpoint, state, said)
         of_weights["num_classes"] = classes_of(checkpoint, state)
     if of_weights.get("num_classes", 0) > MOST_CLASSES:
         raise CheckpointError(
@@ -195,7 +197,7 @@ def check_value(file: str, name: str, value: Any) -> None:
     """
     right = {
         "model": isinstance(value, str) and value in MODELS,
-        "backbone": isinstance(value, str) and value in DEPTHS,
+        "backbone": isinstance(value, str) and (value in DEPTHS or is_timm(value)),
         "recurrence": type(value) is int and 0 <= value <= 100,
         "num_classes": type(value) is int and 1 <= value <= MOST_CLASSES,
         "classes": isinstance(value, str),
@@ -206,12 +208,25 @@ def check_value(file: str, name: str, value: Any) -> None:
         )
 
 
-def backbone_of(checkpoint: str, state: Mapping[str, Tensor]) -> str:
-    """Return the backbone of a CCNet state dict, from the number of blocks in its layers.
+def backbone_of(checkpoint: str, state: Mapping[str, Tensor], said: Any = None) -> str:
+    """Return the backbone of a state dict, from the number of blocks in its layers.
+
+    Args:
+        checkpoint: path of the checkpoint, for the error message.
+        state: its weights.
+        said: the backbone by a flag or by what is recorded. The entries of the state dict do not name a
+            network of timm.
 
     Raises:
-        CheckpointError: the block counts match no known backbone.
+        CheckpointError: the block counts match no known backbone, or the network of timm is not named.
     """
+    if any(name.startswith(BACKBONE) for name in state):
+        if is_timm(said):
+            return str(said)
+        raise CheckpointError(
+            f"{checkpoint}: its backbone is a network of timm, and nothing says which (args.json next to it, "
+            "or a description in it); give --backbone timm:NAME"
+        )
     blocks = blocks_of(state)
     for backbone, depths in DEPTHS.items():
         if depths == blocks:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from networks.convert import from_batch_norm, imagenet_names, to_our_pictures
+from networks.timm_backbone import BACKBONE, PREFIX, import_timm, is_timm, plan_of
 from networks.variants import DEPTHS
 from networks.weights import check_entries, read_state_dict
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, UsageError
 
 LIBRARIES = ("torchvision", "timm")
 #: Default tag of torchvision's weights; its own segmentation networks start from these weights.
@@ -62,11 +64,13 @@ def read_weights(
     Args:
         source: path of a checkpoint, or a name for `library_weights`.
         picture_mean: mean that the data set subtracts from its pictures, BGR in 0..255.
-        backbone: network to use if `source` is `torchvision` alone.
+        backbone: value of --backbone; the network to use if `source` is `torchvision` or `timm` alone.
 
     Raises:
         CheckpointError: the weights can't be read, downloaded or converted.
     """
+    if is_timm(backbone):
+        return _for_timm_backbone(source, picture_mean, backbone)
     if not is_library(source):
         return read_state_dict(source)
     weights = library_weights(str(source), backbone)
@@ -102,31 +106,110 @@ def _from_torchvision(source: str, name: str) -> Pretrained:
 
 
 def _from_timm(source: str, name: str) -> Pretrained:
-    try:
-        import timm
-    except ImportError as error:
-        raise CheckpointError(
-            f"{source}: timm can't be imported ({_line(error)}); install it with pip install timm"
-        ) from error
     network = name.partition(".")[0]
+    _timm(source)
     if network not in TIMM_NETWORKS:
         raise CheckpointError(
             f"{source}: does not fit CCNet's backbone; use one of timm's {', '.join(TIMM_NETWORKS)}"
         )
-    known = timm.list_models(f"{network}.*", pretrained=True)
-    if name not in (network, *known):
-        raise CheckpointError(f"{source}: timm has no such weights; use one of {', '.join(known)}")
-    log = logging.getLogger("huggingface_hub")  # it logs a warning for every failed attempt
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # of the network, the disk, a damaged file
-        raise _not_downloaded(source, error) from error
-    finally:
-        log.setLevel(level)
+    _check_tag(source, name)
+    model = _created(source, name, pretrained=True)
     pictures: Any = model.pretrained_cfg
     return Pretrained(model.state_dict(), _in_255(pictures["mean"]), _in_255(pictures["std"]))
+
+
+def _for_timm_backbone(
+    source: str | os.PathLike, picture_mean: Sequence[float], backbone: str
+) -> dict[str, Tensor]:
+    """Return weights for a `TimmNetwork`: a state dict of this project, or timm's own, converted."""
+    network = backbone.removeprefix(PREFIX)
+    name, options = network, dict(plan_of(backbone).arguments)
+    if is_library(source):
+        library, _, named = str(source).partition(":")
+        name = named or network
+        if library != "timm" or name.partition(".")[0] != network:
+            raise CheckpointError(
+                f"{source}: does not fit --backbone {backbone}; give {backbone}, a tag of it, or a file"
+            )
+        _check_tag(str(source), name)
+    else:
+        state = read_state_dict(source)
+        if any(entry.startswith(BACKBONE) for entry in state):
+            return state
+        _check_timm_names(source, state, backbone)
+        options["pretrained_cfg_overlay"] = {"state_dict": dict(state)}
+    model = _created(str(source), name, pretrained=True, features_only=True, **options)
+    pictures: Any = model.pretrained_cfg
+    mean, std = (torch.tensor(pictures[key], dtype=torch.float64).flip(0) * 255 for key in ("mean", "std"))
+    own = {
+        f"{BACKBONE}network.{entry}": value
+        for entry, value in model.state_dict().items()
+        if not entry.endswith("num_batches_tracked")
+    }
+    own[f"{BACKBONE}shift"] = (torch.tensor(picture_mean, dtype=torch.float64) - mean).float()
+    own[f"{BACKBONE}scale"] = (1 / std).float()
+    return check_entries(source, own)
+
+
+def _check_timm_names(source: str | os.PathLike, state: Mapping[str, Tensor], backbone: str) -> None:
+    """Check that a file has every entry of a network of timm but its classifier.
+
+    timm itself would keep the random values of missing entries.
+
+    Raises:
+        CheckpointError: an entry is missing.
+    """
+    with torch.device("meta"):
+        model = import_timm(backbone).create_model(backbone.removeprefix(PREFIX))
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    ends = tuple(f"{each}." for each in ((classifier,) if isinstance(classifier, str) else classifier))
+    if missing := [
+        entry
+        for entry in model.state_dict()
+        if entry not in state and not entry.startswith(ends) and not entry.endswith("num_batches_tracked")
+    ]:
+        raise CheckpointError(
+            f"{source}: lacks {len(missing)} entries of --backbone {backbone}, the first is {missing[0]}; "
+            "give the state dict of this network as timm saves it, or a checkpoint of this project"
+        )
+
+
+def _timm(source: str) -> Any:
+    """Return the module timm; raise CheckpointError if it can't be imported."""
+    try:
+        return import_timm(source)
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_tag(source: str, name: str) -> None:
+    """Raise CheckpointError unless timm has the weights `name`, a network with or without a tag."""
+    network = name.partition(".")[0]
+    known = _timm(source).list_models(f"{network}.*", pretrained=True)
+    if name not in (network, *known):
+        advice = f"use one of {', '.join(known)}" if known else "use another network, or omit --restore-from"
+        raise CheckpointError(f"{source}: timm has no such weights; {advice}")
+
+
+def _created(source: str, name: str, **options: Any) -> Any:
+    """Return a network of timm with its weights; raise CheckpointError if they can't be loaded."""
+    timm = _timm(source)
+    # They warn of every failed attempt, and of the entries of the classifier.
+    logs = [logging.getLogger(each) for each in ("huggingface_hub", "timm")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        return timm.create_model(name, **options)
+    except Exception as error:  # of the network, the disk, a damaged file
+        if "pretrained_cfg_overlay" in options:
+            raise CheckpointError(
+                f"{source}: does not fit --backbone {PREFIX}{name} ({_line(error)}); name another file"
+            ) from error
+        raise _not_downloaded(source, error) from error
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _in_255(values: Sequence[float]) -> tuple[float, ...]:

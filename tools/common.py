@@ -12,8 +12,8 @@ from engine.acceleration import use_fused
 from engine.options import ToolOptions, add_flags
 from engine.runtime.distributed import choose_devices
 from networks import MODELS
+from networks.models import backbone_name
 from networks.of_run import Description
-from networks.variants import DEPTHS
 from segmenter import Segmenter
 from utils import args as flags
 from utils.errors import UsageError
@@ -30,7 +30,7 @@ class Parser(flags.Parser):
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """Add --restore-from, the flags that describe the network, and --gpu."""
-    add_flags(parser, ToolOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
+    add_flags(parser, ToolOptions, {"model": MODELS, "backbone": backbone_name}, reads_checkpoint=True)
     parser.add_argument("--gpu", metavar="ID", help="GPU id, or cpu; by default the first GPU, or the CPU")
 
 

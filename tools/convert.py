@@ -7,7 +7,7 @@
 
 SOURCE is a file of torch.save or safetensors. Its format is detected from its content:
   ccnet       checkpoint of this project, of any --model, or of the original code: CCNet, or its ImageNet
-              backbone
+              backbone; with --backbone timm:NAME only with args.json or a description
   mmseg       CCNet of mmsegmentation (ResNetV1c, 50 or 101)
   imagenet    ResNet-50 or 101 of torchvision, or of timm (resnet101, resnet101s, resnet101c), as a file
               or by name: torchvision:resnet101, timm:resnet101.a1_in1k
@@ -35,7 +35,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ from networks.convert import (
 from networks.of_run import describe
 from networks.pretrained import is_library, library_weights
 from networks.resnet import ResNet
+from networks.timm_backbone import BACKBONE
 from networks.variants import DEPTHS, VARIANTS, blocks_of, variant_of
 from networks.weights import (
     ABOUT,
@@ -74,6 +75,7 @@ from networks.weights import (
     batch_norm_of,
     check_numbers,
     mark,
+    match_weights,
     metadata_of,
     read_state_dict,
     require_safetensors,
@@ -109,6 +111,7 @@ class Source(NamedTuple):
     kind: str
     pictures: Pictures | None  # None: those of this project
     metadata: Mapping[str, str] = MappingProxyType({})  # of its file; see networks.weights.mark
+    timm: str | None = None  # the backbone, if it is a network of timm
 
 
 def get_parser() -> Parser:
@@ -164,8 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = convert(source)
     check_numbers(f"{args.source}, converted", state)
     variant = variant_of(state)
-    backbone = backbone_of(state)
+    backbone = source.timm or backbone_of(state)
     model = model_of(state)
+    if args.to == "batch-norm" and source.timm:
+        raise UsageError(f"--to batch-norm: not supported for --backbone {source.timm}; omit --to")
     if args.to == "original" and (model, variant, backbone) != ("ccnet", "ccnet", "resnet101"):
         raise UsageError(
             f"--to original: {args.source} is {model}, {variant} variant, with {backbone}, but the original "
@@ -209,6 +214,8 @@ def read_source(
             if value is not None:
                 raise UsageError(f"--{name}: {path} uses the pictures of this project; omit --{name}")
         state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        if any(name.startswith(BACKBONE) for name in state):
+            return of_timm(path, mark(state, metadata))
         if not has_heads(state):
             state = {name: value for name, value in state.items() if not name.startswith("fc.")}
         check_network(path, state)
@@ -220,6 +227,21 @@ def read_source(
     return Source(names(path, state), kind, pictures, metadata)
 
 
+def of_timm(path: str, state: Mapping[str, Tensor]) -> Source:
+    """Return the source of a network whose backbone is one of timm.
+
+    Raises:
+        CheckpointError, UsageError: see `describe` and `match_weights`.
+    """
+    found = describe(path, state, {}).description
+    with torch.device("meta"):
+        model = make_network(
+            found.model, cast(int, found.num_classes), found.recurrence, backbone=found.backbone
+        )
+    match_weights(model, path, complete=True, state=state)
+    return Source(dict(state), "ccnet", None, metadata_of(state), found.backbone)
+
+
 def kinds_of(path: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Return the possible formats of a state dict, the most likely one first.
 
@@ -228,6 +250,8 @@ def kinds_of(path: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
     """
     if any(name.startswith(("decode_head.", "backbone.stem.")) for name in state):
         return ("mmseg",)
+    if any(name.startswith(BACKBONE) for name in state):
+        return ("ccnet",)
     ours = has_heads(state) or SHIFT in state
     if "conv1.0.weight" in state or (variant_of(state) == "torchvision" and not ours):
         return ("imagenet",)
@@ -324,7 +348,8 @@ def write(
             else:
                 # Versions of PyTorch that run the original code do not read the zip files of 1.6 and later.
                 torch.save(mark(content, metadata), file, _use_new_zipfile_serialization=target != "original")
-        written = Source(read_state_dict(temporary), "batch-norm" if plain else "ccnet", None)
+        kind = "batch-norm" if plain else "ccnet"
+        written = Source(read_state_dict(temporary), kind, None, timm=source.timm)
         compare(path, source, written)
 
 
@@ -386,7 +411,7 @@ def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
     ours = rgb.flip(1) - torch.tensor(IMG_MEAN, dtype=torch.float64).view(3, 1, 1)
     state = {name: value.double() for name, value in source.state.items()}
     if source.kind == "ccnet":
-        return network_outputs(state, ours)
+        return network_outputs(state, ours, source.timm)
     if source.pictures is None:
         if "shift" in state:
             ours = ours + state["shift"].view(3, 1, 1)
@@ -402,10 +427,10 @@ def outputs(source: Source, own_border: bool = False) -> list[Tensor]:
     return plain_outputs(state, normalized(rgb), around=normalized(mean))
 
 
-def network_outputs(state: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:
+def network_outputs(state: Mapping[str, Tensor], images: Tensor, timm: str | None = None) -> list[Tensor]:
     """Return the outputs of a network in the format of this project; see `outputs`."""
     if has_heads(state):
-        return network_of(state)(images)
+        return network_of(state, timm)(images)
     with torch.device("meta"):  # saves time and memory: the weights are replaced
         model = ResNet(backbone_of(state), variant=variant_of(state))
     model.load_state_dict(state, assign=True)
@@ -417,15 +442,18 @@ def network_outputs(state: Mapping[str, Tensor], images: Tensor) -> list[Tensor]
     return layers
 
 
-def network_of(state: Mapping[str, Tensor]) -> Network:
+def network_of(state: Mapping[str, Tensor], timm: str | None = None) -> Network:
     """Return the network of a state dict in the format of this project, in evaluation mode."""
     model = model_of(state)
     recurrence = None if MODELS[model].recurrence is None else RECURRENCE
     classes = len(state[CLASSIFIER])
-    with torch.device("meta"):  # saves time and memory: the weights are replaced
-        network = make_network(
-            model, classes, recurrence, backbone=backbone_of(state), variant=variant_of(state)
-        )
+    if timm:  # has buffers that are not in the state dict
+        network = make_network(model, classes, recurrence, backbone=timm).double()
+    else:
+        with torch.device("meta"):  # saves time and memory: the weights are replaced
+            network = make_network(
+                model, classes, recurrence, backbone=backbone_of(state), variant=variant_of(state)
+            )
     # `check_network` has found it complete but for SHIFT, which the head does not need.
     network.load_state_dict(state, strict=False, assign=True)
     return network.eval()

@@ -26,7 +26,7 @@ from networks.recomputation import recomputation
 from utils.progress import Progress
 from utils.timing import mark, seconds
 
-STEM, LOSS, OPTIMIZER = "stem", "loss", "optimizer"
+STEM, BACKBONE, LOSS, OPTIMIZER = "stem", "backbone", "loss", "optimizer"
 FORWARD, BACKWARD = "forward", "backward"
 MIB, GIB = 2**20, 2**30
 
@@ -34,9 +34,9 @@ MIB, GIB = 2**20, 2**30
 def parts_of(model: Network) -> list[str]:
     """Return the parts of a network between the stem and the loss, in the order in which they run.
 
-    An attention that is applied zero times is none: it returns its input.
+    A network of timm is one part. An attention that is applied zero times is none: it returns its input.
     """
-    layers = [f"layer{number}" for number in range(1, 5)]
+    layers = [name for name, _ in model.named_children() if name == BACKBONE or name.startswith("layer")]
     head = [
         f"head.{name}" for name, part in model.head.named_children() if getattr(part, "recurrence", None) != 0
     ]
@@ -85,8 +85,14 @@ class Passage:
         self.spans: list[tuple[str, str, Any, Any]] = []  # phase, part, readings before and after
         self._last: Any = None
         self._part = LOSS
-        self._hooks = [model.layer1.register_forward_pre_hook(lambda _, inputs: self._left(STEM, inputs[0]))]
-        for name in parts_of(model):
+        first, *_ = parts = parts_of(model)
+        self._hooks = []
+        if first != BACKBONE:
+            stem_end = model.get_submodule(first)
+            self._hooks.append(
+                stem_end.register_forward_pre_hook(lambda _, inputs: self._left(STEM, inputs[0]))
+            )
+        for name in parts:
             self._hooks.append(
                 model.get_submodule(name).register_forward_hook(
                     lambda _, __, output, name=name: self._left(name, output)
@@ -98,8 +104,9 @@ class Passage:
         self.spans.clear()
         self._last = self.read()
 
-    def _left(self, part: str, output: Tensor) -> None:
+    def _left(self, part: str, output: Tensor | tuple[Tensor, ...]) -> None:
         self._close(FORWARD, part)
+        output = output[-1] if isinstance(output, tuple) else output  # of a backbone: for the main head
         if output.requires_grad:
             output.register_hook(lambda _: self._entered_backward(part))
 
@@ -264,9 +271,11 @@ def network_without_data(
     model: str, backbone: str, num_classes: int, recurrence: int | None, channels_last: bool, variant: str
 ) -> tuple[FakeTensorMode, Network]:
     """Return a network of tensors without data, and the mode to which they belong."""
-    mode = FakeTensorMode()
-    with mode:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.device("meta"):  # constructors may need values, which tensors of the mode never have
         network = make_network(model, num_classes, recurrence, backbone=backbone, variant=variant)
+    with mode:
+        network.to_empty(device="cpu")
         set_layout(network, channels_last)
     return mode, network
 
@@ -411,4 +420,5 @@ def parameters_of(model: Network) -> dict[str, int]:
     parts = parts_of(model)
     counts = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in parts}
     total = sum(p.numel() for p in model.parameters())
-    return {STEM: total - sum(counts.values()), **counts}
+    stem = total - sum(counts.values())
+    return {STEM: stem, **counts} if stem else counts

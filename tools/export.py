@@ -32,7 +32,8 @@ from engine.inference import resize
 from engine.options import ToolOptions, add_flags
 from networks import MODELS, Network, fold_batch_norm
 from networks.heads import RCCAHead
-from networks.variants import DEPTHS
+from networks.models import backbone_name
+from networks.timm_backbone import TimmBackbone, TimmNetwork, is_timm
 from segmenter import Segmenter
 from tools import common
 from utils.errors import CheckpointError, RunError, UsageError
@@ -89,6 +90,18 @@ class PlainAttention(nn.Module):
         return (from_row + from_column.transpose(1, 2)).permute(0, 3, 1, 2)
 
 
+class TimmTrunk(nn.Module):
+    """The features of a network of timm for the main head, from RGB minus mean."""
+
+    def __init__(self, backbone: TimmBackbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features of x [N, 3, h, w]."""
+        return self.backbone.of_normalized(x * self.backbone.scale.flip(0).view(3, 1, 1))[1]
+
+
 class Exported(nn.Module):
     """The exported network: uint8 RGB pictures [N, h, w, 3] to classes or logits.
 
@@ -105,6 +118,14 @@ class Exported(nn.Module):
         super().__init__()
         model = fold_batch_norm(model)
         mean = torch.from_numpy(IMG_MEAN)
+        self.head = model.head
+        if isinstance(self.head, RCCAHead):
+            self.head.cca = PlainAttention(self.head.cca)  # type: ignore[assignment]
+        self.output = output
+        if isinstance(model, TimmNetwork):
+            self.register_buffer("mean", (mean - model.backbone.shift).flip(0))
+            self.trunk: nn.Module = TimmTrunk(model.backbone)
+            return
         if model.shift is not None:
             mean = mean - model.shift
         # The network expects BGR: reverse the input channels of the first convolution.
@@ -121,10 +142,6 @@ class Exported(nn.Module):
             nn.MaxPool2d(3, stride=2, padding=1),
             *(model.layer1, model.layer2, model.layer3, model.layer4),
         )
-        self.head = model.head
-        if isinstance(self.head, RCCAHead):
-            self.head.cca = PlainAttention(self.head.cca)  # type: ignore[assignment]
-        self.output = output
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Predict pictures, uint8 RGB [N, h, w, 3]."""
@@ -314,7 +331,7 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = common.Parser("export", __doc__)
     add = parser.add_argument
-    add_flags(parser, ToolOptions, {"model": MODELS, "backbone": DEPTHS}, reads_checkpoint=True)
+    add_flags(parser, ToolOptions, {"model": MODELS, "backbone": backbone_name}, reads_checkpoint=True)
     add("--out", metavar="FILE", required=True, help="file to write, .onnx or .pt2")
     add(
         "--output",
@@ -354,7 +371,16 @@ def export(network: Segmenter, out: str, output: str) -> None:
         RunError: outputs differ by more than TOLERANCE.
     """
     begin = time.monotonic()
-    program = trace(Exported(network.model, output).eval())
+    try:
+        program = trace(Exported(network.model, output).eval())
+    except Exception as error:
+        if not is_timm(network.description.backbone):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--backbone {network.description.backbone}: torch.export can't write it for pictures of any "
+            f"size ({reason}); use another network"
+        ) from error
     known = about(network, output)
     with replacing(out) as temporary:
         if out.endswith(".onnx"):

@@ -36,8 +36,9 @@ from cc_attention import ops
 from dataset.labels import NUM_CLASSES
 from engine.acceleration import PRECISIONS, choose_precision, use_fused
 from networks import MODELS, Network, load_weights, make_network
+from networks.models import backbone_name
 from networks.of_run import Description, describe, of_flags
-from networks.variants import DEPTHS, variant_of
+from networks.variants import variant_of
 from networks.weights import read_state_dict
 from tools import common
 from tools.cost import (
@@ -320,7 +321,12 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     of_checkpoint = "by default that of the checkpoint, or"
     add("--model", choices=sorted(MODELS), help=f"network; {of_checkpoint} ccnet")
-    add("--backbone", choices=sorted(DEPTHS), help=f"backbone; {of_checkpoint} resnet101")
+    add(
+        "--backbone",
+        type=backbone_name,
+        metavar="NAME",
+        help=f"resnet50, resnet101, or timm:NAME; {of_checkpoint} resnet101",
+    )
     add("--num-classes", type=flags.classes, help=f"number of classes; {of_checkpoint} {NUM_CLASSES}")
     add(
         "--recurrence",

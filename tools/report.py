@@ -30,6 +30,7 @@ from engine.evaluation.results import CONFUSION, FILES, RESULT
 from networks import MODELS
 from networks.models import recurrence_of
 from networks.of_run import args_file
+from networks.timm_backbone import is_timm
 from networks.variants import DEPTHS
 from networks.weights import read_state_dict
 from tools import common
@@ -330,7 +331,9 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
     network = argparse.Namespace(
         restore_from=checkpoint,
         model=how.get("model") if how.get("model") in [*MODELS] else None,
-        backbone=how.get("backbone") if how.get("backbone") in [*DEPTHS] else None,
+        backbone=how.get("backbone")
+        if is_timm(how.get("backbone")) or how.get("backbone") in [*DEPTHS]
+        else None,
         recurrence=how["recurrence"],
         num_classes=how["num_classes"],
         classes=how["classes"],
