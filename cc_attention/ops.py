@@ -143,7 +143,9 @@ def _tensor_core_step(value: Tensor, tf32: bool) -> int:
 
 def _has_tensor_cores(value: Tensor) -> bool:
     """Return whether the device of `value` has tensor cores for the kernels."""
-    return value.is_cuda and torch.cuda.get_device_capability(value.device) >= (8, 0)
+    if not (value.is_cuda and torch.cuda.is_available()):
+        return False
+    return torch.cuda.get_device_capability(value.device) >= (8, 0)
 
 
 def slow_cause(value: Tensor, mask: int, tf32: bool) -> str | None:
