@@ -99,6 +99,15 @@ def test_each_recipe_has_a_row() -> None:
     assert TABLES["original"][2].scores == (78.67, 80.00, 79.83)
 
 
+def test_the_page_has_the_published_scores(root: Path) -> None:
+    lines = (root / "docs/recipes.md").read_text().splitlines()
+    for table, rows in TABLES.items():
+        for row in rows:
+            (line,) = (line for line in lines if line.startswith(f"| `{row.recipe}` |"))
+            scores = ", ".join(f"{score:.2f}" if len(row.scores) > 1 else str(score) for score in row.scores)
+            assert f"`{table}`: {row.label}" in line and scores in line
+
+
 def test_flags_override_the_recipe_wherever_they_stand() -> None:
     flags = ["--recipe=ccnet_r101_ccl_cityscapes", "--ccl", "0", "--batch-size", "4", "--random-mirror", "0"]
     for arguments in (flags, [*flags[1:], flags[0]]):
