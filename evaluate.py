@@ -157,7 +157,7 @@ def check(options: EvaluateOptions, table: ClassTable | None, device: torch.devi
     if device.type == "cpu":
         largest = max(dataset.sizes(), key=math.prod) if options.whole else options.input_size
         pixels = math.prod(largest) * (max(options.scales) ** 2 if options.whole else 1)
-        check_fits("--input-size, --scales, --whole", pixels)
+        check_fits("--input-size, --scales, --whole", pixels * options.frames["clip"])
     check_outputs_of(options, dataset)
 
 
@@ -226,6 +226,7 @@ def make_dataset(options: EvaluateOptions, table: ClassTable | None) -> CSDataSe
         split=options.split,
         table=table,
         labeled=options.split != TEST,
+        **options.frames,
     )
 
 

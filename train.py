@@ -9,7 +9,6 @@ one or more machines. README.md has the published recipe; docs/ describes memory
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from functools import partial
 
@@ -36,7 +35,8 @@ from loss.criterion import upsample
 from networks import MODELS, Network, load_weights, make_network, match_weights, synchronize, train_mode
 from networks.abn import require_inplace_abn
 from networks.attention import has_attention, picture_attention
-from networks.models import check_statistics, recurrence_of
+from networks.clips import middle_frame
+from networks.models import check_statistics, model_flags
 from networks.pretrained import read_weights
 from networks.variants import DEPTHS, options_of
 from utils import args as flags
@@ -58,7 +58,7 @@ def main() -> int:
     args = get_parser().parse_args()
     with distributed.reported_once():
         classes = choose_classes(args.data_dir, args.data_list, args.classes, args.num_classes)
-        args.num_classes, args.recurrence = classes.number, recurrence_of(args.model, args.recurrence)
+        vars(args).update(model_flags(**vars(args)), num_classes=classes.number)
         options = TrainOptions.of(args)
         devices = distributed.choose_devices(options.gpu, options.nproc)
         options, notes = for_device(options, devices[0])
@@ -93,8 +93,7 @@ def check(
     else:
         print("no --restore-from: training from random weights", flush=True)
     if device.type == "cpu":
-        pictures = options.batch_size // (processes * options.grad_accum)
-        check_fits("--batch-size, --input-size", pictures * math.prod(options.input_size))
+        check_fits("--batch-size, --input-size, --clip", options.pixels(processes))
     dataset = make_dataset(options, classes.table)
     print(*notes, *dataset.taken, *classes.notes, dataset.check(), sep="\n", flush=True)
     inputs = [options.restore_from, options.data_list, options.val_list, options.classes, *dataset.files()]
@@ -161,6 +160,7 @@ def make_dataset(options: TrainOptions, table: ClassTable | None, split: str = "
         num_classes=options.num_classes,
         split=split,
         table=table,
+        **options.frames,
     )
 
 
@@ -235,12 +235,12 @@ def draw_sample(
     model: Network, palette: list[int], image: Tensor, label: Tensor, logits: Tensor
 ) -> dict[str, np.ndarray]:
     """Draw a sample for TensorBoard: image, label, prediction, and the attention of its middle pixel."""
-    pixels = image.permute(1, 2, 0).cpu().numpy() + IMG_MEAN
+    pixels = middle_frame(image).permute(1, 2, 0).cpu().numpy() + IMG_MEAN
     picture = pixels[..., ::-1].round().clip(0, 255).astype(np.uint8)
     prediction = upsample(logits[None], label.shape)[0].argmax(0)
     classes = [colored(each.cpu().numpy(), palette) for each in (label, prediction)]
     drawn = {"train/image_label_prediction": np.hstack([picture, *classes])}
-    if has_attention(model):
+    if has_attention(model) and len(image) == len(IMG_MEAN):  # not a clip
         middle = label.shape[0] // 2, label.shape[1] // 2
         maps = picture_attention(model, image[None], [middle])[:, 0].cpu().numpy()
         drawn["train/attention"] = np.array(draw_attention(picture, middle, maps))

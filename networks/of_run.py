@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from networks.models import MODELS, models_of, recurrence_of
+from networks.models import MODELS, model_flags, models_of
 from networks.variants import DEPTHS, blocks_of
 from networks.weights import about_of, classes_of
 from utils import run_files
@@ -17,6 +17,10 @@ from utils.errors import CheckpointError, UsageError
 
 #: Maximum number of classes: a label picture has 8 bits, and 255 is void.
 MOST_CLASSES = 255
+#: Maximum number of frames of a clip, and maximum distance of its frames.
+MOST_FRAMES = 99
+#: Fields of `Description` that may be None in args.json.
+OPTIONAL = ("recurrence", "classes", "clip", "clip_stride")
 #: Number of classes of Cityscapes.
 CITYSCAPES_CLASSES = 19
 
@@ -31,6 +35,8 @@ class Description(NamedTuple):
             that does not take it.
         num_classes: value of --num-classes; None for the number of classes in the class table.
         classes: path of the class table; None for the classes of Cityscapes.
+        clip: value of --clip; None like `recurrence`.
+        clip_stride: value of --clip-stride; None like `recurrence`.
     """
 
     model: str = "ccnet"
@@ -38,6 +44,8 @@ class Description(NamedTuple):
     recurrence: int | None = None
     num_classes: int | None = None
     classes: str | None = None
+    clip: int | None = None
+    clip_stride: int | None = None
 
 
 class OfRun(NamedTuple):
@@ -69,11 +77,15 @@ def of_flags(given: Mapping[str, Any]) -> OfRun:
         given: values of the flags by field of `Description`; None for a flag that is not given.
 
     Raises:
-        UsageError: the model does not take a recurrence, but one is given.
+        UsageError: the model does not take a recurrence or clips, but a flag for them is given.
     """
-    found = {name: value for name, value in given.items() if value is not None}
-    recurrence = recurrence_of(found.get("model", Description().model), found.get("recurrence"))
-    return OfRun(Description(**{**found, "recurrence": recurrence}), None, {}, [])
+    found = Description(**{name: value for name, value in given.items() if value is not None})
+    return OfRun(_completed(found), None, {}, [])
+
+
+def _completed(found: Description) -> Description:
+    """Return a description with the defaults of the model; see `of_flags` for the errors."""
+    return found._replace(**cast(Any, model_flags(**found._asdict())))
 
 
 def describe(
@@ -117,7 +129,7 @@ def describe(
         if value is not None:
             if name in run and run[name] != value:
                 notes.append(f"{flag} {value}: used instead of {run[name]}, which {file} has")
-        elif name in run and not (name in ("recurrence", "classes") and run[name] is None):
+        elif name in run and not (name in OPTIONAL and run[name] is None):
             check_value(file, name, run[name])
             value = table_path(checkpoint, run[name]) if name == "classes" else run[name]
             source, remedy = f"{file}: {name} {value}", f"give {flag} {of_weights.get(name)}"
@@ -127,7 +139,8 @@ def describe(
             actual = f"{name.removeprefix('num_')} {of_weights[name]}"
             raise UsageError(f"{source}: the weights of {checkpoint} have {actual}; {remedy}")
         found[name] = value
-    found["recurrence"] = recurrence_of(found["model"], found["recurrence"])
+    complete = _completed(Description(**found))
+    found = complete._asdict()
     if not run and given.get("recurrence") is None:
         names = (None, CITYSCAPES_CLASSES)  # Cityscapes' classes are known by their number
         named = labels is not None or found["classes"] is not None or found["num_classes"] in names
@@ -139,7 +152,7 @@ def describe(
         if what:
             without = f"without {run_files.ARGUMENTS} next to it or a description in it"
             notes.append(f"{checkpoint}: {without}, {', and '.join(what)}")
-    return OfRun(Description(**found), labels if found["classes"] is None else None, run, notes)
+    return OfRun(complete, labels if found["classes"] is None else None, run, notes)
 
 
 def _recorded(
@@ -192,6 +205,8 @@ def check_value(file: str, name: str, value: Any) -> None:
         "recurrence": type(value) is int and 0 <= value <= 100,
         "num_classes": type(value) is int and 1 <= value <= MOST_CLASSES,
         "classes": isinstance(value, str),
+        "clip": type(value) is int and 1 <= value <= MOST_FRAMES and value % 2 == 1,
+        "clip_stride": type(value) is int and 1 <= value <= MOST_FRAMES,
     }
     if not right[name]:
         raise UsageError(

@@ -1,6 +1,6 @@
 """Generated street scenes in the Cityscapes layout, a small data set for tests and first trials.
 
-    python -m dataset.mini OUT [--train N] [--val N] [--size HxW] [--seed S]
+    python -m dataset.mini OUT [--train N] [--val N] [--size HxW] [--seed S] [--video]
 
 Every class of the Cityscapes benchmark occurs in both splits, with instances, occlusion, perspective and void
 regions. Light, colors and positions vary between pictures and between cities, so classes must be recognized
@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dataset.mini import video
 from dataset.mini.street import City, render
 from utils.errors import UsageError
 from utils.files import write_file
@@ -86,7 +87,9 @@ def _is_complete(out: Path, parameters: dict) -> bool:
     return marker.name == _COMPLETE
 
 
-def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: int) -> bool:
+def write(
+    out: str | Path, train: int, val: int, size: tuple[int, int], seed: int, with_frames: bool = False
+) -> bool:
     """Write the data set to a folder, or complete a part of it.
 
     Args:
@@ -95,6 +98,8 @@ def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: in
         val: number of pictures in the split "val".
         size: (height, width) of the pictures.
         seed: seed of the data set.
+        with_frames: whether to hide parts of the pictures and to write the frames before and after them,
+            which show these parts, to leftImg8bit_sequence (dataset/mini/video.py).
 
     Returns:
         Whether anything was written; False if the complete data set already exists.
@@ -104,6 +109,8 @@ def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: in
     """
     out = Path(out)
     parameters = {"format": FORMAT, "train": train, "val": val, "size": list(size), "seed": seed}
+    if with_frames:
+        parameters["video"] = True
     if _is_complete(out, parameters):
         return False
     out.mkdir(parents=True, exist_ok=True)
@@ -113,6 +120,14 @@ def write(out: str | Path, train: int, val: int, size: tuple[int, int], seed: in
             city, stem, (image, labels, instances) = picture(split, index, size, seed)
             pictures, truth = out / "leftImg8bit" / split / city, out / "gtFine" / split / city
             pictures.mkdir(parents=True, exist_ok=True)
+            if with_frames:
+                frames = out / "leftImg8bit_sequence" / split / city
+                frames.mkdir(parents=True, exist_ok=True)
+                for name in video.names(stem):
+                    write_file(frames / f"{name}_leftImg8bit.png", _png(image))
+                number = list(CITIES).index(split)
+                image, _ = video.hide(image, np.random.default_rng((seed, number, 3, index)))
+                write_file(frames / f"{stem}_leftImg8bit.png", _png(image))
             truth.mkdir(parents=True, exist_ok=True)
             write_file(pictures / f"{stem}_leftImg8bit.png", _png(image))
             write_file(truth / f"{stem}_gtFine_labelIds.png", _png(labels))

@@ -33,6 +33,11 @@ def get_parser() -> argparse.ArgumentParser:
         "--size", type=_size, default=(128, 256), help="size of the pictures, HEIGHTxWIDTH (default: 128x256)"
     )
     parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the data set")
+    parser.add_argument(
+        "--video",
+        action="store_true",
+        help="hide parts of each picture, and write the frames before and after it, which show them",
+    )
     return parser
 
 
@@ -41,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"
     try:
-        written = mini.write(args.out, args.train, args.val, args.size, args.seed)
+        written = mini.write(args.out, args.train, args.val, args.size, args.seed, args.video)
     except OSError as error:
         raise unwritable(error) from error
     print(f"{args.out}: {'wrote' if written else 'already holds'} {what}")
