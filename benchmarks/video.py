@@ -24,6 +24,7 @@ import os
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,10 +67,7 @@ class SmallNetwork(Network):
     def __init__(self, num_classes: int):
         nn.Module.__init__(self)
         sizes = (3, 16, 24, *CHANNELS)
-        layers = [
-            convolution_norm(few, many, 3, "torch", "relu")
-            for few, many in zip(sizes, sizes[1:], strict=False)
-        ]
+        layers = [convolution_norm(few, many, 3, "torch", "relu") for few, many in pairwise(sizes)]
         for layer in layers[:3]:
             layer[0].stride = (2, 2)  # type: ignore[assignment]
         self.until_layer3 = nn.Sequential(*layers[:3])
@@ -142,11 +140,8 @@ def measured(args: argparse.Namespace, root: str) -> dict[str, Any]:
 
     def note(name: str, seed: int, value: float, model: SmallNetwork) -> None:
         scores.setdefault(name, []).append(value)
-        gamma = model.head.cca.gamma.item()
-        minutes = (time.monotonic() - begin) / 60
-        print(
-            f"seed {seed}  {name}: mean IoU {value:.1f} %  gamma {gamma:.2f}  {minutes:.1f} min", flush=True
-        )
+        about = f"gamma {model.head.cca.gamma.item():.2f}, {(time.monotonic() - begin) / 60:.1f} min"
+        print(f"seed {seed}  {name}: mean IoU {value:.1f} %  ({about})", flush=True)
 
     for seed in range(args.seeds):
         for arm, (clip, repeated) in ARMS.items():

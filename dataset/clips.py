@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from dataset.layout import PICTURE
+from dataset.pictures import decode_upright, load
 from utils.errors import DataError
 
 #: Folder of the labeled pictures of Cityscapes, and the folder of all frames next to it.
@@ -115,7 +117,7 @@ def say_missing(source: str, clips: Sequence[Clip]) -> str:
     if neighbors and missing == neighbors:
         raise DataError(
             f"{source}: no picture has another frame next to it, such as {_expected(clips[0].files[0])}; "
-            "unpack leftImg8bit_sequence_trainvaltest.zip, or check --clip and --clip-stride"
+            "unpack leftImg8bit_sequence_trainvaltest.zip, check --clip-stride, or give --clip 1"
         )
     line = f"clips of {frames} frames: {missing} of {neighbors} neighbors are missing"
     return f"{line} and replaced by the nearest frame toward the middle" if missing else line
@@ -130,6 +132,55 @@ def _expected(picture: str) -> str:
         return f"{stem}_000001{extension}"
     before, digits, after = found.groups()
     return f"{before}{int(digits) + 1:0{len(digits)}d}{after}{suffix}"
+
+
+def read_rgb(clip: Clip) -> np.ndarray:
+    """Read the frames of a clip as one picture, uint8 [h, w, 3 * T], RGB, upright.
+
+    Raises:
+        DataError: a file can't be read, or the frames have different sizes.
+    """
+
+    def read(file: str) -> np.ndarray:
+        return cv2.cvtColor(decode_upright(load(file)), cv2.COLOR_BGR2RGB)
+
+    middle = clip.files[len(clip.files) // 2]
+    frames = {file: read(file) for file in dict.fromkeys(clip.files)}
+    for file, frame in frames.items():
+        if frame.shape != frames[middle].shape:
+            sizes = " but ".join(f"{each.shape[1]}x{each.shape[0]}" for each in (frame, frames[middle]))
+            raise DataError(f"{file}: has {sizes} in {middle}; move frames of other videos elsewhere")
+    return stack(clip.files, frames.__getitem__)
+
+
+def of_video(frames: Iterable[np.ndarray], clip: int, stride: int) -> Iterator[np.ndarray]:
+    """Yield the clip of each frame of a video, like `Frames`; the first frame is yielded late.
+
+    Args:
+        frames: the frames in order, [h, w, 3].
+        clip: number of frames T, odd.
+        stride: distance of the frames of a clip.
+
+    Yields:
+        Arrays [h, w, 3 * T].
+    """
+    held: dict[int, np.ndarray] = {}
+    reach, number = clip // 2 * stride, 0
+
+    def around(index: int) -> np.ndarray:
+        found = [held[index]]
+        for offset in range(stride, reach + 1, stride):
+            found = [held.get(index - offset, found[0]), *found, held.get(index + offset, found[-1])]
+        held.pop(index - reach, None)  # no later clip needs it
+        return np.concatenate(found, axis=2)
+
+    for frame in frames:
+        held[number] = frame
+        number += 1
+        if number > reach:
+            yield around(number - 1 - reach)
+    for index in range(max(0, number - reach), number):
+        yield around(index)
 
 
 def stack(files: Sequence[str], read: Callable[[str], np.ndarray]) -> np.ndarray:
