@@ -174,7 +174,7 @@ def check(options: EvaluateOptions, table: ClassTable | None, device: torch.devi
     if device.type == "cpu":
         largest = max(dataset.sizes(), key=math.prod) if options.whole else options.input_size
         pixels = math.prod(largest) * (max(scales_of(options, largest)) ** 2 if options.whole else 1)
-        check_fits("--input-size, --scales, --whole", pixels)
+        check_fits("--input-size, --scales, --whole", pixels * options.frames["clip"])
     check_outputs_of(options, dataset)
 
 
@@ -258,6 +258,7 @@ def make_dataset(options: EvaluateOptions, table: ClassTable | None) -> CSDataSe
         table=table,
         labeled=recognition.has_labels(place_of(options), options.split, options.data_list is not None),
         dataset=options.dataset,
+        **options.frames,
     )
 
 

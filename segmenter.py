@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dataset import IMG_MEAN
+from dataset import IMG_MEAN, clips
 from dataset.classes import classes_of_checkpoint
 from dataset.labels import NUM_CLASSES, ClassTable, LabelReader, choose_table
 from dataset.pictures import decode_upright, load
@@ -78,7 +78,8 @@ class Segmenter:
         device: device of the network.
         amp: precision of the computation: "bf16", "fp16", or None for float32.
         path: the checkpoint; None for random weights.
-        description: model, backbone, recurrence and number of classes.
+        description: model, backbone, recurrence, number of classes, and frames of a clip.
+        frames: finds the frames around a picture file, for a network that takes clips.
         labels: the classes.
         run: recorded flags of the training run; empty if unknown.
         files: files that were read or looked for: checkpoint, args.json, class table.
@@ -103,7 +104,8 @@ class Segmenter:
         self.run: dict[str, Any] = {}
         self.files: list[str] = []
         self._palette = make_palette(labels.colors())
-        self._mean = torch.tensor(IMG_MEAN, device=self.device)
+        self.frames = clips.Frames(description.clip or 1, description.clip_stride or 1)
+        self._mean = torch.tensor(IMG_MEAN, device=self.device).repeat(self.frames.clip)
 
     @classmethod
     def load(  # noqa: PLR0913
@@ -136,8 +138,8 @@ class Segmenter:
                 fused operator on a CPU. Probabilities do not need it.
             say: function that gets a line about each flag that differs from the recorded one, and about the
                 precision that "auto" chooses.
-            **flags: model, backbone, recurrence, num_classes or classes (path of a class table), as the flags
-                of evaluate.py. They override what is recorded.
+            **flags: model, backbone, recurrence, num_classes, classes (path of a class table), clip or
+                clip_stride, as the flags of evaluate.py. They override what is recorded.
 
         Raises:
             InputError: a file or argument is invalid. The message names it.
@@ -189,7 +191,7 @@ class Segmenter:
     @property
     def attends(self) -> bool:
         """Whether the network has an attention to look at (see `attention`)."""
-        return has_attention(self.model)
+        return has_attention(self.model) and self.frames.clip == 1
 
     def predict(
         self,
@@ -208,7 +210,9 @@ class Segmenter:
         Args:
             picture: path, PIL image, uint8 RGB array [h, w, 3], or RGB tensor [3, h, w], uint8 or float in
                 0..1. Files and PIL images are turned as their orientation tag says. Floats are rounded to
-                1/255, the precision of a file.
+                1/255, the precision of a file. A network that takes clips of T frames finds the frames around
+                a path (`dataset.clips.Frames`). Otherwise, it takes a uint8 RGB array [h, w, 3 * T], with the
+                channels of the first frame first. The prediction is that of the middle frame.
             scales: average the predictions at these scales.
             flip: whether to average each prediction with that of the mirrored picture.
             tile_size: (height, width) of the overlapping tiles in which larger pictures are predicted; None
@@ -266,6 +270,11 @@ class Segmenter:
         """
         if self.description.recurrence is None:
             raise UsageError(f"attention: the model {self.description.model} has none; load another one")
+        if self.frames.clip > 1:
+            raise UsageError(
+                f"attention: maps of clips of {self.frames.clip} frames are not drawn; load the network with "
+                f"--model ccnet --recurrence {self.description.recurrence}, which takes single pictures"
+            )
         image = self._image(picture)
         try:
             with torch.inference_mode(), autocast(self.device, self.amp):
@@ -275,21 +284,32 @@ class Segmenter:
         return maps.float().transpose(0, 1).cpu().numpy()
 
     def _image(self, picture: Picture) -> Tensor:
-        """Return the input of the network for a picture, float32 [1, 3, h, w] on the device."""
-        rgb = as_rgb(picture).to(self.device)
-        return subtract_mean(rgb.flip(-1)[None], self._mean)
+        """Return the input of the network for a picture, float32 [1, 3 * T, h, w] on the device."""
+        number = self.frames.clip
+        if number > 1 and isinstance(picture, (str, os.PathLike)):
+            picture = clips.read_rgb(self.frames.of(os.fspath(picture)))
+        rgb = as_rgb(picture, number).to(self.device)
+        bgr = rgb.unflatten(-1, (number, 3)).flip(-1).flatten(-2)
+        return subtract_mean(bgr[None], self._mean)
 
 
-def as_rgb(picture: Picture) -> Tensor:
-    """Return a picture as uint8 RGB [h, w, 3].
+def as_rgb(picture: Picture, frames: int = 1) -> Tensor:
+    """Return a picture as uint8 RGB [h, w, 3], or a clip of several frames as [h, w, 3 * frames].
 
     Args:
         picture: see `Segmenter.predict`.
+        frames: number of frames.
 
     Raises:
         DataError: a file can't be read.
         UsageError: an array or tensor is not a picture. The message says why.
     """
+    if frames > 1:
+        wanted = f"an array uint8 [h, w, {3 * frames}], RGB, or a path"
+        if not isinstance(picture, np.ndarray):
+            raise UsageError(f"picture: the network takes clips of {frames} frames; give {wanted}")
+    else:
+        wanted = "uint8 [h, w, 3], RGB"
     if isinstance(picture, (str, os.PathLike)):
         return torch.from_numpy(cv2.cvtColor(decode_upright(load(os.fspath(picture))), cv2.COLOR_BGR2RGB))
     if isinstance(picture, Image.Image):
@@ -297,10 +317,9 @@ def as_rgb(picture: Picture) -> Tensor:
             raise UsageError(f"picture: is of mode {picture.mode}; convert it to 8 bits per channel")
         return torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB")))
     if isinstance(picture, np.ndarray):
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-            raise UsageError(
-                f"picture: an array {picture.dtype} {list(picture.shape)}; give uint8 [h, w, 3], RGB"
-            )
+        right = picture.ndim == 3 and picture.shape[2] == 3 * frames and picture.dtype == np.uint8
+        if not right or not picture.size:
+            raise UsageError(f"picture: an array {picture.dtype} {list(picture.shape)}; give {wanted}")
         return torch.from_numpy(np.require(picture, requirements=["C", "W"]))
     if isinstance(picture, Tensor):
         return _of_tensor(picture.detach())

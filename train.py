@@ -9,7 +9,6 @@ one or more machines. README.md has the published recipe; docs/ describes memory
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from functools import partial
 
@@ -34,7 +33,7 @@ from engine.training.step import Stepper, updates_at_once
 from loss import CategoryConsistentLoss, CriterionDSN, CriterionOhemDSN, WithConsistency
 from networks import MODELS, Network, load_weights, make_network, match_weights, synchronize, train_mode
 from networks.abn import require_inplace_abn
-from networks.models import backbone_name, check_statistics, recurrence_of
+from networks.models import backbone_name, check_statistics, model_flags
 from networks.pretrained import read_weights
 from networks.sample_picture import draw_sample
 from networks.variants import options_of
@@ -59,7 +58,7 @@ def main() -> int:
     args = get_parser().parse_args()
     with distributed.reported_once():
         classes = choose_classes(args.data_dir, args.data_list, args.classes, args.num_classes, args.dataset)
-        args.num_classes, args.recurrence = classes.number, recurrence_of(args.model, args.recurrence)
+        vars(args).update(model_flags(**vars(args)), num_classes=classes.number)
         options = TrainOptions.of(args)
         devices = distributed.choose_devices(options.gpu, options.nproc)
         options, notes = for_device(options, devices[0])
@@ -95,8 +94,7 @@ def check(
     else:
         print("no --restore-from: training from random weights", flush=True)
     if device.type == "cpu":
-        pictures = options.batch_size // (processes * options.grad_accum)
-        check_fits("--batch-size, --input-size", pictures * math.prod(options.input_size))
+        check_fits("--batch-size, --input-size, --clip", options.pixels(processes))
     dataset = make_dataset(options, classes.table)
     print(*notes, *dataset.taken, *classes.notes, dataset.check(), sep="\n", flush=True)
     inputs = [options.restore_from, options.data_list, options.val_list, options.classes, *dataset.files()]
@@ -166,6 +164,7 @@ def make_dataset(options: TrainOptions, table: ClassTable | None, split: str = "
         split=split,
         table=table,
         dataset=options.dataset,
+        **options.frames,
     )
 
 

@@ -59,9 +59,9 @@ def attention_maps(
         weights: list[Tensor] = []
         maps: list[Tensor] = []
         for _ in range(getattr(module, "recurrence", 1)):
-            projections = module.query_conv(x).to(wide), module.key_conv(x).to(wide)
+            query, key = (module.project(layer, x).to(wide) for layer in (module.query_conv, module.key_conv))
             with torch.autocast(x.device.type, enabled=False):
-                weights.append(reference.scores(*projections, axes).softmax(1))
+                weights.append(reference.scores(query, key, axes).softmax(1))
             seen = start
             for weight in reversed(weights):
                 seen = _row_times(seen, weight, axes)

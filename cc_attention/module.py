@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +49,20 @@ class _Attention(nn.Module):
         if not (joins(x) and self._are_as_made(layers)):
             # torch.vmap does not let autocast cast the weights for an input that is cast already.
             plain = x.to(self.gamma.dtype) if in_transform() and autocast_enabled(x) else x
-            query, key, value = (layer(plain) for layer in layers)
+            query, key, value = (self.project(layer, plain) for layer in layers)
             return criss_cross_attention(query, key, value, residual=x, gamma=self.gamma)
         # One convolution reads x once, and its gradient is one map.
         parameters = [getattr(layer, name) for name in ("weight", "bias") for layer in layers]
         if autocast_enabled(x):
             x, *parameters = cast_for_autocast(x, *parameters)
-        convolution = F.conv2d if self.dim == 4 else F.conv3d
-        projection = convolution(x, torch.cat(parameters[:3]), torch.cat(parameters[3:]))
+        convolution = F.conv2d if self.convolution is nn.Conv2d else F.conv3d
+        weight, bias = torch.cat(parameters[:3]), torch.cat(parameters[3:])
+        projection = self.project(lambda maps: convolution(maps, weight, bias), x)
         return joint_attention(projection, self.in_dim // 8, x, self.gamma)
+
+    def project(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply the layer of query, key or value, a 1x1 convolution, to the map x [N, in_dim, ...]."""
+        return layer(x)
 
     def _are_as_made(self, layers: Sequence[nn.Module]) -> bool:
         """Return whether nothing has replaced or wrapped the layers: then their weights suffice."""
@@ -65,7 +70,8 @@ class _Attention(nn.Module):
         if getattr(nn.modules.module, "_has_any_global_hook", lambda: True)():
             return False
         channels = (self.in_dim // 8, self.in_dim // 8, self.in_dim)
-        ones, zeros = (1,) * (self.dim - 2), (0,) * (self.dim - 2)
+        sides = 2 if self.convolution is nn.Conv2d else 3
+        ones, zeros = (1,) * sides, (0,) * sides
         for layer, expected in zip(layers, channels, strict=True):
             hooks = (
                 layer._forward_hooks,

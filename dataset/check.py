@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset import folder_pair, layout, mini, recognition
+from dataset import clips, folder_pair, layout, mini, recognition
 from dataset.class_chart import draw_chart
 from dataset.classes import choose_classes
 from dataset.inspection import has_ids, look_at_all
@@ -402,6 +402,14 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of processes (default: number of CPU cores)",
     )
+    add("--clip", type=flags.frames, default=1, metavar="T", help="count the missing frames of such clips")
+    add(
+        "--clip-stride",
+        type=flags.number(int, 1, 99),
+        default=1,
+        metavar="FRAMES",
+        help="distance of the frames of a clip",
+    )
     add("--partial", action="store_true", help="accept a part of the pictures of a published data set")
     add("--plot", metavar="PNG", help="write a chart of the class frequencies")
     add("--json", metavar="FILE", help="write all results as JSON")
@@ -419,6 +427,10 @@ def main(argv: list[str] | None = None) -> int:
     splits: list[Split] = []
     found = find(args)
     check_written(args, found)
+    for each in found:
+        if args.clip > 1 and each.pairs:
+            frames = clips.Frames(args.clip, args.clip_stride, args.root)
+            each.notes.insert(0, clips.say_missing(each.name, [frames.of(pair.image) for pair in each.pairs]))
     try:
         for each in found:
             splits.append(look_at(each, args.root, labels, args.num_workers))

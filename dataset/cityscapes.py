@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import folder_pair, layout, recognition, transforms
+from dataset import clips, folder_pair, layout, recognition, transforms
 from dataset.cache import PictureCache, on_disk
 from dataset.classes import CLASS_FILES, classes_of
 from dataset.labels import IGNORE, ClassTable, Counts, LabelReader
@@ -48,7 +48,7 @@ IMG_MEAN = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32
 class Sample(NamedTuple):
     """An augmented sample as uint8 arrays; they are converted to float on the device of the network."""
 
-    image: np.ndarray  # uint8 [h, w, 3], BGR
+    image: np.ndarray  # uint8 [h, w, 3], BGR; [h, w, 3 * T] for a clip
     label: np.ndarray  # uint8 [h, w], train ids
     content: transforms.Content  # area of the picture; the network gets 0 in the padding
     name: str
@@ -64,7 +64,7 @@ class Sample(NamedTuple):
 class Picture(NamedTuple):
     """A whole picture for evaluation."""
 
-    image: np.ndarray  # uint8 [h, w, 3], BGR
+    image: np.ndarray  # uint8 [h, w, 3], BGR; [h, w, 3 * T] for a clip
     label: np.ndarray | None  # train ids, uint8 [h, w]; None without labels
     name: str
     label_ids: np.ndarray | None  # uint8 [h, w]; None unless requested
@@ -99,9 +99,12 @@ class CSDataSet(Dataset):
             without a list.
         table: meaning of the values of the label pictures.
         labeled: whether there are labels; without them only `picture` and `check` can be called.
-        cache: cache for decoded pictures, with a plan for `sizes()`.
+        cache: cache for decoded pictures, with a plan for `sizes()`; not for clips.
         dataset: name of the layout of `root`; None to find it (see `recognition.recognize`).
         photometric: whether to distort colors randomly (dataset/photometric.py).
+        clip: number of frames T, odd: with each picture, the frames before and after it (`clips.Frames`) are
+            read. They are augmented alike, and the image of a sample has the channels of all of them.
+        clip_stride: distance of the frames of a clip.
 
     Raises:
         DataError: see `recognition.recognize`, `layout.read_list`, `classes_of`, and `discover` of layout,
@@ -124,6 +127,8 @@ class CSDataSet(Dataset):
         cache: PictureCache | None = None,
         dataset: str | None = None,
         photometric: bool = False,
+        clip: int = 1,
+        clip_stride: int = 1,
     ):
         self.skipped: list[str] = []
         self.taken: list[str] = []  # lines about what was taken for what in a folder pair
@@ -154,13 +159,15 @@ class CSDataSet(Dataset):
             self.source = os.path.join(root, "leftImg8bit", split)
         self.root = root
         self.crop_size = crop_size
-        self.mean = np.asarray(mean)
+        self.mean = np.tile(np.asarray(mean), clip)
         self.scale = scale
         self.mirror = mirror
         self.photometric = photometric
         self.labeled = labeled
         self.cache = cache
         self.labels = LabelReader(table, ignore_label, num_classes)
+        frames = clips.Frames(clip, clip_stride, root)
+        self.clips = [frames.of(pair.image) for pair in self.pairs] if clip > 1 else []
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -199,11 +206,11 @@ class CSDataSet(Dataset):
         if cached is not None:
             image, label = cached
         elif self.cache is not None:
-            image, label = self._decode(encoded)
+            image, label = self._decode(index, encoded)
             self.cache.put(index, image, label)
         else:
             # Rows below the crop need not be decoded.
-            image, label = self._decode(encoded, transforms.rows_needed(size, crop, augmentation))
+            image, label = self._decode(index, encoded, transforms.rows_needed(size, crop, augmentation))
         image, label, content = transforms.apply(
             image, label, size, crop, augmentation, self.labels.ignore_label, self.labels.mirror_lookup()
         )
@@ -211,7 +218,7 @@ class CSDataSet(Dataset):
 
     def digest(self) -> str:
         """Return a hash of the pairs and the class table, independent of the data directory."""
-        about = repr(self.pairs)
+        about = repr(self.pairs) + (repr(self.clips) if self.clips else "")
         if self.labels.table:  # its names do not matter
             about += repr([(label.id, label.train_id, label.color) for label in self.labels.table.labels])
             about += repr(self.labels.mirrored()) if self.labels.mirrored() else ""
@@ -234,10 +241,8 @@ class CSDataSet(Dataset):
         """Return the paths of all pictures and labels, and possible ones of instances, classes and lists."""
         labels = [pair.label for pair in self.pairs if pair.label]
         instances = [instances_of(label) for label in labels if label.endswith(LABEL_IDS)]
-        return [
-            self.path(file)
-            for file in (*(pair.image for pair in self.pairs), *labels, *instances, *self.described)
-        ]
+        images = [*(pair.image for pair in self.pairs), *(file for clip in self.clips for file in clip.files)]
+        return [self.path(file) for file in (*images, *labels, *instances, *self.described)]
 
     def has_instances(self) -> bool:
         """Return whether every label is a labelIds file that has an instanceIds file."""
@@ -278,9 +283,10 @@ class CSDataSet(Dataset):
         """
         pair = self.pairs[index]
         if not self.labeled:
-            return Picture(decode_image(load(self.path(pair.image))), None, pair.name, None, None)
+            image = self._decode_image(index, load(self.path(pair.image)))
+            return Picture(image, None, pair.name, None, None)
         encoded = self._load(index)
-        image, label = self._decode(encoded)
+        image, label = self._decode(index, encoded)
         label_ids = instance_ids = None
         if instances:
             found = load(self.path(instances_of(pair.label)))
@@ -313,10 +319,13 @@ class CSDataSet(Dataset):
         try:
             with ThreadPoolExecutor(8) as pool:
                 looks = pool.map(lambda pair: self._check_pair(pair, instances), self.pairs)
+                checked = pool.map(self._check_clip, self.pairs, self.clips)
                 for pair, (header, counted, is_turned) in zip(self.pairs, looks, strict=True):
                     counts.add(counted)
                     turned += [pair.image] if is_turned else []
                     odd = odd or (pair.image if header.depth != 8 else None)
+                for _ in checked:  # raises their errors
+                    pass
         except DataError as error:
             raise DataError(f"{error} (python -m dataset.check finds all such files)") from error
         folders = len({os.path.dirname(pair.image) for pair in self.pairs})
@@ -333,6 +342,8 @@ class CSDataSet(Dataset):
                 )
         else:
             line += "none missing"
+        if self.clips:
+            notes.insert(0, clips.say_missing(self.source, self.clips))
         if self.skipped:
             notes.append(layout.say_skipped(self.skipped))
         if turned:
@@ -366,6 +377,13 @@ class CSDataSet(Dataset):
             check_size(path, header, pair.label, label)
         return image, counts, fits_both(read_orientation(self.path(pair.image)), image)
 
+    def _check_clip(self, pair: Pair, clip: clips.Clip) -> None:
+        """Check the headers of the other frames of a picture."""
+        for path in map(self.path, set(clip.files) - {pair.image}):
+            header = read_header(path)
+            check_picture(path, header)
+            check_size(path, header, pair.image, read_header(self.path(pair.image)))
+
     def _load(self, index: int) -> tuple[Encoded, Encoded]:
         """Read the files of a picture and its label, and check that they have the same size."""
         pair = self.pairs[index]
@@ -374,7 +392,21 @@ class CSDataSet(Dataset):
         return image, label
 
     def _decode(
-        self, encoded: tuple[Encoded, Encoded], rows: int | None = None
+        self, index: int, encoded: tuple[Encoded, Encoded], rows: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the picture uint8 [h, w, 3] BGR and the train ids uint8 [h, w]; h is at least `rows`."""
-        return decode_image(encoded[0], rows), self.labels.read(encoded[1], rows)
+        """Return picture `index` (see `_decode_image`) and its train ids uint8 [h, w]."""
+        return self._decode_image(index, encoded[0], rows), self.labels.read(encoded[1], rows)
+
+    def _decode_image(self, index: int, encoded: Encoded, rows: int | None = None) -> np.ndarray:
+        """Return picture `index` uint8 [h, w, 3 * T] BGR with its other frames; h is at least `rows`."""
+        if not self.clips:
+            return decode_image(encoded, rows)
+
+        def read(file: str) -> np.ndarray:
+            if file == self.pairs[index].image:
+                return decode_image(encoded, rows)
+            frame = load(self.path(file))
+            check_size(frame.path, frame, self.pairs[index].image, encoded)
+            return decode_image(frame, rows)
+
+        return clips.stack(self.clips[index].files, read)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from types import MappingProxyType
@@ -257,14 +258,41 @@ class NetworkOptions(Options):
     recurrence: int | None = option(
         None,
         Flag(
-            "number of applications of the attention (R in the paper), by default 2 for ccnet and 1 for "
-            "nonlocal; 0 omits it",
+            "number of applications of the attention (R in the paper), by default 2 for ccnet, 3 for ccnet3d "
+            "and 1 for nonlocal; 0 omits it",
             flags.recurrence,
             recipe=True,
             noted=True,
             from_run=True,
         ),
     )
+    clip: int | None = option(
+        None,
+        Flag(
+            "frames of a clip, odd, for ccnet3d (docs/video.md), by default 3; the middle one has the label",
+            flags.frames,
+            metavar="T",
+            recipe=True,
+            noted=True,
+            from_run=True,
+        ),
+    )
+    clip_stride: int | None = option(
+        None,
+        Flag(
+            "distance of the frames of a clip, by default 1",
+            flags.number(int, 1, 99),
+            metavar="FRAMES",
+            recipe=True,
+            noted=True,
+            from_run=True,
+        ),
+    )
+
+    @property
+    def frames(self) -> dict[str, Any]:
+        """Arguments of the data set: number of frames of a clip, 1 for a picture, and their distance."""
+        return {"clip": self.clip or 1, "clip_stride": self.clip_stride or 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,7 +459,7 @@ class RecipeOptions(Options):
         Flag("loss weight of each class; by default all equal", flags.numbers, metavar="W,W", recipe=True),
     )
     ccl: bool = option(
-        False, Flag("add the category-consistent loss (--model ccnet and nonlocal)", recipe=True)
+        False, Flag("add the category-consistent loss (--model ccnet, ccnet3d and nonlocal)", recipe=True)
     )
     ccl_channels: int = option(
         16, Flag("channels of the features of --ccl", flags.positive_int, metavar="N", recipe=True)
@@ -546,6 +574,11 @@ class TrainOptions(
         """Whether every weight gets a gradient; with --recurrence 0, those of the attention get none."""
         return self.recurrence != 0
 
+    def pixels(self, processes: int) -> int:
+        """Return the number of pixels that each of several processes trains on at a time."""
+        pictures = self.batch_size // (processes * self.grad_accum)
+        return pictures * self.frames["clip"] * math.prod(self.input_size)
+
     def stepping(self, device: torch.device) -> StepOptions:
         """Return the options of a step on `device`."""
         late = self.backend == "torch" and waits_late(device, self.amp)
@@ -608,6 +641,8 @@ class TrainOptions(
             raise UsageError(
                 "--cuda-graph: not supported by --grad-accum, --amp fp16 and --compile; omit one of them"
             )
+        if self.clip is not None and self.cache is not None:
+            raise UsageError(f"--cache {self.cache}: not supported by --model {self.model}; omit it")
         if self.backend == "apex":
             if self.optimizer != "sgd":
                 raise UsageError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from networks.base import Network
+from networks.clips import features_of_clips
 
 
 def has_attention(model: Network) -> bool:
@@ -20,12 +21,12 @@ def picture_attention(model: Network, image: Tensor, pixels: Sequence[tuple[int,
 
     Args:
         model: network in evaluation mode, whose head has an attention with recurrence R.
-        image: [1, 3, h, w], BGR minus mean.
-        pixels: P pairs (row, column) of the image.
+        image: [1, 3, h, w], BGR minus mean; a clip of T > 1 frames has 3 * T channels.
+        pixels: P pairs (row, column) of the image or, for a clip, of its middle frame.
 
     Returns:
-        Maps [R, P, H, W]. H and W are the size of the features, about h / 8 and w / 8. If R is 0, the shape
-        is [0, P, H, W].
+        Maps [R, P, H, W] or, for a clip, [R, P, T, H, W]. H and W are the size of the features, about h / 8
+        and w / 8. If R is 0, there are no maps.
 
     Raises:
         ValueError: a pixel is outside of the image.
@@ -35,7 +36,7 @@ def picture_attention(model: Network, image: Tensor, pixels: Sequence[tuple[int,
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"pixel ({row}, {column}) is outside of {height} rows and {width} columns")
     with torch.no_grad():
-        x = model.features(image)[1]
+        x = features_of_clips(model.features, image)[1]
         return model.head.attention_maps(x, [head_pixel(pixel, (height, width), x.shape) for pixel in pixels])
 
 

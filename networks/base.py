@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks.abn import ABN
+from networks.clips import features_of_clips
 from networks.dropout import ChannelDropout
 from networks.recomputation import recomputation
 from networks.resnet import ResNet
@@ -107,15 +108,17 @@ class Network(ResNet):
         """Compute the logits of both heads.
 
         Args:
-            images: [N, 3, h, w], BGR minus mean.
+            images: [N, 3, h, w], BGR minus mean. A clip of T frames is a picture of 3 * T channels
+                (networks/clips.py), for a head that takes clips.
 
         Returns:
             [logits, dsn_logits] of the main head and the auxiliary head, each [N, num_classes, H, W] at 1/8
-            of the input size. Without the auxiliary head (`networks.fold_batch_norm`), only [logits]. In
-            training mode after `add_consistency`, the third output is its features [N, channels, H, W].
+            of the input size. For clips, they are those of the middle frame. Without the auxiliary head
+            (`networks.fold_batch_norm`), only [logits]. In training mode after `add_consistency`, the third
+            output is its features [N, channels, H, W].
         """
         with recomputation() if self.recompute else contextlib.nullcontext():
-            layer3, layer4 = self.features(images)
+            layer3, layer4 = features_of_clips(self.features, images)
             if self.consistency is None or not self.training:
                 outputs = [self.head(layer4)]
                 if self.dsn is not None:

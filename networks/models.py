@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from networks.base import Network
 from networks.ccnet import Seg_Model
-from networks.heads import ASPPHead, FCNHead, GCNHead, NonLocalHead, PSPHead, RCCAHead
+from networks.heads import ASPPHead, FCNHead, GCNHead, NonLocalHead, PSPHead, RCCA3dHead, RCCAHead
 from networks.timm_backbone import TimmNetwork, check_name, is_timm
 from networks.variants import DEPTHS
 from utils.args import quoted
@@ -29,16 +29,19 @@ class Architecture(NamedTuple):
             are impossible there.
         network: subclass of `Network`, called as network(num_classes, backbone=..., ...); None for `Network`
             itself, with the head.
+        clip: default of --clip, the number of frames of a clip; None if the network takes pictures.
     """
 
     head: Callable[..., nn.Module]
     recurrence: int | None = None
     pools: bool = False
     network: Callable[..., Network] | None = None
+    clip: int | None = None
 
 
 MODELS: dict[str, Architecture] = {
     "ccnet": Architecture(RCCAHead, recurrence=2, network=Seg_Model),
+    "ccnet3d": Architecture(RCCA3dHead, recurrence=3, clip=3),
     "fcn": Architecture(FCNHead),
     "gcn": Architecture(GCNHead),
     "psp": Architecture(PSPHead, pools=True),
@@ -112,6 +115,43 @@ def recurrence_of(model: str, given: int | None) -> int | None:
     return default if given is None else given
 
 
+def clip_of(model: str, clip: int | None, stride: int | None) -> tuple[int | None, int | None]:
+    """Return the number of frames of a clip and their distance; None if the model takes pictures.
+
+    Args:
+        model: name in MODELS.
+        clip: value of --clip; None for the default.
+        stride: value of --clip-stride; None for the default.
+
+    Raises:
+        UsageError: one is given for a model that takes pictures.
+    """
+    default = MODELS[model].clip
+    if default is not None:
+        return default if clip is None else clip, 1 if stride is None else stride
+    for flag, value in (("--clip", clip), ("--clip-stride", stride)):
+        if value is not None:
+            taking = " and ".join(name for name, each in MODELS.items() if each.clip is not None)
+            raise UsageError(f"{flag} {value}: not an option of --model {model}, only of {taking}; omit it")
+    return None, None
+
+
+def model_flags(
+    model: str,
+    recurrence: int | None = None,
+    clip: int | None = None,
+    clip_stride: int | None = None,
+    **_: Any,
+) -> dict[str, int | None]:
+    """Return the values of --recurrence, --clip and --clip-stride, with the defaults of the model.
+
+    Raises:
+        UsageError: the model does not take a flag that is given.
+    """
+    clip, clip_stride = clip_of(model, clip, clip_stride)
+    return {"recurrence": recurrence_of(model, recurrence), "clip": clip, "clip_stride": clip_stride}
+
+
 def check_statistics(model: str, pictures: int, frozen: bool) -> None:
     """Check that every batch norm of a network has more than one value to compute its statistics from.
 
@@ -131,7 +171,7 @@ def check_statistics(model: str, pictures: int, frozen: bool) -> None:
 
 
 def models_of(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the models whose head has exactly the entries of a state dict; several may have the same."""
+    """Return the models whose head has exactly the entries of a state dict; some have the same."""
     names = frozenset(name.removeprefix("head.") for name in state if name.startswith("head."))
     return [model for model, each in MODELS.items() if names and _entries(each.head) == names]
 

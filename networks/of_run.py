@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from networks.models import MODELS, models_of, recurrence_of
+from networks.models import MODELS, model_flags, models_of
 from networks.timm_backbone import BACKBONE, is_timm
 from networks.variants import DEPTHS, blocks_of
 from networks.weights import about_of, classes_of
@@ -18,6 +18,8 @@ from utils.errors import CheckpointError, UsageError
 
 #: Maximum number of classes: a label picture has 8 bits, and 255 is void.
 MOST_CLASSES = 255
+#: Maximum number of frames of a clip, and maximum distance of its frames.
+MOST_FRAMES = 99
 #: Number of classes of Cityscapes.
 CITYSCAPES_CLASSES = 19
 
@@ -32,6 +34,8 @@ class Description(NamedTuple):
             that does not take it.
         num_classes: value of --num-classes; None for the number of classes in the class table.
         classes: path of the class table; None for the classes of Cityscapes.
+        clip: value of --clip; None like `recurrence`.
+        clip_stride: value of --clip-stride; None like `recurrence`.
     """
 
     model: str = "ccnet"
@@ -39,6 +43,8 @@ class Description(NamedTuple):
     recurrence: int | None = None
     num_classes: int | None = None
     classes: str | None = None
+    clip: int | None = None
+    clip_stride: int | None = None
 
 
 class OfRun(NamedTuple):
@@ -70,11 +76,15 @@ def of_flags(given: Mapping[str, Any]) -> OfRun:
         given: values of the flags by field of `Description`; None for a flag that is not given.
 
     Raises:
-        UsageError: the model does not take a recurrence, but one is given.
+        UsageError: the model does not take a recurrence or clips, but a flag for them is given.
     """
-    found = {name: value for name, value in given.items() if value is not None}
-    recurrence = recurrence_of(found.get("model", Description().model), found.get("recurrence"))
-    return OfRun(Description(**{**found, "recurrence": recurrence}), None, {}, [])
+    found = Description(**{name: value for name, value in given.items() if value is not None})
+    return OfRun(_completed(found), None, {}, [])
+
+
+def _completed(found: Description) -> Description:
+    """Return a description with the defaults of the model; see `of_flags` for the errors."""
+    return found._replace(**cast(Any, model_flags(**found._asdict())))
 
 
 def describe(
@@ -129,7 +139,8 @@ def describe(
             actual = f"{name.removeprefix('num_')} {of_weights[name]}"
             raise UsageError(f"{source}: the weights of {checkpoint} have {actual}; {remedy}")
         found[name] = value
-    found["recurrence"] = recurrence_of(found["model"], found["recurrence"])
+    complete = _completed(Description(**found))
+    found = complete._asdict()
     if not run and given.get("recurrence") is None:
         names = (None, CITYSCAPES_CLASSES)  # Cityscapes' classes are known by their number
         named = labels is not None or found["classes"] is not None or found["num_classes"] in names
@@ -141,14 +152,17 @@ def describe(
         if what:
             without = f"without {run_files.ARGUMENTS} next to it or a description in it"
             notes.append(f"{checkpoint}: {without}, {', and '.join(what)}")
-    return OfRun(Description(**found), labels if found["classes"] is None else None, run, notes)
+    return OfRun(complete, labels if found["classes"] is None else None, run, notes)
 
 
 def _may_be_none(name: str, model: str | None) -> bool:
     """Return whether a run of a model may have no value for a field of `Description`."""
-    return name == "classes" or (
-        name == "recurrence" and model is not None and MODELS[model].recurrence is None
-    )
+    architecture = MODELS.get(model or "")
+    if name == "recurrence":
+        return architecture is not None and architecture.recurrence is None
+    if name in ("clip", "clip_stride"):
+        return architecture is not None and architecture.clip is None
+    return name == "classes"
 
 
 def _recorded(
@@ -201,6 +215,8 @@ def check_value(file: str, name: str, value: Any) -> None:
         "recurrence": type(value) is int and 0 <= value <= 100,
         "num_classes": type(value) is int and 1 <= value <= MOST_CLASSES,
         "classes": isinstance(value, str),
+        "clip": type(value) is int and 1 <= value <= MOST_FRAMES and value % 2 == 1,
+        "clip_stride": type(value) is int and 1 <= value <= MOST_FRAMES,
     }
     if not right[name]:
         raise UsageError(

@@ -67,6 +67,11 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.restore_from}: is of the model {network.description.model}, which has no attention to "
             "draw; name a checkpoint of ccnet or nonlocal"
         )
+    if network.frames.clip > 1:
+        raise UsageError(
+            f"--clip {network.frames.clip}: maps over several frames are not drawn; add --model ccnet "
+            f"--recurrence {network.description.recurrence}, which takes the same weights and single pictures"
+        )
     if not network.attends:
         raise UsageError("--recurrence 0: there is no attention to draw; give 1 or more")
     chosen = [pixels_of(args.pixels, picture) for picture in pictures]

@@ -186,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = (table or CITYSCAPES).names if "labels" in described else ()
         listed = f", and {len(names)} classes: {', '.join(names)}" if names else ""
         number = described["recurrence"]
-        print(f"it describes its network: {model}{'' if number is None else f', R={number}'}{listed}")
+        kind = described["model"] + ("" if number is None else f", R={number}")
+        print(f"it describes its network: {kind}{listed}")
 
 
 def read_source(
@@ -300,6 +301,8 @@ def about(path: str, source: Source, state: Mapping[str, Tensor], classes: str |
     number = found.description.num_classes
     described = found.description._asdict()
     del described["classes"]
+    if found.description.clip is None:
+        del described["clip"], described["clip_stride"]
     labels = found.labels
     if labels is not None and source.kind == "mmseg" and len(labels) != number:
         print(f"{path}: names {len(labels)} classes, but the network has {number}; the names are not kept")

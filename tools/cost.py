@@ -224,12 +224,14 @@ class Setting(NamedTuple):
     fused: bool = False
     recompute: bool = False
     model: str = "ccnet"
+    clip: int = 1
 
     def words(self) -> str:
         """Describe the setting in one line."""
         kind = "a training step" if self.train else "prediction"
         extras = f"{', OHEM' * self.ohem}{', channels_last' * self.channels_last}"
         extras += f"{', fused operators' * self.fused}{', recomputation' * self.recompute}"
+        extras += f", clips of {self.clip} frames" * (self.clip > 1)
         number = recurrence_of(self.model, self.recurrence)
         network = f"{self.model} {self.backbone}" + ("" if number is None else f", R={number}")
         return (
@@ -313,7 +315,7 @@ def simulate(
             optimizer.zero_grad()
         momentum = alive.now - weights
         layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-        images = torch.empty(setting.batch, 3, *setting.size).to(memory_format=layout)
+        images = torch.empty(setting.batch, 3 * setting.clip, *setting.size).to(memory_format=layout)
         labels = torch.zeros(setting.batch, *setting.size, dtype=torch.long)
         kept = Kept(model)
 
@@ -377,7 +379,7 @@ def measure(setting: Setting, model: Network, device: torch.device, rounds: int)
     criterion = criterion_of(setting)
     optimizer = optimizer_of(model)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(setting.batch, 3, *setting.size, generator=generator)
+    images = torch.randn(setting.batch, 3 * setting.clip, *setting.size, generator=generator)
     images = images.to(device, memory_format=layout)
     labels = torch.randint(setting.num_classes, (setting.batch, *setting.size), generator=generator).to(
         device

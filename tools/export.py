@@ -352,6 +352,11 @@ def main() -> None:
     if ending == ".onnx":
         require_packages(args.out)
     network = common.open_network(args)
+    if network.description.clip is not None:
+        raise UsageError(
+            f"{args.restore_from}: is of the model {network.description.model}, which can't be exported; "
+            f"add --model ccnet --recurrence {network.description.recurrence}, which takes pictures"
+        )
     check_outputs("--out", [args.out], network.files)
     check_writable("--out", os.path.dirname(args.out) or ".")
     print(f"{args.restore_from}: {network_name(network)}, {network.num_classes} classes", flush=True)

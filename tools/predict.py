@@ -31,7 +31,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dataset import DataError
+from dataset import DataError, clips
 from dataset.pictures import decode_upright, load
 from engine.options import AveragingOptions, InferenceOptions, add_flags
 from segmenter import Prediction, Segmenter
@@ -197,12 +197,17 @@ class Work:
             unreadable: receives a line about each file that can't be read.
         """
         progress = Progress(len(pictures))
+        finder = self.network.frames
+        if finder.clip > 1:
+            print(clips.say_missing(pictures[0].path, [finder.of(each.path) for each in pictures]))
 
         def read(source: PictureFile) -> np.ndarray | DataError:
             try:
                 encoded = load(source.path)
                 if pages := further_pages(encoded):
                     self.cut.append(f"{source.path} (1 of {1 + pages} predicted)")
+                if finder.clip > 1:
+                    return clips.read_rgb(finder.of(source.path))
                 return cv2.cvtColor(decode_upright(encoded), cv2.COLOR_BGR2RGB)
             except DataError as error:
                 return error
@@ -214,7 +219,7 @@ class Work:
                     unreadable.append(str(picture))
                 else:
                     prediction = self.predict(picture)
-                    laid_over = self._show(source.name, picture, prediction)
+                    laid_over = self._show(source.name, self._middle(picture), prediction)
                     written.append(writers.submit(self._write, source.name, laid_over, prediction))
                 while len(written) > AHEAD:
                     written.popleft().result()
@@ -239,10 +244,11 @@ class Work:
             # Ctrl-C ends a camera; the frames so far are the result.
             ends = contextlib.suppress(KeyboardInterrupt) if video.is_camera else contextlib.nullcontext()
             with ends, contextlib.closing(pictures):  # type: ignore[type-var]
-                for number, picture in enumerate(pictures, 1):
+                around = clips.of_video(pictures, self.network.frames.clip, self.network.frames.stride)
+                for number, picture in enumerate(around, 1):
                     prediction = self.predict(picture)
                     name = f"{video.name}/{number:06d}"
-                    laid_over = self._show(name, picture, prediction)
+                    laid_over = self._show(name, self._middle(picture), prediction)
                     if OVERLAY in films:
                         films[OVERLAY].add(laid_over)
                     if COLOR in films:
@@ -251,7 +257,7 @@ class Work:
                     progress.show(number)
 
     def predict(self, picture: np.ndarray) -> Prediction:
-        """Predict a picture, uint8 [h, w, 3] RGB, of any size."""
+        """Predict a picture uint8 [h, w, 3] RGB, or the middle frame of a clip [h, w, 3 * T], of any size."""
         args = self.args
         return self.network.predict(
             picture,
@@ -260,6 +266,11 @@ class Work:
             tile_size=None if args.whole else args.input_size,
             probabilities=PROBABILITIES in args.save,
         )
+
+    def _middle(self, picture: np.ndarray) -> np.ndarray:
+        """Return the middle frame of a clip, uint8 [h, w, 3]."""
+        first = self.network.frames.clip // 2 * 3
+        return np.ascontiguousarray(picture[..., first : first + 3])
 
     def _show(self, name: str, picture: np.ndarray, prediction: Prediction) -> np.ndarray:
         """Add a picture to the sheet. Return its overlay, uint8 [h, w, 3] RGB."""

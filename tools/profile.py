@@ -71,7 +71,7 @@ PAPER_PARTS = {"ccnet": "head.cca", "nonlocal": "head.attention"}
 
 def describe_network(args: argparse.Namespace) -> tuple[Description, dict[str, Tensor] | None]:
     """Return the description of the network of the flags, and the weights of --restore-from."""
-    given = {name: getattr(args, name) for name in ("model", "backbone", "num_classes", "recurrence")}
+    given = {name: getattr(args, name) for name in ("model", "backbone", "num_classes", "recurrence", "clip")}
     if args.restore_from:
         weights = read_state_dict(args.restore_from)
         found = describe(args.restore_from, weights, given)
@@ -333,6 +333,12 @@ def get_parser() -> argparse.ArgumentParser:
         type=flags.recurrence,
         help=f"number of times that the attention is applied; {of_checkpoint} that of the model",
     )
+    add(
+        "--clip",
+        type=flags.frames,
+        metavar="T",
+        help=f"frames of a clip, for ccnet3d; {of_checkpoint} 3",
+    )
     add("--restore-from", metavar="FILE", help="checkpoint (default: random weights)")
     add(
         "--input-size",
@@ -400,6 +406,7 @@ def main() -> None:
         fused=args.fused,
         recompute=args.recompute,
         model=found.model,
+        clip=found.clip or 1,
     )
     if args.recompute and args.gpu != "cpu" and not args.channels_last:
         raise UsageError("--recompute: requires --channels-last on a GPU; add it")

@@ -28,7 +28,7 @@ from dataset.pictures import PNG_SIGNATURE, decode_image, decode_label, load
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.evaluation.results import CONFUSION, FILES, RESULT
 from networks import MODELS
-from networks.models import recurrence_of
+from networks.models import model_flags
 from networks.of_run import args_file
 from networks.timm_backbone import is_timm
 from networks.variants import DEPTHS
@@ -146,7 +146,7 @@ def defaults_of(model: Any) -> dict[str, Any]:
     """Return the flags that train.py has for a model if none is given."""
     defaults = vars(train.get_parser().parse_args(["--data-dir", "."]))
     known = isinstance(model, str) and model in MODELS
-    return defaults | {"recurrence": recurrence_of(model if known else defaults["model"], None)}
+    return defaults | model_flags(model if known else defaults["model"])
 
 
 class Evaluation(NamedTuple):

@@ -127,6 +127,16 @@ def number(
     return parse
 
 
+def frames(text: str) -> int:
+    """Parse the number of frames of a clip, which has a middle frame."""
+    value = number(int, 1, 99)(text)
+    if value % 2 == 0:
+        raise argparse.ArgumentTypeError(
+            f"{value} is even, so a clip would have no middle frame; give {value - 1} or {value + 1}"
+        )
+    return int(value)
+
+
 def several(one: Callable[[str], float]) -> Callable[[str], list[float]]:
     """Return an argparse type for comma-separated values, each parsed by `one`."""
     return lambda text: [one(part) for part in text.split(",")]

@@ -1,6 +1,6 @@
 """Generated pictures in the layout of Cityscapes or another data set, for tests and first trials.
 
-    python -m dataset.mini OUT [--layout NAME] [--train N] [--val N] [--size HxW] [--seed S]
+    python -m dataset.mini OUT [--layout NAME | --video] [--train N] [--val N] [--size HxW] [--seed S]
 
 The pictures are street scenes; those in the layout of LIP are persons. Every class of the Cityscapes
 benchmark occurs in both splits, with instances, occlusion, perspective and void regions. Light, colors and
@@ -14,8 +14,10 @@ import os
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dataset.catalog import DATA_SETS
-from dataset.mini import layouts
+from dataset.mini import layouts, video
 from dataset.mini.cityscapes import CITIES, picture, png
 from dataset.mini.street import render
 from utils.errors import UsageError
@@ -61,7 +63,13 @@ def is_generated(out: str | Path) -> bool:
 
 
 def write(
-    out: str | Path, train: int, val: int, size: tuple[int, int], seed: int, layout: str = CITYSCAPES
+    out: str | Path,
+    train: int,
+    val: int,
+    size: tuple[int, int],
+    seed: int,
+    layout: str = CITYSCAPES,
+    with_frames: bool = False,
 ) -> bool:
     """Write the data set to a folder, or complete a part of it.
 
@@ -72,6 +80,9 @@ def write(
         size: (height, width) of the pictures.
         seed: seed of the data set.
         layout: one of LAYOUTS.
+        with_frames: whether to hide parts of the pictures and to write the frames before and after them,
+            which show these parts, to leftImg8bit_sequence (dataset/mini/video.py). This is for the layout of
+            Cityscapes.
 
     Returns:
         Whether anything was written; False if the complete data set already exists.
@@ -85,12 +96,14 @@ def write(
     is_cityscapes = layout == CITYSCAPES
     if not is_cityscapes:
         parameters["layout"] = layout
+    if with_frames:
+        parameters["video"] = True
     counts = {"train": train, "val": val} if is_cityscapes else layouts.splits(layout, train, val)
     if _is_complete(out, parameters):
         return False
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / _STARTED, json.dumps(parameters).encode())
-    files = _files if is_cityscapes else partial(layouts.files, layout)
+    files = partial(_files, with_frames=with_frames) if is_cityscapes else partial(layouts.files, layout)
     lists = {} if is_cityscapes else layouts.lists(layout, counts)
     for path, content in lists.items():
         _write(out / path, content)
@@ -102,11 +115,18 @@ def write(
     return True
 
 
-def _files(split: str, index: int, size: tuple[int, int], seed: int) -> dict[str, bytes]:
+def _files(split: str, index: int, size: tuple[int, int], seed: int, with_frames: bool) -> dict[str, bytes]:
     """Return the content of each file of a picture in the layout of Cityscapes, by its path."""
     city, stem, (image, labels, instances) = picture(split, index, size, seed)
     truth = f"gtFine/{split}/{city}/{stem}_gtFine"
-    return {
+    files = {}
+    if with_frames:
+        frames = f"leftImg8bit_sequence/{split}/{city}"
+        files = {f"{frames}/{name}_leftImg8bit.png": png(image) for name in video.names(stem)}
+        number = list(CITIES).index(split)
+        image, _ = video.hide(image, np.random.default_rng((seed, number, 3, index)))
+        files[f"{frames}/{stem}_leftImg8bit.png"] = png(image)
+    return files | {
         f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png": png(image),
         f"{truth}_labelIds.png": png(labels),
         f"{truth}_instanceIds.png": png(instances),

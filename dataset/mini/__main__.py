@@ -9,6 +9,7 @@ import sys
 from dataset import mini
 from dataset.mini import SIZES
 from utils import args as flags
+from utils.errors import UsageError
 from utils.files import unwritable
 
 
@@ -36,15 +37,24 @@ def get_parser() -> argparse.ArgumentParser:
         "--layout", choices=mini.LAYOUTS, default=mini.CITYSCAPES, help="data set whose layout to write"
     )
     parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the data set")
+    parser.add_argument(
+        "--video",
+        action="store_true",
+        help="hide parts of each picture, and write the frames before and after it, which show them",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = get_parser().parse_args(argv)
+    if args.video and args.layout != mini.CITYSCAPES:
+        raise UsageError(
+            f"--video: has the layout of Cityscapes, not --layout {args.layout}; omit one of them"
+        )
     what = f"{args.train} training and {args.val} validation pictures of {args.size[0]}x{args.size[1]}"
     try:
-        written = mini.write(args.out, args.train, args.val, args.size, args.seed, args.layout)
+        written = mini.write(args.out, args.train, args.val, args.size, args.seed, args.layout, args.video)
     except OSError as error:
         raise unwritable(error) from error
     print(f"{args.out}: {'wrote' if written else 'already holds'} {what}")

@@ -6,5 +6,6 @@ from networks.heads.gcn import GCNHead
 from networks.heads.non_local import NonLocalHead
 from networks.heads.psp import PSPHead
 from networks.heads.rcca import RCCAHead
+from networks.heads.rcca3d import RCCA3dHead
 
-__all__ = ["ASPPHead", "FCNHead", "GCNHead", "NonLocalHead", "PSPHead", "RCCAHead"]
+__all__ = ["ASPPHead", "FCNHead", "GCNHead", "NonLocalHead", "PSPHead", "RCCA3dHead", "RCCAHead"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class RCCAHead(nn.Module):
         activation: activation of the activated batch norm (see `ABN`).
     """
 
+    #: Class of the attention.
+    attention: type[Any] = RecurrentCrissCrossAttention
+
     def __init__(
         self,
         in_channels: int,
@@ -44,7 +48,7 @@ class RCCAHead(nn.Module):
         self.channels = channels
         norm = (backend, activation)
         self.conva = convolution_norm(in_channels, channels, 3, *norm)
-        self.cca = RecurrentCrissCrossAttention(channels, recurrence)
+        self.cca = self.attention(channels, recurrence)
         self.convb = convolution_norm(channels, channels, 3, *norm)
         self.bottleneck = classification(in_channels + channels, channels, num_classes, dropout, *norm)
 

@@ -101,7 +101,9 @@ def test_a_run_resumes_to_the_bit_and_is_evaluated(model: str, runs, data: Path,
     alone = tmp_path / "alone.pth"
     os.link(checkpoint_of(folder), alone)
     (tmp_path / "args.json").unlink()
-    segmenter = Segmenter.load(alone, device="cpu", say=lambda line: None)
+    # Only ccnet3d has the weights of another model.
+    given = {"model": model} if model == "ccnet3d" else {}
+    segmenter = Segmenter.load(alone, device="cpu", say=lambda line: None, **given)
     assert segmenter.description[:2] == (model, "small")
 
 
@@ -161,7 +163,8 @@ def test_the_report_of_a_run(model: str, runs, data: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model, ending", [*((name, ".pt2") for name in OTHERS), ("psp", ".onnx"), ("nonlocal", ".onnx")]
+    "model, ending",
+    [*((name, ".pt2") for name in OTHERS if name != "ccnet3d"), ("psp", ".onnx"), ("nonlocal", ".onnx")],
 )
 def test_exports_agree_with_the_network(model: str, ending: str, runs, tmp_path: Path) -> None:
     """The command itself compares the outputs at several sizes."""
@@ -232,3 +235,22 @@ def test_recurrence_of_nonlocal_is_a_flag(data: Path, runs, tmp_path: Path) -> N
         for number in (1, 2)
     )
     assert not torch.equal(one, two)
+
+
+def test_clips_in_the_tools(runs, data: Path, tmp_path: Path) -> None:
+    """A folder of frames is predicted with its neighbors; what does not take clips says so."""
+    given = ["--restore-from", checkpoint_of(runs("ccnet3d")), "--gpu", "cpu"]
+    folder = data / "leftImg8bit/train/ulm"
+    done = succeeded("tools.predict", folder, *given, "--out", tmp_path / "out", "--save", "labelIds")
+    assert "clips of 3 frames: 2 of 8 neighbors are missing" in done.stdout
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 4
+    picture = folder / "ulm_000000_000001_leftImg8bit.png"
+    refused("--clip 3: maps over several frames", "tools.attention", picture, *given, "--out", tmp_path)
+    refused("which can't be exported", "tools.export", *given[:2], "--out", tmp_path / "a.pt2")
+    profiled = succeeded("tools.profile", *given, "--input-size", "33,41", "--rounds", "0").stdout
+    assert "ccnet3d small, R=3" in profiled and "clips of 3 frames" in profiled
+    train = ["train.py", "--data-dir", data, *RUN, "--snapshot-dir", tmp_path]
+    refused("2 is even", *train, "--model", "ccnet3d", "--clip", 2)
+    refused("--clip 3: not an option of --model fcn", *train, "--model", "fcn", "--clip", 3)
+    refused("--cache ram: not supported by --model ccnet3d", *train, "--model", "ccnet3d", "--cache", "ram")
+    refused("no picture has another frame", *train, "--model", "ccnet3d", "--clip-stride", 50)

@@ -240,7 +240,12 @@ def test_the_frame_is_that_of_rcca(head: Callable[..., nn.Module], module: str) 
 #: and products of a head per pixel, at 97 x 97 and 19 classes.
 REDUCE = 9 * 2048 * 512
 CLASSIFY = 512 * 19
+RCCA = REDUCE + 2 * 512 + 512 * 640 + 640 + 1 + 9 * 512 * 512 + 2 * 512
 BY_HAND = {
+    "ccnet3d": (  # one frame: R = 3 over row, column and frames; the plain form multiplies each whole axis
+        RCCA,
+        REDUCE + 3 * (512 * 640 + (97 + 97 + 1) * 576) + 9 * 512 * 512 + 9 * 2560 * 512 + CLASSIFY,
+    ),
     "fcn": (0, REDUCE + CLASSIFY),
     "gcn": (
         REDUCE + 2 * 512 + 4 * 15 * 512 * 64 + 9 * 512 * 512 + 2 * 512,
@@ -252,7 +257,7 @@ BY_HAND = {
         2048 * 256 + 3 * 9 * 2048 * 256 + 1280 * 512 + CLASSIFY,
     ),
     "nonlocal": (
-        REDUCE + 2 * 512 + 512 * 640 + 640 + 1 + 9 * 512 * 512 + 2 * 512,
+        RCCA,
         REDUCE + 512 * 640 + 97 * 97 * 576 + 9 * 512 * 512 + 9 * 2560 * 512 + CLASSIFY,
     ),
 }
@@ -360,7 +365,7 @@ def test_variants_and_dropout(name: str) -> None:
 def test_attention_of_a_picture() -> None:
     for name in OTHERS:
         model = narrow(name).eval()
-        assert has_attention(model) == (name == "nonlocal")
+        assert has_attention(model) == (name in ("nonlocal", "ccnet3d"))
     image = torch.randn(1, 3, 33, 41)
     model = narrow("nonlocal", recurrence=2).eval()
     taken: list[Tensor] = []

@@ -69,7 +69,7 @@ def test_help_shows_no_empty_default(command) -> None:
 
 def test_flags_of_the_run_have_no_default_where_a_checkpoint_is_read() -> None:
     args = evaluate.get_parser().parse_args(["--data-dir", "CS"])
-    assert [getattr(args, name) for name in EvaluateOptions.names(lambda flag: flag.from_run)] == [None] * 5
+    assert [getattr(args, name) for name in EvaluateOptions.names(lambda flag: flag.from_run)] == [None] * 7
     assert args.input_size == (769, 769)
 
 

@@ -1,0 +1,209 @@
+"""Measure what the frames around a picture are worth: 3-D criss-cross attention on generated clips.
+
+    python -m benchmarks.video [--seeds 3] [--steps 600] [--train 240] [--val 48] [--size 64x128]
+        [--out FILE.json]
+
+The data set is that of `python -m dataset.mini --video`: noise hides most of each labeled frame, and the
+frames before and after it show the scene. Classes are the seven categories of Cityscapes. Each arm trains the
+head of --model ccnet3d from random weights, with the loader, the loss and the step of train.py, on a backbone
+of five small convolutions in place of a ResNet, so that a run takes minutes on a CPU:
+
+- "T=1": the labeled frame alone;
+- "T=3": the labeled frame, the frame before and the frame after it;
+- "T=3, repeated": as T=3, but both neighbors are the labeled frame itself, in training and evaluation.
+
+"T=3, evaluated repeated" evaluates the networks of T=3 on repeated frames. Scores are mean IoU in percent on
+the validation pictures, each predicted whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dataset import CSDataSet, mini
+from dataset.clips import Clip
+from dataset.labels import IGNORE, LABELS, ClassTable
+from engine.data.loader import Loading, train_batches
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.metrics import mean_iou
+from engine.inference import predict_classes
+from engine.runtime.distributed import World
+from engine.training.optimizer import make_optimizer
+from engine.training.schedule import poly_lr, set_learning_rate, warm_up
+from engine.training.step import StepOptions, Stepper
+from loss import CriterionDSN
+from networks import Network
+from networks.heads import RCCA3dHead
+from networks.heads.parts import convolution_norm
+from tools.common import end
+from utils import args as flags
+from utils.environment import machine
+from utils.files import check_output_file, write_file
+
+#: The arms, and whether the neighbors are repeated in training.
+ARMS = {"T=1": (1, False), "T=3": (3, False), "T=3, repeated": (3, True)}
+#: Channels of layer3 and layer4 of the backbone, and of the attention.
+CHANNELS, WIDTH = (32, 64), 64
+BATCH, LEARNING_RATE, WARMUP = 8, 4e-3, 20
+#: Minimum gain of T=3, in percent of mean IoU.
+BAR = 5.0
+
+
+class SmallNetwork(Network):
+    """CCNet for clips on a backbone of five convolutions with output stride 8."""
+
+    channels = CHANNELS
+
+    def __init__(self, num_classes: int):
+        nn.Module.__init__(self)
+        sizes = (3, 16, 24, *CHANNELS)
+        layers = [convolution_norm(few, many, 3, "torch", "relu") for few, many in pairwise(sizes)]
+        for layer in layers[:3]:
+            layer[0].stride = (2, 2)  # type: ignore[assignment]
+        self.until_layer3 = nn.Sequential(*layers[:3])
+        self.layer4 = nn.Sequential(layers[3], convolution_norm(CHANNELS[1], CHANNELS[1], 3, "torch", "relu"))
+        self.add_heads(RCCA3dHead, num_classes, 0.1, "torch", dsn_channels=WIDTH, channels=WIDTH)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features [N, 32, H, W] and [N, 64, H, W] of images [N, 3, h, w]."""
+        x = self.until_layer3(images / 64)
+        return x, self.layer4(x)
+
+
+def categories() -> ClassTable:
+    """Return the class table whose classes are the categories of Cityscapes."""
+    names = list(dict.fromkeys(label.category for label in LABELS if label.train_id != IGNORE))
+    return ClassTable(
+        [
+            label._replace(train_id=names.index(label.category) if label.category in names else IGNORE)
+            for label in LABELS
+        ]
+    )
+
+
+def data_set(root: str, split: str, clip: int, repeated: bool, size: tuple[int, int]) -> CSDataSet:
+    """Return the data set of an arm; the crops for training are squares."""
+    train = split == "train"
+    crop = (size[0], size[0]) if train else None
+    found = CSDataSet(
+        root, crop_size=crop, scale=False, mirror=train, split=split, table=categories(), clip=clip
+    )
+    if repeated:
+        found.clips = [Clip((pair.image,) * clip, 0) for pair in found.pairs]
+    return found
+
+
+def trained(root: str, arm: str, seed: int, steps: int, size: tuple[int, int]) -> SmallNetwork:
+    """Train the network of an arm."""
+    clip, repeated = ARMS[arm]
+    data, world = data_set(root, "train", clip, repeated, size), World(0, 1, torch.device("cpu"))
+    torch.manual_seed(seed)
+    model = SmallNetwork(data.num_classes).train()
+    optimizer = make_optimizer("adamw", model, LEARNING_RATE, 0.9, 1e-2, False)
+    stepper = Stepper(model, CriterionDSN(), optimizer, world, StepOptions(seed=seed))
+    batches = train_batches(data, seed, range(steps), world, Loading(BATCH))
+    for step, batch in enumerate(batches, 1):
+        if isinstance(batch, Exception):
+            raise batch
+        rate = poly_lr(LEARNING_RATE, step - 1, steps, 0.9) * warm_up(step - 1, WARMUP)
+        set_learning_rate(optimizer, rate)
+        stepper.step(step, batch)
+    return model.eval()
+
+
+def score(model: SmallNetwork, root: str, clip: int, repeated: bool, size: tuple[int, int]) -> float:
+    """Return the mean IoU on the validation pictures, in percent."""
+    data = data_set(root, "val", clip, repeated, size)
+    result = evaluate(
+        lambda images: predict_classes(model, images, [1.0], False),
+        data,
+        World(0, 1, torch.device("cpu")),
+        Loading(1),
+    )
+    return 100 * mean_iou(result.confusion)
+
+
+def measured(args: argparse.Namespace, root: str) -> dict[str, Any]:
+    """Return the scores of all arms and seeds."""
+    scores: dict[str, list[float]] = {}
+    begin = time.monotonic()
+
+    def note(name: str, seed: int, value: float, model: SmallNetwork) -> None:
+        scores.setdefault(name, []).append(value)
+        about = f"gamma {model.head.cca.gamma.item():.2f}, {(time.monotonic() - begin) / 60:.1f} min"
+        print(f"seed {seed}  {name}: mean IoU {value:.1f} %  ({about})", flush=True)
+
+    for seed in range(args.seeds):
+        for arm, (clip, repeated) in ARMS.items():
+            model = trained(root, arm, seed, args.steps, args.size)
+            note(arm, seed, score(model, root, clip, repeated, args.size), model)
+            if arm == "T=3":
+                note(f"{arm}, evaluated repeated", seed, score(model, root, clip, True, args.size), model)
+    means = {name: statistics.mean(values) for name, values in scores.items()}
+    gains = [three - one for one, three in zip(scores["T=1"], scores["T=3"], strict=True)]
+    return {
+        "machine": machine("cpu"),
+        "setting": {name: getattr(args, name) for name in ("seeds", "steps", "train", "val", "size")}
+        | {
+            "batch": BATCH,
+            "learning_rate": LEARNING_RATE,
+            "recurrence": 3,
+            "classes": len(categories().classes),
+        },
+        "mean_iou": {name: {"mean": means[name], "all": values} for name, values in scores.items()},
+        "gain": {"mean": statistics.mean(gains), "all": gains},
+        "gain_repeated": means["T=3, repeated"] - means["T=1"],
+        "bar": BAR,
+        "minutes": (time.monotonic() - begin) / 60,
+    }
+
+
+def page(result: dict[str, Any]) -> str:
+    """Format the result as text."""
+    lines = [
+        f"{name:<26} {values['mean']:5.1f} %  ({', '.join(f'{each:.1f}' for each in values['all'])})"
+        for name, values in result["mean_iou"].items()
+    ]
+    gain, control = result["gain"], result["gain_repeated"]
+    lines.append(
+        f"T=3 over T=1: {gain['mean']:+.1f} (smallest {min(gain['all']):+.1f}); repeated: {control:+.1f}"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Return 1 if T=3 gains less than the bar or the control gains as much, 0 otherwise."""
+    parser = flags.Parser("python -m benchmarks.video", __doc__)
+    add = parser.add_argument
+    add("--seeds", type=flags.number(int, 1, 100), default=3, help="number of seeds")
+    add("--steps", type=flags.positive_int, default=600, help="training steps of each arm")
+    add("--train", type=flags.number(int, 1, 9999), default=240, help="number of training pictures")
+    add("--val", type=flags.number(int, 1, 9999), default=48, help="number of validation pictures")
+    add("--size", type=flags.size, default=(64, 128), metavar="H,W", help="size of the pictures")
+    add("--data", metavar="DIR", help="folder of the generated data set, kept; by default a temporary one")
+    add("--out", metavar="FILE", help="JSON file to write")
+    args = parser.parse_args(argv)
+    if args.out:
+        check_output_file("--out", args.out, [])
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.data or os.path.join(temporary, "clips")
+        mini.write(root, args.train, args.val, args.size, 0, with_frames=True)
+        result = measured(args, root)
+    print(page(result))
+    if args.out:
+        write_file(args.out, json.dumps(result, indent=2) + "\n")
+    return int(not result["gain"]["mean"] >= BAR or result["gain_repeated"] >= result["gain"]["mean"] / 2)
+
+
+if __name__ == "__main__":
+    end(main)
