@@ -151,7 +151,7 @@ def test_a_file_may_hold_every_kind_of_flag(tmp_path: Path) -> None:
         ("data-dir = 5", "data-dir: '5' can't be used; give a text in quotes"),
         ('data-dir = ""', "data-dir: '' can't be used; give a text in quotes"),
         ("data-dir = 1979-05-27", "data-dir: '1979-05-27' can't be used; give a text in quotes"),
-        ('model = "pspnet"', "model: 'pspnet' is unknown; give one of aspp, ccnet, fcn"),
+        ('model = "pspnet"', "model: 'pspnet' is unknown; give one of aspp, ccnet"),
         ("[model]", "model: '{}' is unknown"),
         ("[batch-size]\na = 1", "batch-size: "),
         ("batch-size 8", "is not TOML"),
