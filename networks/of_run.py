@@ -236,7 +236,7 @@ def backbone_of(checkpoint: str, state: Mapping[str, Tensor], said: Any = None) 
     Raises:
         CheckpointError: the block counts match no known backbone, or the network of timm is not named.
     """
-    if any(name.startswith(BACKBONE) for name in state):
+    if f"{BACKBONE}shift" in state:
         if is_timm(said):
             return str(said)
         raise CheckpointError(
