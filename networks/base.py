@@ -118,7 +118,9 @@ class Network(ResNet):
             output is its features [N, channels, H, W].
         """
         with recomputation() if self.recompute else contextlib.nullcontext():
-            layer3, layer4 = features_of_clips(self.features, images)
+            # Only a head for clips looks at the number of channels, which torch.fx can't trace.
+            clips = getattr(self.head, "takes_clips", False)
+            layer3, layer4 = features_of_clips(self.features, images) if clips else self.features(images)
             if self.consistency is None or not self.training:
                 outputs = [self.head(layer4)]
                 if self.dsn is not None:

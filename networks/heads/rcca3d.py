@@ -48,6 +48,8 @@ class RCCA3dHead(RCCAHead):
     """
 
     attention = ClipAttention
+    #: Whether the input of the network may be clips (networks/clips.py).
+    takes_clips = True
 
     def __init__(
         self,
