@@ -110,7 +110,7 @@ def test_a_checkpoint_alone_takes_the_classes_of_the_labels(tmp_path: Path) -> N
     other = make(tmp_path / "OTHER", [0, 1, 2])
     result = run(EVALUATE_PY, *flags, "--data-dir", other)
     assert result.returncode == 2
-    assert f"{alone}: has 2 classes, the network 3" in last_line(result.stderr)
+    assert f"{other}: has labels of 3 classes, but the network has 2" in last_line(result.stderr)
 
 
 def test_resume_has_the_same_recipe_unless_the_classes_change(pair: Path) -> None:
