@@ -18,7 +18,7 @@ STEM = "{}"
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Where the pictures and labels of a split are.
+    """The places of the pictures and labels of a split.
 
     Patterns are paths below the folder of the data set, with {} for the name of a picture, which may have
     folders (`images/train/{}.jpg`). Of several patterns or lists, the first one whose file exists is used.

@@ -68,8 +68,8 @@ def make_network(
         ValueError: an argument is out of range.
     """
     architecture = MODELS[model]
-    if consistency and not hasattr(architecture.head, "with_context"):
-        taking = " and ".join(name for name, each in MODELS.items() if hasattr(each.head, "with_context"))
+    if consistency and architecture.recurrence is None:
+        taking = " and ".join(name for name, each in MODELS.items() if each.recurrence is not None)
         raise UsageError(f"--ccl: uses the output of an attention, which --model {taking} have; omit it")
     number = recurrence_of(model, recurrence)
     if number is not None:

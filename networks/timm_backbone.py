@@ -33,7 +33,7 @@ ARGUMENTS: tuple[dict[str, Any], ...] = (
 
 
 class Plan(NamedTuple):
-    """How to get features at stride 8 out of a network.
+    """The way to get features at stride 8 from a network.
 
     Attributes:
         arguments: keyword arguments for timm.create_model.

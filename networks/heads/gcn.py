@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from networks.heads.parts import classification, convolution_norm
+from networks.heads.parts import ContextHead
 
 
 class GlobalConvolution(nn.Module):
@@ -44,7 +43,7 @@ class GlobalConvolution(nn.Module):
         return self.height_width(x) + self.width_height(x)
 
 
-class GCNHead(nn.Module):
+class GCNHead(ContextHead):
     """A global convolution in the frame of CCNet's head.
 
     Source: Peng et al., arXiv 1703.02719; the row "+GCN" of CCNet's table of context modules (TPAMI). The
@@ -75,14 +74,13 @@ class GCNHead(nn.Module):
         backend: str = "torch",
         activation: str = "leaky_relu",
     ):
-        super().__init__()
-        norm = (backend, activation)
-        self.conva = convolution_norm(in_channels, channels, 3, *norm)
-        self.gcn = GlobalConvolution(channels, channels // 8, kernel)
-        self.convb = convolution_norm(channels, channels, 3, *norm)
-        self.bottleneck = classification(in_channels + channels, channels, num_classes, dropout, *norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits [N, num_classes, H, W] of x [N, in_channels, H, W]."""
-        y = self.convb(self.gcn(self.conva(x)))
-        return self.bottleneck(torch.cat([x, y], 1))
+        super().__init__(
+            in_channels,
+            num_classes,
+            "gcn",
+            lambda: GlobalConvolution(channels, channels // 8, kernel),
+            channels,
+            dropout,
+            backend,
+            activation,
+        )

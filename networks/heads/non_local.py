@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.heads.parts import classification, convolution_norm
+from networks.heads.parts import ContextHead
 
 #: Number of rows of the attention matrix that attention maps compute at once.
 BLOCK = 1024
@@ -95,7 +95,7 @@ def _rows_times(rows: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return product
 
 
-class NonLocalHead(nn.Module):
+class NonLocalHead(ContextHead):
     """Non-local attention in the frame of CCNet's head.
 
     All layers but the attention are those of the RCCA head, and so are the channels and the initialization.
@@ -124,28 +124,22 @@ class NonLocalHead(nn.Module):
         backend: str = "torch",
         activation: str = "leaky_relu",
     ):
-        super().__init__()
-        self.channels = channels
-        norm = (backend, activation)
-        self.conva = convolution_norm(in_channels, channels, 3, *norm)
-        self.attention = NonLocalAttention(channels, recurrence)
-        self.convb = convolution_norm(channels, channels, 3, *norm)
-        self.bottleneck = classification(in_channels + channels, channels, num_classes, dropout, *norm)
+        super().__init__(
+            in_channels,
+            num_classes,
+            "attention",
+            lambda: NonLocalAttention(channels, recurrence),
+            channels,
+            dropout,
+            backend,
+            activation,
+        )
 
     @property
     def recurrence(self) -> int:
         """Number of applications of the attention."""
-        return self.attention.recurrence
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits [N, num_classes, H, W] of x [N, in_channels, H, W]."""
-        return self.with_context(x)[0]
-
-    def with_context(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits, and the output of the attention [N, channels, H, W]."""
-        context = self.attention(self.conva(x))
-        return self.bottleneck(torch.cat([x, self.convb(context)], 1)), context
+        return self.context.recurrence
 
     def attention_maps(self, x: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
         """Return the attention maps [R, P, H, W] of P pixels of x [1, in_channels, H, W]."""
-        return self.attention.maps(self.conva(x), pixels)
+        return self.context.maps(self.conva(x), pixels)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cc_attention import RecurrentCrissCrossAttention, attention_maps
-from networks.heads.parts import classification, convolution_norm
+from networks.heads.parts import ContextHead
 
 
-class RCCAHead(nn.Module):
+class RCCAHead(ContextHead):
     """The RCCA head of CCNet.
 
     The head reduces the channels, applies criss-cross attention `recurrence` times with shared weights,
@@ -33,6 +32,7 @@ class RCCAHead(nn.Module):
 
     #: Class of the attention.
     attention: type[Any] = RecurrentCrissCrossAttention
+    cca: Any
 
     def __init__(
         self,
@@ -44,27 +44,21 @@ class RCCAHead(nn.Module):
         backend: str = "torch",
         activation: str = "leaky_relu",
     ):
-        super().__init__()
-        self.channels = channels
-        norm = (backend, activation)
-        self.conva = convolution_norm(in_channels, channels, 3, *norm)
-        self.cca = self.attention(channels, recurrence)
-        self.convb = convolution_norm(channels, channels, 3, *norm)
-        self.bottleneck = classification(in_channels + channels, channels, num_classes, dropout, *norm)
+        super().__init__(
+            in_channels,
+            num_classes,
+            "cca",
+            lambda: self.attention(channels, recurrence),
+            channels,
+            dropout,
+            backend,
+            activation,
+        )
 
     @property
     def recurrence(self) -> int:
         """Number of applications of the attention."""
         return self.cca.recurrence
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits [N, num_classes, H, W] of x [N, in_channels, H, W]."""
-        return self.with_context(x)[0]
-
-    def with_context(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits, and the output of the attention [N, channels, H, W]."""
-        context = self.cca(self.conva(x))
-        return self.bottleneck(torch.cat([x, self.convb(context)], 1)), context
 
     def attention_maps(self, x: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
         """Return the attention maps [R, P, H, W] of P pixels of x [1, in_channels, H, W].

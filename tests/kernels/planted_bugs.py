@@ -573,8 +573,8 @@ BUGS: list[Bug] = [
     ),
     Bug(
         "order: counters are not zero",
-        FORWARD,
-        "device::set_zero(f.workspace, ImageOrder::counter_bytes(a.order.images), stream)",
+        COMMON,
+        "device::set_zero(counters, ImageOrder::counter_bytes(a.order.images), stream)",
         "cudaSuccess",
     ),
     Bug(

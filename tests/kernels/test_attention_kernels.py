@@ -7,6 +7,7 @@ emulator (tests/kernels/emulator), which compiles the same .cu files and runs th
 from collections.abc import Callable
 from ctypes import byref
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -701,15 +702,26 @@ def test_calls_without_image_order(emulator: Emulator, problem: Problem) -> None
     check_problem(problem, solve(emulator, problem, operands, untested=True), operands)
 
 
-@pytest.mark.parametrize("axes", ["W", "TH", "THW"])
-@pytest.mark.parametrize("part", ["some", "most", "frame", "row", "all"])
-@pytest.mark.parametrize("tensor_cores, dtype", [(True, BF16), (False, F32)], ids=str)
-@pytest.mark.build
-def test_masked_lines_of_any_axes(
-    emulator: Emulator, tensor_cores: bool, dtype: torch.dtype, part: str, axes: str
+#: Parts of the keys whose scores are -inf.
+MASKED_PARTS = ("some", "most", "frame", "row", "all")
+
+
+def check_masked(
+    problem: Problem,
+    part: str,
+    solve: Callable[[Problem, list[Tensor]], dict[str, Tensor]],
+    tolerance: float,
 ) -> None:
-    """Passes without a finite score have no weight, and pixels without one have NaN, as in PyTorch."""
-    problem = on_path(tensor_cores, dtype, axes=axes, scale=0.5, gamma=None)
+    """Check that passes without a finite score have no weight, and that pixels without one have NaN.
+
+    This is what PyTorch does.
+
+    Args:
+        problem: problem without a residual.
+        part: one of MASKED_PARTS.
+        solve: function that runs the kernels.
+        tolerance: largest difference of finite results.
+    """
     query, key, *others = problem.sample()
     query = query.abs()
     chosen = torch.zeros(query.shape[0], *query.shape[2:], dtype=torch.bool)
@@ -724,7 +736,7 @@ def test_masked_lines_of_any_axes(
     key[:, first_of_heads].masked_fill_(chosen[:, None], 0)
     truth = expected(problem, [query, key, *others], chosen)
     key[:, first_of_heads].masked_fill_(chosen[:, None], -torch.inf)
-    results = solve(emulator, problem, [query, key, *others])
+    results = solve(problem, [query, key, *others])
     for name, exact in truth.items():
         result = results[name].to(F64)
         if name == "grad_query":  # 0 * -inf is NaN
@@ -732,7 +744,18 @@ def test_masked_lines_of_any_axes(
         finite = exact.isfinite()
         assert torch.equal(result.isfinite(), finite), name
         error = (result[finite] - exact[finite]).abs()
-        assert not error.numel() or error.max() <= (0.1 if dtype == BF16 else 1e-5), name
+        assert not error.numel() or error.max() <= tolerance, name
+
+
+@pytest.mark.parametrize("axes", ["W", "TH", "THW"])
+@pytest.mark.parametrize("part", MASKED_PARTS)
+@pytest.mark.parametrize("tensor_cores, dtype", [(True, BF16), (False, F32)], ids=str)
+@pytest.mark.build
+def test_masked_lines_of_any_axes(
+    emulator: Emulator, tensor_cores: bool, dtype: torch.dtype, part: str, axes: str
+) -> None:
+    problem = on_path(tensor_cores, dtype, axes=axes, scale=0.5, gamma=None)
+    check_masked(problem, part, partial(solve, emulator), 0.1 if dtype == BF16 else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])

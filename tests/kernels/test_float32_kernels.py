@@ -28,12 +28,13 @@ from test_attention_kernels import (
     KINDS,
     LARGE,
     MASKED,
+    MASKED_PARTS,
     Backend,
     Problem,
     check,
+    check_masked,
     check_problem,
     check_where_finite,
-    expected,
     masked,
     run,
     sample,
@@ -207,32 +208,10 @@ def test_same_bits_of_heads_in_any_order_of_threads(kernels: Emulator, problem: 
 
 
 @pytest.mark.parametrize("axes", ["W", "TH", "THW"])
-@pytest.mark.parametrize("part", ["some", "most", "frame", "row", "all"])
+@pytest.mark.parametrize("part", MASKED_PARTS)
 def test_masked_lines_of_any_axes(kernels: Emulator, part: str, axes: str) -> None:
     problem = Line(axes=axes, scale=0.5, gamma=None)
-    query, key, *others = problem.sample()
-    query = query.abs()
-    chosen = torch.zeros(query.shape[0], *query.shape[2:], dtype=torch.bool)
-    if part in ("some", "most"):
-        random = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(1))
-        chosen = random < (0.2 if part == "some" else 0.8)
-    elif part == "frame":
-        chosen[0, 1] = True
-    else:
-        chosen[0, ..., slice(None) if part == "all" else 2, :] = True
-    first_of_heads = slice(None, None, key.shape[1] // problem.heads)
-    key[:, first_of_heads].masked_fill_(chosen[:, None], 0)
-    truth = expected(problem, [query, key, *others], chosen)
-    key[:, first_of_heads].masked_fill_(chosen[:, None], -torch.inf)
-    results = solve_lines(kernels, problem, [query, key, *others])
-    for name, exact in truth.items():
-        result = results[name].to(F64)
-        if name == "grad_query":  # 0 * -inf is NaN
-            result[:, first_of_heads] = exact[:, first_of_heads]
-        finite = exact.isfinite()
-        assert torch.equal(result.isfinite(), finite), name
-        error = (result[finite] - exact[finite]).abs()
-        assert not error.numel() or error.max() <= 1e-5, name
+    check_masked(problem, part, functools.partial(solve_lines, kernels), 1e-5)
 
 
 # Which arguments they serve

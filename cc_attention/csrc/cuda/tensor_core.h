@@ -94,6 +94,33 @@ inline ImageOrder image_order(const Sizes& sizes, const Pass& earlier, const Pas
 template <bool in_image_order>
 constexpr int kHeaderBytes = in_image_order ? 16 : 0;
 
+// Sets the pass in the operands `a` of each launch of a call and calls launch(length, lines, both): the length of the
+// longest line, the number of lines of all heads, and whether the launch takes the last two passes in image order. Then
+// the counters are set to zero first. It stops at the first error.
+template <class Operands, class Launch>
+cudaError_t for_each_launch(Operands& a, const Sizes& sizes, int axes, bool in_order, void* counters, void* stream,
+                            Launch&& launch) {
+  const Passes passes = passes_of(sizes, axes);
+  for (const Pass& pass : passes) {
+    if (in_order && &pass == passes.end() - 2) continue;  // the next launch takes it too
+    a.pass = pass;
+    a.by_step = Divisor(pass.step);
+    const bool both = in_order && pass.last;
+    int64_t length = pass.length, lines = pass.lines * sizes.heads;
+    if (both) {
+      const Pass& earlier = passes.end()[-2];
+      a.order = image_order(sizes, earlier, pass, counters);
+      const cudaError_t error = device::set_zero(counters, ImageOrder::counter_bytes(a.order.images), stream);
+      if (error != cudaSuccess) return error;
+      length = std::max(earlier.length, pass.length);
+      lines = a.order.blocks();
+    }
+    const cudaError_t error = launch(length, static_cast<unsigned>(lines), both);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 // The work of a block: a line of one head in one pass.
 struct Work {
   Line line;

@@ -459,51 +459,31 @@ int run(const Backward& b, const Device& device, void* stream) {
     a.partial_key = a.grad_key;
   }
 
-  const Passes passes = passes_of(b.sizes, b.axes);
-  const bool in_order = sizes.counters > 0;
-  for (const Pass& pass : passes) {
-    if (in_order && &pass == passes.end() - 2) continue;  // the next launch takes it too
-    a.pass = pass;
-    a.by_step = Divisor(pass.step);
-    const bool both = in_order && pass.last;
-    int64_t length = pass.length, lines = pass.lines * b.sizes.heads;
-    if (both) {
-      const Pass& earlier = passes.end()[-2];
-      void* const counters = a.delta + sizes.delta;
-      a.order = image_order(b.sizes, earlier, pass, counters);
-      const cudaError_t error = device::set_zero(counters, sizes.counters, stream);
-      if (error != cudaSuccess) return error;
-      length = std::max(earlier.length, pass.length);
-      lines = a.order.blocks();
-    }
+  const auto launch_pass = [&](int64_t length, unsigned lines, bool both) {
     const int key_tiles = key_tiles_for(b.dtype, length, device);
     const auto bytes = [&](int stages) {
       return shared_bytes(b.dtype, length, key_tiles, stages) + (both ? kHeaderBytes<true> : 0);
     };
     const int stages = bytes(2) <= device.shared_memory ? 2 : 1;
     const auto launch = [&](auto kernel) {
-      return device::launch(kernel, dim3(static_cast<unsigned>(lines)), tiles_of(length) * kWarp, bytes(stages), stream,
-                            a, stages);
+      return device::launch(kernel, dim3(lines), tiles_of(length) * kWarp, bytes(stages), stream, a, stages);
     };
-    cudaError_t error;
     switch (key_tiles) {
       case 4:
-        error = launch(kernel_of<T, 4, 4, 4>(both));
-        break;
+        return launch(kernel_of<T, 4, 4, 4>(both));
       case 7:
-        error = launch(kernel_of<T, 7, 7, 2>(both));
-        break;
+        return launch(kernel_of<T, 7, 7, 2>(both));
       case 9:
-        error = launch(kernel_of<T, 9, 9, 1>(both));
-        break;
+        return launch(kernel_of<T, 9, 9, 1>(both));
       case kLongKeyTiles:
-        error = launch(backward_kernel<T, kLongKeyTiles, 17, 1, false>);
-        break;
+        return launch(backward_kernel<T, kLongKeyTiles, 17, 1, false>);
       default:
-        error = launch(backward_kernel<T, kFewKeyTiles, 17, 1, false>);
+        return launch(backward_kernel<T, kFewKeyTiles, 17, 1, false>);
     }
-    if (error != cudaSuccess) return error;
-  }
+  };
+  const cudaError_t error =
+      for_each_launch(a, b.sizes, b.axes, sizes.counters > 0, a.delta + sizes.delta, stream, launch_pass);
+  if (error != cudaSuccess) return error;
   if (b.grad_gamma == nullptr) return cudaSuccess;
   return general::total(b.dtype, a.delta, sizes.delta, b.workspace, b.grad_gamma, stream);
 }

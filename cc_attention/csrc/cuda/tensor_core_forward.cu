@@ -269,45 +269,25 @@ cudaError_t run(const Forward& f, const Device& device, void* stream) {
                 Divisor(f.sizes.heads),
                 {},
                 {}};
-  const Passes passes = passes_of(f.sizes, f.axes);
-  const bool in_order = in_image_order(f, device);
-  for (const Pass& pass : passes) {
-    if (in_order && &pass == passes.end() - 2) continue;  // the next launch takes it too
-    a.pass = pass;
-    a.by_step = Divisor(pass.step);
-    if (pass.last) a.residual = typed<T>(f.residual);
-    const bool both = in_order && pass.last;
-    int64_t length = pass.length, lines = pass.lines * a.heads;
-    if (both) {
-      const Pass& earlier = passes.end()[-2];
-      a.order = image_order(f.sizes, earlier, pass, f.workspace);
-      const cudaError_t error = device::set_zero(f.workspace, ImageOrder::counter_bytes(a.order.images), stream);
-      if (error != cudaSuccess) return error;
-      length = std::max(earlier.length, pass.length);
-      lines = a.order.blocks();
-    }
+  const auto launch_pass = [&](int64_t length, unsigned lines, bool both) {
+    if (a.pass.last) a.residual = typed<T>(f.residual);
     const Shape shape(length, f.dtype, a.residual.data != nullptr, both, device);
     const auto launch = [&](auto kernel) {
-      return device::launch(kernel, dim3(static_cast<unsigned>(lines), shape.blocks), shape.warps * kWarp,
-                            shape.shared_bytes, stream, a, shape.stages);
+      return device::launch(kernel, dim3(lines, shape.blocks), shape.warps * kWarp, shape.shared_bytes, stream, a,
+                            shape.stages);
     };
-    cudaError_t error;
     switch (shape.key_tiles) {
       case 4:
-        error = launch(kernel_of<T, 4, 4, 4>(both));
-        break;
+        return launch(kernel_of<T, 4, 4, 4>(both));
       case 7:
-        error = launch(kernel_of<T, 7, 7, 2>(both));
-        break;
+        return launch(kernel_of<T, 7, 7, 2>(both));
       case 9:
-        error = launch(kernel_of<T, 9, 9, 1>(both));
-        break;
+        return launch(kernel_of<T, 9, 9, 1>(both));
       default:
-        error = launch(forward_kernel<T, 17, (sizeof(T) == 4 ? 8 : 9), 1, false>);
+        return launch(forward_kernel<T, 17, (sizeof(T) == 4 ? 8 : 9), 1, false>);
     }
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  };
+  return for_each_launch(a, f.sizes, f.axes, in_image_order(f, device), f.workspace, stream, launch_pass);
 }
 
 }  // namespace
