@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ def make_network(
     """
     architecture = MODELS[model]
     if consistency and architecture.recurrence is None:
-        taking = " and ".join(name for name, each in MODELS.items() if each.recurrence is not None)
+        taking = _listed(name for name, each in MODELS.items() if each.recurrence is not None)
         raise UsageError(f"--ccl: uses the output of an attention, which --model {taking} have; omit it")
     number = recurrence_of(model, recurrence)
     if number is not None:
@@ -102,6 +102,12 @@ def backbone_name(text: str) -> str:
     return text
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Return names as "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def recurrence_of(model: str, given: int | None) -> int | None:
     """Return the recurrence of a network: the given one, or the default; None if the model does not take it.
 
@@ -110,7 +116,7 @@ def recurrence_of(model: str, given: int | None) -> int | None:
     """
     default = MODELS[model].recurrence
     if given is not None and default is None:
-        taking = " and ".join(name for name, each in MODELS.items() if each.recurrence is not None)
+        taking = _listed(name for name, each in MODELS.items() if each.recurrence is not None)
         raise UsageError(f"--recurrence {given}: not an option of --model {model}, only of {taking}; omit it")
     return default if given is None else given
 
@@ -131,7 +137,7 @@ def clip_of(model: str, clip: int | None, stride: int | None) -> tuple[int | Non
         return default if clip is None else clip, 1 if stride is None else stride
     for flag, value in (("--clip", clip), ("--clip-stride", stride)):
         if value is not None:
-            taking = " and ".join(name for name, each in MODELS.items() if each.clip is not None)
+            taking = _listed(name for name, each in MODELS.items() if each.clip is not None)
             raise UsageError(f"{flag} {value}: not an option of --model {model}, only of {taking}; omit it")
     return None, None
 
