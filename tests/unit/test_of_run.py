@@ -93,7 +93,9 @@ def test_a_recurrence_only_where_there_is_an_attention(tmp_path: Path, where: st
     run, given = (
         ({"model": "fcn", "recurrence": 2}, {}) if where == "args.json" else (None, {"recurrence": 2})
     )
-    with pytest.raises(UsageError, match="--recurrence 2: not an option of --model fcn, only of ccnet, ccnet3d and"):
+    with pytest.raises(
+        UsageError, match="--recurrence 2: not an option of --model fcn, only of ccnet, ccnet3d"
+    ):
         described(tmp_path, weights, run, **given)
     with pytest.raises(UsageError, match="--recurrence 0: not an option of --model psp"):
         of_flags({"model": "psp", "recurrence": 0})
