@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import statistics
 import weakref
 from collections.abc import Callable, Mapping
@@ -54,9 +55,13 @@ def convolution_with_bias_flops(x: Any, weight: Any, bias: Any, *rest: Any, out_
 
 
 def paper_criss_cross_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count the FLOPs of the attention as the paper does: with H + W + 1 positions, two too many."""
-    n, c, h, w = query
-    return 2 * n * h * w * (h + w + 1) * (c + value[1])
+    """Count the FLOPs of the attention as the paper does: with H + W + 1 positions, two too many.
+
+    The paper has no count in 3-D; the positions there are the true T + H + W - 2.
+    """
+    n, c, *size = query
+    positions = sum(size) + (1 if len(size) == 2 else -2)
+    return 2 * n * math.prod(size) * positions * (c + value[1])
 
 
 def paper_formulas() -> dict[Any, Any]:

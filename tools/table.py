@@ -6,10 +6,11 @@
     python -m tools.table context --data CS --train --gpu 0,1,2,3 --restore-from resnet101-imagenet.pth
 
 Tables: context and context50 (context modules, with ResNet-101 and ResNet-50), recurrence (number of
-applications of the attention), original (README of the original). --train and --evaluate add flags of
-train.py and evaluate.py to those of the recipes. The runs are in DIR/RECIPE/seed_S, where other tables find
-them too. The table is written to DIR/TABLE.md and DIR/TABLE.json. The same command resumes after an
-interruption and skips finished runs.
+applications of the attention), original (README of the original), ade20k, lip, and camvid (2-D and 3-D
+attention). --train and --evaluate add flags of train.py and evaluate.py to those of the recipes and of the
+published evaluation. The runs are in DIR/RECIPE/seed_S, where other tables find them too. The table is
+written to DIR/TABLE.md and DIR/TABLE.json. The same command resumes after an interruption and skips finished
+runs.
 
 Parameters, FLOPs and memory are those of the recipe, counted as by tools.profile. The time is measured.
 """
@@ -28,20 +29,22 @@ from typing import Any, NamedTuple
 
 import torch
 
+import evaluate
 import train
 from cc_attention import ops
 from dataset import mini
+from dataset.catalog import DATA_SETS
 from dataset.labels import NUM_CLASSES
 from engine.acceleration import choose_precision, resolve_fused
 from engine.options import TrainOptions
 from engine.recipes import ENDING
 from engine.runtime.distributed import choose_devices
 from networks import make_network
-from networks.models import recurrence_of
+from networks.models import MODELS, recurrence_of
 from networks.of_run import Description
 from tools import common, profile, seeds
 from tools.cost import GIB, Setting, measure, paper_formulas, parameters_of, simulate
-from tools.published import TABLES, Row
+from tools.published import TABLES, Row, Table
 from utils import args as flags
 from utils import run_files
 from utils.environment import machine
@@ -57,6 +60,8 @@ MINI_TRAIN = [
     *("--num-steps", "10", "--num-workers", "0", "--print-frequency", "5", "--keep-states", "1"),
 ]
 MINI_EVALUATE = ["--whole", "--num-workers", "0"]
+#: In place of sizes that a data set has instead of scales.
+MINI_SIDES = ["--short-sides", "65,97"]
 #: Flags that this command sets, of train.py and of evaluate.py.
 OWN = ((*seeds.OWN[0], "--data-dir", "--recipe"), (*seeds.OWN[1], "--data-dir"))
 #: Pictures in the training step whose memory is estimated: those of one of four GPUs. Two are also what the
@@ -66,6 +71,8 @@ PICTURES = 2
 FRAME = ("head.conva", "head.convb", "head.bottleneck")
 #: Flags whose values may differ from those of the recipe, because the device or the data set determines them.
 INCIDENTAL = {"random_seed", "num_classes", "fused"}
+#: Flags of evaluate.py that change a score.
+SCORING = ("split", "whole", "scales", "short_sides", "long_side", "flip")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -80,8 +87,8 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--data",
         metavar="DIR",
-        help="Cityscapes, to train and evaluate what is missing; mini: a generated data set and ten steps, "
-        "whose scores mean nothing (default: train nothing)",
+        help="folder of the data set, to train and evaluate what is missing; mini: a generated data set and "
+        "ten steps, whose scores mean nothing (default: train nothing)",
     )
     add(
         "--seeds",
@@ -123,17 +130,23 @@ class Cost(NamedTuple):
     memory: int
 
 
-def setting_of(args: argparse.Namespace) -> Setting:
-    """Return the setting of a prediction with the network and the crop size of parsed flags of train.py."""
+def setting_of(args: argparse.Namespace, classes: int = NUM_CLASSES) -> Setting:
+    """Return the setting of a prediction with the network and the crop size of parsed flags of train.py.
+
+    Args:
+        args: the flags.
+        classes: number of classes of the data set, if they do not give it.
+    """
     return Setting(
         backbone=args.backbone,
-        num_classes=args.num_classes or NUM_CLASSES,
+        num_classes=args.num_classes or classes,
         recurrence=args.recurrence,
         amp=args.amp,
         channels_last=args.channels_last,
         ohem=args.ohem,
         size=args.input_size,
         model=args.model,
+        clip=args.clip or MODELS[args.model].clip or 1,
     )
 
 
@@ -180,12 +193,13 @@ class Found(NamedTuple):
     is_rehearsal: bool
 
 
-def find(folder: str, recipe: argparse.Namespace) -> Found:
+def find(folder: str, recipe: argparse.Namespace, evaluation: Sequence[str] = ()) -> Found:
     """Return the finished runs in the folder of a recipe.
 
     Args:
         folder: folder with a folder seed_S for each run.
         recipe: parsed flags of the recipe.
+        evaluation: flags of the published evaluation.
     """
     scores: dict[int, float] = {}
     differences: dict[str, None] = {}
@@ -203,24 +217,28 @@ def find(folder: str, recipe: argparse.Namespace) -> Found:
         if evaluated != last.name or (path / run_files.RESULT).stat().st_mtime < last.stat().st_mtime:
             continue  # another snapshot was evaluated, or an earlier one of this name
         scores[int(seed)] = result["meanIU"]
-        differences.update(dict.fromkeys(differing(used, how, recipe)))
+        differences.update(dict.fromkeys(differing(used, how, recipe, evaluation)))
         is_rehearsal |= os.path.exists(os.path.join(str(how["data_dir"]), "mini.json"))
     return Found(dict(sorted(scores.items())), tuple(differences), is_rehearsal)
 
 
-def differing(used: dict[str, Any], how: dict[str, Any], recipe: argparse.Namespace) -> list[str]:
+def differing(
+    used: dict[str, Any], how: dict[str, Any], recipe: argparse.Namespace, evaluation: Sequence[str]
+) -> list[str]:
     """Return the flags of a run and of its evaluation that differ from those of the recipe.
 
     Args:
         used: args.json of the run.
         how: arguments in its result.txt.
         recipe: parsed flags of the recipe.
+        evaluation: flags of the published evaluation.
     """
     names = [*TrainOptions.names(lambda flag: flag.recipe), "restore_from"]
     wanted = {name: getattr(recipe, name) for name in names if name not in INCIDENTAL}
     wanted["recurrence"] = recurrence_of(recipe.model, recipe.recurrence)
-    # One tile size for both commands.
-    asked = {"split": "val", "whole": False, "scales": [1.0], "flip": False, "input_size": recipe.input_size}
+    scoring = evaluate.get_parser().parse_args(["--data-dir", recipe.data_dir, *evaluation])
+    asked = {name: getattr(scoring, name) for name in SCORING}
+    asked["input_size"] = recipe.input_size  # one tile size for both commands
     lines = []
     for command, values, given in (("", wanted, used), ("evaluate.py ", asked, how)):
         for name, value in values.items():
@@ -240,16 +258,17 @@ def _text(value: Any) -> str:
 # The table
 
 
-def entry(row: Row, args: argparse.Namespace, out: str) -> dict[str, Any]:
+def entry(table: Table, row: Row, args: argparse.Namespace, out: str) -> dict[str, Any]:
     """Return what is known about a row, for JSON: published and measured scores in percent, and its cost.
 
     Args:
+        table: the table.
         row: the row.
         args: parsed flags of its recipe.
         out: folder of the runs of all recipes.
     """
-    folder = folder_of(out, row)
-    found = find(folder, args)
+    folder, setting = folder_of(out, row), setting_of(args, classes_of(table))
+    found = find(folder, args, evaluation_of(table))
     percent = {seed: 100 * score for seed, score in found.scores.items()}
     scores = [{"seed": seed, "meanIU": score} for seed, score in percent.items()]
     return {
@@ -261,16 +280,17 @@ def entry(row: Row, args: argparse.Namespace, out: str) -> dict[str, Any]:
         "differences": list(found.differences),
         "rehearsal": found.is_rehearsal,
         "folder": folder,
-        **cost_of(setting_of(args))._asdict(),
-        "setting": setting_of(args)._asdict(),
+        **cost_of(setting)._asdict(),
+        "setting": setting._asdict(),
     }
 
 
-def page(name: str, entries: Sequence[dict[str, Any]], timed: str | None) -> str:
+def page(name: str, table: Table, entries: Sequence[dict[str, Any]], timed: str | None) -> str:
     """Format a table as Markdown.
 
     Args:
         name: name of the table.
+        table: the table.
         entries: results of `entry`, with "seconds" if `timed`.
         timed: what was timed, on which machine; None if nothing was.
     """
@@ -290,10 +310,10 @@ def page(name: str, entries: Sequence[dict[str, Any]], timed: str | None) -> str
     if any(each["rehearsal"] for each in entries):
         lines += ["**Rehearsal on the generated data set: these scores mean nothing.**", ""]
     lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for each in entries:
+    for row, each in zip(table.rows, entries, strict=True):
         cells = [
-            each["row"],
-            ", ".join(f"{score:.{1 if len(each['published']) == 1 else 2}f}" for score in each["published"]),
+            row.label,
+            row.published,
             score_of(each["measured"]),
             f"{each['parameters']:,}",
             f"{each['gflops']:.1f}",
@@ -306,7 +326,7 @@ def page(name: str, entries: Sequence[dict[str, Any]], timed: str | None) -> str
     sources = grouped(entries, lambda each: [each["source"]])
     lines += [
         "",
-        "Mean IoU: in percent on Cityscapes val, single scale; here mean ± standard deviation over the runs. "
+        f"Mean IoU: in percent on {table.scores_of}; here mean ± standard deviation over the runs. "
         f"Parameters, GFLOPs and memory are those of the recipe, at {height}x{width}. GFLOPs: of one "
         "picture, two for a multiply-add; those of the context module are counted as in the papers. "
         f"Memory: estimated peak of a training step with {PICTURES} pictures, without the features for CCL."
@@ -343,6 +363,17 @@ def grouped(entries: Sequence[dict[str, Any]], keys: Any) -> dict[str, str]:
 # The command
 
 
+def classes_of(table: Table) -> int:
+    """Return the number of classes of the data set of a table."""
+    classes = DATA_SETS[table.data].classes() if table.data in DATA_SETS else None
+    return NUM_CLASSES if classes is None else len(classes.classes)
+
+
+def evaluation_of(table: Table) -> list[str]:
+    """Return the flags of evaluate.py that come closest to the published evaluation."""
+    return shlex.split(DATA_SETS[table.data].evaluate) if table.data in DATA_SETS else []
+
+
 def folder_of(out: str, row: Row) -> str:
     """Return the folder of the runs of a recipe."""
     return os.path.join(out, os.path.basename(row.recipe).removesuffix(ENDING))
@@ -366,9 +397,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
             "the operator, whose FLOPs are counted, is not compiled; run python setup.py build_ext --inplace"
         )
     args.rehearses = args.data == MINI
+    evaluation = evaluation_of(TABLES[args.table])
     if args.rehearses:
-        of_train = [*MINI_TRAIN, "--gpu", "0" if torch.cuda.is_available() else "cpu", *of_train]
-        of_evaluate = [*MINI_EVALUATE, *of_evaluate]
+        sides = MINI_SIDES if "--short-sides" in evaluation else []
+        device = "0" if torch.cuda.is_available() else "cpu"
+        of_train = [*MINI_TRAIN, *sides, "--gpu", device, *of_train]
+        evaluation = [*evaluation, *MINI_EVALUATE, *sides]
+    of_evaluate = [*evaluation, *of_evaluate]
     args.out = args.out or os.path.join("snapshots", "tables_mini" if args.rehearses else "tables")
     args.seeds = args.seeds or (1 if args.rehearses else 3)
     args.rounds = (3 if args.data else 0) if args.rounds is None else args.rounds
@@ -378,8 +413,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args, of_train, of_evaluate = parse(sys.argv[1:] if argv is None else argv)
-    rows = TABLES[args.table]
-    data = os.path.abspath(os.path.join(args.out, "data")) if args.rehearses else args.data or os.curdir
+    table = TABLES[args.table]
+    rows = table.rows
+    data = args.data or os.curdir
+    if args.rehearses:
+        data = os.path.abspath(os.path.join(args.out, f"data_{table.data}"))
     given = [["--recipe", row.recipe, "--data-dir", data] for row in rows]
     recipes = [train.get_parser().parse_args(each) for each in given]
     given = [[*each, *of_train] for each in given]
@@ -394,10 +432,10 @@ def main(argv: list[str] | None = None) -> None:
     check_writable("--out", args.out)
 
     def write(times: Sequence[float] = (), timed: str | None = None) -> str:
-        entries = [entry(row, recipe, args.out) for row, recipe in zip(rows, recipes, strict=True)]
+        entries = [entry(table, row, recipe, args.out) for row, recipe in zip(rows, recipes, strict=True)]
         for each, seconds in zip(entries, times, strict=False):
             each["seconds"] = seconds
-        text = page(args.table, entries, timed)
+        text = page(args.table, table, entries, timed)
         content = {"table": args.table, "timed": timed, "rows": entries}
         for path, what in zip(tables, (text, json.dumps(content, indent=2) + "\n"), strict=True):
             write_file(path, what)
@@ -407,12 +445,12 @@ def main(argv: list[str] | None = None) -> None:
     text = write()
     if args.data:
         if args.rehearses:
-            mini.write(data, **MINI_PICTURES)
+            mini.write(data, **MINI_PICTURES, layout=table.data)
         for row, flags_of_run in zip(rows, given, strict=True):
             seeds.measure(folder_of(args.out, row), numbers, flags_of_run, of_evaluate)
             text = write()  # what is finished is in the table, also after an interruption
     if args.rounds:
-        times = [seconds_of(setting_of(each), device, args.rounds) for each in used]
+        times = [seconds_of(setting_of(each, classes_of(table)), device, args.rounds) for each in used]
         height, width = used[0].input_size
         name = machine(str(device))["name"]
         what = f"{used[0].backbone}, one picture of {height}x{width}, median of {args.rounds} runs on {name}"

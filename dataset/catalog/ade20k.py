@@ -1,10 +1,8 @@
 """ADE20K, as in the scene parsing benchmark: 150 classes; label 0 is unlabeled.
 
 Sources: layout, counts and classes: ADEChallengeData2016 and its objectInfo150.txt. Colors: color150.mat of
-CSAIL's semantic-segmentation-pytorch. Settings: that code's config ade20k-resnet50dilated-ppm_deepsup, which
-the authors of CCNet modified for their results (CCNet, issue 18): 20 epochs of 5000 steps on 8 GPUs with 2
-pictures each, SGD at 0.02, weight decay 1e-4, and scores averaged over the 5 sizes. It trains on whole
-pictures; the crop of 473 is that of PSPNet.
+CSAIL's semantic-segmentation-pytorch. Settings: that code, which the authors of CCNet modified for their
+results (CCNet, issue 18); its scores are averaged over the 5 sizes.
 """
 
 from dataset.published import DataSet, Split
@@ -22,7 +20,6 @@ DATA_SET = DataSet(
         ),
     },
     table="ade20k.tsv",
-    train="--random-mirror --short-sides 300,375,450,525,600 --long-side 1000 --input-size 473,473 "
-    "--batch-size 16 --num-steps 100000 --learning-rate 0.02 --weight-decay 1e-4",
+    train="--recipe ccnet_r101_ade20k",
     evaluate="--whole --short-sides 300,375,450,525,600 --long-side 1000",
 )

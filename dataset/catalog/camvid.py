@@ -15,6 +15,6 @@ DATA_SET = DataSet(
         for side, number in (("train", 367), ("val", 101), ("test", 233))
     },
     table="camvid.tsv",
-    train="--random-mirror --random-scale --input-size 360,480 --batch-size 8 --num-steps 20000",
+    train="--recipe ccnet_r101_camvid",
     evaluate="--whole --split test",
 )

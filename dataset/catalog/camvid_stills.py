@@ -29,6 +29,6 @@ DATA_SET = DataSet(
         )
     },
     table="camvid.tsv",
-    train="--random-mirror --random-scale --input-size 720,960 --batch-size 8 --num-steps 20000",
+    train="--recipe ccnet_r101_camvid --input-size 720,960",
     evaluate="--whole --split test",
 )

@@ -28,6 +28,6 @@ DATA_SET = DataSet(
     },
     table=None,
     unless=("gtFine/train",),
-    train="--random-mirror --random-scale --input-size 769,769 --batch-size 8 --num-steps 60000",
+    train="--recipe ccnet_r101_cityscapes",
     evaluate="--input-size 769,769",
 )

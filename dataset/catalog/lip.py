@@ -2,8 +2,8 @@
 
 Sources: layout and counts: the overview of the data set's authors (30462 and 10000 pictures; the 10000 test
 labels are not published). Left and right: CE2P's README. Settings: run.sh and dataset/datasets.py of CE2P,
-which CCNet's result on LIP is based on: crops of 384x384, scales 0.5 to 1.6, 150 epochs of batches of 24.
-CE2P evaluates pictures that are resized to the crop, which is not done here.
+which CCNet's result on LIP is based on. CE2P evaluates pictures that are resized to the crop, which is not
+done here.
 """
 
 from dataset.published import DataSet, Split
@@ -28,7 +28,6 @@ DATA_SET = DataSet(
     folders=("", "LIP"),
     splits={"train": _split("train", 30462), "val": _split("val", 10000)},
     table="lip.tsv",
-    train="--random-mirror --random-scale --scale-range 0.5,1.6 --input-size 384,384 --batch-size 24 "
-    "--num-steps 190388 --learning-rate 1e-3 --weight-decay 5e-4",
+    train="--recipe ccnet_r101_ccl_lip",
     evaluate="--whole",
 )

@@ -15,13 +15,15 @@ import torch
 from conftest import run, status_of, write_pair
 from small_network import Narrow, registered
 
+import evaluate
 import train
 from cc_attention import ops
+from dataset.catalog import DATA_SETS
 from networks import MODELS, make_network
 from networks.variants import DEPTHS
 from tools import seeds, table
 from tools.cost import Setting, simulate
-from tools.published import Row
+from tools.published import TABLES, Row, Table
 from utils.errors import RunError, UsageError
 
 compiled = pytest.mark.skipif(
@@ -58,7 +60,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Row, ...]:
         path = tmp_path / f"{model}.toml"
         path.write_text(RECIPE.format(model=model))
         found.append(Row(f"with {model}", str(path), (78.5, 79.25), "somewhere"))
-    monkeypatch.setitem(table.TABLES, "context", tuple(found))
+    monkeypatch.setitem(table.TABLES, "context", Table(tuple(found)))
     return tuple(found)
 
 
@@ -163,10 +165,58 @@ def test_a_rehearsal_is_planned_with_its_own_flags(
     assert [line[:2] for line in lines] == [["python", "train.py"], ["python", "evaluate.py"]] * 2
     for row, line in zip(rows, lines[::2], strict=True):
         args = train.get_parser().parse_args(line[2:])
-        assert (args.recipe, args.data_dir) == (row.recipe, str(out / "data"))
+        assert (args.recipe, args.data_dir) == (row.recipe, str(out / "data_cityscapes"))
         assert (args.backbone, args.num_steps, args.restore_from) == ("resnet50", 7, None)
         assert args.snapshot_dir == str(out / Path(row.recipe).stem / "seed_12345") and args.resume
-    assert not (out / "data").exists()
+    assert not (out / "data_cityscapes").exists()
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.usefixtures("narrow_models")
+def test_a_table_of_another_data_set(
+    commands: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "MINI_PICTURES", table.MINI_PICTURES | {"train": 4, "val": 2})
+    out = tmp_path / "tables"
+    arguments = ["camvid", "--data", "mini", "--rounds", "0", "--out", str(out)]
+    table.main([*arguments, "--train", "--backbone", "small", "--num-steps", "2"])
+    text = capsys.readouterr().out
+    assert "| 3-D RCCA, T=5 | 79.1 |" in text and "in percent on CamVid test;" in text
+    differences = [line for line in text.splitlines() if line.endswith(": all rows") and "recipe: " in line]
+    assert any("--num-steps 2 (recipe: 20000)" in line for line in differences)
+    assert not any("--whole" in line or "--split" in line for line in differences)
+    rows = json.loads((out / "camvid.json").read_text())["rows"]
+    for row, clip in zip(rows, (1, 5), strict=True):
+        folder = Path(row["folder"]) / "seed_12345"
+        result = json.loads((folder / "result.txt").read_text())
+        how = result["arguments"]
+        assert (how["split"], how["whole"], len(result["IU"])) == ("test", True, 11)
+        assert (json.loads((folder / "args.json").read_text())["clip"] or 1) == clip == row["setting"]["clip"]
+        assert (row["setting"]["num_classes"], row["rehearsal"]) == (11, True)
+    assert rows[1]["gflops"] > 3 * rows[0]["gflops"]
+
+    # A score of another split is none of the table.
+    noted = json.loads((folder / "result.txt").read_text())
+    noted["arguments"]["split"] = "val"
+    (folder / "result.txt").write_text(json.dumps(noted))
+    table.main(["camvid", "--out", str(out)])
+    assert "evaluate.py --split val (recipe: test): 3-D RCCA, T=5" in capsys.readouterr().out
+
+
+@compiled
+def test_the_evaluation_is_the_published_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    published = TABLES["ade20k"]
+    assert table.evaluation_of(published) == shlex.split(DATA_SETS["ade20k"].evaluate)
+    assert table.classes_of(published) == 150 and table.classes_of(TABLES["context"]) == 19
+    sides = {}
+    for data in ("ADE", "mini"):
+        table.main(["ade20k", "--data", data, "--seeds", "1", "--out", str(tmp_path), "--dry-run"])
+        lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+        scoring = evaluate.get_parser().parse_args(lines[1][2:])
+        sides[data] = (train.get_parser().parse_args(lines[0][2:]).short_sides, scoring.short_sides)
+        assert scoring.whole and scoring.long_side == 1000
+    assert sides == {"ADE": ([300, 375, 450, 525, 600],) * 2, "mini": ([65, 97],) * 2}
 
 
 @compiled
