@@ -1,12 +1,13 @@
 """Kill training runs at random times and check that they end as uninterrupted ones.
 
-    python tests/kill_runs.py [--kills N] [--seed S] [--processes 1 2] [--out JSON]
+    python tests/kill_runs.py [--kills N] [--seed S] [--processes 1 2] [--out JSON] [--train FLAGS ...]
 
 A run is train.py with the real network on a few random pictures, with a state after each step. It is killed
 (SIGKILL) and resumed again and again. At its end its weights must be those of an uninterrupted run, bit for
-bit, and its log the same but for times and memory. Of a run of one process the main process alone is killed
-and at once resumed: the process that reads pictures for it must not be in the way, and must go by itself. Of
-a run of several, in turns, the launching process, one rank, or all are killed.
+bit, and its log the same but for times and memory. --train adds flags of train.py. Of a run of one process
+the main process alone is killed and at once resumed: the process that reads pictures for it must not be in
+the way, and must go by itself. Of a run of several, in turns, the launching process, one rank, or all are
+killed.
 
 A kill counts as survived when the run that it hit ended the same. Exit status 1 if one is not survived. 50
 kills take about a quarter of an hour on two cores, and up to 7 GB in TMPDIR. Linux only.
@@ -87,6 +88,7 @@ class Run:
 
     Args:
         turns: what to kill of several processes: "launcher", "rank" or "all".
+        flags: flags of train.py.
     """
 
     number: int
@@ -95,6 +97,7 @@ class Run:
     processes: int
     workers: int
     turns: Iterator[str]
+    flags: list[str]
     kills: list[Kill] = field(default_factory=list)
     seconds: float = 0.0  # of its last start
 
@@ -145,7 +148,7 @@ class Run:
         own += ["--num-workers", str(self.workers)]
         with open(self.output, "w") as output:
             return subprocess.Popen(
-                [sys.executable, "train.py", *FLAGS, *place, *own, *resume],
+                [sys.executable, "train.py", *self.flags, *place, *own, *resume],
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -270,7 +273,9 @@ def entries(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
-def give(folder: Path, kills: int, seed: int, processes: list[int]) -> tuple[list[Kill], dict[str, float]]:
+def give(
+    folder: Path, kills: int, seed: int, processes: list[int], flags: list[str]
+) -> tuple[list[Kill], dict[str, float]]:
     """Do runs until there were `kills` kills; return these and the seconds of the uninterrupted runs."""
     rng = random.Random(seed)
     data = folder / "data"
@@ -287,14 +292,14 @@ def give(folder: Path, kills: int, seed: int, processes: list[int]) -> tuple[lis
             break
         count, workers = next(settings)
         if count not in whole:
-            first = Run(0, folder / f"uninterrupted_{count}", data, count, workers, turns)
+            first = Run(0, folder / f"uninterrupted_{count}", data, count, workers, turns, flags)
             first.go(0, 0.0, rng)
             whole[count] = (first.directory, first.seconds)
             print(f"uninterrupted with --nproc {count}: {first.seconds:.1f} s", flush=True)
             for path in first.directory.glob("state_*"):
                 path.unlink()
         uninterrupted, seconds = whole[count]
-        run = Run(number, folder / f"run_{number}", data, count, workers, turns)
+        run = Run(number, folder / f"run_{number}", data, count, workers, turns, flags)
         try:
             run.go(kills - len(given), 1.1 * seconds, rng)
             failure = difference(run.directory, uninterrupted)
@@ -324,11 +329,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the runs, in turns")
     parser.add_argument("--out", help="JSON file to write too")
+    parser.add_argument(
+        "--train", nargs=argparse.REMAINDER, default=[], help="flags of train.py to add; last"
+    )
     args = parser.parse_args(argv)
-    print(f"seed {args.seed}", flush=True)
+    flags = [*FLAGS, *args.train]
+    print(f"seed {args.seed}, {' '.join(args.train) or 'no further flags'}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            kills, seconds = give(Path(folder), args.kills, args.seed, args.processes)
+            kills, seconds = give(Path(folder), args.kills, args.seed, args.processes, flags)
         except Failure as error:
             print(f"kill_runs.py: {error}", file=sys.stderr)
             return 1
@@ -338,8 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         report = {
             "machine": machine("cpu") | {"threads": 1},
             "command": f"python tests/kill_runs.py --kills {args.kills} --seed {args.seed} --processes "
-            + " ".join(map(str, args.processes)),
-            "train.py": " ".join(FLAGS),
+            + " ".join([*map(str, args.processes), *(["--train", *args.train] if args.train else [])]),
+            "train.py": " ".join(flags),
             "uninterrupted_seconds": seconds,
             "survived": survived,
             "phases": phases,

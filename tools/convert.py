@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_numbers(f"{args.source}, converted", state)
     variant = variant_of(state)
     backbone = source.timm or backbone_of(state)
-    model = model_of(state)
+    model = name_of_model(args.source, source, state)
     if args.to == "batch-norm" and source.timm:
         raise UsageError(f"--to batch-norm: not supported for --backbone {source.timm}; omit --to")
     if args.to == "original" and (model, variant, backbone) != ("ccnet", "ccnet", "resnet101"):
@@ -274,6 +274,13 @@ def convert(source: Source) -> dict[str, Tensor]:
     if source.pictures is not None:
         state = to_our_pictures(state, source.pictures.mean, source.pictures.std, IMG_MEAN.tolist())
     return state if source.kind == "ccnet" else from_batch_norm(state)
+
+
+def name_of_model(path: str, source: Source, state: Mapping[str, Tensor]) -> str:
+    """Return the --model of a source: that of the run, where several models have these weights."""
+    if not has_heads(state) or source.kind not in ("ccnet", "batch-norm"):
+        return model_of(state)
+    return describe(path, mark(state, source.metadata), {}).description.model
 
 
 def about(path: str, source: Source, state: Mapping[str, Tensor], classes: str | None) -> dict[str, Any]:

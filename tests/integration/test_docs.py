@@ -14,6 +14,7 @@ import torch
 
 import evaluate
 import train
+from engine.options import TrainOptions
 from networks import MODELS, fold_batch_norm
 from networks.models import Architecture, models_of
 
@@ -117,6 +118,13 @@ def test_python_in_them_runs(
                 )
             assert [output.shape[1] for output in outputs] == [4, 4] and len(folded) == 1
             assert models_of(network.state_dict()) == ["plain"]
+
+
+def test_the_page_about_resuming_lists_the_recipe() -> None:
+    section = read(ROOT / "docs/resume.md").split("## Flags that a resumed run must repeat")[1].split("\n\n")
+    table = next(part for part in section if part.startswith("| Group"))
+    wanted = {f"--{name.replace('_', '-')}" for name in TrainOptions.names(lambda flag: flag.recipe)}
+    assert set(re.findall(r"--[a-z][a-z-]*", table)) == wanted
 
 
 def test_the_parsers_that_are_asked_are_there() -> None:

@@ -149,6 +149,13 @@ def test_the_tools_read_it(model: str, runs, data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_clips_are_not_for_the_original(runs, tmp_path: Path) -> None:
+    """The weights of ccnet3d have the names of those of ccnet; args.json tells them apart."""
+    source = checkpoint_of(runs("ccnet3d"))
+    refused(" is ccnet3d, ", "tools.convert", source, tmp_path / "o.pth", "--to", "original")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["psp", "nonlocal"])
 def test_the_report_of_a_run(model: str, runs, data: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", data, "--gpu", "cpu", "--num-workers", "0", "--output-dir", tmp_path]

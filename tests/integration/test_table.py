@@ -191,7 +191,7 @@ def test_a_table_of_another_data_set(
         folder = Path(row["folder"]) / "seed_12345"
         result = json.loads((folder / "result.txt").read_text())
         how = result["arguments"]
-        assert (how["split"], how["whole"], len(result["IU"])) == ("test", True, 11)
+        assert (how["split"], how["whole"], len(result["IU_array"])) == ("test", True, 11)
         assert (json.loads((folder / "args.json").read_text())["clip"] or 1) == clip == row["setting"]["clip"]
         assert (row["setting"]["num_classes"], row["rehearsal"]) == (11, True)
     assert rows[1]["gflops"] > 3 * rows[0]["gflops"]
