@@ -96,6 +96,11 @@ def test_a_run_and_what_reads_it(
         exported = succeeded("tools.export", *given[:2], "--out", out, "--output", "logits")
         assert "largest difference from the network" in exported
 
+    page = tmp_path / "report.html"
+    succeeded("tools.report", folder, "--gpu", "cpu", "--out", page)
+    text = page.read_text()
+    assert f"--backbone {backbone}" in text and ("<h2>Attention</h2>" in text) == (model == "nonlocal")
+
     # A file that describes itself is enough; the weights alone are not.
     described, alone = tmp_path / "described.safetensors", tmp_path / "alone.pth"
     assert f"{model} with {backbone}" in succeeded(
