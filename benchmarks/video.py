@@ -1,6 +1,6 @@
 """Measure what the frames around a picture are worth: 3-D criss-cross attention on generated clips.
 
-    python -m benchmarks.video [--seeds 3] [--steps 600] [--train 240] [--val 48] [--size 64x128]
+    python -m benchmarks.video [--seeds 3] [--steps 600] [--train 240] [--val 48] [--size 64,128]
         [--out FILE.json]
 
 The data set is that of `python -m dataset.mini --video`: noise hides most of each labeled frame, and the
@@ -24,27 +24,16 @@ import os
 import statistics
 import tempfile
 import time
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from benchmarks.quick_training import BATCH, LEARNING_RATE, SmallNetwork, score, train
 from dataset import CSDataSet, mini
 from dataset.clips import Clip
 from dataset.labels import IGNORE, LABELS, ClassTable
-from engine.data.loader import Loading, train_batches
-from engine.evaluation.evaluate import evaluate
-from engine.evaluation.metrics import mean_iou
-from engine.inference import predict_classes
-from engine.runtime.distributed import World
-from engine.training.optimizer import make_optimizer
-from engine.training.schedule import poly_lr, set_learning_rate, warm_up
-from engine.training.step import StepOptions, Stepper
 from loss import CriterionDSN
-from networks import Network
 from networks.heads import RCCA3dHead
-from networks.heads.parts import convolution_norm
 from tools.common import end
 from utils import args as flags
 from utils.environment import machine
@@ -52,32 +41,8 @@ from utils.files import check_output_file, write_file
 
 #: The arms, and whether the neighbors are repeated in training.
 ARMS = {"T=1": (1, False), "T=3": (3, False), "T=3, repeated": (3, True)}
-#: Channels of layer3 and layer4 of the backbone, and of the attention.
-CHANNELS, WIDTH = (32, 64), 64
-BATCH, LEARNING_RATE, WARMUP = 8, 4e-3, 20
 #: Minimum gain of T=3, in percent of mean IoU.
 BAR = 5.0
-
-
-class SmallNetwork(Network):
-    """CCNet for clips on a backbone of five convolutions with output stride 8."""
-
-    channels = CHANNELS
-
-    def __init__(self, num_classes: int):
-        nn.Module.__init__(self)
-        sizes = (3, 16, 24, *CHANNELS)
-        layers = [convolution_norm(few, many, 3, "torch", "relu") for few, many in pairwise(sizes)]
-        for layer in layers[:3]:
-            layer[0].stride = (2, 2)  # type: ignore[assignment]
-        self.until_layer3 = nn.Sequential(*layers[:3])
-        self.layer4 = nn.Sequential(layers[3], convolution_norm(CHANNELS[1], CHANNELS[1], 3, "torch", "relu"))
-        self.add_heads(RCCA3dHead, num_classes, 0.1, "torch", dsn_channels=WIDTH, channels=WIDTH)
-
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features [N, 32, H, W] and [N, 64, H, W] of images [N, 3, h, w]."""
-        x = self.until_layer3(images / 64)
-        return x, self.layer4(x)
 
 
 def categories() -> ClassTable:
@@ -105,32 +70,9 @@ def data_set(root: str, split: str, clip: int, repeated: bool, size: tuple[int, 
 
 def trained(root: str, arm: str, seed: int, steps: int, size: tuple[int, int]) -> SmallNetwork:
     """Train the network of an arm."""
-    clip, repeated = ARMS[arm]
-    data, world = data_set(root, "train", clip, repeated, size), World(0, 1, torch.device("cpu"))
+    data = data_set(root, "train", *ARMS[arm], size)
     torch.manual_seed(seed)
-    model = SmallNetwork(data.num_classes).train()
-    optimizer = make_optimizer("adamw", model, LEARNING_RATE, 0.9, 1e-2, False)
-    stepper = Stepper(model, CriterionDSN(), optimizer, world, StepOptions(seed=seed))
-    batches = train_batches(data, seed, range(steps), world, Loading(BATCH))
-    for step, batch in enumerate(batches, 1):
-        if isinstance(batch, Exception):
-            raise batch
-        rate = poly_lr(LEARNING_RATE, step - 1, steps, 0.9) * warm_up(step - 1, WARMUP)
-        set_learning_rate(optimizer, rate)
-        stepper.step(step, batch)
-    return model.eval()
-
-
-def score(model: SmallNetwork, root: str, clip: int, repeated: bool, size: tuple[int, int]) -> float:
-    """Return the mean IoU on the validation pictures, in percent."""
-    data = data_set(root, "val", clip, repeated, size)
-    result = evaluate(
-        lambda images: predict_classes(model, images, [1.0], False),
-        data,
-        World(0, 1, torch.device("cpu")),
-        Loading(1),
-    )
-    return 100 * mean_iou(result.confusion)
+    return train(SmallNetwork(RCCA3dHead, data.num_classes), CriterionDSN(), data, seed, steps)
 
 
 def measured(args: argparse.Namespace, root: str) -> dict[str, Any]:
@@ -146,9 +88,10 @@ def measured(args: argparse.Namespace, root: str) -> dict[str, Any]:
     for seed in range(args.seeds):
         for arm, (clip, repeated) in ARMS.items():
             model = trained(root, arm, seed, args.steps, args.size)
-            note(arm, seed, score(model, root, clip, repeated, args.size), model)
+            note(arm, seed, score(model, data_set(root, "val", clip, repeated, args.size)), model)
             if arm == "T=3":
-                note(f"{arm}, evaluated repeated", seed, score(model, root, clip, True, args.size), model)
+                also = score(model, data_set(root, "val", clip, True, args.size))
+                note(f"{arm}, evaluated repeated", seed, also, model)
     means = {name: statistics.mean(values) for name, values in scores.items()}
     gains = [three - one for one, three in zip(scores["T=1"], scores["T=3"], strict=True)]
     return {

@@ -24,12 +24,14 @@ from benchmarks import (
     attention_report,
     bars,
     builds,
+    consistency,
     evaluation,
     gpu_report,
     loader,
     parts,
     peers,
     step,
+    video,
 )
 from benchmarks.attention_peers import FORMULATIONS, Case, Contender
 from benchmarks.gpu_report import Part
@@ -551,6 +553,25 @@ def test_page_of_the_steps():
         "| bf16, compiled | 200 | 40 |  |",
     ):
         assert line in lines, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "benchmark, arms", [(video, {*video.ARMS, "T=3, evaluated repeated"}), (consistency, {*consistency.ARMS})]
+)
+def test_arms_are_trained_and_scored(benchmark, arms, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    flags = ["--seeds", "2", "--steps", "2", "--train", "8", "--val", "2", "--size", "64,128"]
+    benchmark.main([*flags, "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert set(report["mean_iou"]) == arms
+    for found in report["mean_iou"].values():
+        assert len(set(found["all"])) == 2 and found["mean"] == pytest.approx(sum(found["all"]) / 2)
+    one, other = [report["mean_iou"][name]["all"] for name in (*benchmark.ARMS,)[:2]]
+    assert report["gain"]["all"] == pytest.approx(
+        [after - before for before, after in zip(one, other, strict=True)]
+    )
+    assert capsys.readouterr().out.count("seed 1") == len(arms)
 
 
 class TestLoader:
