@@ -112,7 +112,7 @@ TABLES: dict[str, Table] = {
 
 #: GFLOPs and memory (MB) of the attention by model and recurrence (ICCV, tables 3 and 5; the last one is of
 #: TPAMI; input 3x769x769).
-ATTENTION_COST = {
+ATTENTION_COST: dict[tuple[str, int | None], tuple[float, float]] = {
     ("ccnet", 1): (8.3, 53),
     ("ccnet", 2): (16.5, 127),
     ("ccnet", 3): (24.7, 208),

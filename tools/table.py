@@ -44,7 +44,7 @@ from networks.models import MODELS, recurrence_of
 from networks.of_run import Description
 from tools import common, profile, seeds
 from tools.cost import GIB, Setting, measure, paper_formulas, parameters_of, simulate
-from tools.published import TABLES, Row, Table
+from tools.published import ATTENTION_COST, TABLES, Row, Table
 from utils import args as flags
 from utils import run_files
 from utils.environment import machine
@@ -317,7 +317,7 @@ def page(name: str, table: Table, entries: Sequence[dict[str, Any]], timed: str 
             score_of(each["measured"]),
             f"{each['parameters']:,}",
             f"{each['gflops']:.1f}",
-            f"{each['context']:.2f}",
+            context_of(each),
             f"{each['memory'] / GIB:.2f}",
             *([f"{1e3 * each['seconds']:.1f}"] if timed else []),
             f"`{each['folder']}`" if each["measured"] else "",
@@ -340,6 +340,14 @@ def page(name: str, table: Table, entries: Sequence[dict[str, Any]], timed: str 
         lines += ["", "Runs that differ from their recipes:", ""]
         lines += [f"- {difference}: {rows}" for difference, rows in differences.items()]
     return "\n".join(lines) + "\n"
+
+
+def context_of(entry: dict[str, Any]) -> str:
+    """Format the GFLOPs of the context module, with those of the papers where they have the same input."""
+    setting = entry["setting"]
+    number = recurrence_of(setting["model"], setting["recurrence"])
+    paper = ATTENTION_COST.get((setting["model"], number)) if tuple(setting["size"]) == (769, 769) else None
+    return f"{entry['context']:.2f}" + (f" (papers: {paper[0]})" if paper else "")
 
 
 def score_of(measured: dict[str, Any] | None) -> str:

@@ -238,6 +238,14 @@ def test_cost_is_that_of_the_profile(
     args = train.get_parser().parse_args(["--data-dir", "CS", "--model", model])
     args.backbone, args.recurrence = "tiny", recurrence
     setting = table.setting_of(args)
+    published = {
+        ("ccnet", 2): " (papers: 16.5)",
+        ("ccnet", 3): " (papers: 24.7)",
+        ("nonlocal", 1): " (papers: 108)",
+    }
+    entry = {"setting": setting._asdict(), "context": 1.0}
+    assert table.context_of(entry) == "1.00" + published.get((model, recurrence), "")
+    assert table.context_of(entry | {"setting": setting._replace(size=(33, 33))._asdict()}) == "1.00"
     assert (setting.model, setting.recurrence, setting.size) == (model, recurrence, (769, 769))
     cost = table.cost_of(setting)
     if gflops is not None:  # as the papers count, whatever the backbone
