@@ -584,10 +584,10 @@ BUGS: list[Bug] = [
         "return images * static_cast<int64_t>(sizeof(unsigned));",
     ),
     Bug(
-        "order: residual in both passes",
+        "order: residual in the earlier pass",
         FORWARD,
         "a.residual.data != nullptr && (!in_image_order || work.last);",
-        "a.residual.data != nullptr;",
+        "a.residual.data != nullptr && (!in_image_order || work.first);",
     ),
     Bug(
         "order: next image of the last one",
