@@ -149,6 +149,39 @@ def test_the_tools_read_it(model: str, runs, data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_a_video_is_predicted_with_the_frames_around(runs, tmp_path: Path) -> None:
+    video, rng = tmp_path / "drive.avi", np.random.default_rng(0)
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (64, 48))
+    for number in range(4):  # dark, bright, dark, bright
+        low = 200 * (number % 2)
+        writer.write(cv2.resize(rng.integers(low, low + 56, (6, 8, 3), np.uint8), (64, 48)))
+    writer.release()
+    capture = cv2.VideoCapture(str(video))
+    frames = [cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB) for _ in range(4)]
+    folder, out = runs("ccnet3d"), tmp_path / "out"
+    state, source = read_state_dict(checkpoint_of(folder)), tmp_path / "CS_scenes_4.pth"
+    state["head.cca.gamma"].fill_(20.0)  # it is almost 0 after 4 steps
+    torch.save(state, source)
+    os.link(folder / "args.json", tmp_path / "args.json")
+    succeeded(
+        "tools.predict", video, "--restore-from", source, "--gpu", "cpu", "--out", out, "--save", "color"
+    )
+
+    segmenter = Segmenter.load(source, device="cpu")
+    assert segmenter.frames.clip == 3
+    result = cv2.VideoCapture(str(next((out / "color").iterdir())))
+    assert result.get(cv2.CAP_PROP_FRAME_COUNT) == 4
+    for number, frame in enumerate(frames):
+        around = [frames[max(0, number - 1)], frame, frames[min(3, number + 1)]]
+        right = segmenter.predict(np.concatenate(around, axis=2))
+        alone = segmenter.predict(np.concatenate([frame] * 3, axis=2))
+        assert (right.classes != alone.classes).any()
+        shown = cv2.cvtColor(result.read()[1], cv2.COLOR_BGR2RGB).astype(float)
+        errors = [np.abs(shown - each.colors).mean() for each in (right, alone)]
+        assert errors[0] < errors[1]
+
+
+@pytest.mark.slow
 def test_clips_are_not_for_the_original(runs, tmp_path: Path) -> None:
     """The weights of ccnet3d have the names of those of ccnet; args.json tells them apart."""
     source = checkpoint_of(runs("ccnet3d"))
