@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.show(number)
     content = page([describe(network) for network in networks], ready)
     write_file(args.out, content)
-    print(f"{args.out}: {len(ready)} pictures, {os.path.getsize(args.out) / 2**20:.1f} MiB")
+    print(f"{args.out}: {counted(len(ready))}, {os.path.getsize(args.out) / 2**20:.1f} MiB")
 
 
 def open_checked(args: argparse.Namespace) -> Segmenter:
@@ -187,10 +187,15 @@ def check_size(
     if total > MOST_BYTES:
         chosen = ",".join(map(str, asked or (rows, columns)))
         raise UsageError(
-            f"{len(pictures)} pictures: the page would take {said}, and browsers hardly open more than "
+            f"{counted(len(pictures))}: the page would take {said}, and browsers hardly open more than "
             f"{MOST_BYTES >> 20}; name fewer pictures, or give a --grid smaller than {chosen}"
         )
-    print(f"{len(pictures)} pictures: the page will take {said}", flush=True)
+    print(f"{counted(len(pictures))}: the page will take {said}", flush=True)
+
+
+def counted(number: int) -> str:
+    """Write a number of pictures: "1 picture" or "2 pictures"."""
+    return "1 picture" if number == 1 else f"{number} pictures"
 
 
 def look(
@@ -235,12 +240,13 @@ def describe(network: Segmenter) -> NetworkText:
 def page(networks: Sequence[NetworkText], pictures: Sequence[Explorable]) -> str:
     """Return the page as HTML that refers to no other file."""
     title = " and ".join(each.title for each in networks)
+    heading = "Predictions" if all(each.no_maps for each in networks) else "What pixels attend to"
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{POLICY}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>CCNet: {escape(title)}</title>\n"
         f"<style>{STYLE}{asset('explore.css')}body {{ max-width: 1680px; }}</style>\n</head>\n<body>\n"
-        f"<h1>What pixels attend to</h1>\n{explorer(networks, pictures)}\n"
+        f"<h1>{heading}</h1>\n{explorer(networks, pictures)}\n"
         f"<script>{asset('explore.js')}</script>\n</body>\n</html>\n"
     )
 

@@ -189,7 +189,7 @@ def _percentile(probabilities: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 def _heat() -> bytes:
     """Return the color map of the attention, 256 RGB colors."""
-    return cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_INFERNO)[:, 0, ::-1].tobytes()
+    return cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_INFERNO)[:, 0, ::-1].tobytes()
 
 
 def _jpeg(picture: np.ndarray, size: tuple[int, int]) -> str:

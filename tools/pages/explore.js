@@ -184,7 +184,7 @@
       this.readout = make("div", "readout");
       this.legend = make("ul", "legend");
       this.legend.setAttribute("aria-label", "Classes of the prediction; choose one to highlight it");
-      this.element.append(this.panels, this.readout, this.legend);
+      this.element.append(this.readout, this.panels, this.legend);
       this.highlighted = null;
     }
 
@@ -305,7 +305,7 @@
         panel.caption.textContent = `R = ${recurrence + 1}: largest weight ${largest}`;
         said.push(`R = ${recurrence + 1}: largest weight ${largest} at row ${row}, column ${column}`);
       });
-      const where = `maps: of row ${source[0]}, column ${source[1]}`;
+      const where = `maps of row ${source[0]}, column ${source[1]}`;
       this.readout.append(make("span", "hint", where));
     }
   }
