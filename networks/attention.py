@@ -78,7 +78,7 @@ def grid_attention(
     """
     with torch.no_grad():
         x = model.features(image)[1]
-        size = height, width = x.shape[-2:]
+        height, width = size = (int(x.shape[-2]), int(x.shape[-1]))
         rows, columns = choose_grid(size, grid, most)
         pixels = [(row, column) for row in middles(rows, height) for column in middles(columns, width)]
         length = max(1, BLOCK_BYTES // (4 * height * width))
@@ -102,8 +102,10 @@ def choose_grid(
         return min(grid[0], size[0]), min(grid[1], size[1])
     scale = min(1.0, (most / (size[0] * size[1])) ** 0.5)
     rows, columns = (max(1, round(side * scale)) for side in size)
-    # Rounding, and one row or column, may exceed the maximum.
-    return (min(rows, max(1, most // columns)), columns) if rows > columns else (rows, min(columns, most // rows))
+    # Rounding may exceed the maximum, most of all that of a side to 1.
+    if rows > columns:
+        return min(rows, max(1, most // columns)), columns
+    return rows, min(columns, most // rows)
 
 
 def middles(cells: int, pixels: int) -> list[int]:

@@ -88,8 +88,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="size of the tiles of the prediction (default: 769,769)",
     )
     add("--whole", action="store_true", help="predict every picture as a whole, without tiles")
-    choices = {"model": MODELS, "backbone": backbone_name}
-    add_flags(parser, ExploreOptions, choices, reads_checkpoint=True)
+    add_flags(parser, ExploreOptions, {"model": MODELS, "backbone": backbone_name}, reads_checkpoint=True)
     add("--gpu", metavar="ID", help="GPU id, or cpu; by default the first GPU, or the CPU")
     return parser
 

@@ -120,7 +120,8 @@ def explorer(networks: Sequence[NetworkText], pictures: Sequence[Explorable]) ->
     }
     scripts = [_script("about", embedded(about)), *(_script("picture", each.content) for each in pictures)]
     return (
-        '<div class="explorer">\n<noscript><p class="missing">Choosing pixels needs JavaScript.</p></noscript>\n'
+        '<div class="explorer">\n'
+        '<noscript><p class="missing">Choosing pixels needs JavaScript.</p></noscript>\n'
         + "\n".join(scripts)
         + "\n</div>"
     )
@@ -189,7 +190,9 @@ def _percentile(probabilities: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 def _heat() -> bytes:
     """Return the color map of the attention, 256 RGB colors."""
-    return cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_INFERNO)[:, 0, ::-1].tobytes()
+    return cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_INFERNO)[
+        :, 0, ::-1
+    ].tobytes()
 
 
 def _jpeg(picture: np.ndarray, size: tuple[int, int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,18 +180,6 @@ class Shown:
         found = self.explorer(f"[e.views[{view}].maps.weightsOf({recurrence}, e.views[{view}].cell),"
                               f" e.views[{view}].maps.down.cells]")  # fmt: skip
         return np.array(found[0]).reshape(found[1], -1)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Start Chromium, or skip the test."""
-    api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
-    if not (path := shutil.which("chromium") or shutil.which("google-chrome")):
-        pytest.skip("no Chromium: apt-get install chromium")
-    with api.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

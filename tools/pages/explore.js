@@ -76,6 +76,8 @@
       this.across = new Axis(size[1], features[1], columns);
       this.codes = codes; // of each recurrence: uint8 [cell that attends, cell attended to]
       this.largest = largest; // of each recurrence: float32 [cell that attends]
+      const exact = rows === features[0] && columns === features[1];
+      this.largestName = exact ? "largest weight" : "largest mean weight of a cell";
     }
     static async of(size, data) {
       const codes = await Promise.all(data.maps.map(unpacked));
@@ -300,10 +302,10 @@
         const codes = maps.codesOf(recurrence, this.cell);
         panel.draw(codes, this.rows, this.columns, maps.across.cells, this.explorer.colors);
         panel.mark(source);
-        const largest = maps.largest[recurrence][this.cell].toPrecision(3);
+        const largest = `${maps.largestName} ${maps.largest[recurrence][this.cell].toPrecision(3)}`;
         const [row, column] = maps.pixelOf(codes.indexOf(255));
-        panel.caption.textContent = `R = ${recurrence + 1}: largest weight ${largest}`;
-        said.push(`R = ${recurrence + 1}: largest weight ${largest} at row ${row}, column ${column}`);
+        panel.caption.textContent = `R = ${recurrence + 1}: ${largest}`;
+        said.push(`R = ${recurrence + 1}: ${largest} at row ${row}, column ${column}`);
       });
       const where = `maps of row ${source[0]}, column ${source[1]}`;
       this.readout.append(make("span", "hint", where));
