@@ -11,8 +11,9 @@ from torch import Tensor
 from networks.base import Network
 from networks.clips import features_of_clips
 
-#: Maximum number of bytes of the maps of a block of pixels, at the size of the features.
-BLOCK_BYTES = 2**27
+#: Maximum number of bytes of the maps of a block of pixels, at the size of the features. Each block reduces
+#: the channels of the features again, which takes longer than the maps: one block is enough for 1024 x 2048.
+BLOCK_BYTES = 2**29
 
 
 class AttentionGrid(NamedTuple):
