@@ -257,13 +257,16 @@ def test_a_click_shows_the_maps_and_the_class_of_the_pixel(shown: Shown, network
 
 @pytest.mark.slow
 def test_a_coarse_grid_shows_the_nearest_pixel(shown: Shown, networks: list[Segmenter]) -> None:
-    shown.click(0, (47, 63))
-    # Cells of 7/3 x 9/4 features; the middles of the last ones are features 5 and 7.
-    exact = expected_maps(networks[1], PICTURES[0], (5, 7))
-    fine = exact.repeat(3, 1).repeat(4, 2).reshape(2, 3, 7, 4, 9).mean((2, 4))
-    for recurrence in range(2):
-        assert_quantized(shown.weights(1, recurrence), fine[recurrence])
-    assert "maps of row 40, column 56" in shown.page.locator(".readout").nth(1).inner_text()
+    # Cells of 7/3 x 9/4 features. The center of feature 2, at 2.5, is in the second cell of both axes, whose
+    # middle is in feature 3; the middles of the last cells are in features 5 and 7.
+    for pixel, feature in (((47, 63), (5, 7)), ((16, 16), (3, 3))):
+        shown.click(0, pixel)
+        exact = expected_maps(networks[1], PICTURES[0], feature)
+        means = exact.repeat(3, 1).repeat(4, 2).reshape(2, 3, 7, 4, 9).mean((2, 4))
+        for recurrence in range(2):
+            assert_quantized(shown.weights(1, recurrence), means[recurrence])
+        said = shown.page.locator(".readout").nth(1).inner_text()
+        assert f"maps of row {8 * feature[0]}, column {8 * feature[1]}" in said
 
 
 @pytest.mark.slow
