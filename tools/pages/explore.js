@@ -327,7 +327,14 @@
       this.spoken.setAttribute("aria-live", "polite");
       this.where = make("span", "hint");
       root.append(this.chooser(), this.tools(), ...this.views.map((view) => view.element), this.spoken);
-      this.ready = this.choose(0);
+      this.show(0);
+    }
+
+    // Show a picture; say so if the browser can't.
+    show(index) {
+      this.ready = this.choose(index).catch((error) => {
+        this.where.textContent = `This browser can't show the picture (${error.message}).`;
+      });
     }
 
     chooser() {
@@ -341,7 +348,7 @@
         image.alt = "";
         image.src = thumbnail;
         button.append(image, make("span", "", name));
-        button.addEventListener("click", () => { this.ready = this.choose(index); });
+        button.addEventListener("click", () => this.show(index));
         return button;
       });
       list.append(...this.buttons);
