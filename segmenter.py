@@ -32,7 +32,7 @@ from engine.inference import NAN_ADVICE, NO_CLASS, predict_classes, predict_mult
 from engine.runtime.distributed import choose_devices
 from fused import using
 from networks import Network, fold_batch_norm, load_weights, make_network
-from networks.attention import has_attention, picture_attention
+from networks.attention import AttentionGrid, grid_attention, has_attention, picture_attention
 from networks.of_run import Description, OfRun, args_file, check_value, describe, of_flags
 from networks.variants import options_of
 from networks.weights import read_state_dict
@@ -268,13 +268,7 @@ class Segmenter:
             DataError, UsageError: see `predict`; also if a pixel is outside of the picture, or the model has
                 no attention.
         """
-        if self.description.recurrence is None:
-            raise UsageError(f"attention: the model {self.description.model} has none; load another one")
-        if self.frames.clip > 1:
-            raise UsageError(
-                f"attention: maps of clips of {self.frames.clip} frames are not drawn; load the network with "
-                f"--model ccnet --recurrence {self.description.recurrence}, which takes single pictures"
-            )
+        self._check_attention()
         image = self._image(picture)
         try:
             with torch.inference_mode(), autocast(self.device, self.amp):
@@ -282,6 +276,39 @@ class Segmenter:
         except ValueError as error:
             raise UsageError(f"pixels: {error}") from error
         return maps.float().transpose(0, 1).cpu().numpy()
+
+    def attention_grid(
+        self, picture: Picture, grid: tuple[int, int] | None = None, most: int = 2048
+    ) -> AttentionGrid:
+        """Return what a grid of pixels attends to, after each of the R passes of the attention.
+
+        Args:
+            picture: see `predict`. The whole picture is processed at once.
+            grid: rows and columns; by default square cells, as many as `most` allows.
+            most: maximum number of cells without `grid`.
+
+        Returns:
+            Weights float32 [R, rows, columns, rows, columns] on the CPU, and the size (H, W) of the features;
+            see `networks.attention.grid_attention`.
+
+        Raises:
+            DataError, UsageError: see `attention`.
+        """
+        self._check_attention()
+        image = self._image(picture)
+        with torch.inference_mode(), autocast(self.device, self.amp):
+            found = grid_attention(self.model, image, grid, most)
+        return found._replace(weights=found.weights.float().cpu())
+
+    def _check_attention(self) -> None:
+        """Raise UsageError unless the network has an attention over single pictures."""
+        if self.description.recurrence is None:
+            raise UsageError(f"attention: the model {self.description.model} has none; load another one")
+        if self.frames.clip > 1:
+            raise UsageError(
+                f"attention: maps of clips of {self.frames.clip} frames are not drawn; load the network with "
+                f"--model ccnet --recurrence {self.description.recurrence}, which takes single pictures"
+            )
 
     def _image(self, picture: Picture) -> Tensor:
         """Return the input of the network for a picture, float32 [1, 3 * T, h, w] on the device."""

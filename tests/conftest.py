@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,18 @@ def no_interpreter_in_fast_tests(request: pytest.FixtureRequest, monkeypatch: py
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Start the installed Chromium. Skip the tests without it or without Playwright."""
+    api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    if not (path := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("no Chromium: apt-get install chromium")
+    with api.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 def write_pair(

@@ -57,7 +57,7 @@ from engine.training import checkpoint  # noqa: E402
 from networks import Seg_Model  # noqa: E402
 from networks.variants import DEPTHS  # noqa: E402
 from networks.weights import match_weights, read_state_dict  # noqa: E402
-from tools import attention, convert, export, predict, profile, report, seeds  # noqa: E402
+from tools import attention, convert, explore, export, predict, profile, report, seeds  # noqa: E402
 from tools.prepare import __main__ as prepare  # noqa: E402
 from utils.args import exit_status  # noqa: E402
 from utils.errors import InputError, RunError  # noqa: E402
@@ -357,6 +357,11 @@ COMMANDS = (
         "attention.py",
         attention,
         lambda g, out: [str(g.picture), "--restore-from", str(g.checkpoint), "--gpu", "cpu", "--out", out],
+    ),
+    Command(
+        "explore.py",
+        explore,
+        lambda g, out: [str(g.checkpoint), str(g.picture), "--gpu", "cpu", "--out", f"{out}/a.html"],
     ),
     Command("convert.py", convert, lambda g, out: [str(g.checkpoint), f"{out}/converted.pth"]),
     Command(

@@ -4,8 +4,9 @@
 
 RUN_DIR is the --snapshot-dir of a training run, with the results of evaluate.py in it or in --results. The
 page shows the recipe, the environment, the curves, the scores and how they were obtained, the confusion
-matrix, the best and the worst pictures with label and prediction, and attention maps. It is a single file
-that needs no network. If the run lacks a part, the page says how to get it.
+matrix, the best and the worst pictures with label and prediction, and attention maps. The reader can sort the
+pictures, lay label, prediction, errors and confidence over them, and see what any pixel attends to. The page
+is a single file that needs no network. If the run lacks a part, the page says how to get it.
 """
 
 from __future__ import annotations
@@ -33,19 +34,26 @@ from networks.of_run import args_file
 from networks.timm_backbone import is_timm
 from networks.variants import DEPTHS
 from networks.weights import read_state_dict
+from segmenter import TILE, Segmenter
 from tools import common
-from tools.report_page import Color, Example, Figure, Report, page
+from tools.explore import describe, look
+from tools.explore_page import explorable, explorer
+from tools.report_page import WIDTH, Color, Example, Figure, Report, page
 from utils import args as flags
 from utils import run_files
 from utils.drawing.attention_figure import draw_panels
 from utils.drawing.palette import colored, make_palette
-from utils.errors import DataError, InputError, UsageError
+from utils.errors import DataError, InputError, RunError, UsageError
 from utils.files import check_outputs, check_writable, read_input, write_file
 from utils.progress import Progress
 
 OUTPUTS, EVENTS = "outputs", "tensorboard"
 #: Maximum number of pictures of a kind on a page.
 MOST = 1000
+#: Maximum number of pixels of a picture that show their attention.
+CELLS = 600
+#: Colors of wrong and of other pixels, RGBA.
+WRONG, CLEAR = (230, 30, 40, 255), (0, 0, 0, 0)
 
 
 class Scored(NamedTuple):
@@ -74,12 +82,13 @@ def get_parser() -> argparse.ArgumentParser:
         type=flags.number(int, 0, MOST),
         default=2,
         metavar="N",
-        help="number of pictures with attention maps (default: %(default)s)",
+        help="number of pictures with attention maps, on which the reader can choose pixels. With 0, the "
+        "checkpoint is not opened, and the best and worst pictures have no confidence (default: %(default)s)",
     )
     add(
         "--restore-from",
         metavar="FILE",
-        help="checkpoint for the attention maps (default: the evaluated one)",
+        help="checkpoint for attention maps and confidence (default: the evaluated one)",
     )
     add("--gpu", metavar="ID", help="number of a GPU, or cpu (default: the first GPU, or the CPU)")
     return parser
@@ -305,7 +314,18 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
     palette = make_palette(dataset.labels.colors())
     occurring = np.zeros(256, bool)
 
+    network = None
+    checkpoint = args.restore_from or how["restore_from"]
+    no_confidence = "--attention 0 does not open the checkpoint" if checkpoint else "there is no checkpoint"
+    if args.attention and checkpoint:
+        try:
+            network, no_confidence = open_evaluated(checkpoint, how, args.gpu), ""
+        except InputError as error:
+            report.missing.append(f"no attention: {error}")
+            no_confidence = str(error)
+
     def shown(several: list[Scored]) -> list[Example]:
+        nonlocal no_confidence
         examples = []
         for number, score in several:
             picture = dataset.picture(number, instances=False)
@@ -317,33 +337,83 @@ def with_examples(report: Report, args: argparse.Namespace, evaluation: Evaluati
                 Figure("label", colored(picture.label, palette)),
                 Figure("prediction", colored(prediction, palette)),
             ]
-            examples.append(Example(picture.name, score, [row]))
+            wrong = (prediction != picture.label) & (picture.label != dataset.labels.ignore_label)
+            layers = {"errors": np.where(wrong[..., None], WRONG, CLEAR).astype(np.uint8)}
+            if network is not None and not no_confidence:
+                try:
+                    layers["confidence"] = confidence_of(network, evaluation, number)
+                except (InputError, RunError) as error:
+                    no_confidence = str(error)
+            examples.append(Example(picture.name, score, [row], layers))
         return examples
 
-    report = report._replace(best=shown(best), worst=shown(worst))
+    report = report._replace(best=shown(best), worst=shown(worst), no_confidence=no_confidence)
     names = [*enumerate(dataset.labels.names()), (dataset.labels.ignore_label, "not scored")]
     report = report._replace(
         legend=[(name, palette[3 * index : 3 * index + 3]) for index, name in names if occurring[index]]
     )
-    checkpoint = args.restore_from or how["restore_from"]
-    if not args.attention or not checkpoint:
+    if network is None:
         return report
-    network = argparse.Namespace(
-        restore_from=checkpoint,
-        model=how.get("model") if how.get("model") in [*MODELS] else None,
-        backbone=how.get("backbone")
-        if is_timm(how.get("backbone")) or how.get("backbone") in [*DEPTHS]
-        else None,
-        recurrence=how["recurrence"],
-        num_classes=how["num_classes"],
-        classes=how["classes"],
-        gpu=args.gpu,
-    )
     try:
-        return report._replace(attention=attention_of(network, args.attention, evaluation, ranked))
-    except InputError as error:
+        examples, explorer_of_them = attention_of(network, args.attention, evaluation, ranked)
+    except (InputError, RunError) as error:
         report.missing.append(f"no attention: {error}")
         return report
+    return report._replace(attention=examples, explorer=explorer_of_them)
+
+
+def open_evaluated(checkpoint: str, how: dict[str, Any], gpu: str | None) -> Segmenter:
+    """Return the network of a checkpoint, as it was evaluated.
+
+    Args:
+        checkpoint: path of the checkpoint.
+        how: arguments of the evaluation.
+        gpu: value of --gpu.
+
+    Raises:
+        InputError: the checkpoint can't be used, or its weights are not those of the evaluated network.
+    """
+    backbone = how.get("backbone")
+    return common.open_network(
+        argparse.Namespace(
+            restore_from=checkpoint,
+            model=how.get("model") if how.get("model") in [*MODELS] else None,
+            backbone=backbone if is_timm(backbone) or backbone in [*DEPTHS] else None,
+            recurrence=how["recurrence"],
+            num_classes=how["num_classes"],
+            classes=how["classes"],
+            gpu=gpu,
+        )
+    )
+
+
+def prediction_options(how: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Segmenter.predict` for an evaluation; none for what is not recorded."""
+    size = how.get("input_size")
+    options: dict[str, Any] = {"tile_size": tuple(size) if isinstance(size, list) else TILE}
+    if how.get("whole"):
+        options["tile_size"] = None
+    return options | {name: how[name] for name in ("scales", "flip") if how.get(name) is not None}
+
+
+def confidence_of(network: Segmenter, evaluation: Evaluation, number: int) -> np.ndarray:
+    """Return a drawing of the probability of the predicted class, uint8 RGB [h, w, 3]; brighter is higher.
+
+    Args:
+        network: the evaluated network.
+        evaluation: the data set, and how it was evaluated.
+        number: index of the picture in the data set.
+
+    Raises:
+        InputError, RunError: see `Segmenter.predict`.
+    """
+    dataset = evaluation.dataset
+    picture: Any = dataset.path(dataset.pairs[number].image)
+    if network.frames.clip == 1:
+        picture = cv2.cvtColor(dataset.picture(number, instances=False).image, cv2.COLOR_BGR2RGB)
+    prediction = network.predict(picture, **prediction_options(evaluation.arguments))
+    codes = np.rint(255 * prediction.probabilities.max(0)).astype(np.uint8)
+    return cv2.applyColorMap(codes, cv2.COLORMAP_INFERNO)[..., ::-1]
 
 
 def score_pictures(dataset: CSDataSet, predictions: str) -> list[Scored]:
@@ -390,25 +460,25 @@ def read_prediction(folder: str, name: str, num_classes: int) -> np.ndarray:
 
 
 def attention_of(
-    flags_of_network: argparse.Namespace,
-    number_of_pictures: int,
-    evaluation: Evaluation,
-    ranked: list[Scored],
-) -> list[Example]:
+    network: Segmenter, number_of_pictures: int, evaluation: Evaluation, ranked: list[Scored]
+) -> tuple[list[Example], str]:
     """Return attention maps of pictures from all ranks, computed by the network as it was evaluated.
 
     Args:
-        flags_of_network: the flags of `common.add_network_flags`.
+        network: the evaluated network.
         number_of_pictures: number of pictures, with two pixels each.
         evaluation: the data set and its predictions.
         ranked: the pictures, ordered by score.
+
+    Returns:
+        The examples, and an explorer of the same pictures as HTML. Both are empty without attention.
     """
-    network = common.open_network(flags_of_network)
     if not network.attends or not ranked:
-        return []
+        return [], ""
     dataset = evaluation.dataset
     number_of_pictures = min(number_of_pictures, len(ranked))
-    examples = []
+    options = prediction_options(evaluation.arguments)
+    examples, ready = [], []
     for index in np.linspace(0, len(ranked) - 1, number_of_pictures + 2).round().astype(int)[1:-1]:
         picture = dataset.picture(ranked[index].number, instances=False)
         prediction = read_prediction(evaluation.predictions, picture.name, dataset.labels.num_classes)
@@ -423,7 +493,9 @@ def attention_of(
             row += [Figure(f"{caption}; cross: {where}", np.array(panel)) for caption, panel in others]
             rows.append(row)
         examples.append(Example(picture.name, ranked[index].score, rows))
-    return examples
+        seen = look(network, shown, None, CELLS, **options)
+        ready.append(explorable(picture.name, shown, [seen], WIDTH))
+    return examples, explorer([describe(network)], ready)
 
 
 def describe_pixel(

@@ -9,13 +9,15 @@ import json
 import os
 import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from tools.explore_page import POLICY, asset, embedded
 from utils.drawing.chart import draw_curves
 from utils.run_files import OFFICIAL_SCORES, is_number
 
@@ -91,11 +93,16 @@ class Figure(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A picture of the data set, its mean IoU, and the rows of figures that show it."""
+    """A picture of the data set, its mean IoU, and the rows of figures that show it.
+
+    Layers are drawings by name, uint8 [h, w, 3] RGB or [h, w, 4] RGBA, which the reader can lay over the
+    first figure.
+    """
 
     name: str
     score: float
     rows: list[list[Figure]]
+    layers: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Report(NamedTuple):
@@ -115,7 +122,9 @@ class Report(NamedTuple):
     best: Sequence[Example] = ()
     worst: Sequence[Example] = ()
     legend: Sequence[tuple[str, Color]] = ()  # classes in the pictures
+    no_confidence: str = ""  # why there is no layer of confidence
     attention: Sequence[Example] = ()
+    explorer: str = ""  # HTML element of tools.explore_page.explorer
 
 
 def page(report: Report) -> str:
@@ -128,15 +137,21 @@ def page(report: Report) -> str:
         ("Classes", _classes(report.result, report.colors)),
         ("Confusion matrix", _confusion(report.confusion)),
         ("Pictures", _examples(report)),
-        ("Attention", _attention(report.attention)),
+        ("Attention", _attention(report)),
     ]
     body = [f"<h1>{escape(report.name)}</h1>", _facts(report)]
     body += [f'<p class="missing">{escape(line)}</p>' for line in report.missing]
     body += [f"<h2>{title}</h2>\n{content}" for title, content in sections if content]
+    names = [
+        *(["report"] if report.best or report.worst else []),
+        *(["explore"] if report.explorer else []),
+    ]
+    style = STYLE + "".join(asset(f"{name}.css") for name in names)
+    body += [f"<script>{asset(f'{name}.js')}</script>" for name in names]
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{POLICY}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>CCNet: {escape(report.name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>CCNet: {escape(report.name)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
@@ -432,14 +447,17 @@ def _examples(report: Report) -> str:
         return ""
     spans = "".join(f"<span>{_swatch(color)}{escape(name)}</span>" for name, color in report.legend)
     content = f'<p class="legend">{spans}</p>'
+    if report.no_confidence:
+        content += f"<p>Without a layer of confidence: {escape(report.no_confidence)}</p>"
+    shown = ""
     for title, examples in (("Best pictures", report.best), ("Worst pictures", report.worst)):
-        content += f"<h3>{title}</h3>" if examples else ""
-        content += "".join(map(_example, examples))
-    return content
+        shown += f"<h3>{title}</h3>" if examples else ""
+        shown += "".join(map(_example, examples))
+    return f'{content}<div class="pictures">{shown}</div>'
 
 
-def _attention(examples: Sequence[Example]) -> str:
-    if not examples:
+def _attention(report: Report) -> str:
+    if not report.attention:
         return ""
     note = (
         "<p>Weights with which the pixel at the cross gathers the other pixels. R = 1: after one recurrence; "
@@ -447,7 +465,13 @@ def _attention(examples: Sequence[Example]) -> str:
         "all pixels. "
         "Brightness is the square root of weight / largest weight of the map.</p>"
     )
-    return note + "".join(map(_example, examples))
+    content = note + "".join(map(_example, report.attention))
+    if report.explorer:
+        content += (
+            "<h3>Other pixels</h3><p>Click a pixel, or move the cross with the arrow keys. Confidence is the "
+            f"probability of the predicted class.</p>{report.explorer}"
+        )
+    return content
 
 
 def _example(example: Example) -> str:
@@ -460,24 +484,43 @@ def _example(example: Example) -> str:
         + "</div>"
         for row in example.rows
     )
-    return f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{rows}"
+    layers = {name: _data_uri(*_reduced(picture)) for name, picture in example.layers.items()}
+    data = f'<script type="application/json">{embedded(layers)}</script>' if layers else ""
+    return (
+        f'<article data-name="{escape(example.name)}" data-score="{example.score}">'
+        f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{rows}{data}</article>"
+    )
 
 
 def _picture(picture: np.ndarray, text: str) -> str:
-    """Embed a picture, reduced to WIDTH: photographs as JPEG, pictures of few colors as PNG."""
+    """Embed a picture, reduced to WIDTH."""
+    return _image(*_reduced(picture), text)
+
+
+def _reduced(picture: np.ndarray) -> tuple[bytes, str]:
+    """Encode a picture, reduced to WIDTH: photographs as JPEG, pictures of few colors as PNG.
+
+    Returns:
+        The content of the file, and "jpeg" or "png".
+    """
     image = Image.fromarray(np.ascontiguousarray(picture))
     few = image.getcolors(256) is not None
     if image.width > WIDTH:
         size = WIDTH, max(1, round(image.height * WIDTH / image.width))
         image = image.resize(size, Image.Resampling.NEAREST if few else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    if few:
+    if image.mode == "RGBA":
+        image.save(buffer, "PNG", optimize=True)
+    elif few:
         image.convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=88)
-    return _image(buffer.getvalue(), "png" if few else "jpeg", text)
+    return buffer.getvalue(), "png" if few or image.mode == "RGBA" else "jpeg"
 
 
 def _image(content: bytes, kind: str, text: str = "") -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img src="data:image/{kind};base64,{data}" alt="{escape(text)}">'
+    return f'<img src="{_data_uri(content, kind)}" alt="{escape(text)}">'
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

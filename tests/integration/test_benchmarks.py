@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import last_line, run_process
 from PIL import Image, ImageColor
+from small_network import SmallNetwork, registered
 
 from benchmarks import (
     attention,
@@ -26,6 +28,7 @@ from benchmarks import (
     builds,
     consistency,
     evaluation,
+    explore,
     gpu_report,
     loader,
     parts,
@@ -39,6 +42,7 @@ from cc_attention import ops
 from dataset import CSDataSet
 from engine.inference import predict_whole
 from loss import CriterionDSN
+from segmenter import Segmenter
 from utils import timing
 from utils.errors import UsageError
 
@@ -890,3 +894,26 @@ def test_peers_are_not_installed_into_a_folder_that_exists(root, tmp_path):
 def test_an_unknown_contender_is_named():
     with pytest.raises(UsageError, match="--peak-of x: is not one of float32, "):
         step.main(["--peak-of", "x"])
+
+
+@pytest.mark.slow
+def test_clicks_are_measured_beside_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("playwright", reason="no Playwright: pip install playwright")
+    if not shutil.which("chromium"):
+        pytest.skip("no Chromium: apt-get install chromium")
+
+    def open_small(folder: str) -> Segmenter:
+        path = Path(folder) / "small.pth"
+        with registered():
+            torch.save(SmallNetwork(19).state_dict(), path)
+            return Segmenter.load(path, model="small", backbone="small", device="cpu", say=lambda line: None)
+
+    monkeypatch.setattr(explore, "open_network", open_small)
+    monkeypatch.setattr(explore, "BAR", 1e9)  # no timed assertion
+    assert explore.main(["--size", "64x96", "--clicks", "3", "--out", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    times = result["milliseconds"]
+    assert [len(times[name]) for name in ("opening", "page", "segmenter")] == [1, 3, 2]
+    assert result["grid"] == [9, 13] and result["recurrence"] == 2 and result["machine"]["device"] == "cpu"
+    medians = result["median_milliseconds"]
+    assert result["attention_to_click"] == medians["segmenter"] / medians["page"]

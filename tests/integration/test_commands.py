@@ -93,6 +93,7 @@ def trained_resnet(tmp_path_factory):
         "dataset.mini",
         "tools.attention",
         "tools.convert",
+        "tools.explore",
         "tools.export",
         "tools.predict",
         "tools.prepare",

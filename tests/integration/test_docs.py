@@ -128,7 +128,15 @@ def test_the_page_about_resuming_lists_the_recipe() -> None:
 
 
 def test_the_parsers_that_are_asked_are_there() -> None:
-    for module in ("train", "evaluate", "tools.predict", "tools.attention", "tools.report", "tools.prepare"):
+    for module in (
+        "train",
+        "evaluate",
+        "tools.predict",
+        "tools.attention",
+        "tools.explore",
+        "tools.report",
+        "tools.prepare",
+    ):
         options = options_of(module)
         assert options is not None and "--help" in options
     assert isinstance(importlib.import_module("train").get_parser(), argparse.ArgumentParser)

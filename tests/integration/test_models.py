@@ -196,6 +196,9 @@ def test_the_report_of_a_run(model: str, runs, data: Path, tmp_path: Path) -> No
     page = tmp_path / "report.html"
     succeeded("tools.report", runs(model), "--results", tmp_path, "--gpu", "cpu", "--out", page)
     text = page.read_text()
+    # The reader can see the confidence with and without attention, and choose pixels with it.
+    assert "Without a layer of confidence" not in text and '"confidence":"data:image/png' in text
+    assert ('class="explorer"' in text) == (model == "nonlocal")
     assert f"--model {model}" in text and "--recurrence" not in text.split("</pre>")[0]
     assert ("<h2>Attention</h2>" in text) == (model == "nonlocal")
     assert f"{model}, small{', recurrence 1' if model == 'nonlocal' else ''}</td>" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dataset import CSDataSet
 from dataset.labels import CITYSCAPES
@@ -21,6 +24,7 @@ from engine.evaluation.evaluate import Result
 from engine.evaluation.metrics import confusion_matrix, mean_iou
 from engine.training.log import RunLog
 from networks import CheckpointError
+from segmenter import Segmenter
 from tools import report
 from utils.drawing import heat_map
 from utils.drawing.chart import draw_curves
@@ -90,7 +94,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if data.strip() and self.open[-1] != "style":
+        if data.strip() and self.open[-1] not in ("style", "script"):
             self.texts.append(data.strip())
 
 
@@ -190,6 +194,62 @@ def test_attention_maps_name_their_pixel_and_its_class(finished: Path) -> None:
     assert len(captions) == 6
     assert all(re.search(r"row \d+, column \d+, label .+, prediction .+", text) for text in captions)
     assert sum("R = 2: largest weight" in text for text in captions) == 2
+
+
+def layers_of(text: str) -> list[dict[str, np.ndarray]]:
+    """Return the layers of each picture, uint8 [h, w, 3] or [h, w, 4]."""
+    found = re.findall(r'<script type="application/json">(.*?)</script></article>', text)
+    return [
+        {
+            name: np.array(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert(mode))
+            for name, uri in json.loads(layers).items()
+            for mode in ["RGBA" if name == "errors" else "RGB"]
+        }
+        for layers in found
+    ]
+
+
+@pytest.mark.slow
+def test_pictures_have_layers_of_errors_and_confidence(
+    finished: Path, scenes: Path, checkpoint: Path
+) -> None:
+    result = json.loads((finished / "result.txt").read_text())
+    result["arguments"] |= {"input_size": [33, 49], "whole": False, "scales": [1.0], "flip": True}
+    (finished / "result.txt").write_text(json.dumps(result))
+    text, page = made(finished, "--pictures", "1", "--attention", "1")
+    assert "Without a layer of confidence" not in text
+    dataset = CSDataSet(str(scenes), split="val", crop_size=None)
+    network = Segmenter.load(checkpoint, device="cpu", say=lambda line: None)
+    names = re.findall(r'<article data-name="(.*?)"', text)[:2]
+    for name, layers in zip(names, layers_of(text), strict=True):
+        (number,) = [each for each, pair in enumerate(dataset.pairs) if pair.name == name]
+        picture = dataset.picture(number, instances=False)
+        prediction = report.read_prediction(str(finished / "outputs"), name, 19)
+        wrong = (prediction != picture.label) & (picture.label != 255)
+        assert ((layers["errors"][..., 3] == 255) == wrong).all() and wrong.any() and not wrong.all()
+        expected = network.predict(picture.image[..., ::-1].copy(), tile_size=(33, 49), flip=True)
+        codes = np.rint(255 * expected.probabilities.max(0)).astype(np.uint8)
+        drawn = cv2.applyColorMap(codes, cv2.COLORMAP_INFERNO)[..., ::-1]
+        assert np.abs(layers["confidence"].astype(int) - drawn).max() <= 3
+    # The pictures with attention maps are those of the explorer.
+    (about,) = re.findall(r'class="about">(.*?)</script>', text)
+    explored = [each["name"] for each in json.loads(about)["pictures"]]
+    assert explored == re.findall(r'<article data-name="(.*?)"', text)[2:]
+    content = json.loads(re.findall(r'class="picture">(.*?)</script>', text)[0])
+    assert content["networks"][0]["grid"] == [7, 9] and len(content["networks"][0]["maps"]) == 2
+
+
+def test_a_page_without_confidence_says_why(finished: Path) -> None:
+    text, page = made(finished, "--pictures", "1", "--attention", "0")
+    assert "Without a layer of confidence: --attention 0 does not open the checkpoint" in page.texts
+    assert [list(layers) for layers in layers_of(text)] == [["errors"]] * 2 and "explorer" not in text
+    result = json.loads((finished / "result.txt").read_text())
+    result["arguments"]["restore_from"] = str(finished / "gone.pth")
+    (finished / "result.txt").write_text(json.dumps(result))
+    _, page = made(finished, "--pictures", "1")
+    assert any(
+        line.startswith("Without a layer of confidence: ") and "gone.pth" in line for line in page.texts
+    )
 
 
 def test_the_median_speed_and_the_peak_of_memory(finished: Path) -> None:
