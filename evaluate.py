@@ -29,10 +29,10 @@ from dataset.transforms import factor_of
 from engine.acceleration import accelerate
 from engine.data.loader import Loading
 from engine.evaluation import results
-from engine.evaluation.evaluate import Result, evaluate
+from engine.evaluation.evaluate import More, Result, evaluate
 from engine.evaluation.metrics import CityscapesEvaluation, OfficialScores
 from engine.evaluation.submission import check_names, write_archive
-from engine.inference import predict_classes
+from engine.inference import predict_classes, predict_confidence
 from engine.options import EvaluateOptions, ValuesOf, add_flags, for_device
 from engine.runtime import distributed
 from networks import MODELS, Network, fold_batch_norm, load_weights, make_network, match_weights
@@ -209,8 +209,10 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
     dataset = make_dataset(options, table)
     tile_size = None if options.whole else options.input_size
     tile_batch = options.tile_batch or max(options.batch_size, 4 if world.device.type == "cuda" else 1)
+    predict = predict_confidence if options.calibration and dataset.labeled else predict_classes
+    official = CityscapesEvaluation(LABELS) if dataset.missing_for_instances() is None else None
     result = evaluate(
-        lambda images: predict_classes(
+        lambda images: predict(
             network,
             images,
             scales_of(options, images.shape[2:]),
@@ -222,7 +224,7 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
         dataset,
         world,
         Loading(options.batch_size, options.num_workers),
-        official=CityscapesEvaluation(LABELS) if dataset.missing_for_instances() is None else None,
+        more=More(official, options.boundary),
         keep=lambda name, prediction: keep(options, dataset, name, prediction),
     )
     # With an --ignore-label below K, a class is ignored here that the official scores count.
