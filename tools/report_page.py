@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from utils.drawing.chart import draw_curves
-from utils.run_files import OFFICIAL_SCORES, is_number
+from utils.drawing.reliability import draw_reliability
+from utils.run_files import BOUNDARY_SCORES, CALIBRATION, OFFICIAL_SCORES, is_number
 
 #: Maximum width of a picture on the page, in pixels.
 WIDTH = 640
@@ -35,6 +36,8 @@ OFFICIAL = dict(
         strict=True,
     )
 )
+#: Titles of the boundary scores: column of the classes, and mean.
+BOUNDARY = dict(zip(BOUNDARY_SCORES, (("BIoU", "boundary IoU"), ("BF", "boundary F score")), strict=True))
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #1f6fb4; }
 * { box-sizing: border-box; }
@@ -126,6 +129,7 @@ def page(report: Report) -> str:
         ("Environment", _environment(report.environment)),
         ("Curves", _curves(report)),
         ("Classes", _classes(report.result, report.colors)),
+        ("Calibration", _calibration(report.result)),
         ("Confusion matrix", _confusion(report.confusion)),
         ("Pictures", _examples(report)),
         ("Attention", _attention(report.attention)),
@@ -133,10 +137,20 @@ def page(report: Report) -> str:
     body = [f"<h1>{escape(report.name)}</h1>", _facts(report)]
     body += [f'<p class="missing">{escape(line)}</p>' for line in report.missing]
     body += [f"<h2>{title}</h2>\n{content}" for title, content in sections if content]
+    return document(f"CCNet: {report.name}", body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """Return an HTML page in the style of the reports.
+
+    Args:
+        title: title of the window, as text.
+        body: parts of the page, as HTML.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>CCNet: {escape(report.name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
@@ -148,7 +162,9 @@ def page(report: Report) -> str:
 def _facts(report: Report) -> str:
     facts = []
     if report.result.get("meanIU") is not None:
-        facts.append((_percent(report.result["meanIU"]), "mean IoU"))
+        interval = report.result.get("intervals", {}).get("meanIU")
+        about = "" if interval is None else f" ({interval_text(interval)})"
+        facts.append((_percent(report.result["meanIU"]), f"mean IoU{about}"))
     if report.log:
         last = report.log[-1]
         facts += [
@@ -366,24 +382,38 @@ def _curves(report: Report) -> str:
 def _classes(result: dict[str, Any], colors: Sequence[Color]) -> str:
     if not result.get("IU_array"):
         return ""
-    instances = result["classInstScores"]
+    instances, intervals = result["classInstScores"], result.get("intervals", {})
+    bounds = intervals.get("IU_array")
+    boundary = {keys: titles for keys, titles in BOUNDARY.items() if keys[1] in result}
     rows = []
     for number, (name, iou) in enumerate(zip(result["classes"], result["IU_array"], strict=True)):
         bar = f'<div class="bar"><div style="width:{100 * (iou or 0):.1f}%"></div></div>'
         swatch = _swatch(colors[number]) if number < len(colors) else ""
         cells = f'<td>{swatch}{escape(name)}</td><td class="bars">{bar}</td>' + _number(iou)
-        rows.append(f"<tr>{cells}{_number(instances.get(name)) if instances else ''}</tr>")
-    heading = '<tr><th>class</th><th class="bars"></th><th class="number">IoU</th>'
-    heading += '<th class="number">iIoU</th></tr>' if instances else "</tr>"
-    averages = (
-        "".join(
-            f"<tr><td>{title}</td>{_number(result[name])}</tr>"
-            for name, title in OFFICIAL.items()
-            if name in result
-        )
-        or f"<tr><td>mean IoU</td>{_number(result['meanIU'])}</tr>"
-    )
+        if bounds:
+            cells += f'<td class="number">{interval_text(bounds[number])}</td>'
+        cells += _number(instances.get(name)) if instances else ""
+        cells += "".join(_number(result[of_classes][number]) for _, of_classes in boundary)
+        rows.append(f"<tr>{cells}</tr>")
+    titles = ["IoU", *(["95 % interval"] if bounds else []), *(["iIoU"] if instances else [])]
+    titles += [title for title, _ in boundary.values()]
+    heading = '<tr><th>class</th><th class="bars"></th>'
+    heading += "".join(f'<th class="number">{title}</th>' for title in titles) + "</tr>"
+    means = {name: title for name, title in OFFICIAL.items() if name in result} or {"meanIU": "mean IoU"}
+    means |= {mean: f"mean {title}" for (mean, _), (_, title) in boundary.items()}
+    averages = ""
+    for name, title in means.items():
+        # Without an ignored class, the official IoU of the classes is the mean IoU.
+        same = name == "averageScoreClasses" and result[name] == result["meanIU"]
+        text = interval_text(intervals.get("meanIU" if same else name))
+        shown = f'<td class="number">{text}</td>' if intervals else ""
+        averages += f"<tr><td>{title}</td>{_number(result.get(name))}{shown}</tr>"
     notes = []
+    if bounds:
+        notes.append(
+            f"95 % interval: other pictures of the same kind would give a score in it, by "
+            f"{_text(intervals.get('resamples'))} resamples of the pictures."
+        )
     if None in result["IU_array"]:
         notes.append("No IoU: the class occurs neither in labels nor in predictions.")
     if instances:
@@ -393,6 +423,21 @@ def _classes(result: dict[str, Any], colors: Sequence[Color]) -> str:
         f"<div><h3>Averages</h3><table>{averages}</table></div></div>"
         + "".join(f"<p>{note}</p>" for note in notes)
     )
+
+
+def _calibration(result: dict[str, Any]) -> str:
+    found = result.get("calibration")
+    if not found or found["expectedCalibrationError"] is None:
+        return ""
+    buffer = io.BytesIO()
+    draw_reliability(*(found[name] for name in CALIBRATION)).save(buffer, "PNG")
+    note = f"<p>Expected calibration error: {_percent(found['expectedCalibrationError'])}</p>"
+    return f'{note}<div class="scroll">{_image(buffer.getvalue(), "png", "reliability plot")}</div>'
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Write an interval of scores in percent; nothing if there is none."""
+    return "" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f} %"
 
 
 def _number(value: float | None) -> str:
@@ -451,16 +496,20 @@ def _attention(examples: Sequence[Example]) -> str:
 
 
 def _example(example: Example) -> str:
-    rows = "".join(
+    return f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{figure_rows(example.rows)}"
+
+
+def figure_rows(rows: Sequence[Sequence[Figure]]) -> str:
+    """Return rows of pictures with their captions, as HTML with every picture embedded."""
+    return "".join(
         '<div class="row">'
         + "".join(
             f"<figure>{_picture(picture, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
             for caption, picture in row
         )
         + "</div>"
-        for row in example.rows
+        for row in rows
     )
-    return f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{rows}"
 
 
 def _picture(picture: np.ndarray, text: str) -> str:

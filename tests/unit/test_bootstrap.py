@@ -50,18 +50,20 @@ def same_draws(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("same_draws")
 def test_intervals_hold_the_true_score_in_95_percent_of_the_data_sets():
-    rng, sets, pictures = np.random.default_rng(0), 1000, 150
+    rng, sets, pictures = np.random.default_rng(0), 1000, 120
     truth = [expected_iou(recall) for recall in RECALL]
-    held, of_difference = np.zeros(CLASSES + 1), np.zeros(CLASSES + 1)
-    for _ in range(sets):
+    held, of_difference, pairs = np.zeros(CLASSES + 1), np.zeros(CLASSES + 1), 400
+    for number in range(sets):
         first, second = simulated(rng, pictures)
         bounds = np.array(intervals(first))
         held += (bounds[:, 0] <= truth[0]) & (truth[0] <= bounds[:, 1])
+        if number >= pairs:
+            continue
         bounds = np.array(compare(first, second).intervals)
         of_difference += (bounds[:, 0] <= truth[1] - truth[0]) & (truth[1] - truth[0] <= bounds[:, 1])
-    print(100 * held / sets, 100 * of_difference / sets)
-    assert (0.93 <= held / sets).all() and (held / sets <= 0.97).all()
-    assert (0.93 <= of_difference / sets).all() and (of_difference / sets <= 0.97).all()
+    assert (held / sets >= 0.93).all() and (held / sets <= 0.97).all()
+    # Of 400 data sets, this share has a standard error of 1.1 %.
+    assert (of_difference / pairs >= 0.92).all() and (of_difference / pairs <= 0.98).all()
 
 
 @pytest.mark.usefixtures("same_draws")
@@ -75,8 +77,7 @@ def test_percentiles_of_few_pictures_hold_the_true_score_less_often():
         held += low <= truth <= high
         low, high = np.quantile(bootstrap._resampled([first], 1000, 0)[1].scores[:, -1], [0.025, 0.975])
         percentile += low <= truth <= high
-    print(held / sets, percentile / sets)
-    assert held / sets > 0.92 and held - percentile > 0.015 * sets
+    assert held / sets > 0.9 and held - percentile > 0.05 * sets
 
 
 def brute_force(ratios, resamples):
@@ -126,7 +127,9 @@ def test_the_same_in_each_call_and_narrower_with_more_pictures():
 def test_scores_and_missing_classes():
     ratios = Ratios(np.array([[1, 0, 0], [3, 5, 0]]), np.array([[2, 0, 0], [4, 5, 0]]))
     np.testing.assert_allclose(ratios.scores(), [4 / 6, 1, math.nan, (4 / 6 + 1) / 2])
-    np.testing.assert_allclose(ratios.of_pictures(), [[0.5, math.nan, math.nan, 0.5], [0.75, 1, math.nan, 0.875]])
+    np.testing.assert_allclose(
+        ratios.of_pictures(), [[0.5, math.nan, math.nan, 0.5], [0.75, 1, math.nan, 0.875]]
+    )
     found = intervals(ratios)
     assert found[1] is None and found[2] is None  # in one picture, and in none
     assert found[0] is not None and found[3] is not None

@@ -1,4 +1,4 @@
-"""Boundary IoU and boundary F score against brute force, the published procedure, and cases computed by hand."""
+"""Boundary IoU and boundary F score: brute force, the published procedure, and cases computed by hand."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_equals_brute_force(ignore, distance, tolerance):
 def published_region(mask, share=0.02):
     """Return the boundary region as the code of the authors computes it: the mask without its erosion."""
     height, width = mask.shape
-    iterations = max(1, int(round(share * math.sqrt(height**2 + width**2))))
+    iterations = max(1, round(share * math.sqrt(height**2 + width**2)))
     padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     eroded = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=iterations)
     return mask - eroded[1:-1, 1:-1]
@@ -84,7 +84,9 @@ def published_region(mask, share=0.02):
 
 def test_boundary_iou_equals_the_published_procedure():
     rng = np.random.default_rng(0)
-    label = cv2.resize(rng.integers(0, 3, (6, 8), dtype=np.uint8), (160, 120), interpolation=cv2.INTER_NEAREST)
+    label = cv2.resize(
+        rng.integers(0, 3, (6, 8), dtype=np.uint8), (160, 120), interpolation=cv2.INTER_NEAREST
+    )
     prediction = np.roll(label, (3, -2), (0, 1))
     found = count_boundary(label, prediction, 3)
     for index in range(3):
