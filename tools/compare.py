@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.evaluation import bootstrap, pictures
-from engine.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, Ratios
+from engine.evaluation.bootstrap import FEW, LEVEL, RESAMPLES, Interval, Ratios
 from engine.evaluation.pictures import BOUNDARY_F, BOUNDARY_IOU, INSTANCE_IOU, PICTURES, Pictures
 from engine.evaluation.results import FILES, RESULT
 from tools import common
@@ -60,7 +60,7 @@ class Row(NamedTuple):
     def verdict(self) -> str:
         """Say in words which evaluation is better."""
         if self.difference is None:
-            return "no score in both"
+            return "no score in one of them"
         if self.interval is None:
             return "too few pictures"
         if self.interval[0] > 0:
@@ -213,7 +213,7 @@ def compared(first: Run, second: Run) -> dict[str, list[Row]]:
 
 
 def rows_of(classes: Sequence[str], first: Ratios, second: Ratios) -> list[Row]:
-    """Compare the scores of each class and their mean."""
+    """Compare the scores of each class that has one, and their mean."""
     found = bootstrap.compare(first, second)
 
     def existing(values: np.ndarray) -> list[float | None]:
@@ -221,7 +221,14 @@ def rows_of(classes: Sequence[str], first: Ratios, second: Ratios) -> list[Row]:
 
     columns = [existing(values) for values in (first.scores(), second.scores(), found.difference)]
     shares = found.second_better.tolist()
-    return [Row(*row) for row in zip([*classes, MEAN], *columns, found.intervals, shares, strict=True)]
+    rows = [Row(*row) for row in zip([*classes, MEAN], *columns, found.intervals, shares, strict=True)]
+    return [row for row in rows[:-1] if (row.first, row.second) != (None, None)] + rows[-1:]
+
+
+def _about(run: Run) -> str:
+    number = len(run.pictures.names)
+    narrow = f"; the intervals of fewer than {FEW} pictures are too narrow" if number < FEW else ""
+    return f"{number} pictures, {RESAMPLES} resamples{narrow}"
 
 
 def _share(value: float) -> str:
@@ -234,7 +241,7 @@ def _share(value: float) -> str:
 def lines_of(first: Run, second: Run, tables: dict[str, list[Row]]) -> list[str]:
     """Return the comparison as lines of text."""
     lines = [f"A: {first.folder}", f"B: {second.folder}"]
-    lines.append(f"{len(first.pictures.names)} pictures, {RESAMPLES} resamples")
+    lines.append(_about(first))
     for title, rows in tables.items():
         cells = [HEADING, *(row.cells() for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -253,7 +260,7 @@ def as_markdown(first: Run, second: Run, tables: dict[str, list[Row]]) -> str:
         return " ".join(escape(plain, quote=False).replace("&amp;#", "&#").split())
 
     lines = ["# Comparison", "", f"- A: {text(first.folder)}", f"- B: {text(second.folder)}"]
-    lines.append(f"- {len(first.pictures.names)} pictures, {RESAMPLES} resamples")
+    lines.append(f"- {_about(first)}")
     for title, rows in tables.items():
         lines += ["", f"## {title}", "", f"| {' | '.join(HEADING)} |", "|---|---:|---:|---:|---:|---|"]
         lines += [f"| {' | '.join(map(text, row.cells()))} |" for row in rows]
@@ -278,9 +285,8 @@ def as_json(first: Run, second: Run, tables: dict[str, list[Row]]) -> str:
 
 def page(first: Run, second: Run, tables: dict[str, list[Row]], figures: Sequence[str], missing: str) -> str:
     """Return the comparison as an HTML page that refers to no other file."""
-    number = len(first.pictures.names)
     body = ["<h1>Comparison</h1>", f"<p>A: {escape(first.folder)}</p><p>B: {escape(second.folder)}</p>"]
-    body.append(f"<p>Scores in percent. Intervals by {RESAMPLES} resamples of {number} pictures.</p>")
+    body.append(f"<p>Scores in percent. {_about(first)}.</p>")
     if missing:
         body.append(f'<p class="missing">{escape(missing)}</p>')
     for title, rows in tables.items():

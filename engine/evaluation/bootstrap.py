@@ -25,8 +25,8 @@ import numpy as np
 LEVEL, RESAMPLES, SEED = 0.95, 1000, 0
 #: Maximum number of weights (resamples x pictures) in memory at once.
 MOST_WEIGHTS = 4_000_000
-#: Number of pictures that have to show a class for an interval.
-FEWEST = 2
+#: Number of pictures that have to show a class for an interval; number below which intervals are too narrow.
+FEWEST, FEW = 2, 50
 
 #: Bounds of an interval; None if there is none.
 Interval = tuple[float, float] | None
@@ -87,8 +87,8 @@ def intervals(
     """Return the confidence interval of each score, and last that of their mean.
 
     The result is the same in each call. Intervals end at 0 and 1. A class that occurs in fewer than FEWEST
-    pictures has none, and nothing has one if there are fewer pictures than that. With few pictures, say fewer
-    than 50 that show a class, the intervals are too narrow, because a sample then says little about the
+    pictures has none, and nothing has one if there are fewer pictures than that. With fewer than about FEW
+    pictures that show a class, the intervals are too narrow, because the sample then says little about the
     spread.
 
     Args:
