@@ -86,10 +86,10 @@ def intervals(
 ) -> list[Interval]:
     """Return the confidence interval of each score, and last that of their mean.
 
-    The result is the same in each call. Intervals end at 0 and 1. A class that occurs in fewer than FEWEST
-    pictures has none, and nothing has one if there are fewer pictures than that. With fewer than about FEW
-    pictures that show a class, the intervals are too narrow, because the sample then says little about the
-    spread.
+    The result is the same in each call. Intervals hold the score, and end at 0 and 1. A class that occurs in
+    fewer than FEWEST pictures has none, and nothing has one if there are fewer pictures than that. With fewer
+    than about FEW pictures that show a class, the intervals are too narrow, because the sample then says
+    little about the spread.
 
     Args:
         ratios: numerators and denominators of K scores, [P, K].
@@ -215,6 +215,7 @@ def _bounds(
         if error > 0:
             deviations = (scores[usable] - score) / errors[usable]
             least, most = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2])
-            low, high = score - most * error, score - least * error
+            # Of few pictures, all resamples may be on one side of the score.
+            low, high = score - max(most, 0) * error, score - min(least, 0) * error
         bounds.append((max(lowest, float(low)), min(1.0, float(high))))
     return bounds
