@@ -2,9 +2,10 @@
 
     python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0
 
-The command writes result.txt, scores.txt, confusion.png and outputs/ next to the checkpoint. With --split
-test without labels, submission.zip for the benchmark server replaces the scores. Network and classes
-are those of the run that wrote the checkpoint (args.json in its folder), unless a flag overrides them.
+The command writes result.txt, scores.txt, pictures.npz, confusion.png and outputs/ next to the checkpoint
+(docs/scores.md). With --split test without labels, submission.zip for the benchmark server replaces the
+scores. Network and classes are those of the run that wrote the checkpoint (args.json in its folder), unless a
+flag overrides them.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ LEVEL, RESAMPLES, SEED = 0.95, 1000, 0
 MOST_WEIGHTS = 4_000_000
 #: Number of pictures that have to show a class for an interval; number below which intervals are too narrow.
 FEWEST, FEW = 2, 50
+#: Standard error of a resample, as a share of that of all pictures, below which it is 0 up to rounding: the
+#: resample has drawn a single picture with the class, and says nothing about the spread.
+SMALLEST_ERROR = 1e-6
 
 #: Bounds of an interval; None if there is none.
 Interval = tuple[float, float] | None
@@ -207,7 +210,7 @@ def _bounds(
     bounds: list[Interval] = []
     columns = zip(found.scores[0], found.errors[0], drawn.scores.T, drawn.errors.T, enough, strict=True)
     for score, error, scores, errors, can in columns:
-        usable = (errors > 0) & ~np.isnan(scores)
+        usable = (errors > SMALLEST_ERROR * error) & ~np.isnan(scores)
         if not can or np.isnan(score) or (error > 0 and not usable.any()):
             bounds.append(None)
             continue

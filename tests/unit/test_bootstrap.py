@@ -85,31 +85,38 @@ def brute_force(ratios, resamples):
 
     def estimate(pictures):
         numerator, denominator = (part[pictures].astype(float) for part in ratios)
-        scores, changes = [], []
+        scores, errors, changes = [], [], []
         for n, d in zip(numerator.T, denominator.T, strict=True):
-            if d.sum() > 0:
-                scores.append(n.sum() / d.sum())
-                changes.append((n - scores[-1] * d) / d.sum())
-            else:
+            if d.sum() == 0:
                 scores.append(math.nan)
-        mean = np.nanmean(scores)
-        errors = [math.sqrt((change**2).sum()) for change in changes]
+                errors.append(math.nan)
+                continue
+            scores.append(n.sum() / d.sum())
+            changes.append((n - scores[-1] * d) / d.sum())
+            errors.append(math.sqrt((changes[-1] ** 2).sum()))
         errors.append(math.sqrt((np.mean(changes, 0) ** 2).sum()))
-        return np.array([*scores, mean]), np.array(errors)
+        return np.array([*scores, np.nanmean(scores)]), np.array(errors)
 
     pictures = len(ratios.numerator)
     score, error = estimate(np.arange(pictures))
     draws = np.random.default_rng(bootstrap.SEED).integers(pictures, size=(resamples, pictures))
     several = [estimate(row) for row in draws]
-    deviations = np.array([(scores - score) / errors for scores, errors in several])
-    low, high = np.quantile(deviations, [0.025, 0.975], axis=0)
+    # A resample with a single picture of a class has no spread.
+    deviations = np.array(
+        [(scores - score) / np.where(errors > 1e-6 * error, errors, math.nan) for scores, errors in several]
+    )
+    low, high = np.nanquantile(deviations, [0.025, 0.975], axis=0)
     return np.stack([np.maximum(score - high * error, 0), np.minimum(score - low * error, 1)], 1)
 
 
 def test_equals_the_definition(monkeypatch):
     rng = np.random.default_rng(3)
     ratios = simulated(rng, 30)[0]
-    ratios = Ratios(ratios.numerator.astype(np.int64), ratios.denominator.astype(np.int64) + 1)
+    # A class in three pictures only, so that some resamples lack it.
+    ratios = Ratios(*(part.astype(np.int64) for part in ratios))
+    for part in ratios:
+        part[3:, -1] = 0
+    ratios.denominator[:3, -1] += [100, 900, 10]
     expected = brute_force(ratios, 200)
     found = intervals(ratios, resamples=200)
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-9)

@@ -67,6 +67,9 @@ def test_certain_pixels_are_in_the_last_bin_and_void_ones_in_none():
     counts = count_confidence(label, np.zeros((1, 3), np.uint8), np.array([[1.0, 1.0, 0.5]]))
     assert counts[:, -1].tolist() == [2, 1, 2] and counts[:, :-1].sum() == 0
     assert calibration_error(counts) == 0.5
+    edges = np.array([[2 / 15, np.nextafter(2 / 15, 1), 0.0]])
+    counts = count_confidence(np.zeros((1, 3), np.uint8), np.zeros((1, 3), np.uint8), edges)
+    assert counts[0, :3].tolist() == [1, 1, 1]  # the upper edge belongs to a bin
     nothing = count_confidence(np.full((1, 3), 255, np.uint8), np.zeros((1, 3), np.uint8), np.ones((1, 3)))
     assert calibration_error(nothing) is None and as_json(nothing)["expectedCalibrationError"] is None
 
