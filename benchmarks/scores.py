@@ -2,9 +2,10 @@
 
     python -m benchmarks.scores [--size 1024x2048] [--pictures 500] [--out JSON]
 
-One thread scores a generated street scene and a shifted copy of its label as the prediction. The times of the
-boundary scores and of the counts of the calibration are compared with that of the confusion matrix, which every
-evaluation computes. The intervals are computed once in an evaluation, from random counts of all pictures.
+One thread scores a generated street scene and a shifted copy of its label as the prediction. The times of
+the boundary scores and of the counts of the calibration are compared with that of the confusion matrix, which
+every evaluation computes. The intervals are computed once in an evaluation, from random counts of all
+pictures.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from benchmarks import (
     loader,
     parts,
     peers,
+    scores,
     step,
 )
 from benchmarks.attention_peers import FORMULATIONS, Case, Contender
@@ -869,3 +870,12 @@ def test_peers_are_not_installed_into_a_folder_that_exists(root, tmp_path):
 def test_an_unknown_contender_is_named():
     with pytest.raises(UsageError, match="--peak-of x: is not one of float32, "):
         step.main(["--peak-of", "x"])
+
+
+def test_scores_are_compared_with_the_confusion_matrix(tmp_path, capsys):
+    scores.main(
+        ["--size", "48x96", "--pictures", "20", "--rounds", "1", "--out", str(tmp_path / "scores.json")]
+    )
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["ratio"][scores.BASE] == 1 and report["ratio"].keys() == report["seconds"].keys()
+    assert "boundary scores" in capsys.readouterr().out
