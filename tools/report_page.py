@@ -411,8 +411,8 @@ def _classes(result: dict[str, Any], colors: Sequence[Color]) -> str:
     notes = []
     if bounds:
         notes.append(
-            f"95 % interval: other pictures of the same kind would give a score in it, by "
-            f"{_text(intervals.get('resamples'))} resamples of the pictures."
+            "95 % interval: in 95 of 100 samples of pictures, it holds the score of infinitely many such "
+            f"pictures; from {escape(_text(intervals.get('resamples')))} resamples."
         )
     if None in result["IU_array"]:
         notes.append("No IoU: the class occurs neither in labels nor in predictions.")
