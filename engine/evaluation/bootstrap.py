@@ -10,7 +10,7 @@ percentiles of r' are too narrow for these ratios: large objects dominate both s
 misses them has a smaller spread as well. In tests/unit/test_bootstrap.py they hold the true score less often.
 The standard errors are those of the linearized ratio.
 
-Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sections 12.5 (bootstrap-t) and 5.4.
+Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 12 (bootstrap-t).
 """
 
 from __future__ import annotations

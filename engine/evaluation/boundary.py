@@ -13,16 +13,15 @@ a boundary along a void area as such.
 
 **Boundary F.** A boundary pixel of a class is one that has a pixel of another class among its eight
 neighbors; here the border of the picture is no boundary. Precision is the share of the predicted boundary
-pixels that have a boundary pixel of the label, of the same class, at a Euclidean distance of at most t = 0.75
-% of the diagonal. Recall is the same with label and prediction exchanged. F = 2 * precision * recall /
-(precision + recall) is computed for each picture and class, and is 0 if only one of the maps has boundary
+pixels that have a boundary pixel of the label, of the same class, at a Euclidean distance of at most t, which
+is 0.75 % of the diagonal. Recall is the same with label and prediction exchanged. F = 2 * precision * recall
+/ (precision + recall) is computed for each picture and class, and is 0 if only one of the maps has boundary
 pixels of the class. The score of a class is the mean over the pictures in which one of the maps has some.
 Boundary pixels at most t away from a void pixel are left out of precision and recall, because the true
 boundary may lie in the void area.
 
-Source: Cheng et al., Boundary IoU, CVPR 2021, section 5 and the published code (for d and for the border of
-    the picture); Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013,
-    section 3 (for t and for one F per picture).
+Source: Cheng et al., Boundary IoU, CVPR 2021, and its code (for d and for the border of the picture); Csurka
+et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013 (for t and one F per picture).
 """
 
 from __future__ import annotations
