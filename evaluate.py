@@ -2,9 +2,10 @@
 
     python evaluate.py --data-dir CS --restore-from snapshots/CS_scenes_60000.pth --gpu 0
 
-The command writes result.txt, scores.txt, confusion.png and outputs/ next to the checkpoint. With --split
-test without labels, submission.zip for the benchmark server replaces the scores. Network and classes
-are those of the run that wrote the checkpoint (args.json in its folder), unless a flag overrides them.
+The command writes result.txt, scores.txt, pictures.npz, confusion.png and outputs/ next to the checkpoint
+(docs/scores.md). With --split test without labels, submission.zip for the benchmark server replaces the
+scores. Network and classes are those of the run that wrote the checkpoint (args.json in its folder), unless a
+flag overrides them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from dataset.transforms import factor_of
 from engine.acceleration import accelerate
 from engine.data.loader import Loading
 from engine.evaluation import results
-from engine.evaluation.evaluate import Result, evaluate
+from engine.evaluation.evaluate import More, Result, evaluate
 from engine.evaluation.metrics import CityscapesEvaluation, OfficialScores
 from engine.evaluation.submission import check_names, write_archive
-from engine.inference import predict_classes
+from engine.inference import predict_classes, predict_confidence
 from engine.options import EvaluateOptions, ValuesOf, add_flags, for_device
 from engine.runtime import distributed
 from networks import MODELS, Network, fold_batch_norm, load_weights, make_network, match_weights
@@ -209,8 +210,10 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
     dataset = make_dataset(options, table)
     tile_size = None if options.whole else options.input_size
     tile_batch = options.tile_batch or max(options.batch_size, 4 if world.device.type == "cuda" else 1)
+    predict = predict_confidence if options.calibration and dataset.labeled else predict_classes
+    official = CityscapesEvaluation(LABELS) if dataset.missing_for_instances() is None else None
     result = evaluate(
-        lambda images: predict_classes(
+        lambda images: predict(
             network,
             images,
             scales_of(options, images.shape[2:]),
@@ -222,7 +225,7 @@ def run(options: EvaluateOptions, table: ClassTable | None, world: distributed.W
         dataset,
         world,
         Loading(options.batch_size, options.num_workers),
-        official=CityscapesEvaluation(LABELS) if dataset.missing_for_instances() is None else None,
+        more=More(official, options.boundary),
         keep=lambda name, prediction: keep(options, dataset, name, prediction),
     )
     # With an --ignore-label below K, a class is ignored here that the official scores count.

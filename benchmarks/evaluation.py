@@ -27,7 +27,7 @@ from dataset import CSDataSet, mini
 from dataset.labels import LABELS, NUM_CLASSES
 from dataset.layout import instances_of
 from engine.data.loader import Loading
-from engine.evaluation.evaluate import evaluate
+from engine.evaluation.evaluate import More, evaluate
 from engine.evaluation.metrics import CityscapesEvaluation
 from engine.inference import predict_classes
 from engine.runtime.distributed import World
@@ -101,7 +101,7 @@ def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
             data,
             World(0, 1, device),
             Loading(workers=args.num_workers),
-            official=CityscapesEvaluation(LABELS),
+            more=More(CityscapesEvaluation(LABELS)),
             keep=lambda name, prediction: save_indexed_png(
                 os.path.join(folder, "outputs", f"{name}.png"), prediction, palette
             ),

@@ -177,6 +177,49 @@ def predict_classes(
     return _join(logits, tile_size, _classes).squeeze(1)
 
 
+def predict_confidence(
+    model: Model,
+    image: Tensor,
+    scales: Sequence[float],
+    flip: bool | Sequence[int],
+    tile_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    tile_batch: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Predict the classes as `predict_classes` does, and their confidences, without the fused operator.
+
+    The confidence is the softmax probability of the class, computed from the averaged logits
+    (`predict_multiscale`).
+
+    Args:
+        model: see `predict_classes`, as for all arguments.
+        image: images [N, 3, h, w].
+        scales: factors of height and width.
+        flip: whether to predict also the mirrored image.
+        tile_size: (height, width) of the tiles.
+        num_classes: number of classes, C.
+        tile_batch: number of tiles to predict at once.
+
+    Returns:
+        Classes, uint8 [N, h, w], and confidences from 0 to 1 [N, h, w], NaN where a logit is NaN or the
+        largest one is infinite.
+
+    Raises:
+        ValueError: see `predict_multiscale`.
+    """
+    logits = _multiscale(model, image, scales, flip, tile_size, num_classes, tile_batch)
+    # Class indices up to 255 are exact in the dtype of the logits.
+    classes, confidence = _join(logits, tile_size, _confident_classes).unbind(1)
+    return classes.to(torch.uint8), confidence
+
+
+def _confident_classes(logits: Tensor) -> Tensor:
+    """Return classes and confidences: [N, C, h, w] -> [N, 2, h, w] in the dtype of the logits."""
+    greatest = logits.amax(1, keepdim=True)
+    confidence = (logits - greatest).exp_().sum(1, keepdim=True).reciprocal_()
+    return torch.cat([_classes(logits).to(logits.dtype), confidence], 1)
+
+
 def _predicted_once(
     image: Tensor,
     scales: Sequence[float],

@@ -745,6 +745,19 @@ class EvaluateOptions(
         None,
         Flag("maximum length of the long side with --short-sides", flags.side, metavar="S", noted=True),
     )
+    boundary: bool = option(
+        False,
+        Flag("compute boundary IoU and boundary F score too", flags.boolean, bare=True, noted=True),
+    )
+    calibration: bool = option(
+        False,
+        Flag(
+            "compute the expected calibration error too, and draw reliability.png",
+            flags.boolean,
+            bare=True,
+            noted=True,
+        ),
+    )
     split: str = option(
         "val",
         Flag("split of the data set; test without labels gives an archive to submit", noted=True),

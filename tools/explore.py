@@ -16,7 +16,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 import cv2
 import numpy as np
@@ -29,8 +28,8 @@ from networks.attention import choose_grid
 from networks.models import backbone_name
 from segmenter import TILE, Segmenter
 from tools import common
-from tools.explore_page import POLICY, Explorable, NetworkText, Seen, asset, explorable, explorer
-from tools.report_page import STYLE
+from tools.explore_page import Explorable, NetworkText, Seen, explorable, explorer
+from tools.report_page import document
 from tools.sources import PictureFile, find
 from utils import args as flags
 from utils.errors import InputError, UsageError
@@ -240,14 +239,8 @@ def page(networks: Sequence[NetworkText], pictures: Sequence[Explorable]) -> str
     """Return the page as HTML that refers to no other file."""
     title = " and ".join(each.title for each in networks)
     heading = "Predictions" if all(each.no_maps for each in networks) else "What pixels attend to"
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{POLICY}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>CCNet: {escape(title)}</title>\n"
-        f"<style>{STYLE}{asset('explore.css')}body {{ max-width: 1680px; }}</style>\n</head>\n<body>\n"
-        f"<h1>{heading}</h1>\n{explorer(networks, pictures)}\n"
-        f"<script>{asset('explore.js')}</script>\n</body>\n</html>\n"
-    )
+    body = [f"<h1>{heading}</h1>", explorer(networks, pictures)]
+    return document(f"CCNet: {title}", body, ["explore"], "body { max-width: 1680px; }")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from PIL import Image
 
 from tools.explore_page import POLICY, asset, embedded
 from utils.drawing.chart import draw_curves
-from utils.run_files import OFFICIAL_SCORES, is_number
+from utils.drawing.reliability import draw_reliability
+from utils.run_files import BOUNDARY_SCORES, CALIBRATION, OFFICIAL_SCORES, is_number
 
 #: Maximum width of a picture on the page, in pixels.
 WIDTH = 640
@@ -37,6 +38,8 @@ OFFICIAL = dict(
         strict=True,
     )
 )
+#: Titles of the boundary scores: column of the classes, and mean.
+BOUNDARY = dict(zip(BOUNDARY_SCORES, (("BIoU", "boundary IoU"), ("BF", "boundary F score")), strict=True))
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #1f6fb4; }
 * { box-sizing: border-box; }
@@ -135,6 +138,7 @@ def page(report: Report) -> str:
         ("Environment", _environment(report.environment)),
         ("Curves", _curves(report)),
         ("Classes", _classes(report.result, report.colors)),
+        ("Calibration", _calibration(report.result)),
         ("Confusion matrix", _confusion(report.confusion)),
         ("Pictures", _examples(report)),
         ("Attention", _attention(report)),
@@ -142,16 +146,26 @@ def page(report: Report) -> str:
     body = [f"<h1>{escape(report.name)}</h1>", _facts(report)]
     body += [f'<p class="missing">{escape(line)}</p>' for line in report.missing]
     body += [f"<h2>{title}</h2>\n{content}" for title, content in sections if content]
-    names = [
-        *(["report"] if report.best or report.worst else []),
-        *(["explore"] if report.explorer else []),
-    ]
-    style = STYLE + "".join(asset(f"{name}.css") for name in names)
-    body += [f"<script>{asset(f'{name}.js')}</script>" for name in names]
+    scripts = ["report"] if report.best or report.worst else []
+    scripts += ["explore"] if report.explorer else []
+    return document(f"CCNet: {report.name}", body, scripts)
+
+
+def document(title: str, body: Sequence[str], scripts: Sequence[str] = (), style: str = "") -> str:
+    """Return an HTML page in the style of the reports, which refers to no other file.
+
+    Args:
+        title: title of the window, as text.
+        body: parts of the page, as HTML.
+        scripts: names of files in tools/pages/, whose style and script the page has.
+        style: CSS that overrides that of the reports.
+    """
+    styles = [STYLE, *(asset(f"{name}.css") for name in scripts), style]
+    body = [*body, *(f"<script>{asset(f'{name}.js')}</script>" for name in scripts)]
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{POLICY}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>CCNet: {escape(report.name)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{''.join(styles)}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
@@ -163,7 +177,9 @@ def page(report: Report) -> str:
 def _facts(report: Report) -> str:
     facts = []
     if report.result.get("meanIU") is not None:
-        facts.append((_percent(report.result["meanIU"]), "mean IoU"))
+        interval = report.result.get("intervals", {}).get("meanIU")
+        about = "" if interval is None else f" ({interval_text(interval)})"
+        facts.append((_percent(report.result["meanIU"]), f"mean IoU{about}"))
     if report.log:
         last = report.log[-1]
         facts += [
@@ -381,24 +397,38 @@ def _curves(report: Report) -> str:
 def _classes(result: dict[str, Any], colors: Sequence[Color]) -> str:
     if not result.get("IU_array"):
         return ""
-    instances = result["classInstScores"]
+    instances, intervals = result["classInstScores"], result.get("intervals", {})
+    bounds = intervals.get("IU_array")
+    boundary = {keys: titles for keys, titles in BOUNDARY.items() if keys[1] in result}
     rows = []
     for number, (name, iou) in enumerate(zip(result["classes"], result["IU_array"], strict=True)):
         bar = f'<div class="bar"><div style="width:{100 * (iou or 0):.1f}%"></div></div>'
         swatch = _swatch(colors[number]) if number < len(colors) else ""
         cells = f'<td>{swatch}{escape(name)}</td><td class="bars">{bar}</td>' + _number(iou)
-        rows.append(f"<tr>{cells}{_number(instances.get(name)) if instances else ''}</tr>")
-    heading = '<tr><th>class</th><th class="bars"></th><th class="number">IoU</th>'
-    heading += '<th class="number">iIoU</th></tr>' if instances else "</tr>"
-    averages = (
-        "".join(
-            f"<tr><td>{title}</td>{_number(result[name])}</tr>"
-            for name, title in OFFICIAL.items()
-            if name in result
-        )
-        or f"<tr><td>mean IoU</td>{_number(result['meanIU'])}</tr>"
-    )
+        if bounds:
+            cells += f'<td class="number">{interval_text(bounds[number])}</td>'
+        cells += _number(instances.get(name)) if instances else ""
+        cells += "".join(_number(result[of_classes][number]) for _, of_classes in boundary)
+        rows.append(f"<tr>{cells}</tr>")
+    titles = ["IoU", *(["95 % interval"] if bounds else []), *(["iIoU"] if instances else [])]
+    titles += [title for title, _ in boundary.values()]
+    heading = '<tr><th>class</th><th class="bars"></th>'
+    heading += "".join(f'<th class="number">{title}</th>' for title in titles) + "</tr>"
+    means = {name: title for name, title in OFFICIAL.items() if name in result} or {"meanIU": "mean IoU"}
+    means |= {mean: f"mean {title}" for (mean, _), (_, title) in boundary.items()}
+    averages = ""
+    for name, title in means.items():
+        # Without an ignored class, the official IoU of the classes is the mean IoU.
+        same = name == "averageScoreClasses" and result[name] == result["meanIU"]
+        text = interval_text(intervals.get("meanIU" if same else name))
+        shown = f'<td class="number">{text}</td>' if intervals else ""
+        averages += f"<tr><td>{title}</td>{_number(result.get(name))}{shown}</tr>"
     notes = []
+    if bounds:
+        notes.append(
+            "95 % interval: in 95 of 100 samples of pictures, it holds the score of infinitely many such "
+            f"pictures; from {escape(_text(intervals.get('resamples')))} resamples."
+        )
     if None in result["IU_array"]:
         notes.append("No IoU: the class occurs neither in labels nor in predictions.")
     if instances:
@@ -408,6 +438,21 @@ def _classes(result: dict[str, Any], colors: Sequence[Color]) -> str:
         f"<div><h3>Averages</h3><table>{averages}</table></div></div>"
         + "".join(f"<p>{note}</p>" for note in notes)
     )
+
+
+def _calibration(result: dict[str, Any]) -> str:
+    found = result.get("calibration")
+    if not found or found["expectedCalibrationError"] is None:
+        return ""
+    buffer = io.BytesIO()
+    draw_reliability(*(found[name] for name in CALIBRATION)).save(buffer, "PNG")
+    note = f"<p>Expected calibration error: {_percent(found['expectedCalibrationError'])}</p>"
+    return f'{note}<div class="scroll">{_image(buffer.getvalue(), "png", "reliability plot")}</div>'
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Write an interval of scores in percent; nothing if there is none."""
+    return "" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f} %"
 
 
 def _number(value: float | None) -> str:
@@ -475,21 +520,29 @@ def _attention(report: Report) -> str:
 
 
 def _example(example: Example) -> str:
-    rows = "".join(
+    return f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{figure_rows(example.rows)}"
+
+
+def figure_rows(rows: Sequence[Sequence[Figure]]) -> str:
+    """Return rows of pictures with their captions, as HTML with every picture embedded."""
+    return "".join(
         '<div class="row">'
         + "".join(
             f"<figure>{_picture(picture, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
             for caption, picture in row
         )
         + "</div>"
-        for row in example.rows
+        for row in rows
     )
+<<<<<<< HEAD
     layers = {name: _data_uri(*_reduced(picture)) for name, picture in example.layers.items()}
     data = f'<script type="application/json">{embedded(layers)}</script>' if layers else ""
     return (
         f'<article data-name="{escape(example.name)}" data-score="{example.score}">'
         f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{rows}{data}</article>"
     )
+=======
+>>>>>>> wt-scores
 
 
 def _picture(picture: np.ndarray, text: str) -> str:

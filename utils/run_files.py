@@ -28,6 +28,10 @@ OFFICIAL_SCORES = (
     "averageScoreCategories",
     "averageScoreInstCategories",
 )
+#: Entries of result.txt for the boundary scores: mean, and scores of the classes.
+BOUNDARY_SCORES = (("meanBoundaryIU", "boundaryIU_array"), ("meanBoundaryF", "boundaryF_array"))
+#: Entries of "calibration" in result.txt that hold a number for each bin.
+CALIBRATION = ("pixels", "correct", "confidence")
 #: Entries of "arguments" in result.txt: types of the value, and bounds of a number.
 NOTED: dict[str, tuple[tuple[type, ...], tuple[int, int] | None]] = {
     "data_dir": ((str,), None),
@@ -75,6 +79,13 @@ def is_number(value: Any, low: float = -LARGEST, high: float = LARGEST) -> bool:
 def is_score(value: Any) -> bool:
     """Return whether a JSON value is a score: a number from 0 to 1, or None if nothing was scored."""
     return value is None or is_number(value, 0, 1)
+
+
+def _is_interval(value: Any) -> bool:
+    """Return whether a JSON value is an interval of scores, or None."""
+    if value is None:
+        return True
+    return isinstance(value, list) and len(value) == 2 and all(is_number(each, 0, 1) for each in value)
 
 
 def _is_text(value: Any) -> bool:
@@ -163,7 +174,8 @@ def read_result(folder: str) -> dict[str, Any] | None:
 
     meanIU, the official scores, the K values of IU_array and the values of classInstScores are scores from 0
     to 1, or None. classes holds K names. Entries that the original's evaluation does not write may be
-    missing.
+    missing. If they are there, the boundary scores and the entries of intervals are like those above, and
+    calibration has the numbers of its bins.
 
     Raises:
         UsageError: the file is unreadable or has an invalid value.
@@ -188,7 +200,50 @@ def read_result(folder: str) -> dict[str, Any] | None:
     for name in ("meanIU", *OFFICIAL_SCORES):
         if not is_score(result.get(name)):
             raise _damaged(path, f"{name} is not a score from 0 to 1")
+    for mean, of_classes in BOUNDARY_SCORES:
+        values = result.get(of_classes, [])
+        if not (isinstance(values, list) and all(map(is_score, [result.get(mean), *values]))):
+            raise _damaged(path, f"{mean} and {of_classes} are not scores from 0 to 1")
+        if of_classes in result and len(values) != len(names):
+            raise _damaged(path, f"{of_classes} has {len(values)} scores for {len(names)} classes")
+    if not _are_intervals(result.setdefault("intervals", {}), len(names)):
+        raise _damaged(path, "intervals are not pairs of scores from 0 to 1")
+    if not _is_calibration(result.get("calibration")):
+        raise _damaged(path, "calibration is not a score and the numbers of bins")
     return result
+
+
+def _are_intervals(found: Any, number: int) -> bool:
+    """Return whether a JSON value is the entry intervals of a result of `number` classes."""
+    if not isinstance(found, dict):
+        return False
+    for name in ("meanIU", *OFFICIAL_SCORES, *(mean for mean, _ in BOUNDARY_SCORES)):
+        if not _is_interval(found.get(name)):
+            return False
+    for name in ("IU_array", *(of_classes for _, of_classes in BOUNDARY_SCORES)):
+        values = found.get(name, [None] * number)
+        if not (isinstance(values, list) and len(values) == number and all(map(_is_interval, values))):
+            return False
+    of_instances = found.get("classInstScores", {})
+    return isinstance(of_instances, dict) and all(map(_is_interval, of_instances.values()))
+
+
+def _is_calibration(found: Any) -> bool:
+    """Return whether a JSON value is the entry calibration of a result, or None."""
+    if found is None:
+        return True
+    if not isinstance(found, dict) or not is_score(found.get("expectedCalibrationError")):
+        return False
+    bins = [each for name in CALIBRATION if isinstance(each := found.get(name), list)]
+    if len(bins) < len(CALIBRATION) or not all(is_number(value, 0) for each in bins for value in each):
+        return False
+    # The correct pixels of a bin, and the sum of their confidences, are at most its pixels.
+    pixels = bins[0]
+    return 0 < len(pixels) <= 100 and all(
+        len(each) == len(pixels)
+        and all(value <= count * (1 + 1e-9) for value, count in zip(each, pixels, strict=True))
+        for each in bins
+    )
 
 
 def arguments_of(folder: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,15 @@ In the iIoU, small and large objects of a class have equal weight.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
+
+from engine.evaluation.bootstrap import Ratios
+from engine.evaluation.pictures import CATEGORY_INSTANCE_IOU, CATEGORY_IOU, INSTANCE_IOU
 
 
 def confusion_matrix(
@@ -325,6 +329,59 @@ class CityscapesEvaluation:
             "categoryInstScores": category_instances,
         }
 
+    def ratios(self, statistics: Sequence[PictureStatistics]) -> dict[str, Ratios]:
+        """Return numerators and denominators of official scores for each picture.
+
+        Those of INSTANCE_IOU, float64 [P, K], are in the order of the train ids; the denominators of classes
+        without instances are 0. Those of CATEGORY_IOU and CATEGORY_INSTANCE_IOU are in the order of the
+        categories with such a score. Summed over the pictures, they give the values of `scores` up to
+        rounding.
+        """
+        confusions = np.array([picture.confusion for picture in statistics], np.int64)
+        confusions = confusions.reshape(-1, len(self._names), len(self._names))
+        counts = [len(picture.instances) for picture in statistics]
+        instances = np.concatenate([np.zeros((0, 4), np.int64), *(each.instances for each in statistics)])
+        label_of, size, hits, category_hits = instances.T
+        weight = self._average_size[label_of] / size
+        picture = np.repeat(np.arange(len(statistics)), counts)
+
+        def false_positives(members: np.ndarray) -> np.ndarray:
+            return confusions[:, self._evaluated & ~members][:, :, members].sum((1, 2))
+
+        def of_instances(members: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            chosen = members[label_of]
+            values = (weight * hits)[chosen], (weight * size)[chosen]
+            hit, total = (np.bincount(picture[chosen], value, len(statistics)) for value in values)
+            return hit, total + false_positives(members)
+
+        def of_pixels(members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            members = members & self._evaluated
+            hit = confusions[:, members][:, :, members].sum((1, 2))
+            return hit, confusions[:, members].sum((1, 2)) + false_positives(members)
+
+        def together(several: list[tuple[np.ndarray, np.ndarray]]) -> Ratios:
+            numerators, denominators = zip(*several, strict=True)
+            return Ratios(np.stack(numerators, 1), np.stack(denominators, 1))
+
+        nothing = np.zeros(len(statistics)), np.zeros(len(statistics))
+        return {
+            INSTANCE_IOU: together(
+                [
+                    of_instances(self._only[self._names[index]], hits)
+                    if self._scored_instances[index]
+                    else nothing
+                    for index in self._id_of_train_id
+                ]
+            ),
+            CATEGORY_IOU: together([of_pixels(members) for members in self._members.values()]),
+            CATEGORY_INSTANCE_IOU: together(
+                [
+                    of_instances(self._members[name], category_hits)
+                    for name in sorted(self._instance_categories)
+                ]
+            ),
+        }
+
     def pixel_scores(self, confusion: torch.Tensor) -> PixelScores:
         """Return the scores that need no instances.
 
@@ -401,7 +458,11 @@ def format_confusion(names: Sequence[str], confusion: torch.Tensor) -> str:
 
 
 def format_table(
-    names: Sequence[str], iou: Iterable[float | None], instance_iou: Iterable[float | None] | None = None
+    names: Sequence[str],
+    iou: Iterable[float | None],
+    instance_iou: Iterable[float | None] | None = None,
+    intervals: Sequence[tuple[float, float] | None] | None = None,
+    others: Mapping[str, Iterable[float | None]] = MappingProxyType({}),
 ) -> str:
     """Format scores as text in percent: one line per class, then the mean over the classes with a score.
 
@@ -409,6 +470,8 @@ def format_table(
         names: names of the K classes.
         iou: K scores in 0..1; nan or None (no score) is shown as "-".
         instance_iou: K instance scores for a column iIoU, or None for a table without this column.
+        intervals: K + 1 intervals of the IoU and of its mean for a column, or None for a table without it.
+        others: K scores of further columns by their titles.
 
     Raises:
         ValueError: a column does not have K scores.
@@ -416,18 +479,25 @@ def format_table(
     columns = {"IoU": list(iou)}
     if instance_iou is not None:
         columns["iIoU"] = list(instance_iou)
+    columns |= {title: list(values) for title, values in others.items()}
     for title, values in columns.items():
         if len(values) != len(names):
             raise ValueError(f"{len(values)} values of {title} for {len(names)} classes")
-    width = max(len(name) for name in (*names, "class"))
-
-    def line(name: str, cells: Iterable[str]) -> str:
-        return f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells)
 
     def percent(value: float | None) -> str:
         return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
-    lines = [line("class", columns)]
-    lines += [line(name, map(percent, row)) for name, *row in zip(names, *columns.values(), strict=True)]
-    lines.append(line("mean", (percent(_mean_of_existing(values)) for values in columns.values())))
+    cells = {
+        title: [title, *map(percent, values), percent(_mean_of_existing(values))]
+        for title, values in columns.items()
+    }
+    if intervals is not None:
+        texts = ["-" if each is None else f"{100 * each[0]:.2f} - {100 * each[1]:.2f}" for each in intervals]
+        # Next to the score that the intervals are about.
+        cells = {"IoU": cells.pop("IoU"), "interval": ["95 % interval", *texts], **cells}
+    width = max(len(name) for name in (*names, "class"))
+    lines = [f"{name:<{width}}" for name in ("class", *names, "mean")]
+    for column in cells.values():
+        extent = max(6, *map(len, column))
+        lines = [f"{line}  {cell:>{extent}}" for line, cell in zip(lines, column, strict=True)]
     return "\n".join(lines)

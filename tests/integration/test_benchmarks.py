@@ -33,6 +33,7 @@ from benchmarks import (
     loader,
     parts,
     peers,
+    scores,
     step,
     video,
 )
@@ -917,3 +918,12 @@ def test_clicks_are_measured_beside_the_network(tmp_path: Path, monkeypatch: pyt
     assert result["grid"] == [9, 13] and result["recurrence"] == 2 and result["machine"]["device"] == "cpu"
     medians = result["median_milliseconds"]
     assert result["attention_to_click"] == medians["segmenter"] / medians["page"]
+
+
+def test_scores_are_compared_with_the_confusion_matrix(tmp_path, capsys):
+    scores.main(
+        ["--size", "48x96", "--pictures", "20", "--rounds", "1", "--out", str(tmp_path / "scores.json")]
+    )
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["ratio"][scores.BASE] == 1 and report["ratio"].keys() == report["seconds"].keys()
+    assert "boundary scores" in capsys.readouterr().out

@@ -25,6 +25,7 @@ from engine.data.loader import Loading
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result, evaluate
 from engine.evaluation.metrics import format_confusion
+from engine.evaluation.pictures import Pictures
 from engine.evaluation.submission import write_archive
 from engine.inference import predict_classes
 from engine.runtime.distributed import World
@@ -118,11 +119,15 @@ def test_a_network_that_gives_nan_is_not_scored(mixed):
 class TestReport:
     CONFUSION = torch.tensor([[90, 10, 0], [1, 3, 0], [0, 0, 0]])
 
+    def result(self):
+        first = torch.tensor([[60, 10, 0], [1, 1, 0], [0, 0, 0]])
+        return Result(self.CONFUSION, None, Pictures.of(["a", "b"], [first, self.CONFUSION - first]))
+
     def test_files(self, tmp_path):
-        table = results.write(
-            str(tmp_path), Result(self.CONFUSION, None), ["road", "traffic light", "car"], {"split": "val"}
-        )
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(results.FILES)
+        names = ["road", "traffic light", "car"]
+        table = results.write(str(tmp_path), self.result(), names, {"split": "val"})
+        expected = sorted({*results.FILES} - {results.RELIABILITY})
+        assert sorted(path.name for path in tmp_path.iterdir()) == expected
         scores = json.loads((tmp_path / "result.txt").read_text())
         assert scores["classes"] == ["road", "traffic light", "car"]
         assert scores["confusion"] == self.CONFUSION.tolist()

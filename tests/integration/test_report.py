@@ -22,6 +22,7 @@ from dataset.labels import CITYSCAPES
 from engine.evaluation import results
 from engine.evaluation.evaluate import Result
 from engine.evaluation.metrics import confusion_matrix, mean_iou
+from engine.evaluation.pictures import Pictures
 from engine.training.log import RunLog
 from networks import CheckpointError
 from segmenter import Segmenter
@@ -38,13 +39,13 @@ def finished(tmp_path: Path, scenes: Path, checkpoint: Path) -> Path:
     folder = tmp_path / "a <run>"
     (folder / "outputs").mkdir(parents=True)
     dataset = CSDataSet(str(scenes), split="val", crop_size=None)
-    total = torch.zeros(19, 19, dtype=torch.int64)
+    confusions = []
     for number in range(len(dataset)):
         picture = dataset.picture(number, instances=False)
         prediction = np.where(picture.label == 255, 0, picture.label)
         prediction[10 * number :] = 18
         save_indexed_png(folder / f"outputs/{picture.name}.png", prediction, make_palette([]))
-        total += confusion_matrix(torch.from_numpy(picture.label), torch.from_numpy(prediction), 19)
+        confusions.append(confusion_matrix(torch.from_numpy(picture.label), torch.from_numpy(prediction), 19))
     arguments = {
         "data_dir": str(scenes),
         "data_list": None,
@@ -55,7 +56,9 @@ def finished(tmp_path: Path, scenes: Path, checkpoint: Path) -> Path:
         "restore_from": str(checkpoint),
         "recurrence": 2,
     }
-    results.write(str(folder), Result(total, None), dataset.labels.names(), arguments)
+    pictures = Pictures.of([pair.name for pair in dataset.pairs], confusions)
+    result = Result(pictures.confusion(), None, pictures)
+    results.write(str(folder), result, dataset.labels.names(), arguments)
     (folder / "args.json").write_text(
         json.dumps({"data_dir": "CS", "backbone": "resnet50", "num_steps": 40, "ohem": True, "power": 0.9})
     )

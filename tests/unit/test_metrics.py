@@ -20,6 +20,7 @@ from engine.evaluation.metrics import (
     iou_per_class,
     mean_iou,
 )
+from engine.evaluation.pictures import CATEGORY_INSTANCE_IOU, CATEGORY_IOU, INSTANCE_IOU
 
 ID = {label.name: label.id for label in LABELS}
 CATEGORY = {label.id: label.category for label in LABELS}
@@ -305,6 +306,34 @@ def test_scores_equal_the_official_evaluation(official, kind, seed):
     assert_same_scores(ours, theirs)
     assert len(ours["classScores"]) == 34
     assert len(ours["categoryInstScores"]) == 8
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_ratios_of_pictures_add_up_to_the_scores(kind):
+    """And those of one picture give the scores of an evaluation of this picture alone."""
+    evaluation = CityscapesEvaluation(LABELS)
+    statistics = [evaluation.count_label_ids(*p) for p in made_pictures(3, **kind)]
+    for several in (statistics, statistics[:1], []):
+        scores, ratios = evaluation.scores(several), evaluation.ratios(several)
+        expected = {
+            INSTANCE_IOU: [scores["classInstScores"][name] for name in CITYSCAPES.names],
+            CATEGORY_IOU: [*scores["categoryScores"].values()],
+            CATEGORY_INSTANCE_IOU: [
+                score for score in scores["categoryInstScores"].values() if score is not None
+            ],
+        }
+        means = ("averageScoreInstClasses", "averageScoreCategories", "averageScoreInstCategories")
+        for (name, values), mean in zip(expected.items(), means, strict=True):
+            found = ratios[name].scores()
+            numbers = np.array([math.nan if value is None else value for value in values])
+            if name == CATEGORY_INSTANCE_IOU:
+                np.testing.assert_allclose(
+                    sorted(found[:-1][~np.isnan(found[:-1])]), sorted(numbers), rtol=1e-12
+                )
+            else:
+                np.testing.assert_allclose(found[:-1], numbers, rtol=1e-12)
+            expected_mean = math.nan if scores[mean] is None else scores[mean]
+            assert found[-1] == pytest.approx(expected_mean, rel=1e-12, nan_ok=True)
 
 
 def test_train_ids_are_scored_as_their_label_ids(official):
