@@ -520,7 +520,13 @@ def _attention(report: Report) -> str:
 
 
 def _example(example: Example) -> str:
-    return f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{figure_rows(example.rows)}"
+    layers = {name: _data_uri(*_reduced(picture)) for name, picture in example.layers.items()}
+    data = f'<script type="application/json">{embedded(layers)}</script>' if layers else ""
+    heading = f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>"
+    return (
+        f'<article data-name="{escape(example.name)}" data-score="{example.score}">'
+        f"{heading}{figure_rows(example.rows)}{data}</article>"
+    )
 
 
 def figure_rows(rows: Sequence[Sequence[Figure]]) -> str:
@@ -534,15 +540,6 @@ def figure_rows(rows: Sequence[Sequence[Figure]]) -> str:
         + "</div>"
         for row in rows
     )
-<<<<<<< HEAD
-    layers = {name: _data_uri(*_reduced(picture)) for name, picture in example.layers.items()}
-    data = f'<script type="application/json">{embedded(layers)}</script>' if layers else ""
-    return (
-        f'<article data-name="{escape(example.name)}" data-score="{example.score}">'
-        f"<h4>{escape(example.name)}: mean IoU {_percent(example.score)}</h4>{rows}{data}</article>"
-    )
-=======
->>>>>>> wt-scores
 
 
 def _picture(picture: np.ndarray, text: str) -> str:
