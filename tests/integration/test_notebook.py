@@ -35,6 +35,7 @@ def test_every_cell_runs(root: Path, tmp_path: Path) -> None:
     # A command that fails does not stop a notebook.
     assert "Traceback" not in text and "error:" not in text, text
     assert (tmp_path / "run/CS_scenes_2.pth").exists() and "mean IoU 0." in text
+    assert "1 picture" in text and (tmp_path / "run/explore.html").stat().st_size > 10_000
     sums = re.search(r"\(2, \d+, \d+\) \[(\S+) +(\S+)\]", text)  # of the attention maps
     assert sums and [float(each) for each in sums.groups()] == pytest.approx([1, 1], abs=1e-5)
     equal = re.search(r"([\d.]+) % of the pixels have the class of the segmenter", text)
