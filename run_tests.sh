@@ -25,4 +25,4 @@ if [ -x "$clang_format" ]; then
 else
     echo "run_tests.sh: clang-format is not installed: skipped" >&2
 fi
-"$PYTHON" -m pytest -q "$@"
+"$PYTHON" -m pytest -q --durations=25 --durations-min=5 "$@"
