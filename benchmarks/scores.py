@@ -48,8 +48,6 @@ def scene(extent: tuple[int, int]) -> np.ndarray:
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of each score of a picture, and of the intervals."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     label = scene(args.size)
     prediction = np.roll(np.where(label == 255, 0, label), (args.size[0] // 200, args.size[0] // 200), (0, 1))
     rng = np.random.default_rng(0)
@@ -64,7 +62,14 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "intervals": lambda: intervals(ratios),
         "comparison": lambda: compare(ratios, Ratios(right // 2, ratios.denominator)),
     }
-    times, failures = timing.interleaved(runs, "cpu", args.rounds)
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    try:
+        times, failures = timing.interleaved(runs, "cpu", args.rounds)
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
     assert not failures, failures
     return {
         "machine": machine("cpu"),

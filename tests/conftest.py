@@ -83,6 +83,14 @@ def no_interpreter_in_fast_tests(request: pytest.FixtureRequest, monkeypatch: py
     monkeypatch.setattr(subprocess.Popen, "__init__", checked)
 
 
+@pytest.fixture(autouse=True)
+def threads_restored() -> Iterator[None]:
+    """Restore the number of threads, on which results depend by rounding, for the tests that follow."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT

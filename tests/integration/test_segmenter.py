@@ -239,6 +239,7 @@ sys.path.insert(0, {own!r})
 import utils, dataset
 from PIL import Image
 import torch
+torch.set_num_threads({threads})  # results depend on the number by rounding
 segmenter = torch.hub.load({folder!r}, "ccnet", weights={weights!r}, source="local", device="cpu")
 again = torch.hub.load({folder!r}, "ccnet", weights={weights!r}, source="local", device="cpu")
 found = segmenter.predict({picture!r})
@@ -262,9 +263,9 @@ def test_hub_in_a_process_with_packages_of_the_same_names(
         (tmp_path / "own" / name / "__init__.py").write_text(f"mine = {number}\n")
     picture, out = str(tmp_path / "a.png"), str(tmp_path / "out.npz")
     Image.fromarray(rgb).save(picture)
-    program = PROGRAM.format(
-        own=str(tmp_path / "own"), folder=str(ROOT), weights=str(checkpoint), picture=picture, out=out
-    )
+    places = {"own": tmp_path / "own", "folder": ROOT, "weights": checkpoint, "picture": picture, "out": out}
+    threads = torch.get_num_threads()
+    program = PROGRAM.format(threads=threads, **{name: str(place) for name, place in places.items()})
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
