@@ -12,24 +12,19 @@ mean IoU in percent on the validation pictures, each predicted whole.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import statistics
-import tempfile
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.quick_training import BATCH, LEARNING_RATE, SmallNetwork, score, train
-from dataset import CSDataSet, mini
+from benchmarks.quick_training import BATCH, LEARNING_RATE, SmallNetwork, get_parser, report, score, train
+from dataset import CSDataSet
 from loss import CategoryConsistentLoss, CriterionDSN, WithConsistency
 from networks.heads import RCCAHead
 from tools.common import end
-from utils import args as flags
 from utils.environment import machine
-from utils.files import check_output_file, write_file
 
 #: The arms, and their number of channels of the features for the loss; 0 without it.
 ARMS = {"without": 0, "with": 16}
@@ -97,28 +92,10 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    parser = flags.Parser("python -m benchmarks.consistency", __doc__)
-    add = parser.add_argument
-    add("--seeds", type=flags.number(int, 1, 100), default=5, help="number of seeds")
-    add("--steps", type=flags.positive_int, default=600, help="training steps of each run")
-    add("--train", type=flags.number(int, 1, 9999), default=120, help="number of training pictures")
-    add("--val", type=flags.number(int, 1, 9999), default=48, help="number of validation pictures")
-    add("--size", type=flags.size, default=(128, 256), metavar="H,W", help="size of the pictures")
-    add("--data", metavar="DIR", help="folder of the generated data set, kept; by default a temporary one")
-    add("--out", metavar="FILE", help="JSON file to write")
-    args = parser.parse_args(argv)
-    if args.out:
-        check_output_file("--out", args.out, [])
-    with tempfile.TemporaryDirectory() as temporary:
-        root = args.data or os.path.join(temporary, "mini")
-        mini.write(root, args.train, args.val, args.size, 0)
-        result = measured(args, root)
-    print(page(result))
-    if args.out:
-        write_file(args.out, json.dumps(result, indent=2) + "\n")
-    return 0
+    parser = get_parser("benchmarks.consistency", __doc__, seeds=5, train=120, size=(128, 256))
+    report(parser.parse_args(argv), measured, page)
 
 
 if __name__ == "__main__":

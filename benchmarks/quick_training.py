@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import tempfile
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dataset import CSDataSet
+from dataset import CSDataSet, mini
 from engine.data.loader import Loading, train_batches
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.metrics import mean_iou
@@ -19,6 +24,8 @@ from engine.training.schedule import poly_lr, set_learning_rate, warm_up
 from engine.training.step import Criterion, StepOptions, Stepper
 from networks import Network
 from networks.heads.parts import convolution_norm
+from utils import args as flags
+from utils.files import check_output_file, write_file
 
 #: Channels of layer3 and layer4 of the backbone, and of the attention.
 CHANNELS, WIDTH = (32, 64), 64
@@ -73,3 +80,53 @@ def score(model: SmallNetwork, data: CSDataSet) -> float:
     """Return the mean IoU on a data set in percent, with each picture predicted whole."""
     result = evaluate(lambda images: predict_classes(model, images, [1.0], False), data, WORLD, Loading(1))
     return 100 * mean_iou(result.confusion)
+
+
+def get_parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark that trains on the generated data set.
+
+    Args:
+        name: module of the benchmark.
+        doc: its docstring.
+        **defaults: defaults of seeds, train and size.
+    """
+    parser = flags.Parser(f"python -m {name}", doc)
+    add = parser.add_argument
+    add("--seeds", type=flags.number(int, 1, 100), help="number of seeds")
+    add("--steps", type=flags.positive_int, default=600, help="training steps of each run")
+    add("--train", type=flags.number(int, 1, 9999), help="number of training pictures")
+    add("--val", type=flags.number(int, 1, 9999), default=48, help="number of validation pictures")
+    add("--size", type=flags.size, metavar="H,W", help="size of the pictures")
+    add("--data", metavar="DIR", help="folder of the generated data set, kept; by default a temporary one")
+    add("--out", metavar="FILE", help="JSON file to write")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def report(
+    args: argparse.Namespace,
+    measured: Callable[[argparse.Namespace, str], dict[str, Any]],
+    page: Callable[[dict[str, Any]], str],
+    with_frames: bool = False,
+) -> dict[str, Any]:
+    """Generate the data set, measure, print the page, and write the result to --out; return the result.
+
+    Args:
+        args: flags of `get_parser`.
+        measured: function that returns the result for the flags and the folder of the data set.
+        page: function that formats the result as text.
+        with_frames: whether the data set has the frames around each picture (`mini.write`).
+
+    Raises:
+        UsageError: --out can't be written.
+    """
+    if args.out:
+        check_output_file("--out", args.out, [])
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.data or os.path.join(temporary, "data")
+        mini.write(root, args.train, args.val, args.size, 0, with_frames=with_frames)
+        result = measured(args, root)
+    print(page(result))
+    if args.out:
+        write_file(args.out, json.dumps(result, indent=2) + "\n")
+    return result

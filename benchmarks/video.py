@@ -19,25 +19,20 @@ the validation pictures, each predicted whole.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import tempfile
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.quick_training import BATCH, LEARNING_RATE, SmallNetwork, score, train
-from dataset import CSDataSet, mini
+from benchmarks.quick_training import BATCH, LEARNING_RATE, SmallNetwork, get_parser, report, score, train
+from dataset import CSDataSet
 from dataset.clips import Clip
 from dataset.labels import IGNORE, LABELS, ClassTable
 from loss import CriterionDSN
 from networks.heads import RCCA3dHead
 from tools.common import end
-from utils import args as flags
 from utils.environment import machine
-from utils.files import check_output_file, write_file
 
 #: The arms, and whether the neighbors are repeated in training.
 ARMS = {"T=1": (1, False), "T=3": (3, False), "T=3, repeated": (3, True)}
@@ -126,25 +121,8 @@ def page(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Return 1 if T=3 gains less than the bar or the control gains as much, 0 otherwise."""
-    parser = flags.Parser("python -m benchmarks.video", __doc__)
-    add = parser.add_argument
-    add("--seeds", type=flags.number(int, 1, 100), default=3, help="number of seeds")
-    add("--steps", type=flags.positive_int, default=600, help="training steps of each arm")
-    add("--train", type=flags.number(int, 1, 9999), default=240, help="number of training pictures")
-    add("--val", type=flags.number(int, 1, 9999), default=48, help="number of validation pictures")
-    add("--size", type=flags.size, default=(64, 128), metavar="H,W", help="size of the pictures")
-    add("--data", metavar="DIR", help="folder of the generated data set, kept; by default a temporary one")
-    add("--out", metavar="FILE", help="JSON file to write")
-    args = parser.parse_args(argv)
-    if args.out:
-        check_output_file("--out", args.out, [])
-    with tempfile.TemporaryDirectory() as temporary:
-        root = args.data or os.path.join(temporary, "clips")
-        mini.write(root, args.train, args.val, args.size, 0, with_frames=True)
-        result = measured(args, root)
-    print(page(result))
-    if args.out:
-        write_file(args.out, json.dumps(result, indent=2) + "\n")
+    parser = get_parser("benchmarks.video", __doc__, seeds=3, train=240, size=(64, 128))
+    result = report(parser.parse_args(argv), measured, page, with_frames=True)
     return int(not result["gain"]["mean"] >= BAR or result["gain_repeated"] >= result["gain"]["mean"] / 2)
 
 

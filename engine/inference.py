@@ -189,16 +189,7 @@ def predict_confidence(
     """Predict the classes as `predict_classes` does, and their confidences, without the fused operator.
 
     The confidence is the softmax probability of the class, computed from the averaged logits
-    (`predict_multiscale`).
-
-    Args:
-        model: see `predict_classes`, as for all arguments.
-        image: images [N, 3, h, w].
-        scales: factors of height and width.
-        flip: whether to predict also the mirrored image.
-        tile_size: (height, width) of the tiles.
-        num_classes: number of classes, C.
-        tile_batch: number of tiles to predict at once.
+    (`predict_multiscale`). The arguments are those of `predict_classes`.
 
     Returns:
         Classes, uint8 [N, h, w], and confidences from 0 to 1 [N, h, w], NaN where a logit is NaN or the

@@ -17,7 +17,7 @@ BLOCK_BYTES = 2**29
 
 
 class AttentionGrid(NamedTuple):
-    """What the pixels of a grid attend to (see `grid_attention`).
+    """Attention of the pixels of a grid (see `grid_attention`).
 
     Attributes:
         weights: [R, rows, columns, rows, columns]; R recurrences, the cell that attends, and the cell that it

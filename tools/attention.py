@@ -26,17 +26,6 @@ from utils.errors import UsageError
 from utils.files import check_outputs, check_writable, replacing
 
 
-def pixel(text: str) -> tuple[int, int]:
-    """Parse 'row,column'."""
-    try:
-        row, column = (int(flags.count(part)) for part in text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"{flags.quoted(text)} is not a pixel; give row,column such as 120,340"
-        ) from None
-    return row, column
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = common.Parser("attention", __doc__)
@@ -44,7 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("pictures", nargs="+", metavar="PICTURE", help="picture, folder of pictures, or list of pictures")
     add(
         "--pixel",
-        type=pixel,
+        type=flags.pair(flags.count, "a pixel; give row,column such as 120,340"),
         action="append",
         dest="pixels",
         metavar="ROW,COLUMN",

@@ -53,17 +53,6 @@ class ExploreOptions(NetworkOptions, ClassOptions):
     """Options for the network of the checkpoint."""
 
 
-def grid(text: str) -> tuple[int, int]:
-    """Parse 'rows,columns'."""
-    try:
-        rows, columns = (int(flags.positive_int(part)) for part in text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"{flags.quoted(text)} is not a grid; give rows,columns such as 32,64"
-        ) from None
-    return rows, columns
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = common.Parser("explore", __doc__)
@@ -74,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--beside", metavar="CHECKPOINT", help="second checkpoint, for the same pictures and pixels")
     add(
         "--grid",
-        type=grid,
+        type=flags.pair(flags.positive_int, "a grid; give rows,columns such as 32,64"),
         metavar="ROWS,COLUMNS",
         help="number of pixels that show their attention (default: square cells, 32,64 for a picture twice "
         "as wide as high, at most one for each pixel of the features)",

@@ -31,7 +31,7 @@ POLICY = (
 
 
 class NetworkText(NamedTuple):
-    """What the page says about a network.
+    """Description of a network on the page.
 
     Attributes:
         title: the checkpoint.
@@ -49,7 +49,7 @@ class NetworkText(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a network makes of a picture of h x w pixels.
+    """Prediction and attention maps of a network for a picture of h x w pixels.
 
     Attributes:
         classes: class of each pixel, uint8 [h, w].

@@ -127,6 +127,24 @@ def number(
     return parse
 
 
+def pair(one: Callable[[str], float], what: str) -> Callable[[str], tuple[int, int]]:
+    """Return an argparse type for two whole numbers.
+
+    Args:
+        one: type of each number.
+        what: what the pair is, and how to write it, for the error line.
+    """
+
+    def parse(text: str) -> tuple[int, int]:
+        try:
+            first, second = (int(one(part)) for part in text.split(","))
+        except (ValueError, argparse.ArgumentTypeError):
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not {what}") from None
+        return first, second
+
+    return parse
+
+
 def frames(text: str) -> int:
     """Parse the number of frames of a clip, which has a middle frame."""
     value = number(int, 1, 99)(text)

@@ -2,7 +2,7 @@
 
 Sources: layout, counts and classes: ADEChallengeData2016 and its objectInfo150.txt. Colors: color150.mat of
 CSAIL's semantic-segmentation-pytorch. Settings: that code, which the authors of CCNet modified for their
-results (CCNet, issue 18); its scores are averaged over the 5 sizes.
+results (github.com/speedinghzl/CCNet/issues/18); its scores are averaged over the 5 sizes.
 """
 
 from dataset.published import DataSet, Split

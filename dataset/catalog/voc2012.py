@@ -1,7 +1,8 @@
 """PASCAL VOC 2012, segmentation: 20 classes and background; 255 is void, as on the borders of objects.
 
 Sources: layout, counts, classes and palette: VOCtrainval_11-May-2012.tar and its development kit. Settings:
-PSPNet's (its rotation and blur are left out); CCNet has no result on VOC (CCNet, issue 42).
+PSPNet's (its rotation and blur are left out); CCNet has no result on VOC
+(github.com/speedinghzl/CCNet/issues/42).
 """
 
 from dataset.published import DataSet, Split

@@ -72,7 +72,7 @@ NOTHING_MORE = More()
 
 
 class _Counts(NamedTuple):
-    """What is counted in one picture, whose index in the data set is `number`."""
+    """Counts of one picture, whose index in the data set is `number`."""
 
     number: int
     name: str

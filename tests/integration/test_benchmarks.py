@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import pytest
 import torch
 from conftest import last_line, run_process
@@ -921,9 +922,11 @@ def test_clicks_are_measured_beside_the_network(tmp_path: Path, monkeypatch: pyt
 
 
 def test_scores_are_compared_with_the_confusion_matrix(tmp_path, capsys):
+    threads = torch.get_num_threads(), cv2.getNumThreads()
     scores.main(
         ["--size", "48x96", "--pictures", "20", "--rounds", "1", "--out", str(tmp_path / "scores.json")]
     )
     report = json.loads((tmp_path / "scores.json").read_text())
     assert report["ratio"][scores.BASE] == 1 and report["ratio"].keys() == report["seconds"].keys()
     assert "boundary scores" in capsys.readouterr().out
+    assert (torch.get_num_threads(), cv2.getNumThreads()) == threads  # it measures with one
