@@ -25,4 +25,8 @@ if [ -x "$clang_format" ]; then
 else
     echo "run_tests.sh: clang-format is not installed: skipped" >&2
 fi
-"$PYTHON" -m pytest -q --durations=25 --durations-min=5 "$@"
+workers=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    workers=(-n auto --maxprocesses 4 --dist loadscope)
+fi
+"$PYTHON" -m pytest -q --durations=25 --durations-min=5 "${workers[@]}" "$@"

@@ -146,6 +146,8 @@ ccnet_build() {
     ccnet_say "building the extensions (log: $log)"
     if (
         PATH=$(dirname "$PYTHON"):$PATH # for ninja
+        # The tests read registers and spills of the kernels from the log.
+        if [ "${CCNET_DEV:-0}" = 1 ]; then export NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} -Xptxas -v"; fi
         "$PYTHON" setup.py build_ext --inplace || exit 1
         if ccnet_is_built; then "$PYTHON" -W error -c 'import cc_attention, fused'; fi
     ) >"$log" 2>&1; then

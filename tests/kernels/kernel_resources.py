@@ -2,9 +2,10 @@
 
     python tests/kernels/kernel_resources.py      measures and writes tests/data/kernel_resources.json
 
-Registers, spills and static shared memory of each kernel and architecture are what the compiler reports; the
-dynamic shared memory of a block is what the launches ask for (in the emulator), by operator, dtype and length
-of the line.
+Registers, spills and static shared memory of each kernel and architecture are what the compiler reports: in
+the log of the build (CCNET_DEV=1 tools/setup_env.sh), or else when it compiles the files again. The dynamic
+shared memory of a block is what the launches ask for (in the emulator), by operator, dtype and length of the
+line.
 """
 
 import importlib.util
@@ -26,10 +27,12 @@ from emulator import Emulator, build
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).parents[1] / "data/kernel_resources.json"
+LOG = ROOT / "build/build.log"  # of tools/setup_env.sh
 LENGTHS = (64, 97, 112, 144, 257)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 REPORT = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for '\w+'.*?(?P<stack>\d+) bytes stack frame, "
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, "
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers"
     r"(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
@@ -60,8 +63,8 @@ def short(name: str) -> str:
     return re.sub(r"\(.*", "", re.sub(r"\((?:bool|int|general::Result|Mask)\)", "", name)).strip()
 
 
-def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[str, int]]:
-    """Return the resources of the kernels of one file on one architecture, by name."""
+def compile_for(nvcc: str, source: Path, architecture: str) -> str:
+    """Compile one file for one architecture; return the compiler's output."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-O3", "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", str(source)]
         done = subprocess.run(
@@ -69,7 +72,24 @@ def compile_for(nvcc: str, source: Path, architecture: str) -> dict[str, dict[st
         )
     if done.returncode:
         raise RuntimeError(f"{source.name} does not compile for {architecture}:\n{done.stderr}")
-    reports = [match.groupdict() for match in REPORT.finditer(done.stderr)]
+    return done.stderr
+
+
+def logged(source: Path, architecture: str) -> str | None:
+    """Return the compiler's output for a file in the log of the build, or None if that was of other files."""
+    if not LOG.exists() or LOG.stat().st_mtime < max(p.stat().st_mtime for p in ROOT.glob("*/csrc/**/*.*")):
+        return None
+    for text in re.split(r"^\[\d+/\d+\] ", LOG.read_text(), flags=re.MULTILINE):
+        command, _, output = text.partition("\n")
+        if f"{source} " in command and f"code={architecture} " in command and "ptxas info" in output:
+            return output
+    return None
+
+
+def kernels_of(source: Path, output: str, architecture: str) -> dict[str, dict[str, int]]:
+    """Return the resources of the kernels of a file, by name, from the compiler's output."""
+    reports = [match.groupdict() for match in REPORT.finditer(output)]
+    reports = [report for report in reports if report["architecture"] == architecture]
     mangled = "\n".join(report["name"] for report in reports)
     names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
     return {
@@ -110,11 +130,15 @@ def measure(nvcc: str) -> dict[str, dict[str, dict[str, int]]]:
     """Return the resources of all kernels, by architecture and name."""
     sources = sorted(ROOT.glob("cc_attention/csrc/cuda/*.cu")) + sorted(ROOT.glob("fused/csrc/cuda/*.cu"))
     jobs = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
+
+    def output(source: Path, architecture: str) -> str:
+        return logged(source, architecture) or compile_for(nvcc, source, architecture)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(lambda job: compile_for(nvcc, *job), jobs))
+        outputs = list(pool.map(lambda job: output(*job), jobs))
     table: dict[str, dict[str, dict[str, int]]] = {architecture: {} for architecture in ARCHITECTURES}
-    for (_, architecture), part in zip(jobs, parts, strict=True):
-        table[architecture] |= part
+    for (source, architecture), text in zip(jobs, outputs, strict=True):
+        table[architecture] |= kernels_of(source, text, architecture)
     return table
 
 
