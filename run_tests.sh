@@ -27,6 +27,6 @@ else
 fi
 workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    workers=(-n auto --maxprocesses 4 --dist loadscope)
+    workers=(-n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder) # the longest first
 fi
 "$PYTHON" -m pytest -q --durations=25 --durations-min=5 "${workers[@]}" "$@"

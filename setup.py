@@ -68,8 +68,10 @@ FUSED = Library(
 )
 
 TARGET_VERSION = "0x020a000000000000"  # stable ABI of torch 2.10: one library for this and later versions
-# Turing to Blackwell. Each binary also runs on later minor versions, and PTX on later architectures.
-ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+# Turing to Blackwell: by the virtual architecture that PTX is made for, the architectures that it is assembled for.
+# Making PTX takes most of the time of the build, and it is the same for both of a pair. Each binary also runs on later
+# minor versions, and the last PTX on later architectures.
+ARCHITECTURES = {"75": ["75"], "80": ["80", "90"], "100": ["100", "120"]}
 SYSTEM_TOOLKIT = Path("/usr/local/cuda")
 
 
@@ -130,6 +132,17 @@ def find_toolkit() -> tuple[Path | None, str]:
     return None, f"no nvcc of CUDA {major} for PyTorch's CUDA {torch.version.cuda}"
 
 
+def architecture_flags(home: Path) -> list[str]:
+    """Return nvcc's flags for those of ARCHITECTURES that this toolkit knows."""
+    known = re.findall(r"compute_(\d+)", run_nvcc(home / "bin/nvcc", "--list-gpu-arch"))
+    codes = {ptx: [f"sm_{code}" for code in ARCHITECTURES[ptx] if code in known] for ptx in ARCHITECTURES}
+    codes = {ptx: code for ptx, code in codes.items() if ptx in known and code}
+    if codes:
+        last = list(codes)[-1]
+        codes[last].append(f"compute_{last}")
+    return [f"-gencode=arch=compute_{ptx},code=[{','.join(code)}]" for ptx, code in codes.items()]
+
+
 def make_extension(library: Library, compiler: str, home: Path | None) -> setuptools.Extension:
     """Return an extension with the CPU kernels and, if there is a toolkit, the CUDA kernels."""
     os.environ["CXX"] = compiler  # otherwise setuptools and PyTorch's ninja file would use their own choice
@@ -148,16 +161,13 @@ def make_extension(library: Library, compiler: str, home: Path | None) -> setupt
 
     # cpp_extension reads CUDA_HOME and TORCH_CUDA_ARCH_LIST when it is imported or used.
     os.environ["CUDA_HOME"] = str(home)
-    supported = re.findall(r"compute_(\d+)", run_nvcc(home / "bin/nvcc", "--list-gpu-arch"))
-    architectures = [arch for arch in ARCHITECTURES if arch.replace(".", "") in supported]
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures) + "+PTX"
+    architectures = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else architecture_flags(home)
     from torch.utils.cpp_extension import CUDAExtension
 
     flags.append("-DUSE_CUDA")
     sources += library.paths(library.cuda)
     host = ["-ccbin", compiler] if len(shlex.split(compiler)) == 1 else []  # otherwise nvcc chooses
-    per_compiler = {"cxx": flags + cxx_flags, "nvcc": flags + host}
+    per_compiler = {"cxx": flags + cxx_flags, "nvcc": flags + host + architectures}
     result = CUDAExtension(name, sources, extra_compile_args=per_compiler, **options)
     # Link by the full name: the toolkit from PyPI has libcudart.so.13 but no libcudart.so.
     major = torch.version.cuda.split(".")[0]
@@ -178,7 +188,8 @@ def main() -> None:
         return
     toolkit, reason = find_toolkit()
     extensions = [make_extension(library, compiler, toolkit) for library in libraries]
-    kind = f"CUDA ({toolkit}, {os.environ['TORCH_CUDA_ARCH_LIST']})" if toolkit else "CPU only"
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or "compute capability 7.5 to 12.0"
+    kind = f"CUDA ({toolkit}, {architectures})" if toolkit else "CPU only"
     print(f"cc_attention: {kind}: {reason}; {compiler}; PyTorch {torch.__version__}", flush=True)
     from torch.utils.cpp_extension import BuildExtension
 

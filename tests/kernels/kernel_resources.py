@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,12 +44,17 @@ REPORT = re.compile(
 
 def find_nvcc() -> str | None:
     """Return the path of the nvcc that setup.py would use."""
+    home, _ = setup_script().find_toolkit()
+    return str(home / "bin/nvcc") if home else None
+
+
+@cache
+def setup_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
-    home, _ = setup.find_toolkit()
-    return str(home / "bin/nvcc") if home else None
+    return setup
 
 
 def nvcc_version(nvcc: str) -> str:
@@ -66,7 +73,10 @@ def short(name: str) -> str:
 def compile_for(nvcc: str, source: Path, architecture: str) -> str:
     """Compile one file for one architecture; return the compiler's output."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-O3", "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", str(source)]
+        options = ["-O3", "-std=c++20", "-cubin", "-Xptxas", "-v"]
+        architectures = setup_script().ARCHITECTURES
+        virtual = next(f"compute_{ptx}" for ptx in architectures if architecture[3:] in architectures[ptx])
+        command = [nvcc, *options, f"-gencode=arch={virtual},code={architecture}", str(source)]
         done = subprocess.run(
             [*command, "-o", os.path.join(folder, "out.cubin")], capture_output=True, text=True
         )
@@ -81,7 +91,8 @@ def logged(source: Path, architecture: str) -> str | None:
         return None
     for text in re.split(r"^\[\d+/\d+\] ", LOG.read_text(), flags=re.MULTILINE):
         command, _, output = text.partition("\n")
-        if f"{source} " in command and f"code={architecture} " in command and "ptxas info" in output:
+        compiled = f"{source} " in command and re.search(rf"\b{architecture}\b", command)
+        if compiled and "ptxas info" in output:
             return output
     return None
 

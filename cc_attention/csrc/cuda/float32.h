@@ -38,7 +38,6 @@ constexpr int kRowPitch = 20;        // floats of a row of such a piece; eight r
 constexpr int kPieceRows = 32;       // maximum rows in a piece of weighted sums
 constexpr int kWide = 8 * kLanes;    // channels in a piece of weighted sums with eight channels per thread
 constexpr int kNarrow = 4 * kLanes;  // the same with four channels per thread
-constexpr int kRowsAtOnce = 3;       // rows of earlier results that a thread reads before it adds to them
 
 constexpr int kLongestLine = 4096;  // longer ones don't fit in shared memory in any case
 constexpr int kMostRows = 512;      // a thread computes addresses up to so many pixels behind a line
@@ -223,14 +222,14 @@ struct Rows {
   Element* first;
   int step, count, channels;
 
-  // Calls act(i, part, whether it exists, its address) for kRowsAtOnce of the thread's rows, which are `rows` in all.
+  // Calls act(i, part, whether it exists, its address) for `at_once` of the thread's rows, which are `rows` in all.
   // row_of: returns the row with a number. The addresses are computed again each time, and hold no registers in
   // between.
-  template <int parts, class RowOf, class Act>
+  template <int at_once, int parts, class RowOf, class Act>
   __device__ __forceinline__ void for_each(int start, int rows, RowOf&& row_of, Act&& act) const {
     Element* const from = first + again(0);
 #pragma unroll
-    for (int i = 0; i < kRowsAtOnce; ++i) {
+    for (int i = 0; i < at_once; ++i) {
       const int row = row_of(start + i);
 #pragma unroll
       for (int part = 0; part < parts; ++part)
@@ -240,17 +239,17 @@ struct Rows {
 };
 
 // Reads four channels of rows of a map. What doesn't exist is 0.
-template <int parts, class RowOf>
-__device__ __forceinline__ void read(Quad (&quads)[kRowsAtOnce][parts], const Rows<const float>& map, int start,
-                                     int rows, RowOf&& row_of) {
-  map.for_each<parts>(start, rows, row_of, [&](int i, int part, bool exists, const float* from) {
+template <int at_once, int parts, class RowOf>
+__device__ __forceinline__ void read(Quad (&quads)[at_once][parts], const Rows<const float>& map, int start, int rows,
+                                     RowOf&& row_of) {
+  map.for_each<at_once, parts>(start, rows, row_of, [&](int i, int part, bool exists, const float* from) {
     quads[i][part] = exists ? load_quad(from) : Quad{};
   });
 }
-template <int parts, class RowOf>
-__device__ __forceinline__ void write(const Quad (&quads)[kRowsAtOnce][parts], const Rows<float>& map, int start,
-                                      int rows, RowOf&& row_of) {
-  map.for_each<parts>(start, rows, row_of, [&](int i, int part, bool exists, float* to) {
+template <int at_once, int parts, class RowOf>
+__device__ __forceinline__ void write(const Quad (&quads)[at_once][parts], const Rows<float>& map, int start, int rows,
+                                      RowOf&& row_of) {
+  map.for_each<at_once, parts>(start, rows, row_of, [&](int i, int part, bool exists, float* to) {
     if (exists) store_quad(to, quads[i][part]);
   });
 }

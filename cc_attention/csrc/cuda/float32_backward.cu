@@ -23,7 +23,7 @@ static_assert(kLongestSum % kPieceChannels == 0);
 // Whether to compute an address again where it is used. It saves registers on some architectures and takes more on
 // others, and never changes the results.
 #ifdef __CUDA_ARCH__
-constexpr bool kRecompute = __CUDA_ARCH__ < 900;
+constexpr bool kRecompute = __CUDA_ARCH__ < 1000;
 #else
 constexpr bool kRecompute = false;
 #endif
@@ -31,10 +31,11 @@ constexpr bool kRecompute = false;
 // The division of a line over the threads of a block. In the products of rows, a thread has queries that are
 // query_groups apart and keys that are key_groups apart. In the weighted sums, groups of kLanes threads have rows in
 // turn. longest: maximum pixels of a line, of which at most query_groups * query_rows queries and, at a time,
-// key_groups * key_rows keys.
-template <int threads, int query_groups, int query_rows, int key_groups, int key_rows, int longest, int blocks>
+// key_groups * key_rows keys. rows_at_once: rows of earlier results that a thread reads before it adds to them.
+template <int threads, int query_groups, int query_rows, int key_groups, int key_rows, int longest, int blocks,
+          int rows_at_once = 3>
 struct Shape {
-  static constexpr int kThreads = threads, kBlocks = blocks, kLongest = longest;
+  static constexpr int kThreads = threads, kBlocks = blocks, kLongest = longest, kRowsAtOnce = rows_at_once;
   static constexpr int kQueryGroups = query_groups, kQueryRows = query_rows;
   static constexpr int kKeyGroups = key_groups, kKeyRows = key_rows;
   static constexpr int kQueries = query_groups * query_rows, kKeys = std::min(longest, key_groups* key_rows);
@@ -46,8 +47,8 @@ struct Shape {
   static_assert(query_groups * key_groups <= threads && longest <= kQueries && longest <= kSide);
 };
 using Short = Shape<128, 11, 6, 11, 6, 66, 3>;
-using Medium = Shape<128, 9, 11, 14, 7, 98, 3>;  // 97 pixels: 95 % of the lanes' products exist
-using Long = Shape<256, 13, 10, 19, 7, 130, 2>;
+using Medium = Shape<128, 9, 11, 14, 7, 98, 3>;     // 97 pixels: 95 % of the lanes' products exist
+using Long = Shape<256, 13, 10, 19, 7, 130, 2, 2>;  // reading three rows at once takes too many registers
 using Longer = Shape<256, 32, 6, 8, 7, 190, 2>;
 using Longest = Shape<256, 32, 9, 8, 7, 272, 2>;
 
@@ -248,13 +249,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       constexpr int width = std::extent_v<std::remove_reference_t<decltype(sums)>, 1>, parts = width / 4;
       channel += 4 * this_lane();
 #pragma unroll
-      for (int start = 0; start < rows; start += kRowsAtOnce) {
+      for (int start = 0; start < rows; start += S::kRowsAtOnce) {
         const Rows<float> to{static_cast<float*>(map.data) + line.offset(map.pitch, first, channels, channel),
                              static_cast<int>(line.step * map.pitch), count, channels - channel};
-        Quad results[kRowsAtOnce][parts] = {};
+        Quad results[S::kRowsAtOnce][parts] = {};
         if (add) read(results, {to.first, to.step, to.count, to.channels}, start, rows, row_of);
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i)
+        for (int i = 0; i < S::kRowsAtOnce; ++i)
 #pragma unroll
           for (int j = 0; j < width; ++j) {
             float& result = results[i][j / 4].at[j % 4];

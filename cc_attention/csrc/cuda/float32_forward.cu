@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kGroups = kThreads / kLanes;
-constexpr int kBlocks = 3;  // per multiprocessor, of which each needs at most 168 registers per thread
+constexpr int kRowsAtOnce = 3;  // rows of earlier results that a thread reads before it adds to them
+constexpr int kBlocks = 3;      // per multiprocessor, of which each needs at most 168 registers per thread
 
 // How a pass is divided.
 struct Division {
