@@ -68,9 +68,9 @@ FUSED = Library(
 )
 
 TARGET_VERSION = "0x020a000000000000"  # stable ABI of torch 2.10: one library for this and later versions
-# Turing to Blackwell: by the virtual architecture that PTX is made for, the architectures that it is assembled for.
-# Making PTX takes most of the time of the build, and it is the same for both of a pair. Each binary also runs on later
-# minor versions, and the last PTX on later architectures.
+# Turing to Blackwell: for each virtual architecture, the real ones that its PTX is assembled for. Making PTX
+# takes most of the time of the build, and compute_90 and compute_120 would give the same. A binary also runs
+# on later minor versions, and the last PTX on later architectures.
 ARCHITECTURES = {"75": ["75"], "80": ["80", "90"], "100": ["100", "120"]}
 SYSTEM_TOOLKIT = Path("/usr/local/cuda")
 

@@ -85,6 +85,27 @@ def test_toolkits_in_order(script: ModuleType, monkeypatch: pytest.MonkeyPatch, 
     assert script.find_toolkit()[0] is None
 
 
+@pytest.mark.parametrize(
+    "known, expected",
+    [
+        (
+            "75 80 86 90 100 120",
+            ["75,code=[sm_75]", "80,code=[sm_80,sm_90]", "100,code=[sm_100,sm_120,compute_100]"],
+        ),
+        ("60 75 80 90", ["75,code=[sm_75]", "80,code=[sm_80,sm_90,compute_80]"]),
+        ("100 103 110 120", ["100,code=[sm_100,sm_120,compute_100]"]),
+    ],
+)
+def test_architectures_of_the_toolkit(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, known: str, expected: list[str]
+) -> None:
+    """Nvcc compiles for the architectures that it knows, and keeps the PTX of the last for later ones."""
+    lines = "".join(f"compute_{number}\n" for number in known.split())
+    monkeypatch.setattr(script, "run_nvcc", lambda nvcc, flag: lines if flag == "--list-gpu-arch" else "")
+    flags = script.architecture_flags(Path("toolkit"))
+    assert flags == [f"-gencode=arch=compute_{codes}" for codes in expected]
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Return a copy of the files that the build and the set-up read, without build results."""

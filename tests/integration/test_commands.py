@@ -229,12 +229,12 @@ class TestTraining:
     def test_speed_options_stay_within_two_percent(self, trained, tmp_path):
         """bfloat16, channels_last and the compiler change the first losses by rounding only."""
         folder, _, _ = trained
-        flags = ["--data-dir", folder / "data", *SMALL, *RECIPE, "--num-steps", 6, "--print-frequency", 1]
+        flags = ["--data-dir", folder / "data", *TRAIN, "--num-steps", 6, "--print-frequency", 1]
         losses = []
         for number, some in enumerate(([], ["--amp", "bf16", "--channels-last", "--compile"])):
             # The compiler leaves processes and caches behind.
             start = run_process if some else run
-            done = start("train.py", *flags, *some, "--snapshot-dir", tmp_path / str(number))
+            done = start(TRAIN_PY, *flags, *some, "--snapshot-dir", tmp_path / str(number))
             assert done.returncode == 0, done.stderr
             losses.append(np.array([entry["loss"] for entry in entries(tmp_path / str(number))]))
         assert (np.abs(losses[1] / losses[0] - 1) < 0.02).all() and (losses[1] != losses[0]).all()

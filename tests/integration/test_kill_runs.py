@@ -14,10 +14,10 @@ import torch
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.slow
 def test_killed_runs_end_the_same(tmp_path: Path, capsys: pytest.CaptureFixture):
-    # With this seed the kills come after about 0.6, 0.5 and 0.2 of the time of an uninterrupted run.
-    status = kill_runs.main(["--kills", "3", "--seed", "10", "--processes", "1", "--out", f"{tmp_path}/out"])
+    # With this seed the kills come after about 0.6 and 0.5 of the time of an uninterrupted run.
+    status = kill_runs.main(["--kills", "2", "--seed", "10", "--processes", "1", "--out", f"{tmp_path}/out"])
     assert status == 0, capsys.readouterr()
-    assert [kill["survived"] for kill in json.loads((tmp_path / "out").read_text())["kills"]] == [True] * 3
+    assert [kill["survived"] for kill in json.loads((tmp_path / "out").read_text())["kills"]] == [True] * 2
 
 
 def test_differences_are_seen(tmp_path: Path):

@@ -41,7 +41,8 @@ struct Gradients {
   __device__ __forceinline__ float factor() const { return gamma == nullptr ? 1.f : *gamma; }
 };
 
-// The architecture compiled for, such as 90 for sm_90. It changes only how registers are saved, never the results.
+// The virtual architecture, such as 80 for sm_80 and sm_90 (setup.py). It changes only how registers are saved, never
+// the results.
 #ifdef __CUDA_ARCH__
 constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 #else
