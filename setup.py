@@ -188,8 +188,10 @@ def main() -> None:
         return
     toolkit, reason = find_toolkit()
     extensions = [make_extension(library, compiler, toolkit) for library in libraries]
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or "compute capability 7.5 to 12.0"
-    kind = f"CUDA ({toolkit}, {architectures})" if toolkit else "CPU only"
+    kind = "CPU only"
+    if toolkit:
+        binaries = ", ".join(re.findall(r"sm_\d+", str(architecture_flags(toolkit))))
+        kind = f"CUDA ({toolkit}, {os.environ.get('TORCH_CUDA_ARCH_LIST') or binaries})"
     print(f"cc_attention: {kind}: {reason}; {compiler}; PyTorch {torch.__version__}", flush=True)
     from torch.utils.cpp_extension import BuildExtension
 
