@@ -307,7 +307,7 @@ class Segmenter:
         if self.frames.clip > 1:
             raise UsageError(
                 f"attention: maps of clips of {self.frames.clip} frames are not drawn; load the network with "
-                f"--model ccnet --recurrence {self.description.recurrence}, which takes single pictures"
+                f'model="ccnet", recurrence={self.description.recurrence}, which takes single pictures'
             )
 
     def _image(self, picture: Picture) -> Tensor:

@@ -52,6 +52,7 @@ class DataSet:
         table: file of the class table, in the folder of this module; None for the classes of Cityscapes.
         train: flags of train.py that come closest to the published settings.
         evaluate: likewise, flags of evaluate.py.
+        snapshot: file name of the snapshot of this training that is evaluated.
         folders: where the data set may begin, relative to --data-dir.
         unless: paths below the folder; if one of them exists, it is another data set.
     """
@@ -62,13 +63,14 @@ class DataSet:
     table: str | None
     train: str
     evaluate: str
+    snapshot: str
     folders: tuple[str, ...] = ("",)
     unless: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, str]:
-        """Return the flags of `train` and `evaluate` by the name of the command."""
-        return {"train": self.train, "evaluate": self.evaluate}
+        """Return the flags of both commands, by the name of the command."""
+        return {"train": self.train, "evaluate": f"{self.evaluate} --restore-from snapshots/{self.snapshot}"}
 
     @property
     def table_path(self) -> str | None:

@@ -122,6 +122,10 @@ def describe(
         raise CheckpointError(
             f"{checkpoint}: has {of_weights['num_classes']} classes; predictions have room for {MOST_CLASSES}"
         )
+    chosen = MODELS.get(given.get("model") or "")
+    if chosen is not None and chosen.clip is None:
+        # The weights of ccnet3d are also those of ccnet, which takes single images.
+        run = {name: value for name, value in run.items() if name not in ("clip", "clip_stride")}
     found: dict[str, Any] = {}
     for name, default in Description()._asdict().items():
         flag, value = f"--{name.replace('_', '-')}", given.get(name)

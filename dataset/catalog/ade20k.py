@@ -22,4 +22,5 @@ DATA_SET = DataSet(
     table="ade20k.tsv",
     train="--recipe ccnet_r101_ade20k",
     evaluate="--whole --short-sides 300,375,450,525,600 --long-side 1000",
+    snapshot="CS_scenes_100000.pth",
 )

@@ -15,6 +15,7 @@ DATA_SET = DataSet(
         for side, number in (("train", 367), ("val", 101), ("test", 233))
     },
     table="camvid.tsv",
-    train="--recipe ccnet_r101_camvid",
+    train="--recipe ccnet_r101_camvid --val-every 1000",
     evaluate="--whole --split test",
+    snapshot="CS_scenes_best.pth",
 )

@@ -29,6 +29,7 @@ DATA_SET = DataSet(
         )
     },
     table="camvid.tsv",
-    train="--recipe ccnet_r101_camvid --input-size 720,960",
+    train="--recipe ccnet_r101_camvid --input-size 720,960 --val-every 1000",
     evaluate="--whole --split test",
+    snapshot="CS_scenes_best.pth",
 )

@@ -30,4 +30,5 @@ DATA_SET = DataSet(
     unless=("gtFine/train",),
     train="--recipe ccnet_r101_cityscapes",
     evaluate="--input-size 769,769",
+    snapshot="CS_scenes_60000.pth",
 )

@@ -30,4 +30,5 @@ DATA_SET = DataSet(
     table="lip.tsv",
     train="--recipe ccnet_r101_ccl_lip",
     evaluate="--whole",
+    snapshot="CS_scenes_190388.pth",
 )

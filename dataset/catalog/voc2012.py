@@ -24,6 +24,7 @@ DATA_SET = DataSet(
     table="voc2012.tsv",
     unless=AUG,
     train="--random-mirror --random-scale --scale-range 0.5,2.0 --input-size 473,473 --batch-size 16 "
-    "--num-steps 30000 --learning-rate 0.01 --weight-decay 1e-4",
+    "--num-steps 30000 --learning-rate 0.01 --weight-decay 1e-4 --restore-from torchvision",
     evaluate="--whole --scales 0.5,0.75,1,1.25,1.5,1.75 --flip",
+    snapshot="CS_scenes_30000.pth",
 )

@@ -289,6 +289,10 @@ def test_clips_in_the_tools(runs, data: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").rglob("*.png"))) == 4
     picture = folder / "ulm_000000_000001_leftImg8bit.png"
     refused("--clip 3: maps over several frames", "tools.attention", picture, *given, "--out", tmp_path)
+    advised = ["--model", "ccnet", "--recurrence", 3]  # by this message
+    drawn = succeeded("tools.attention", picture, *given, *advised, "--out", tmp_path / "maps")
+    assert "--model ccnet: used instead of ccnet3d" in drawn.stdout + drawn.stderr
+    assert list((tmp_path / "maps").iterdir())
     refused("which can't be exported", "tools.export", *given[:2], "--out", tmp_path / "a.pt2")
     profiled = succeeded("tools.profile", *given, "--input-size", "33,41", "--rounds", "0").stdout
     assert "ccnet3d small, R=3" in profiled and "clips of 3 frames" in profiled

@@ -8,6 +8,7 @@ shared memory of a block is what the launches ask for (in the emulator), by oper
 line.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -154,6 +155,7 @@ def measure(nvcc: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
         print("kernel_resources.py: there is no nvcc for this PyTorch", file=sys.stderr)

@@ -9,6 +9,7 @@ swapped, a buffer taken too early. "Caught" means that results are wrong, or dif
 or that the emulator itself objects.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -679,7 +680,10 @@ ATTENTION = Suite(CSRC, BUGS, failure)
 SUITES = [ATTENTION, FLOAT32, NORM, LOSS]
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a bug to plant; default: all of them")
+    names = parser.parse_args().names
     if unknown := set(names) - {bug.name for suite in SUITES for bug in suite.bugs}:
         print(f"planted_bugs.py: no such bug: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
@@ -700,4 +704,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -85,6 +85,17 @@ def test_the_model_is_that_of_the_weights(tmp_path: Path, model: str) -> None:
         assert models_of(dict.fromkeys(damaged, torch.zeros(1))) == []
 
 
+def test_the_clips_of_a_run_do_not_apply_to_its_weights_in_ccnet(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    run = {"model": "ccnet3d", "recurrence": 3, "clip": 5, "clip_stride": 2}
+    assert described(tmp_path, state, run)[0] == Description("ccnet3d", "resnet50", 3, 5, None, 5, 2)
+    found, notes = described(tmp_path, state, run, model="ccnet")
+    assert found == Description("ccnet", "resnet50", 3, 5, None) and len(notes) == 1
+    with pytest.raises(UsageError, match="--clip 5: not an option of --model ccnet"):
+        described(tmp_path, state, run, model="ccnet", clip=5)
+
+
 @pytest.mark.parametrize("where", ["flag", "args.json"])
 def test_a_recurrence_only_where_there_is_an_attention(tmp_path: Path, where: str) -> None:
     with torch.device("meta"):

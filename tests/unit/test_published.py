@@ -595,14 +595,14 @@ def test_declarations_are_complete(layout: str) -> None:
     assert {"train", "val"} <= data.splits.keys() <= {"train", "val", "test"}
     patterns = [p for split in data.splits.values() for p in (*split.pictures, *split.labels)]
     assert all(pattern.count("{}") == 1 for pattern in patterns)
-    for module, flags in (("train", data.train), ("evaluate", data.evaluate)):
+    for module, flags in data.settings.items():
         parser = {"train": train, "evaluate": evaluate}[module].get_parser()
         args = parser.parse_args(["--data-dir", "X", "--dataset", layout, *flags.split()])
         assert args.dataset == layout
     page = (ROOT / "docs/datasets.md").read_text()
     assert data.title in page
     text = " ".join(page.replace("\\\n", " ").split())
-    assert data.train in text and data.evaluate in text
+    assert all(flags in text for flags in data.settings.values())
 
 
 def test_another_data_set_is_one_declaration(tmp_path: Path) -> None:
@@ -618,6 +618,7 @@ def test_another_data_set_is_one_declaration(tmp_path: Path) -> None:
         table=None,
         train="",
         evaluate="",
+        snapshot="CS_scenes_9.pth",
     )
     for name in ("a/1", "a/2", "b/1", "3"):
         for path in (f"rgb/{name}_rgb.jpg", f"ids/{name}.png"):
