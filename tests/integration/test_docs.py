@@ -14,6 +14,7 @@ import torch
 
 import evaluate
 import train
+from cc_attention import RecurrentCrissCrossAttention
 from engine.options import TrainOptions
 from networks import MODELS, fold_batch_norm
 from networks.models import Architecture, models_of
@@ -89,16 +90,13 @@ def test_python_in_them_runs(
     (tmp_path / "snapshots/mini").mkdir(parents=True)
     (tmp_path / "snapshots/mini/CS_scenes_300.pth").symlink_to(checkpoint)
     monkeypatch.chdir(tmp_path)
-    given = (
-        "import torch\nfrom cc_attention import RecurrentCrissCrossAttention\n"
-        "module, x = RecurrentCrissCrossAttention(16), torch.randn(1, 16, 20, 50)\n"
-    )
+    given = {"module": RecurrentCrissCrossAttention(16), "x": torch.randn(1, 16, 20, 50)}
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)):
         if "ccnet." in block:  # a file that tools.export writes: test_export.py runs it
             continue
         file = tmp_path / f"block_{number}.py"
-        file.write_text(given + block)
-        names = runpy.run_path(str(file))
+        file.write_text(block)
+        names = runpy.run_path(str(file), given)
         if "classes" in names:
             assert names["classes"].shape == (1, 128, 256)
         if "prediction" in names:
