@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
+from multiprocessing import connection
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -211,14 +212,28 @@ def _loaded(loader: DataLoader) -> Iterator[Any]:
     return _until_a_worker_dies(batches)
 
 
+#: Seconds until a worker that closed its connection is seen to have ended.
+END_OF_WORKER = 5.0
+
+
+def _is_of_dead_worker(error: Exception, batches: Iterator[Any]) -> bool:
+    """Return whether a DataLoader raised `error` because one of its workers was killed."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(("DataLoader worker", "Pin memory thread"))
+    # PyTorch raises the error of the connection itself if the worker is killed while a batch is received and
+    # still counts as alive.
+    workers = [worker.sentinel for worker in getattr(batches, "_workers", ())]
+    return bool(connection.wait(workers, timeout=END_OF_WORKER))
+
+
 def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
     while True:
         try:
             yield next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith(("DataLoader worker", "Pin memory thread")):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not _is_of_dead_worker(error, batches):
                 raise
             if any(worker.exitcode == -signal.SIGBUS for worker in getattr(batches, "_workers", ())):
                 yield RunError(NO_SHARED_MEMORY)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from dataset import IMG_MEAN, CSDataSet, DataError, transforms
+from engine.data import loader
 from engine.data.loader import Loading, evaluation_pictures, train_batches
 from utils.errors import RunError
 
@@ -157,6 +159,31 @@ class TestSharedMemory:
         monkeypatch.setattr(torch.Tensor, "share_memory_", broken)
         with pytest.raises(RuntimeError, match="something else"):
             next(train_batches(dataset, 3, range(1), ALONE, Loading(2, 1)))
+
+
+class Receiving:
+    """An iterator of batches, in which receiving one from a worker fails."""
+
+    def __init__(self, error: Exception, sentinel: int):
+        self.error = error
+        self._workers = [SimpleNamespace(sentinel=sentinel, exitcode=-9)]
+
+    def __next__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), ConnectionRefusedError(), EOFError()])
+def test_worker_that_was_killed_while_a_batch_was_received(error, monkeypatch):
+    monkeypatch.setattr(loader, "END_OF_WORKER", 0.01)
+    sentinel, of_worker = os.pipe()  # a process that ends closes it
+    try:
+        with pytest.raises(type(error)):
+            next(loader._until_a_worker_dies(Receiving(error, sentinel)))
+    finally:
+        os.close(of_worker)
+    found = next(loader._until_a_worker_dies(Receiving(error, sentinel)))
+    os.close(sentinel)
+    assert isinstance(found, RunError) and "a data worker was killed" in str(found)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
