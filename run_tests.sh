@@ -27,6 +27,7 @@ else
 fi
 workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    workers=(-n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder) # the longest first
+    # In the order of the folders, because the longest tests are in the first one, tests/integration.
+    workers=(-n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder)
 fi
 "$PYTHON" -m pytest -q --durations=25 --durations-min=5 "${workers[@]}" "$@"

@@ -293,6 +293,11 @@ def test_clips_in_the_tools(runs, data: Path, tmp_path: Path) -> None:
     drawn = succeeded("tools.attention", picture, *given, *advised, "--out", tmp_path / "maps")
     assert "--model ccnet: used instead of ccnet3d" in drawn.stdout + drawn.stderr
     assert list((tmp_path / "maps").iterdir())
+    load = functools.partial(Segmenter.load, given[1], device="cpu", say=lambda line: None)
+    with pytest.raises(UsageError, match='load the network with model="ccnet", recurrence=3, which'):
+        load().attention(str(picture), [(0, 0)])
+    (maps,) = load(model="ccnet", recurrence=3).attention(str(picture), [(0, 0)])
+    assert len(maps) == 3
     refused("which can't be exported", "tools.export", *given[:2], "--out", tmp_path / "a.pt2")
     profiled = succeeded("tools.profile", *given, "--input-size", "33,41", "--rounds", "0").stdout
     assert "ccnet3d small, R=3" in profiled and "clips of 3 frames" in profiled

@@ -51,6 +51,7 @@ def find_nvcc() -> str | None:
 
 @cache
 def setup_script() -> ModuleType:
+    """Return setup.py as a module."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
