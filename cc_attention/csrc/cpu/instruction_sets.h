@@ -11,8 +11,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <numeric>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -32,13 +34,16 @@ extern const Kernels kBaseline;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 
-// Returns the kernels of the best instruction set that the processor supports.
+// Returns the kernels of the best instruction set that the processor supports. ATEN_CPU_CAPABILITY limits it to
+// "default" or "avx2", as it does for PyTorch's own kernels.
 template <typename K>
 const K& best_of(const K& baseline, const K& avx2, const K& avx512) {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-    return avx512;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : baseline;
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view limit = variable == nullptr ? "" : variable;
+  if (limit == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return baseline;
+  const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return supported && limit != "avx2" ? avx512 : avx2;
 }
 #endif
 

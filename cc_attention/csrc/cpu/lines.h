@@ -104,52 +104,71 @@ class Buffer {
 };
 
 // Buffers of a thread for lines of n pixels.
+//
+// The matrices of a line are [seen, from]: a row for each pixel that is attended to, and the pixels that attend to it
+// next to each other. So a vector has one number of each of several pixels, and maxima and sums over what a pixel
+// attends to need no reduction within a vector. The lanes after pixel n have numbers that nothing reads.
 template <typename S>
 struct Workspace {
-  // A row of an [n, n] matrix is an odd number of whole vectors, so that rows do not compete for the same cache sets.
+  // A row of a matrix is an odd number of whole vectors, so that rows do not compete for the same cache sets.
   explicit Workspace(int64_t n)
       : n(n),
-        row((ceil_div(n, kLanes<S>) | 1) * kLanes<S>),
-        padded(ceil_div(n, kLanes<S>) * kLanes<S>),
+        vectors(ceil_div(n, kLanes<S>)),
+        row((vectors | 1) * kLanes<S>),
         scores(n * row),
         products(n * row),
-        rows(padded * kChunk),
+        rows(vectors * kLanes<S> * kChunk),
         columns(kChunk * row),
-        maximum(n),
-        sum(n),
-        before(padded),
-        factor(n),
+        maximum(row),
+        sum(row),
+        before(row),
+        factor(row),
+        scale(n),
         ones(n) {
     std::fill_n(ones.data(), n, S(1));
   }
 
-  int64_t n, row, padded;
-  Buffer<S> scores, products;                    // [n, row]
-  Buffer<S> rows;                                // [padded, kChunk], a chunk of a line's channels
-  Buffer<S> columns;                             // [kChunk, row], its transpose
-  Buffer<S> maximum, sum, before, factor, ones;  // [n]
+  int64_t n, vectors, row;
+  Buffer<S> scores, products;              // [n, row]
+  Buffer<S> rows;                          // [n padded to vectors, kChunk], a chunk of a line's channels
+  Buffer<S> columns;                       // [kChunk, row], its transpose
+  Buffer<S> maximum, sum, before, factor;  // [row], of the pixels that attend
+  Buffer<S> scale, ones;                   // [n]
 
   Strided<S> scores_matrix() { return {scores.data(), row, 1}; }
   Strided<S> products_matrix() { return {products.data(), row, 1}; }
   Strided<S> rows_matrix() { return {rows.data(), kChunk, 1}; }
 };
 
-// Copies a chunk of the channels of a line to [n, kChunk], padded with zeros to whole vectors.
+// Copies a chunk of the channels of the pixels of a line, from pixel `first`, to w.rows.
 template <typename T, typename S>
-void load(const Channels<const T>& map, int64_t begin, int64_t width, const Line& line, S* rows) {
-  const T* from = map.at(line, begin);
-  for (int64_t i = 0; i < line.count; ++i, from += map.row(line)) {
-    convert(from, rows + i * kChunk, width);
-    for (int64_t j = width; j % kLanes<S> != 0; ++j) rows[i * kChunk + j] = 0;
-  }
+void load(const Channels<const T>& map, int64_t begin, int64_t width, const Line& line, Workspace<S>& w,
+          int64_t first = 0) {
+  const T* from = map.at(line, begin) + first * map.row(line);
+  for (int64_t i = first; i < line.count; ++i, from += map.row(line)) convert(from, &w.rows[i * kChunk], width);
 }
 
-// Returns the next chunk in two maps, for prefetching: the next channels of this line, or the first of the next line.
+// Copies a chunk of the channels of a line to w.columns. What is not in whole squares of vectors goes through w.rows.
+template <typename T, typename S>
+void load_transposed(const Channels<const T>& map, int64_t begin, int64_t width, const Line& line, Workspace<S>& w) {
+  int64_t whole = 0;
+  if constexpr (std::is_same_v<T, S>)
+    if (width % kLanes<S> == 0) {
+      whole = line.count / kLanes<S> * kLanes<S>;
+      transpose(whole, width, map.at(line, begin), map.row(line), w.columns.data(), w.row);
+    }
+  load(map, begin, width, line, w, whole);
+  transpose(w.n - whole, width, &w.rows[whole * kChunk], kChunk, w.columns.data() + whole, w.row);
+}
+
+// Returns the next chunk in two maps, for prefetching: the next channels of this line, or the first ones of the next
+// head or line.
 template <typename T>
 Ahead chunk_after(const Channels<const T>& first, const Channels<const T>& second, int64_t begin, const Line& line) {
-  const bool same = begin + kChunk < first.count;
   const auto next = [&](const Channels<const T>& map) {
-    return map.at(line, 0) + (same ? begin + kChunk : line.next * map.pitch);
+    const T* own = map.at(line, 0);
+    if (begin + kChunk < first.count) return own + begin + kChunk;
+    return line.head + 1 < line.heads ? own + map.count : own + line.next * map.pitch - line.head * map.count;
   };
   const int64_t size = sizeof(T);
   return {next(first), next(second), first.row(line) * size, std::min(kChunk, first.count) * size};
@@ -160,20 +179,22 @@ void for_each_chunk(int64_t channels, const Body& body) {
   for (int64_t begin = 0; begin < channels; begin += kChunk) body(begin, std::min(kChunk, channels - begin));
 }
 
-// out[i, j] = sum over channels of a[pixel i] * b[pixel j], [n, row].
+// out[i, j] = scale * sum over channels of a[pixel i] * b[pixel j], [n, row].
 template <typename T, typename S>
-void line_scores(const Channels<const T>& a, const Channels<const T>& b, const Line& line, Workspace<S>& w, S* out) {
+void line_scores(const Channels<const T>& a, const Channels<const T>& b, const Line& line, S scale, Workspace<S>& w,
+                 S* out) {
   if (a.count == 0) std::fill_n(out, w.n * w.row, S(0));
+  if (scale != 1) std::fill_n(w.scale.data(), w.n, scale);
   for_each_chunk(a.count, [&](int64_t begin, int64_t width) {
-    load(b, begin, width, line, w.rows.data());
-    transpose(w.n, width, w.rows.data(), kChunk, w.columns.data(), w.row);
+    load_transposed(b, begin, width, line, w);
     Strided<S> factors = w.rows_matrix();
     if constexpr (std::is_same_v<T, S>)
       factors = {a.at(line, begin), a.row(line), 1};
     else
-      load(a, begin, width, line, w.rows.data());
-    multiply(w.n, w.padded, width, factors, {w.columns.data(), w.row}, out, w.row,
-             Merge<S>{begin == 0 ? nullptr : w.ones.data(), nullptr}, chunk_after(a, b, begin, line));
+      load(a, begin, width, line, w);
+    multiply(w.n, w.vectors * kLanes<S>, width, factors, {w.columns.data(), w.row}, out, w.row,
+             Merge<S>{begin == 0 ? nullptr : w.ones.data(), scale == 1 ? nullptr : w.scale.data()},
+             chunk_after(a, b, begin, line));
   });
 }
 
@@ -185,10 +206,19 @@ void line_sums(const Strided<S>& weights, const Channels<const T>& map, const Li
     Panel<S> panel = {w.rows.data(), kChunk};
     if constexpr (std::is_same_v<T, S>)
       if (width == kChunk) panel = {map.at(line, begin), map.row(line), w.rows.data(), kChunk};
-    if (panel.copy == nullptr) load(map, begin, width, line, w.rows.data());
+    if (panel.copy == nullptr) load(map, begin, width, line, w);
     multiply(w.n, width, w.n, weights, panel, out.at(line, begin), out.row(line), merge,
              chunk_after(map, {out.data, out.pitch, out.count}, begin, line));
   });
+}
+
+// Calls body with the index of a vector, and the number of vectors from there as a compile-time constant, for all
+// vectors of a row of a matrix. They are as many as two cache lines.
+template <typename S, typename Body>
+void for_each_columns(const Workspace<S>& w, const Body& body) {
+  constexpr int kMost = 128 / kVectorBytes;
+  for (int64_t begin = 0; begin < w.vectors; begin += kMost)
+    with_constant<kMost>(w.vectors - begin, [&](auto count) { body(begin, count); });
 }
 
 // Replaces the scores of a line by their exponentials, and updates the normalizers. The softmax weights are w.factor
@@ -197,48 +227,53 @@ void line_sums(const Strided<S>& weights, const Channels<const T>& map, const Li
 // First pass: the softmax over the line; the normalizers of the line. Other passes: the line's part of the softmax over
 // all lines so far; the normalizers of all of them; w.before, the factor by which the result so far must be scaled. A
 // pixel whose scores are all -inf gets zeros, and NaN in the last pass.
-//
-// Each loop computes one quantity for all pixels: short chains of operations of different pixels can overlap.
 template <typename S>
-void line_softmax(const Line& line, bool last, S scale, Workspace<S>& w, Normalizer<S>* normalizers) {
+void line_softmax(const Line& line, bool last, Workspace<S>& w, Normalizer<S>* normalizers) {
   constexpr S kNone = -std::numeric_limits<S>::infinity();
-  const S of_none = last ? std::numeric_limits<S>::quiet_NaN() : S(0);
-  const int64_t vectors = w.padded / kLanes<S>;
+  constexpr int64_t kShort = 16;  // a sum of short sums is more accurate than one long sum
   for (int64_t i = 0; i < w.n; ++i) {
-    S* scores = &w.scores[i * w.row];
-    if (scale != 1)
-      for (int64_t j = 0; j < vectors; ++j) vector_at(scores, j) *= scale;
-    std::fill(scores + w.n, scores + w.padded, kNone);
-    if (!line.self) scores[i] = kNone;
-    const auto larger = [&](const Vector<S>& a, const Vector<S>& b) { return a > b ? a : b; };
-    Vector<S> maxima = vector_at(scores);
-    for (int64_t j = 1; j < vectors; ++j) maxima = larger(vector_at(scores, j), maxima);
-    const S maximum = reduce<S>(maxima, larger);
-    w.maximum[i] = line.self ? maximum : std::max(maximum, normalizers[line.entry(i)].top);
+    const Normalizer<S> so_far = line.self ? Normalizer<S>{kNone, 0} : normalizers[line.entry(i)];
+    w.maximum[i] = so_far.top;
+    w.before[i] = so_far.total;
+    if (!line.self) w.scores[i * w.row + i] = kNone;
   }
-  for (int64_t i = 0; i < w.n; ++i) {
-    S* const scores = &w.scores[i * w.row];
-    const S base = w.maximum[i] == kNone ? 0 : w.maximum[i];  // avoids -inf - -inf = NaN
-    Vector<S> sums = {};
-    for (int64_t j = 0; j < vectors; ++j) {
-      Vector<S> power = vector_at(scores, j) - base;
-      exponential(power);
-      vector_at(scores, j) = power;
-      sums += power;
+  for_each_columns(w, [&](int64_t begin, auto count) {
+    S* const scores = w.scores.data() + begin * kLanes<S>;
+    Vector<S> base[count()], sums[count()];
+    for (int v = 0; v < count(); ++v) base[v] = vector_at(w.maximum.data(), begin + v);
+    for (int64_t j = 0; j < w.n; ++j)
+      for (int v = 0; v < count(); ++v) {
+        const Vector<S>& score = vector_at(scores + j * w.row, v);
+        base[v] = score > base[v] ? score : base[v];
+      }
+    for (int v = 0; v < count(); ++v) {
+      const Vector<S> maximum = base[v], top = vector_at(w.maximum.data(), begin + v);
+      vector_at(w.maximum.data(), begin + v) = maximum;
+      base[v] = maximum == kNone ? Vector<S>{} : maximum;  // avoids -inf - -inf = NaN
+      sums[v] = top - base[v];
+      exponential(sums[v]);
+      vector_at(w.before.data(), begin + v) *= sums[v];
+      sums[v] = Vector<S>{};
     }
-    w.sum[i] = reduce<S>(sums, [&](const Vector<S>& a, const Vector<S>& b) { return a + b; });
-  }
-  if (!line.self) {
-    for (int64_t i = 0; i < w.n; ++i) w.before[i] = normalizers[line.entry(i)].top - w.maximum[i];
-    for (int64_t j = 0; j < vectors; ++j) exponential(vector_at(w.before.data(), j));
-  }
+    for (int64_t first = 0; first < w.n; first += kShort) {
+      Vector<S> short_sums[count()] = {};
+      for (int64_t j = first; j < std::min(first + kShort, w.n); ++j)
+        for (int v = 0; v < count(); ++v) {
+          Vector<S> power = vector_at(scores + j * w.row, v) - base[v];
+          exponential(power);
+          vector_at(scores + j * w.row, v) = power;
+          short_sums[v] += power;
+        }
+      for (int v = 0; v < count(); ++v) sums[v] += short_sums[v];
+    }
+    for (int v = 0; v < count(); ++v) vector_at(w.sum.data(), begin + v) = sums[v];
+  });
+  const S of_none = last ? std::numeric_limits<S>::quiet_NaN() : S(0);
   for (int64_t i = 0; i < w.n; ++i) {
-    Normalizer<S>& normalizer = normalizers[line.entry(i)];
-    const S before = line.self ? S(0) : w.before[i] * normalizer.total;
-    const S total = before + w.sum[i];
+    const S total = w.before[i] + w.sum[i];
     w.factor[i] = total == 0 ? of_none : 1 / total;
-    w.before[i] = before * w.factor[i];
-    normalizer = {w.maximum[i], total};
+    w.before[i] *= w.factor[i];
+    normalizers[line.entry(i)] = {w.maximum[i], total};
   }
 }
 
@@ -262,10 +297,11 @@ void forward(const Forward& f) {
     for_each_line(s, pass, s.c + s.C, [&](const auto& lines) {
       Workspace<S> w(length(s, pass.axis));
       lines([&](const Line& line) {
-        line_scores(channels_of<T>(f.query, s.c, line), channels_of<T>(f.key, s.c, line), line, w, w.scores.data());
-        line_softmax(line, pass.last, static_cast<S>(f.scale), w, static_cast<Normalizer<S>*>(f.normalizer));
+        line_scores(channels_of<T>(f.key, s.c, line), channels_of<T>(f.query, s.c, line), line, static_cast<S>(f.scale),
+                    w, w.scores.data());
+        line_softmax(line, pass.last, w, static_cast<Normalizer<S>*>(f.normalizer));
         const Channels<T> out = channels_of<T>(f.out, s.C, line);
-        line_sums(w.scores_matrix(), channels_of<T>(f.value, s.C, line), line, w, out,
+        line_sums(transposed(w.scores_matrix()), channels_of<T>(f.value, s.C, line), line, w, out,
                   Merge<S>{pass.first ? nullptr : w.before.data(), w.factor.data()});
         if (pass.last && f.residual.data != nullptr)
           line_residual(channels_of<T>(f.residual, s.C, line), *static_cast<const S*>(f.gamma), out, line,
@@ -277,40 +313,48 @@ void forward(const Forward& f) {
 
 // Replaces the scores of a line by gamma times the softmax weights that the forward computed.
 template <typename S>
-void line_probabilities(const Line& line, S scale, S gamma, const Normalizer<S>* normalizers, Workspace<S>& w) {
+void line_probabilities(const Line& line, S gamma, const Normalizer<S>* normalizers, Workspace<S>& w) {
   for (int64_t i = 0; i < w.n; ++i) {
-    S* scores = &w.scores[i * w.row];
     const Normalizer<S> normalizer = normalizers[line.entry(i)];
-    const S factor = gamma / normalizer.total;
-    for (int64_t j = 0; j < w.padded / kLanes<S>; ++j) {
-      Vector<S> power = scale * vector_at(scores, j) - normalizer.top;
-      exponential(power);
-      vector_at(scores, j) = power * factor;
-    }
-    if (!line.self) scores[i] = 0;
+    w.maximum[i] = normalizer.top;
+    w.factor[i] = gamma / normalizer.total;
   }
+  for_each_columns(w, [&](int64_t begin, auto count) {
+    for (int64_t j = 0; j < w.n; ++j)
+      for (int v = 0; v < count(); ++v) {
+        Vector<S>& score = vector_at(&w.scores[j * w.row], begin + v);
+        Vector<S> power = score - vector_at(w.maximum.data(), begin + v);
+        exponential(power);
+        score = power * vector_at(w.factor.data(), begin + v);
+      }
+  });
+  if (!line.self)
+    for (int64_t i = 0; i < w.n; ++i) w.scores[i * w.row + i] = 0;
 }
 
 // delta[pixel i] = sum over channels of grad * out.
 template <typename T, typename S>
 void line_delta(const Channels<const T>& grad, const Channels<const T>& out, const Line& line, S* delta) {
+  constexpr int64_t kVectors = kChunk / kLanes<S>;
   for (int64_t i = 0; i < line.count; ++i) {
-    S sums[kChunk] = {};
+    alignas(kVectorBytes) S sums[kChunk] = {};
     for_each_chunk(out.count, [&](int64_t begin, int64_t width) {
       const T *a = grad.at(line, begin + i * grad.row(line)), *b = out.at(line, begin + i * out.row(line));
       for (int64_t j = 0; j < width; ++j) sums[j] += static_cast<S>(a[j]) * static_cast<S>(b[j]);
     });
-    delta[line.entry(i)] = std::accumulate(sums, sums + kChunk, S(0));
+    for (int64_t v = 1; v < kVectors; ++v) vector_at(sums) += vector_at(sums, v);
+    delta[line.entry(i)] = std::accumulate(sums, sums + kLanes<S>, S(0));
   }
 }
 
 // Replaces w.products, the gradients of the softmax weights, by the gradients of the products of queries and keys.
 template <typename S>
 void line_score_gradients(const Line& line, S scale, const S* delta, Workspace<S>& w) {
-  for (int64_t i = 0; i < w.n; ++i)
-    for (int64_t j = 0; j < w.padded / kLanes<S>; ++j) {
-      Vector<S>& gradient = vector_at(&w.products[i * w.row], j);
-      gradient = scale * vector_at(&w.scores[i * w.row], j) * (gradient - delta[line.entry(i)]);
+  for (int64_t i = 0; i < w.n; ++i) w.sum[i] = delta[line.entry(i)];
+  for (int64_t j = 0; j < w.n; ++j)
+    for (int64_t v = 0; v < w.vectors; ++v) {
+      Vector<S>& gradient = vector_at(&w.products[j * w.row], v);
+      gradient = scale * vector_at(&w.scores[j * w.row], v) * (gradient - vector_at(w.sum.data(), v));
     }
 }
 
@@ -327,14 +371,14 @@ void backward(const Backward& b) {
       lines([&](const Line& line) {
         const auto query = channels_of<T>(b.query, s.c, line), key = channels_of<T>(b.key, s.c, line);
         const auto grad = channels_of<T>(b.grad, s.C, line);
-        line_scores(query, key, line, w, w.scores.data());
-        line_probabilities(line, scale, gamma, static_cast<const Normalizer<S>*>(b.normalizer), w);
+        line_scores(key, query, line, scale, w, w.scores.data());
+        line_probabilities(line, gamma, static_cast<const Normalizer<S>*>(b.normalizer), w);
         if (pass.first) line_delta(grad, channels_of<T>(b.out, s.C, line), line, delta.data());
-        line_sums(transposed(w.scores_matrix()), grad, line, w, channels_of<T>(b.grad_value, s.C, line), add);
-        line_scores(grad, channels_of<T>(b.value, s.C, line), line, w, w.products.data());
+        line_sums(w.scores_matrix(), grad, line, w, channels_of<T>(b.grad_value, s.C, line), add);
+        line_scores(channels_of<T>(b.value, s.C, line), grad, line, S(1), w, w.products.data());
         line_score_gradients(line, scale, delta.data(), w);
-        line_sums(w.products_matrix(), key, line, w, channels_of<T>(b.grad_query, s.c, line), add);
-        line_sums(transposed(w.products_matrix()), query, line, w, channels_of<T>(b.grad_key, s.c, line), add);
+        line_sums(transposed(w.products_matrix()), key, line, w, channels_of<T>(b.grad_query, s.c, line), add);
+        line_sums(w.products_matrix(), query, line, w, channels_of<T>(b.grad_key, s.c, line), add);
       });
     });
   });
@@ -368,7 +412,7 @@ void primitive(Primitive primitive, const Sizes& sizes, const T* first, const T*
       const Channels<const T> a = {first, s.C, s.C}, b = {second, s.C, s.C};
       lines([&](const Line& line) {
         if (primitive == Primitive::score) {
-          line_scores(b, a, line, w, w.scores.data());
+          line_scores(b, a, line, S(1), w, w.scores.data());
           for_each_weight(line, [&](int64_t index, S score) { out[index] = static_cast<T>(score); });
           return;
         }

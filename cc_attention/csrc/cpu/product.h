@@ -1,4 +1,5 @@
-// Small dense matrix products, computed in register tiles of kTileRows rows and kTileVectors vectors.
+// Small dense matrix products, computed in register tiles of kTileRows rows and kTileVectors vectors, or of more rows
+// and fewer vectors.
 //
 // This file and lines.h are included once for each instruction set, like vector.h, by a .cpp file that also defines
 //   kTileRows, kTileVectors     the size of a register tile: its sums, one row of factors and a broadcast fit in the
@@ -30,6 +31,10 @@ Strided<S> transposed(const Strided<S>& a) {
   return {a.data, a.column, a.row};
 }
 
+// The most rows of a tile of `vectors` vectors. It has as many sums as the largest tile: a processor computes several
+// products at once, and each of them needs a sum of its own.
+constexpr int most_rows(int vectors) { return std::min(12, kTileRows * kTileVectors / vectors); }
+
 // The largest number of products in one sum.
 constexpr int64_t kLongestSum = 128;
 
@@ -37,17 +42,21 @@ constexpr int64_t kLongestSum = 128;
 struct Ahead {
   const char* data;              // address for the first row
   int64_t row;                   // bytes from a row to the next
-  int64_t offsets[kLongestSum];  // bytes from there to the address to prefetch at each step of a tile's sum
+  int64_t addresses;             // to prefetch for each row
+  int64_t offsets[kLongestSum];  // bytes from there to the addresses of the rows of a tile
 
   // Prefetches `size` bytes per row in each of two arrays.
   Ahead(const void* first, const void* second, int64_t row, int64_t size)
-      : data(static_cast<const char*>(first)), row(row), offsets() {
+      : data(static_cast<const char*>(first)), row(row), addresses(2 * ceil_div(size, 64)) {
     const int64_t second_offset = reinterpret_cast<intptr_t>(second) - reinterpret_cast<intptr_t>(first);
     int64_t step = 0;
-    for (int64_t i = 0; i < kTileRows; ++i)
+    for (int64_t i = 0; i < most_rows(1); ++i)
       for (int64_t byte = 0; byte < size && step + 2 <= kLongestSum; byte += 64)
         for (const int64_t place : {int64_t(0), second_offset}) offsets[step++] = place + i * row + byte;
   }
+
+  // The number of addresses to prefetch for `rows` rows.
+  int64_t count(int64_t rows) const { return std::min(rows * addresses, kLongestSum); }
 };
 
 // The second factor of a product. Every tile of the product reads all of its rows.
@@ -75,12 +84,13 @@ struct Merge {
 };
 
 // out[i, :] gets the sum over k of a[i, k] * b[k, :], as `merge` says.
-// Prefetches one address per step: all at once would exceed the outstanding loads of a core.
+// Prefetches one address per step: all at once would exceed the outstanding loads of a core. What is left after the
+// last step follows then.
 template <typename S, int kRows, int kVectors, bool kCopy>
 void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S* out, int64_t out_row,
-                   const Merge<S>& merge, const char* ahead, const int64_t* ahead_offsets) {
+                   const Merge<S>& merge, const char* ahead, const int64_t* offsets, int64_t prefetches) {
   Vector<S> sum[kRows][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<S>{};
@@ -91,7 +101,7 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
   const int64_t b_row = panel.row, copy_row = panel.copy_row;
 #pragma GCC unroll 1
   for (int64_t k = 0; k < depth; ++k, a_column += a_step, b += b_row) {
-    __builtin_prefetch(ahead + ahead_offsets[k], 0, 2);
+    if (k < prefetches) __builtin_prefetch(ahead + offsets[k], 0, 2);
     Vector<S> b_vectors[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) b_vectors[v] = load_vector(b + v * kLanes<S>);
@@ -100,13 +110,14 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
       for (int v = 0; v < kVectors; ++v) store_vector(copy + v * kLanes<S>, b_vectors[v]);
       copy += copy_row;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[i][v] += a_column[i * a_row] * b_vectors[v];
   }
+  for (int64_t k = depth; k < prefetches; ++k) __builtin_prefetch(ahead + offsets[k], 0, 2);
   const bool plain = merge.before == nullptr && merge.factor == nullptr;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -126,50 +137,61 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
 inline int64_t depth_of_sums(int64_t rows) { return rows <= 16 ? 8 : kLongestSum; }
 
 template <typename S>
-constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};
+constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+// multiply_tile for all rows of kVectors vectors of columns. Tiles that are not full vectors of the summing type go
+// through a temporary tile.
+template <int kVectors, typename T, typename S>
+void multiply_columns(int64_t rows, int64_t width, int64_t depth, const Strided<S>& a, const Panel<S>& b, T* out,
+                      int64_t out_row, const Merge<S>& merge, const Ahead& ahead, bool prefetch) {
+  constexpr int64_t kTileColumns = kVectors * kLanes<S>;
+  constexpr int kMostRows = most_rows(kVectors);
+  S sums[kMostRows * kTileColumns];  // the temporary tile
+  const int64_t tiles = ceil_div(rows, kMostRows), block = depth_of_sums(rows);
+  if (tiles == 0) return;
+  const Panel<S> copied = {b.copy, b.copy_row, nullptr, 0};
+  // Multiplies with the tiles that have row `begin` to row `end`, all of the same size.
+  const auto run = [&](int64_t begin, int64_t end, auto tile_rows) {
+    for (; begin < end; begin += tile_rows) {
+      const bool copy = begin == 0 && b.copy != nullptr;
+      const Panel<S>& panel = begin == 0 || b.copy == nullptr ? b : copied;
+      const Merge<S> first = merge.at(begin), later = {kOnes<S>, first.factor};
+      T* out_tile = out + begin * out_row;
+      S* to = sums;
+      int64_t to_row = kTileColumns;
+      if constexpr (std::is_same_v<T, S>)
+        if (width == kTileColumns) to = out_tile, to_row = out_row;
+      const bool temporary = to == sums;
+      if (temporary && merge.before != nullptr)
+        for (int i = 0; i < tile_rows; ++i) convert(out_tile + i * out_row, sums + i * kTileColumns, width);
+      for (int64_t k = 0; k < depth; k += block) {
+        const Strided<S> factors = {a.data + begin * a.row + k * a.column, a.row, a.column};
+        const auto tile =
+            copy ? multiply_tile<S, tile_rows(), kVectors, true> : multiply_tile<S, tile_rows(), kVectors, false>;
+        tile(std::min(block, depth - k), factors, panel.at(k, 0), to, to_row, k == 0 ? first : later,
+             ahead.data + begin * ahead.row, ahead.offsets, prefetch && k == 0 ? ahead.count(tile_rows) : 0);
+      }
+      if (temporary)
+        for (int i = 0; i < tile_rows; ++i) convert(sums + i * kTileColumns, out_tile + i * out_row, width);
+    }
+  };
+  const int64_t size = rows / tiles, larger = (size + 1) * (rows - tiles * size);  // rows in tiles of size + 1
+  if (larger > 0) with_constant<kMostRows>(size + 1, [&](auto tile_rows) { run(0, larger, tile_rows); });
+  with_constant<kMostRows>(size, [&](auto tile_rows) { run(larger, rows, tile_rows); });
+}
 
 // multiply_tile for whole matrices: a [rows, depth], b [depth, columns padded to full vectors], out [rows, columns] of
-// any storage type. Tiles that are not full vectors of the summing type go through a temporary tile.
+// any storage type.
 template <typename T, typename S = Sum<T>>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a, const Panel<S>& b, T* out,
               int64_t out_row, const Merge<S>& merge, const Ahead& ahead) {
-  constexpr int64_t kTileColumns = kTileVectors * kLanes<S>;
-  const int64_t tiles = ceil_div(rows, kTileRows), block = depth_of_sums(rows);
-  const int64_t tile_size = tiles == 0 ? 0 : rows / tiles, larger_tiles = rows - tiles * tile_size;
-  const int64_t all_vectors = ceil_div(columns, kLanes<S>), column_tiles = ceil_div(all_vectors, kTileVectors);
-  const Panel<S> copied = {b.copy, b.copy_row, nullptr, 0};
-  for (int64_t column_tile = 0; column_tile < column_tiles; ++column_tile) {
-    const int64_t column = column_tile * all_vectors / column_tiles * kLanes<S>;
-    const int64_t end = (column_tile + 1) * all_vectors / column_tiles * kLanes<S>;
+  const int64_t vectors = ceil_div(columns, kLanes<S>), tiles = ceil_div(vectors, kTileVectors);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t column = tile * vectors / tiles * kLanes<S>, end = (tile + 1) * vectors / tiles * kLanes<S>;
     const int64_t width = std::min(end, columns) - column;
-    with_constant<kTileVectors>(ceil_div(width, kLanes<S>), [&](auto vectors) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t begin = tile * tile_size + std::min(tile, larger_tiles);
-        const Strided<S> a_tile = {a.data + begin * a.row, a.row, a.column};
-        T* out_tile = out + begin * out_row + column;
-        const Merge<S> first = merge.at(begin), later = {kOnes<S>, first.factor};
-        const bool copy = tile == 0 && b.copy != nullptr;
-        const Panel<S>& panel = tile == 0 || b.copy == nullptr ? b : copied;
-        with_constant<kTileRows>(tile_size + (tile < larger_tiles), [&](auto tile_rows) {
-          const auto run = [&](S* sums, int64_t sums_row) {
-            const auto run_tile = [&](auto copying) {
-              for (int64_t k = 0; k < depth; k += block)
-                multiply_tile<S, tile_rows(), vectors(), copying()>(
-                    std::min(block, depth - k), {a_tile.data + k * a.column, a.row, a.column}, panel.at(k, column),
-                    sums, sums_row, k == 0 ? first : later, ahead.data + begin * ahead.row, ahead.offsets);
-            };
-            copy ? run_tile(std::true_type()) : run_tile(std::false_type());
-          };
-          if constexpr (std::is_same_v<T, S>) {
-            if (width == vectors * kLanes<S>) return run(out_tile, out_row);
-          }
-          S sums[kTileRows * kTileColumns];
-          if (merge.before != nullptr)
-            for (int i = 0; i < tile_rows; ++i) convert(out_tile + i * out_row, sums + i * kTileColumns, width);
-          run(sums, kTileColumns);
-          for (int i = 0; i < tile_rows; ++i) convert(sums + i * kTileColumns, out_tile + i * out_row, width);
-        });
-      }
+    with_constant<kTileVectors>(ceil_div(width, kLanes<S>), [&](auto tile_vectors) {
+      multiply_columns<tile_vectors(), T, S>(rows, width, depth, a, b.at(0, column), out + column, out_row, merge,
+                                             ahead, tile == 0);
     });
   }
 }

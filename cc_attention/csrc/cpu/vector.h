@@ -47,16 +47,17 @@ void store_vector(S* data, Vector<S> vector) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Converts from the storage type to the summing type, or back.
-template <typename From, typename To>
-void convert(const From* from, To* to, int64_t count) {
-  constexpr int64_t kStep = kLanes<float>;  // a constant, so that the inner loop becomes one vector operation
+template <int64_t kStep = kLanes<float>, typename From, typename To>
+[[gnu::always_inline]] inline void convert(const From* from, To* to, int64_t count) {
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep)
 #ifdef __clang__
 #pragma clang loop unroll(disable) vectorize(enable)  // otherwise clang vectorizes the outer loop, at half the speed
 #endif
+    // kStep is a constant, so that this loop becomes one vector operation
     for (int64_t lane = 0; lane < kStep; ++lane) to[i + lane] = static_cast<To>(from[i + lane]);
-  for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
+  if constexpr (kStep > 1)
+    if (i < count) convert<kStep / 2>(from + i, to + i, count - i);
 }
 
 // Returns the selected lanes of the concatenation of a and b.
@@ -87,19 +88,26 @@ S reduce(const Vector<S>& vector, const Combine& combine) {
   return reduce<S>(vector, combine, std::make_index_sequence<kLanes<S>>());
 }
 
-// x = exp(x), accurate to 2 units in the last place; subnormal results become 0, and exp(x) must not overflow.
-// It is computed as 2^n e^r with an integer n and |r| <= log(2) / 2.
+// x = exp(x), accurate to 2 units in the last place down to -20, and to 5 from there: as if x were 3e-9 larger or
+// smaller relative to itself, a tenth of a rounding. Subnormal results become 0, and exp(x) must not overflow. It is
+// computed as 2^n e^r with an integer n and |r| <= log(2) / 2. The chain of operations is as short as possible:
+// processors do not look ahead far enough to hide it.
 inline void exponential(Vector<float>& x) {
-  constexpr float kRound = 0x1.8p23f;  // a sum of this size has no fractional bits, and n in its lowest bits
-  const Vector<float> shifted = x * 0x1.715476p0f + kRound;
-  const Vector<float> n = shifted - kRound;
-  const Vector<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log(2) in two parts, the first exact with n
-  // The polynomial 1 + r + r^2 q(r) with the smallest largest relative error, 3e-9.
-  Vector<float> power = r * 0x1.6a23cep-10f + 0x1.123a2p-7f;
-  for (float coefficient : {0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f, 1.f, 1.f}) power = power * r + coefficient;
+  constexpr float kRound = 0x1.8p23f + 127;  // such a sum has no fractional bits, and n + 127 in its lowest bits
+  const Vector<float> shifted = x * 0x1.715476p0f + kRound, n = shifted - kRound;
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
-  const Bits two_to_the_n = (reinterpret_cast<Bits>(shifted) << 23) + (127 << 23);
-  x = x < -87.f ? Vector<float>{} : power * reinterpret_cast<Vector<float>>(two_to_the_n);
+  const Bits exponent = reinterpret_cast<Bits>(shifted) << 23;
+  const Vector<float> two_to_the_n = reinterpret_cast<Vector<float>>(exponent);
+  Vector<float> r;
+  if constexpr (kVectorBytes > 16)
+    r = x - n * 0x1.62e43p-1f;  // one rounding, by a fused instruction
+  else
+    r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log(2) in two parts, the first exact with n
+  // The polynomial 1 + r + r^2 q(r) with the smallest largest relative error, 3e-9.
+  const Vector<float> square = r * r, low = r * 0x1.555492p-3f + 0x1.fffffcp-2f;
+  const Vector<float> high = square * 0x1.6a23cep-10f + (r * 0x1.123a2p-7f + 0x1.5558f2p-5f);
+  const Vector<float> less_one = square * (square * high + low) + r;
+  x = x < -87.f ? Vector<float>{} : less_one * two_to_the_n + two_to_the_n;
 }
 
 inline void exponential(Vector<double>& x) {
