@@ -51,6 +51,8 @@ def machine(device: str) -> dict[str, Any]:
             "memory_bytes": gpu.total_memory,
             "l2_bytes": gpu.L2_cache_size,
         }
+    else:
+        about["capability"] = torch.backends.cpu.get_cpu_capability()  # the instruction set, such as AVX2
     return about
 
 

@@ -338,6 +338,9 @@ void line_delta(const Channels<const T>& grad, const Channels<const T>& out, con
   constexpr int64_t kVectors = kChunk / kLanes<S>;
   for (int64_t i = 0; i < line.count; ++i) {
     alignas(kVectorBytes) S sums[kChunk] = {};
+    if (line.head + 1 < line.heads)  // the next head, which is not what processors prefetch themselves
+      for (int64_t j = 0; j < out.count; j += 64 / sizeof(T))
+        __builtin_prefetch(out.at(line, out.count + j + i * out.row(line)), 0, 2);
     for_each_chunk(out.count, [&](int64_t begin, int64_t width) {
       const T *a = grad.at(line, begin + i * grad.row(line)), *b = out.at(line, begin + i * out.row(line));
       for (int64_t j = 0; j < width; ++j) sums[j] += static_cast<S>(a[j]) * static_cast<S>(b[j]);

@@ -46,9 +46,9 @@ void store_vector(S* data, Vector<S> vector) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Converts from the storage type to the summing type, or back.
-template <int64_t kStep = kLanes<float>, typename From, typename To>
-[[gnu::always_inline]] inline void convert(const From* from, To* to, int64_t count) {
+// Converts from the storage type to the summing type, or back, in steps of at most kStep elements.
+template <int64_t kStep, typename From, typename To>
+[[gnu::always_inline]] inline void convert_steps(const From* from, To* to, int64_t count) {
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep)
 #ifdef __clang__
@@ -57,7 +57,15 @@ template <int64_t kStep = kLanes<float>, typename From, typename To>
     // kStep is a constant, so that this loop becomes one vector operation
     for (int64_t lane = 0; lane < kStep; ++lane) to[i + lane] = static_cast<To>(from[i + lane]);
   if constexpr (kStep > 1)
-    if (i < count) convert<kStep / 2>(from + i, to + i, count - i);
+    if (i < count) convert_steps<kStep / 2>(from + i, to + i, count - i);
+}
+
+// Converts from the storage type to the summing type, or back.
+template <typename From, typename To>
+void convert(const From* from, To* to, int64_t count) {
+  constexpr int64_t kStep = kLanes<float>;
+  if (count == kStep / 2) return convert_steps<kStep>(from, to, kStep / 2);  // a constant: one operation
+  convert_steps<kStep>(from, to, count);
 }
 
 // Returns the selected lanes of the concatenation of a and b.
