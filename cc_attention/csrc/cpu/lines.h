@@ -179,12 +179,14 @@ void for_each_chunk(int64_t channels, const Body& body) {
   for (int64_t begin = 0; begin < channels; begin += kChunk) body(begin, std::min(kChunk, channels - begin));
 }
 
-// out[i, j] = scale * sum over channels of a[pixel i] * b[pixel j], [n, row].
+// out[i, j] = scale * sum over channels of a[pixel i] * b[pixel j], [n, row]; `merge` may have weights and their mean.
 template <typename T, typename S>
 void line_scores(const Channels<const T>& a, const Channels<const T>& b, const Line& line, S scale, Workspace<S>& w,
-                 S* out) {
+                 S* out, Merge<S> merge = {}) {
   if (a.count == 0) std::fill_n(out, w.n * w.row, S(0));
   if (scale != 1) std::fill_n(w.scale.data(), w.n, scale);
+  merge.factor = scale == 1 ? nullptr : w.scale.data();
+  const S* const weights = merge.weights;
   for_each_chunk(a.count, [&](int64_t begin, int64_t width) {
     load_transposed(b, begin, width, line, w);
     Strided<S> factors = w.rows_matrix();
@@ -192,8 +194,9 @@ void line_scores(const Channels<const T>& a, const Channels<const T>& b, const L
       factors = {a.at(line, begin), a.row(line), 1};
     else
       load(a, begin, width, line, w);
-    multiply(w.n, w.vectors * kLanes<S>, width, factors, {w.columns.data(), w.row}, out, w.row,
-             Merge<S>{begin == 0 ? nullptr : w.ones.data(), scale == 1 ? nullptr : w.scale.data()},
+    merge.before = begin == 0 ? nullptr : w.ones.data();
+    merge.weights = begin + width == a.count ? weights : nullptr;
+    multiply(w.n, w.vectors * kLanes<S>, width, factors, {w.columns.data(), w.row}, out, w.row, merge,
              chunk_after(a, b, begin, line));
   });
 }
@@ -212,8 +215,8 @@ void line_sums(const Strided<S>& weights, const Channels<const T>& map, const Li
   });
 }
 
-// Calls body with the index of a vector, and the number of vectors from there as a compile-time constant, for all
-// vectors of a row of a matrix. They are as many as two cache lines.
+// Calls body for the vectors of a row of a matrix, up to two cache lines at a time: with the index of the first vector,
+// and the number of vectors as a compile-time constant.
 template <typename S, typename Body>
 void for_each_columns(const Workspace<S>& w, const Body& body) {
   constexpr int kMost = 128 / kVectorBytes;
@@ -350,17 +353,6 @@ void line_delta(const Channels<const T>& grad, const Channels<const T>& out, con
   }
 }
 
-// Replaces w.products, the gradients of the softmax weights, by the gradients of the products of queries and keys.
-template <typename S>
-void line_score_gradients(const Line& line, S scale, const S* delta, Workspace<S>& w) {
-  for (int64_t i = 0; i < w.n; ++i) w.sum[i] = delta[line.entry(i)];
-  for (int64_t j = 0; j < w.n; ++j)
-    for (int64_t v = 0; v < w.vectors; ++v) {
-      Vector<S>& gradient = vector_at(&w.products[j * w.row], v);
-      gradient = scale * vector_at(&w.scores[j * w.row], v) * (gradient - vector_at(w.sum.data(), v));
-    }
-}
-
 template <typename T>
 void backward(const Backward& b) {
   using S = Sum<T>;
@@ -378,8 +370,9 @@ void backward(const Backward& b) {
         line_probabilities(line, gamma, static_cast<const Normalizer<S>*>(b.normalizer), w);
         if (pass.first) line_delta(grad, channels_of<T>(b.out, s.C, line), line, delta.data());
         line_sums(w.scores_matrix(), grad, line, w, channels_of<T>(b.grad_value, s.C, line), add);
-        line_scores(channels_of<T>(b.value, s.C, line), grad, line, S(1), w, w.products.data());
-        line_score_gradients(line, scale, delta.data(), w);
+        for (int64_t i = 0; i < w.n; ++i) w.sum[i] = scale * delta[line.entry(i)];
+        line_scores(channels_of<T>(b.value, s.C, line), grad, line, scale, w, w.products.data(),
+                    {nullptr, nullptr, w.scores.data(), w.sum.data(), w.row});
         line_sums(transposed(w.products_matrix()), key, line, w, channels_of<T>(b.grad_query, s.c, line), add);
         line_sums(w.products_matrix(), query, line, w, channels_of<T>(b.grad_key, s.c, line), add);
       });

@@ -72,14 +72,21 @@ struct Panel {
   }
 };
 
-// How the sums of a product go to its output: out[i, :] = before[i] * out[i, :] + factor[i] * sum[i, :].
+// How the sums of a product go to its output: out[i, :] = before[i] * out[i, :] + factor[i] * sum[i, :]. With weights,
+// that is the gradient of the weights of a softmax, and out is the gradient of its arguments: weights[i, :] * (that -
+// mean).
 template <typename S>
 struct Merge {
-  const S* before;  // if null, out is not read
-  const S* factor;  // if null, 1
+  const S* before = nullptr;  // if null, out is not read
+  const S* factor = nullptr;  // if null, 1
+  const S* weights = nullptr;
+  const S* mean = nullptr;  // one row
+  int64_t weights_row = 0;
 
-  Merge at(int64_t row) const {
-    return {before == nullptr ? nullptr : before + row, factor == nullptr ? nullptr : factor + row};
+  Merge at(int64_t row, int64_t column) const {
+    return {before == nullptr ? nullptr : before + row, factor == nullptr ? nullptr : factor + row,
+            weights == nullptr ? nullptr : weights + row * weights_row + column,
+            weights == nullptr ? nullptr : mean + column, weights_row};
   }
 };
 
@@ -116,7 +123,7 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
       for (int v = 0; v < kVectors; ++v) sum[i][v] += a_column[i * a_row] * b_vectors[v];
   }
   for (int64_t k = depth; k < prefetches; ++k) __builtin_prefetch(ahead + offsets[k], 0, 2);
-  const bool plain = merge.before == nullptr && merge.factor == nullptr;
+  const bool plain = merge.before == nullptr && merge.factor == nullptr && merge.weights == nullptr;
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
@@ -126,6 +133,9 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
       if (!plain) {
         if (merge.factor != nullptr) own = merge.factor[i] * own;
         if (merge.before != nullptr) own = merge.before[i] * load_vector(result) + own;
+        if (merge.weights != nullptr)
+          own = load_vector(merge.weights + i * merge.weights_row + v * kLanes<S>) *
+                (own - load_vector(merge.mean + v * kLanes<S>));
       }
       store_vector(result, own);
     }
@@ -155,7 +165,6 @@ void multiply_columns(int64_t rows, int64_t width, int64_t depth, const Strided<
     for (; begin < end; begin += tile_rows) {
       const bool copy = begin == 0 && b.copy != nullptr;
       const Panel<S>& panel = begin == 0 || b.copy == nullptr ? b : copied;
-      const Merge<S> first = merge.at(begin), later = {kOnes<S>, first.factor};
       T* out_tile = out + begin * out_row;
       S* to = sums;
       int64_t to_row = kTileColumns;
@@ -165,11 +174,14 @@ void multiply_columns(int64_t rows, int64_t width, int64_t depth, const Strided<
       if (temporary && merge.before != nullptr)
         for (int i = 0; i < tile_rows; ++i) convert(out_tile + i * out_row, sums + i * kTileColumns, width);
       for (int64_t k = 0; k < depth; k += block) {
+        Merge<S> step = merge.at(begin, 0);
+        if (k > 0) step.before = kOnes<S>;
+        if (k + block < depth) step.weights = nullptr;
         const Strided<S> factors = {a.data + begin * a.row + k * a.column, a.row, a.column};
         const auto tile =
             copy ? multiply_tile<S, tile_rows(), kVectors, true> : multiply_tile<S, tile_rows(), kVectors, false>;
-        tile(std::min(block, depth - k), factors, panel.at(k, 0), to, to_row, k == 0 ? first : later,
-             ahead.data + begin * ahead.row, ahead.offsets, prefetch && k == 0 ? ahead.count(tile_rows) : 0);
+        tile(std::min(block, depth - k), factors, panel.at(k, 0), to, to_row, step, ahead.data + begin * ahead.row,
+             ahead.offsets, prefetch && k == 0 ? ahead.count(tile_rows) : 0);
       }
       if (temporary)
         for (int i = 0; i < tile_rows; ++i) convert(sums + i * kTileColumns, out_tile + i * out_row, width);
@@ -190,8 +202,8 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Strided<S>& a,
     const int64_t column = tile * vectors / tiles * kLanes<S>, end = (tile + 1) * vectors / tiles * kLanes<S>;
     const int64_t width = std::min(end, columns) - column;
     with_constant<kTileVectors>(ceil_div(width, kLanes<S>), [&](auto tile_vectors) {
-      multiply_columns<tile_vectors(), T, S>(rows, width, depth, a, b.at(0, column), out + column, out_row, merge,
-                                             ahead, tile == 0);
+      multiply_columns<tile_vectors(), T, S>(rows, width, depth, a, b.at(0, column), out + column, out_row,
+                                             merge.at(0, column), ahead, tile == 0);
     });
   }
 }
