@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up, checks style and types, and runs the tests. With --fast as first argument, it runs only tests that start
-# no processes and compile nothing (minutes instead of a quarter of an hour and more). Other arguments go to pytest.
+# no processes and compile nothing (two minutes instead of twenty). Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ "${1:-}" = --fast ]; then
