@@ -29,8 +29,5 @@ workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then
     # In the order of the folders, because the longest tests are in the first one, tests/integration.
     workers=(-n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder)
-    # The processes share the cores: more threads than cores would wait for each other.
-    threads=$("$PYTHON" -c 'import os; cores = os.cpu_count() or 1; print(cores // min(cores, 4))')
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 fi
 "$PYTHON" -m pytest -q --durations=25 --durations-min=5 "${workers[@]}" "$@"

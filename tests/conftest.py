@@ -33,6 +33,9 @@ import fused
 from fused import _library as fused_library
 from utils.args import exit_status
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # these processes share the cores: more threads would only wait
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Flags of the smallest run of the real network.
 SMALL = ["--gpu", "cpu", "--backbone", "resnet50", "--num-workers", "0"]

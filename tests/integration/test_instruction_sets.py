@@ -19,12 +19,12 @@ pytestmark = [
     pytest.mark.skipif("cpu" not in ops.DEVICE_TYPES, reason="the compiled operators are not built"),
 ]
 
-#: Prints the sums of an attention, whose last bits tell whether products and sums were rounded together.
-SUMS = """
+#: Prints an attention of exact inputs. Its last bits tell how products and sums were rounded.
+ATTENTION = """
 import torch
 from cc_attention import criss_cross_attention
-maps = torch.randn(3, 1, 8, 9, 9, generator=torch.Generator().manual_seed(0))
-print(criss_cross_attention(*maps).sum((0, 2, 3)).tolist())
+maps = (torch.arange(3 * 8 * 81) * 37 % 61 - 30) / 32
+print(criss_cross_attention(*maps.reshape(3, 1, 8, 9, 9)).flatten().tolist())
 """
 
 
@@ -46,13 +46,14 @@ def run_with(capability: str, *arguments: str) -> str:
 def test_the_variable_chooses_the_kernels() -> None:
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("this processor has no AVX2")
-    assert run_with("default", "-c", SUMS) != run_with("avx2", "-c", SUMS)
+    assert run_with("default", "-c", ATTENTION) != run_with("avx2", "-c", ATTENTION)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_kernels_of_lesser_instruction_sets(capability: str) -> None:
     """The tests of the attention, and those of the fused kernels in float32, pass with them as well."""
-    tests = ["unit/test_attention_options.py", "kernels/test_fused_norm.py", "kernels/test_fused_loss.py"]
+    attention = ["unit/test_attention_options.py", "kernels/test_attention_kernels.py"]
+    tests = [*attention, "kernels/test_fused_norm.py", "kernels/test_fused_loss.py"]
     options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     chosen = ["-m", "not gpu and not build", "-k", "attention or float32"]
     printed = run_with(capability, "-m", "pytest", *options, *chosen, *[f"tests/{name}" for name in tests])

@@ -107,7 +107,7 @@ class Buffer {
 //
 // The matrices of a line are [seen, from]: a row for each pixel that is attended to, and the pixels that attend to it
 // next to each other. So a vector has one number of each of several pixels, and maxima and sums over what a pixel
-// attends to need no reduction within a vector. The lanes after pixel n have numbers that nothing reads.
+// attends to need no reduction within a vector. No result depends on the lanes after pixel n.
 template <typename S>
 struct Workspace {
   // A row of a matrix is an odd number of whole vectors, so that rows do not compete for the same cache sets.
@@ -132,7 +132,7 @@ struct Workspace {
   Buffer<S> scores, products;              // [n, row]
   Buffer<S> rows;                          // [n padded to vectors, kChunk], a chunk of a line's channels
   Buffer<S> columns;                       // [kChunk, row], its transpose
-  Buffer<S> maximum, sum, before, factor;  // [row], of the pixels that attend
+  Buffer<S> maximum, sum, before, factor;  // [row], of the pixels that attend; backward: sum is the mean of gradients
   Buffer<S> scale, ones;                   // [n]
 
   Strided<S> scores_matrix() { return {scores.data(), row, 1}; }
@@ -148,7 +148,8 @@ void load(const Channels<const T>& map, int64_t begin, int64_t width, const Line
   for (int64_t i = first; i < line.count; ++i, from += map.row(line)) convert(from, &w.rows[i * kChunk], width);
 }
 
-// Copies a chunk of the channels of a line to w.columns. What is not in whole squares of vectors goes through w.rows.
+// Copies a chunk of the channels of a line to w.columns. What is not whole vectors, or of another type, goes through
+// w.rows.
 template <typename T, typename S>
 void load_transposed(const Channels<const T>& map, int64_t begin, int64_t width, const Line& line, Workspace<S>& w) {
   int64_t whole = 0;
@@ -171,7 +172,8 @@ Ahead chunk_after(const Channels<const T>& first, const Channels<const T>& secon
     return line.head + 1 < line.heads ? own + map.count : own + line.next * map.pitch - line.head * map.count;
   };
   const int64_t size = sizeof(T);
-  return {next(first), next(second), first.row(line) * size, std::min(kChunk, first.count) * size};
+  return {next(first), first.row(line) * size, next(second), second.row(line) * size,
+          std::min(kChunk, first.count) * size};
 }
 
 template <typename Body>
@@ -179,7 +181,8 @@ void for_each_chunk(int64_t channels, const Body& body) {
   for (int64_t begin = 0; begin < channels; begin += kChunk) body(begin, std::min(kChunk, channels - begin));
 }
 
-// out[i, j] = scale * sum over channels of a[pixel i] * b[pixel j], [n, row]; `merge` may have weights and their mean.
+// out[i, j] = scale * sum over channels of a[pixel i] * b[pixel j], [n, row]. With weights in `merge`, out gets the
+// gradient that Merge describes.
 template <typename T, typename S>
 void line_scores(const Channels<const T>& a, const Channels<const T>& b, const Line& line, S scale, Workspace<S>& w,
                  S* out, Merge<S> merge = {}) {

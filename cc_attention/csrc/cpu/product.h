@@ -31,32 +31,49 @@ Strided<S> transposed(const Strided<S>& a) {
   return {a.data, a.column, a.row};
 }
 
-// The most rows of a tile of `vectors` vectors. It has as many sums as the largest tile: a processor computes several
-// products at once, and each of them needs a sum of its own.
-constexpr int most_rows(int vectors) { return std::min(12, kTileRows * kTileVectors / vectors); }
+constexpr int kMostRows = 12;  // of a tile
+
+// The most rows of a tile of `vectors` vectors: those with as many sums as the largest tile, up to kMostRows. A
+// processor computes several products at once, and each of them needs a sum of its own.
+constexpr int most_rows(int vectors) { return std::min(kMostRows, kTileRows * kTileVectors / vectors); }
 
 // The largest number of products in one sum.
 constexpr int64_t kLongestSum = 128;
 
-// Memory that later products read or write, given per row of this product. It is only prefetched, so it need not exist.
-struct Ahead {
-  const char* data;              // address for the first row
-  int64_t row;                   // bytes from a row to the next
-  int64_t addresses;             // to prefetch for each row
-  int64_t offsets[kLongestSum];  // bytes from there to the addresses of the rows of a tile
+// Addresses to prefetch: offsets from two arrays, alternately.
+struct Prefetches {
+  const char* arrays[2];
+  const int64_t* offsets;
+  int64_t count;
 
-  // Prefetches `size` bytes per row in each of two arrays.
-  Ahead(const void* first, const void* second, int64_t row, int64_t size)
-      : data(static_cast<const char*>(first)), row(row), addresses(2 * ceil_div(size, 64)) {
-    const int64_t second_offset = reinterpret_cast<intptr_t>(second) - reinterpret_cast<intptr_t>(first);
+  void prefetch(int64_t i) const { __builtin_prefetch(arrays[i & 1] + offsets[i], 0, 2); }
+};
+
+// Two arrays that later products read or write, given per row of this product. They are only prefetched, so they need
+// not exist.
+struct Ahead {
+  const char* arrays[2];         // addresses for the first row
+  int64_t rows[2];               // bytes from a row to the next
+  int64_t addresses;             // to prefetch for each row, in both arrays
+  int64_t offsets[kLongestSum];  // bytes from a row to the addresses of it and of the next ones
+
+  // Prefetches `size` bytes per row in each of the arrays.
+  Ahead(const void* first, int64_t first_row, const void* second, int64_t second_row, int64_t size)
+      : arrays{static_cast<const char*>(first), static_cast<const char*>(second)},
+        rows{first_row, second_row},
+        addresses(2 * ceil_div(size, 64)) {
     int64_t step = 0;
-    for (int64_t i = 0; i < most_rows(1); ++i)
+    for (int64_t i = 0; i < kMostRows; ++i)
       for (int64_t byte = 0; byte < size && step + 2 <= kLongestSum; byte += 64)
-        for (const int64_t place : {int64_t(0), second_offset}) offsets[step++] = place + i * row + byte;
+        for (const int64_t row : rows) offsets[step++] = i * row + byte;
   }
 
-  // The number of addresses to prefetch for `rows` rows.
-  int64_t count(int64_t rows) const { return std::min(rows * addresses, kLongestSum); }
+  // What `count` rows from row `begin` prefetch, in a product of `depth` steps: at most two addresses per step.
+  Prefetches of_rows(int64_t begin, int64_t count, int64_t depth) const {
+    return {{arrays[0] + begin * rows[0], arrays[1] + begin * rows[1]},
+            offsets,
+            std::min({count * addresses, 2 * depth, kLongestSum})};
+  }
 };
 
 // The second factor of a product. Every tile of the product reads all of its rows.
@@ -72,9 +89,9 @@ struct Panel {
   }
 };
 
-// How the sums of a product go to its output: out[i, :] = before[i] * out[i, :] + factor[i] * sum[i, :]. With weights,
-// that is the gradient of the weights of a softmax, and out is the gradient of its arguments: weights[i, :] * (that -
-// mean).
+// How the sums of a product go to its output: as g[i, :] = before[i] * out[i, :] + factor[i] * sum[i, :]. With weights,
+// it gets the gradient of the arguments of a softmax in place of g, the gradient of its weights: weights[i, :] * (g[i,
+// :] - mean), where mean is the mean of g over i with these weights.
 template <typename S>
 struct Merge {
   const S* before = nullptr;  // if null, out is not read
@@ -95,7 +112,7 @@ struct Merge {
 // last step follows then.
 template <typename S, int kRows, int kVectors, bool kCopy>
 void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S* out, int64_t out_row,
-                   const Merge<S>& merge, const char* ahead, const int64_t* offsets, int64_t prefetches) {
+                   const Merge<S>& merge, const Prefetches& ahead) {
   Vector<S> sum[kRows][kVectors];
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
@@ -108,7 +125,7 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
   const int64_t b_row = panel.row, copy_row = panel.copy_row;
 #pragma GCC unroll 1
   for (int64_t k = 0; k < depth; ++k, a_column += a_step, b += b_row) {
-    if (k < prefetches) __builtin_prefetch(ahead + offsets[k], 0, 2);
+    if (k < ahead.count) ahead.prefetch(k);
     Vector<S> b_vectors[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) b_vectors[v] = load_vector(b + v * kLanes<S>);
@@ -122,7 +139,7 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[i][v] += a_column[i * a_row] * b_vectors[v];
   }
-  for (int64_t k = depth; k < prefetches; ++k) __builtin_prefetch(ahead + offsets[k], 0, 2);
+  for (int64_t k = depth; k < ahead.count; ++k) ahead.prefetch(k);
   const bool plain = merge.before == nullptr && merge.factor == nullptr && merge.weights == nullptr;
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
@@ -147,7 +164,7 @@ void multiply_tile(int64_t depth, const Strided<S>& a, const Panel<S>& panel, S*
 inline int64_t depth_of_sums(int64_t rows) { return rows <= 16 ? 8 : kLongestSum; }
 
 template <typename S>
-constexpr S kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+constexpr S kOnes[kMostRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // multiply_tile for all rows of kVectors vectors of columns. Tiles that are not full vectors of the summing type go
 // through a temporary tile.
@@ -155,9 +172,9 @@ template <int kVectors, typename T, typename S>
 void multiply_columns(int64_t rows, int64_t width, int64_t depth, const Strided<S>& a, const Panel<S>& b, T* out,
                       int64_t out_row, const Merge<S>& merge, const Ahead& ahead, bool prefetch) {
   constexpr int64_t kTileColumns = kVectors * kLanes<S>;
-  constexpr int kMostRows = most_rows(kVectors);
-  S sums[kMostRows * kTileColumns];  // the temporary tile
-  const int64_t tiles = ceil_div(rows, kMostRows), block = depth_of_sums(rows);
+  constexpr int kRows = most_rows(kVectors);
+  S sums[kRows * kTileColumns] = {};  // the temporary tile
+  const int64_t tiles = ceil_div(rows, kRows), block = depth_of_sums(rows);
   if (tiles == 0) return;
   const Panel<S> copied = {b.copy, b.copy_row, nullptr, 0};
   // Multiplies with the tiles that have row `begin` to row `end`, all of the same size.
@@ -173,6 +190,7 @@ void multiply_columns(int64_t rows, int64_t width, int64_t depth, const Strided<
       const bool temporary = to == sums;
       if (temporary && merge.before != nullptr)
         for (int i = 0; i < tile_rows; ++i) convert(out_tile + i * out_row, sums + i * kTileColumns, width);
+      Prefetches prefetches = ahead.of_rows(begin, prefetch ? tile_rows : 0, std::min(block, depth));
       for (int64_t k = 0; k < depth; k += block) {
         Merge<S> step = merge.at(begin, 0);
         if (k > 0) step.before = kOnes<S>;
@@ -180,16 +198,16 @@ void multiply_columns(int64_t rows, int64_t width, int64_t depth, const Strided<
         const Strided<S> factors = {a.data + begin * a.row + k * a.column, a.row, a.column};
         const auto tile =
             copy ? multiply_tile<S, tile_rows(), kVectors, true> : multiply_tile<S, tile_rows(), kVectors, false>;
-        tile(std::min(block, depth - k), factors, panel.at(k, 0), to, to_row, step, ahead.data + begin * ahead.row,
-             ahead.offsets, prefetch && k == 0 ? ahead.count(tile_rows) : 0);
+        tile(std::min(block, depth - k), factors, panel.at(k, 0), to, to_row, step, prefetches);
+        prefetches.count = 0;
       }
       if (temporary)
         for (int i = 0; i < tile_rows; ++i) convert(sums + i * kTileColumns, out_tile + i * out_row, width);
     }
   };
   const int64_t size = rows / tiles, larger = (size + 1) * (rows - tiles * size);  // rows in tiles of size + 1
-  if (larger > 0) with_constant<kMostRows>(size + 1, [&](auto tile_rows) { run(0, larger, tile_rows); });
-  with_constant<kMostRows>(size, [&](auto tile_rows) { run(larger, rows, tile_rows); });
+  if (larger > 0) with_constant<kRows>(size + 1, [&](auto tile_rows) { run(0, larger, tile_rows); });
+  with_constant<kRows>(size, [&](auto tile_rows) { run(larger, rows, tile_rows); });
 }
 
 // multiply_tile for whole matrices: a [rows, depth], b [depth, columns padded to full vectors], out [rows, columns] of
