@@ -5,8 +5,8 @@
 // axis; its lines include the pixel itself, and it writes the outputs. The others add to them. A line is processed in
 // chunks of channels. Each chunk is packed and converted to the summing type, so it stays in the caches.
 //
-// bfloat16 is converted to float32 as well: its own instruction (vdpbf16ps) computes half as many products per second
-// on the processors measured (a Xeon of 2023).
+// bfloat16 is converted to float32 as well: on a Xeon of 2023, its own instruction (vdpbf16ps) computes half as many
+// products per second. Other processors have faster ones (docs/performance.md), which are not used.
 #pragma once
 
 #include "instruction_sets.h"
