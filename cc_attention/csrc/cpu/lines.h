@@ -159,7 +159,7 @@ void load_transposed(const Channels<const T>& map, int64_t begin, int64_t width,
       transpose(whole, width, map.at(line, begin), map.row(line), w.columns.data(), w.row);
     }
   load(map, begin, width, line, w, whole);
-  transpose(w.n - whole, width, &w.rows[whole * kChunk], kChunk, w.columns.data() + whole, w.row);
+  transpose(w.n - whole, width, w.rows.data() + whole * kChunk, kChunk, w.columns.data() + whole, w.row);
 }
 
 // Returns the next chunk in two maps, for prefetching: the next channels of this line, or the first ones of the next

@@ -90,8 +90,8 @@ struct Panel {
 };
 
 // How the sums of a product go to its output: as g[i, :] = before[i] * out[i, :] + factor[i] * sum[i, :]. With weights,
-// it gets the gradient of the arguments of a softmax in place of g, the gradient of its weights: weights[i, :] * (g[i,
-// :] - mean), where mean is the mean of g over i with these weights.
+// those of a softmax over i, g is their gradient, and the output gets the gradient of the arguments of the softmax:
+// weights[i, :] * (g[i, :] - mean[:]), where mean is the weighted mean of g.
 template <typename S>
 struct Merge {
   const S* before = nullptr;  // if null, out is not read
